@@ -1,0 +1,65 @@
+"""One file per stage. A stage takes the document in hand and returns it with what it made; it writes nothing and catches nothing.
+
+Every stage module has one coroutine `run(document, tools) -> Document`. `Tools` is all that a stage may use beside the document,
+so that a stage can be tried without a database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.documents import Document
+from models.settings import Settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Sandbox(Protocol):
+    """Runs CPU-heavy or untrusted work in a child process with limits."""
+
+    async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run an importable function in a child. A crash or a limit is a ParseError, a hang a TimeoutError, its own exceptions come through."""
+        ...
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors."""
+
+    model: str
+    """Name and version as stored beside each vector."""
+    dimensions: int
+
+    async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
+        """Return one L2-normalised row a text, shape (len(texts), dimensions), in order."""
+        ...
+
+
+class Storage(Protocol):
+    """Files below the storage base path."""
+
+    def resolve(self, relative: str) -> Path:
+        """Return the absolute path; a path that leaves the base is a PermanentError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a stage may use beside the document in hand."""
+
+    settings: Settings
+    storage: Storage
+    sandbox: Sandbox
+    embedder: Embedder
+    known_vectors: Callable[[Document], Awaitable[dict[str, NDArray[np.float32]]]]
+    """Vectors already stored for this user, model and passages: content_sha256 -> vector."""
+    find_original: Callable[[Document], Awaitable[str | None]]
+    """doc_id of another complete document of the same user with the same content."""
+    keep: Callable[[Document, Any], Awaitable[None]]
+    """Make paid work durable in mid-stage."""

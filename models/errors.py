@@ -1,0 +1,89 @@
+"""The seven error types and their exception classes, and what the front door raises."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ErrorType(StrEnum):
+    """What kind of failure it was; decides whether and when a document is tried again."""
+
+    RETRYABLE = "RETRYABLE"
+    PERMANENT = "PERMANENT"
+    TIMEOUT = "TIMEOUT"
+    RATE_LIMIT = "RATE_LIMIT"
+    PARSE_ERROR = "PARSE_ERROR"
+    LLM_ERROR = "LLM_ERROR"
+    UNKNOWN = "UNKNOWN"
+
+
+class DocmillError(Exception):
+    """Base of all errors that docmill raises on purpose. The message is meant for people: it names the file, the rule and the limit."""
+
+    error_type = ErrorType.UNKNOWN
+
+
+class RetryableError(DocmillError):
+    """Trying again can help; counts as an attempt."""
+
+    error_type = ErrorType.RETRYABLE
+
+
+class PermanentError(DocmillError):
+    """Trying again cannot help: a dead letter at once."""
+
+    error_type = ErrorType.PERMANENT
+
+
+class TimeoutError(DocmillError):
+    """A stage or an outside call took longer than it may; counts as an attempt."""
+
+    error_type = ErrorType.TIMEOUT
+
+
+class RateLimitError(DocmillError):
+    """A service asked us to wait. `retry_after` in seconds, None when it did not say. Does not count as an attempt."""
+
+    error_type = ErrorType.RATE_LIMIT
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ParseError(DocmillError):
+    """The file's content cannot be turned into text: a dead letter once no other parser is left to try."""
+
+    error_type = ErrorType.PARSE_ERROR
+
+
+class LLMError(DocmillError):
+    """Extraction by a language model failed; counts as an attempt."""
+
+    error_type = ErrorType.LLM_ERROR
+
+
+class UnknownError(DocmillError):
+    """Anything unforeseen; counts as an attempt."""
+
+    error_type = ErrorType.UNKNOWN
+
+
+class ServiceUnavailable(RetryableError):
+    """An outside service is known to be down. `retry_after` in seconds. Waiting for it does not count as an attempt."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class SubmitError(PermanentError):
+    """A submission was refused; nothing was stored."""
+
+
+class SubmitConflict(RetryableError):
+    """Another transaction holds this document; nothing was stored. Try again after it ends."""
+
+
+class ConfigurationError(PermanentError):
+    """A setting or the environment is wrong. The message names the variable and what it may hold."""
