@@ -1,0 +1,171 @@
+-- The runner's statements. Each is one step of claim, load, checkpoint; see jobs/pipeline.
+
+-- name: claim_document
+-- The fencing token goes up with every claim; an expired lease may be taken over.
+UPDATE file_extractions AS d
+SET state = 'working',
+    claim = d.claim + 1,
+    claim_job_id = %(job_id)s,
+    claimed_by = %(worker)s,
+    lease_until = now() + make_interval(secs => %(lease_seconds)s),
+    processing_started_at = coalesce(d.processing_started_at, now()),
+    updated_at = now()
+WHERE d.doc_id = %(doc_id)s
+    AND (d.state IN ('queued', 'retrying') OR (d.state = 'working' AND d.lease_until < now()))
+RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correlation_id, d.file_name, d.file_path, d.metadata,
+    d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count, d.claim;
+
+-- name: look_at_document
+SELECT d.state, d.milestone, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left
+FROM file_extractions AS d
+WHERE d.doc_id = %(doc_id)s;
+
+-- name: put_off_stage
+SELECT defer_stage(%(doc_id)s, %(stage)s, %(priority)s, now() + make_interval(secs => %(delay)s)) AS job_id;
+
+-- name: renew_leases
+-- One statement for all claims of a worker; a claim that has moved on is not touched and not returned.
+UPDATE file_extractions AS d
+SET lease_until = now() + make_interval(secs => %(lease_seconds)s)
+FROM unnest(%(doc_ids)s::text[], %(claims)s::bigint[]) AS mine (doc_id, claim)
+WHERE d.doc_id = mine.doc_id AND d.claim = mine.claim AND d.state = 'working'
+RETURNING d.doc_id, d.claim;
+
+-- name: load_markdown
+SELECT m.markdown, m.markdown_sha256, m.page_map, m.parser, m.parse_metadata
+FROM document_markdown AS m
+WHERE m.doc_id = %(doc_id)s AND m.version = %(version)s;
+
+-- name: load_chunks
+SELECT b.id, b.chunk_index, b.content, b.content_sha256, b.heading_path, b.page_start, b.page_end, b.char_start, b.char_end, b.metadata
+FROM chunk_buffer AS b
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s
+ORDER BY b.chunk_index;
+
+-- name: load_vectors
+SELECT b.embedding, b.embedding_model
+FROM vector_buffer AS b
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s
+ORDER BY b.chunk_index;
+
+-- name: load_extraction
+SELECT b.raw_extraction
+FROM extraction_buffer AS b
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s;
+
+-- name: find_known_vectors
+SELECT DISTINCT ON (c.content_sha256) c.content_sha256, c.embedding
+FROM document_chunks AS c
+WHERE c.user_id = %(user_id)s AND c.content_sha256 = ANY(%(hashes)s) AND c.embedding_model = %(embedding_model)s
+ORDER BY c.content_sha256;
+
+-- name: find_original
+SELECT d.doc_id
+FROM file_extractions AS d
+WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.state = 'complete' AND d.doc_id <> %(doc_id)s
+ORDER BY d.processing_completed_at, d.id
+LIMIT 1;
+
+-- name: advance_document
+-- First statement of every checkpoint. No row: the claim has moved on and nothing of this checkpoint may be written.
+WITH fenced AS (
+    UPDATE file_extractions AS d
+    SET milestone = %(milestone)s::document_milestone,
+        state = %(state)s::document_state,
+        lease_until = CASE WHEN %(state)s = 'working' THEN d.lease_until END,
+        retry_count = %(retry_count)s,
+        crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
+        error_type = %(error_type)s::document_error_type,
+        error_message = %(error_message)s,
+        file_size = coalesce(%(file_size)s, d.file_size),
+        content_sha256 = coalesce(%(content_sha256)s, d.content_sha256),
+        file_type = coalesce(%(file_type)s, d.file_type),
+        mime_type = coalesce(%(mime_type)s, d.mime_type),
+        page_count = coalesce(%(page_count)s, d.page_count),
+        chunk_count = coalesce(%(chunk_count)s, d.chunk_count),
+        duplicate_of = coalesce(%(duplicate_of)s, d.duplicate_of),
+        served_version = CASE WHEN %(state)s = 'complete' THEN d.version ELSE d.served_version END,
+        raw_extraction = CASE WHEN %(state)s = 'complete' THEN %(raw_extraction)s::jsonb ELSE d.raw_extraction END,
+        processing_completed_at = CASE WHEN %(state)s IN ('complete', 'failed', 'duplicate') THEN clock_timestamp() END,
+        updated_at = now()
+    WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working'
+    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim
+), told AS (
+    INSERT INTO document_events (
+        doc_id, version, batch_id, user_id, correlation_id, stage, event, attempt, duration_ms, cpu_ms, peak_memory_mb, worker, claim, detail
+    )
+    SELECT f.doc_id, f.version, f.batch_id, f.user_id, f.correlation_id, e.stage, e.event, e.attempt, e.duration_ms, e.cpu_ms,
+        e.peak_memory_mb, %(worker)s, f.claim, e.detail
+    FROM fenced AS f,
+        jsonb_to_recordset(%(events)s::jsonb) AS e (
+            stage text, event text, attempt integer, duration_ms float8, cpu_ms float8, peak_memory_mb float8, detail jsonb
+        )
+)
+SELECT f.doc_id, CASE WHEN %(next_stage)s::text IS NOT NULL THEN
+    defer_stage(f.doc_id, %(next_stage)s, f.priority, now() + make_interval(secs => %(next_delay)s))
+END AS job_id
+FROM fenced AS f;
+
+-- name: tell_event
+-- Says something about a document outside a checkpoint, such as having been fenced off.
+INSERT INTO document_events (doc_id, version, batch_id, user_id, correlation_id, stage, event, worker, claim, detail)
+VALUES (%(doc_id)s, %(version)s, %(batch_id)s, %(user_id)s, %(correlation_id)s, %(stage)s, %(event)s, %(worker)s, %(claim)s, %(detail)s);
+
+-- name: store_markdown
+INSERT INTO document_markdown AS m (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)
+VALUES (%(doc_id)s, %(version)s, %(markdown)s, %(markdown_sha256)s, %(page_map)s, %(parser)s, %(parse_metadata)s)
+ON CONFLICT (doc_id, version) DO UPDATE
+SET markdown = EXCLUDED.markdown, markdown_sha256 = EXCLUDED.markdown_sha256, page_map = EXCLUDED.page_map,
+    parser = EXCLUDED.parser, parse_metadata = EXCLUDED.parse_metadata;
+
+-- name: store_extraction
+INSERT INTO extraction_buffer AS b (doc_id, version, raw_extraction)
+VALUES (%(doc_id)s, %(version)s, %(raw_extraction)s)
+ON CONFLICT (doc_id, version) DO UPDATE SET raw_extraction = EXCLUDED.raw_extraction;
+
+-- name: copy_chunks
+COPY document_chunks (
+    id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
+    language, metadata, embedding, embedding_model
+) FROM STDIN (FORMAT BINARY);
+
+-- name: copy_chunk_buffer
+COPY chunk_buffer (
+    doc_id, version, chunk_index, id, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata
+) FROM STDIN (FORMAT BINARY);
+
+-- name: copy_vector_buffer
+COPY vector_buffer (doc_id, version, chunk_index, embedding_model, embedding) FROM STDIN (FORMAT BINARY);
+
+-- name: drop_served_chunks
+DELETE FROM document_chunks AS c WHERE c.doc_id = %(doc_id)s;
+
+-- name: drop_other_markdown
+DELETE FROM document_markdown AS m WHERE m.doc_id = %(doc_id)s AND m.version <> %(version)s;
+
+-- name: swap_in_buffered_chunks
+INSERT INTO document_chunks (
+    id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
+    language, metadata, embedding, embedding_model
+)
+SELECT b.id, b.doc_id, %(user_id)s, b.version, b.chunk_index, b.content, b.content_sha256, b.heading_path, b.page_start, b.page_end,
+    b.char_start, b.char_end, %(language)s, b.metadata, v.embedding, v.embedding_model
+FROM chunk_buffer AS b
+JOIN vector_buffer AS v USING (doc_id, version, chunk_index)
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s;
+
+-- name: clear_buffers
+WITH chunks AS (
+    DELETE FROM chunk_buffer AS b WHERE b.doc_id = %(doc_id)s
+), vectors AS (
+    DELETE FROM vector_buffer AS b WHERE b.doc_id = %(doc_id)s
+)
+DELETE FROM extraction_buffer AS b WHERE b.doc_id = %(doc_id)s;
+
+-- name: bury_document
+-- Writes the dead letter of a document that has just been failed in the same transaction.
+INSERT INTO dead_letters (doc_id, version, batch_id, user_id, correlation_id, stage, error_type, error_message, traceback, context)
+VALUES (
+    %(doc_id)s, %(version)s, %(batch_id)s, %(user_id)s, %(correlation_id)s, %(stage)s, %(error_type)s, %(error_message)s,
+    %(traceback)s, %(context)s
+);
