@@ -1,6 +1,0 @@
-"""placeholder while the settings are being written"""
-from pydantic_settings import BaseSettings
-
-
-class Settings(BaseSettings):
-    """All configuration."""

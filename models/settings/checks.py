@@ -1,0 +1,69 @@
+"""The types of settings whose value must satisfy more than a range. A check returns the value or raises ValueError with the reason."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, SecretStr
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the generated pages and the errors say where a range or the default itself would not do."""
+
+    allowed: str = ""
+    default: str = ""
+
+
+def _absolute(path: Path | None) -> Path | None:
+    """Make a path independent of later changes of the working directory; `~` is the home directory."""
+    if path is None:
+        return None
+    if "\0" in str(path):
+        raise ValueError("contains a NUL character")
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("begins with ~, but there is no such home directory") from None
+
+
+def _inside_base(name: str) -> str:
+    """Accept a relative path that cannot lead out of the storage base path."""
+    path = PurePosixPath(name)
+    if "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("is not a relative path that stays inside STORAGE_BASE_PATH")
+    return str(path)
+
+
+def _conninfo(value: SecretStr | None) -> SecretStr | None:
+    """Let libpq read the connection string. Its own message is dropped: it may quote the password."""
+    if value is None:
+        return None
+    from psycopg import ProgrammingError, conninfo  # noqa: PLC0415 - slow to import, and seldom needed here
+
+    try:
+        conninfo.conninfo_to_dict(value.get_secret_value())
+    except ProgrammingError:
+        raise ValueError("is not a connection string that Postgres clients can read") from None
+    return value
+
+
+def usable_cores(at_most: int) -> int:
+    """Count the cores that this process may run on, up to a limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, at_most))
+
+
+AnyCase = BeforeValidator(lambda value: value.strip().lower() if isinstance(value, str) else value)
+AnyCaseUpper = BeforeValidator(lambda value: value.strip().upper() if isinstance(value, str) else value)
+Folder = Annotated[Path, AfterValidator(_absolute), Words(allowed="a folder")]
+FolderInBase = Annotated[str, AfterValidator(_inside_base), Words(allowed="a folder name inside STORAGE_BASE_PATH")]
+OptionalFile = Annotated[Path | None, AfterValidator(_absolute)]
+Conninfo = Annotated[
+    SecretStr | None,
+    AfterValidator(_conninfo),
+    Words(allowed="postgresql://user:password@host:5432/database?sslmode=require or host=... dbname=...", default="unset"),
+]

@@ -1,0 +1,56 @@
+"""Reading the settings at start, with errors for people."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dotenv import dotenv_values
+from pydantic import ValidationError
+
+from models.errors import ConfigurationError
+from models.settings.fields import Settings, allowed_values
+from models.settings.secret_files import BadSecretFile, holds_secret
+
+FAULTS = {
+    "int_parsing": "is not a whole number", "int_from_float": "is not a whole number", "int_parsing_size": "has too many digits",
+    "float_parsing": "is not a number", "finite_number": "is not a finite number", "bool_parsing": "is not true or false",
+    "literal_error": "is not one of the allowed values", "greater_than_equal": "is too small", "less_than_equal": "is too large",
+}  # fmt: skip
+"""pydantic's error types in plain words."""
+
+
+@functools.cache
+def load_settings() -> Settings:
+    """Read and check all settings, once a process (`load_settings.cache_clear()` forgets them). ConfigurationError lists every bad value.
+
+    PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there.
+    """
+    try:
+        settings = Settings()
+        for name, value in dotenv_values(".env").items():
+            if name.startswith("PG") and value:
+                os.environ.setdefault(name, value)
+    except ValidationError as error:
+        problems = [_describe(detail) for detail in error.errors(include_url=False)]
+    except UnicodeDecodeError:
+        problems = [".env is not UTF-8 text"]
+    except OSError as error:
+        problems = [f".env cannot be read: {error.strerror}"]
+    else:
+        return settings
+    # Raised out here so that no chained exception carries a secret into a traceback.
+    raise ConfigurationError("The configuration is wrong:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _describe(detail: Mapping[str, Any]) -> str:
+    """Say of one bad value which variable it is, what is wrong with it and what is allowed."""
+    name, value = str(detail["loc"][0]), detail["input"]
+    if isinstance(value, BadSecretFile):
+        return f"{value.variable} {value.problem}"
+    secret = holds_secret(Settings.model_fields[name])
+    shown = "" if secret else f"={str(value)[:100]!r}"
+    fault = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else FAULTS.get(detail["type"], "is not a valid value")
+    return f"{name.upper()}{shown} {fault}; allowed: {allowed_values(name)}"
