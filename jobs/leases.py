@@ -1,0 +1,110 @@
+"""Renews the leases of all documents that this worker has claimed, from a thread and connection of its own.
+
+A thread, because neither a blocked event loop nor an exhausted pool may let a lease run out while the work goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psycopg
+from loguru import logger
+from psycopg.conninfo import make_conninfo
+
+from jobs.database import connect_options
+from models.settings import Settings
+from sql import query
+
+
+@dataclass(slots=True)
+class Lease:
+    """A claim on a document, renewed until released, lost, or past its deadline. Times are of the monotonic clock, in seconds."""
+
+    doc_id: str
+    claim: int
+    good_until: float
+    deadline: float
+    on_lost: Callable[[], None]
+    """Called once, from the lease thread, when the claim has gone to somebody else or could not be renewed in time."""
+
+
+class LeaseKeeper:
+    """Holds the leases of one worker process."""
+
+    def __init__(self, settings: Settings, conninfo: str) -> None:
+        self._seconds = settings.lease_seconds
+        self._conninfo = make_conninfo(conninfo, **connect_options(settings))
+        self._leases: dict[tuple[str, int], Lease] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._conn: psycopg.Connection | None = None
+
+    def hold(self, doc_id: str, claim: int, *, claimed_at: float, deadline: float, on_lost: Callable[[], None]) -> Lease:
+        """Begin to renew a claim that was made no earlier than `claimed_at`."""
+        lease = Lease(doc_id, claim, claimed_at + self._seconds, deadline, on_lost)
+        with self._lock:
+            self._leases[doc_id, claim] = lease
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+                self._thread.start()
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """Stop renewing; the checkpoint that ended the work has cleared the lease in the database."""
+        with self._lock:
+            self._leases.pop((lease.doc_id, lease.claim), None)
+
+    def close(self) -> None:
+        """Stop the thread and close its connection."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        if self._conn is not None:
+            self._conn.close()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds / 4):
+            with self._lock:
+                leases = list(self._leases.values())
+            if not leases:
+                continue
+            try:
+                self._renew([lease for lease in leases if time.monotonic() < lease.deadline])
+            except psycopg.Error as error:
+                logger.warning("Leases were not renewed: {}", error)
+                self._conn = None
+            now = time.monotonic()
+            for lease in leases:
+                if now >= lease.good_until:
+                    self._lose(lease)
+
+    def _renew(self, leases: list[Lease]) -> None:
+        if not leases:
+            return
+        if self._conn is None or self._conn.closed:
+            self._conn = psycopg.connect(self._conninfo, autocommit=True)
+        asked_at = time.monotonic()
+        rows = self._conn.execute(
+            query("renew_leases"),
+            {
+                "lease_seconds": self._seconds,
+                "doc_ids": [lease.doc_id for lease in leases],
+                "claims": [lease.claim for lease in leases],
+            },
+        ).fetchall()
+        renewed = {(doc_id, claim) for doc_id, claim in rows}
+        for lease in leases:
+            if (lease.doc_id, lease.claim) in renewed:
+                lease.good_until = asked_at + self._seconds
+            else:
+                self._lose(lease)
+
+    def _lose(self, lease: Lease) -> None:
+        with self._lock:
+            held = self._leases.pop((lease.doc_id, lease.claim), None)
+        if held is not None:
+            lease.on_lost()

@@ -1,0 +1,110 @@
+"""What to do about a failure and when: classification, backoff, and the procrastinate retry strategy of every stage. No I/O."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+from procrastinate import BaseRetryStrategy, RetryDecision
+from procrastinate.jobs import Job
+
+from models.errors import DocmillError, ErrorType, RateLimitError, ServiceUnavailable
+
+_RETRYABLE_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "25006", "25P03"})
+_RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resources (disk full, out of memory), system error
+_PERMANENT_SQLSTATE_CLASSES = frozenset({"22", "23", "42"})  # data, integrity and syntax: the same statement fails again
+_RETRYABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
+_UNAVAILABLE_WAIT = 60.0
+
+
+def _of_sqlstate(sqlstate: str | None) -> ErrorType:
+    if sqlstate is None or sqlstate in _RETRYABLE_SQLSTATES or sqlstate[:2] in _RETRYABLE_SQLSTATE_CLASSES:
+        return ErrorType.RETRYABLE
+    return ErrorType.PERMANENT if sqlstate[:2] in _PERMANENT_SQLSTATE_CLASSES else ErrorType.UNKNOWN
+
+
+def _of_os_error(error: OSError) -> ErrorType:
+    if isinstance(error, ConnectionError | socket.gaierror) or error.errno in _RETRYABLE_ERRNOS:
+        return ErrorType.RETRYABLE
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return ErrorType.PERMANENT
+    return ErrorType.UNKNOWN
+
+
+def of_http_status(status: int) -> ErrorType:
+    """Classify an HTTP status of an outside service."""
+    if status == 429:
+        return ErrorType.RATE_LIMIT
+    if status in (408, 504):
+        return ErrorType.TIMEOUT
+    if status >= 500 or status in (409, 423, 425):
+        return ErrorType.RETRYABLE
+    return ErrorType.PERMANENT if 400 <= status < 500 else ErrorType.UNKNOWN
+
+
+def classify_error(error: BaseException) -> ErrorType:
+    """Return the error type of any exception, by class, SQLSTATE, errno and HTTP status, never by message text."""
+    if isinstance(error, DocmillError):
+        return error.error_type
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return ErrorType.TIMEOUT
+    if isinstance(error, psycopg.Error):
+        return _of_sqlstate(error.sqlstate) if isinstance(error, psycopg.DatabaseError) else ErrorType.RETRYABLE
+    if isinstance(error, OSError):
+        return _of_os_error(error)
+    if isinstance(error, MemoryError):
+        return ErrorType.RETRYABLE
+    # httpx and the SDKs built on it carry the answer that made them fail, or its bare status.
+    status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status_code", None))
+    return of_http_status(status) if isinstance(status, int) else ErrorType.UNKNOWN
+
+
+def calculate_backoff(attempt: int, base: float, max_delay: float) -> float:
+    """Return the seconds to wait after failure number `attempt` (from 0): `min(max_delay, d + U(0, d/2))` with `d = base * 2^attempt`."""
+    delay = base * 2.0 ** min(attempt, 64)
+    return min(max_delay, delay + random.uniform(0, delay / 2))  # noqa: S311  # jitter, not a secret
+
+
+def should_retry(error_type: ErrorType, attempt: int, max_attempts: int) -> bool:
+    """Say whether a failure may be tried again, `attempt` failures having counted before it. What does not count is always tried again."""
+    if error_type in (ErrorType.PERMANENT, ErrorType.PARSE_ERROR):
+        return False
+    return error_type is ErrorType.RATE_LIMIT or attempt < max_attempts
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPlan:
+    """When to try again, in seconds from now, and whether the failure counts as an attempt."""
+
+    delay: float
+    counts: bool
+
+
+class StageRetry(BaseRetryStrategy):
+    """The retry strategy of a stage task. The runner asks `plan`; procrastinate asks only when something escapes the runner."""
+
+    def __init__(self, *, max_attempts: int, base: float, max_delay: float) -> None:
+        self.max_attempts = max_attempts
+        self.base = base
+        self.max_delay = max_delay
+
+    def plan(self, error: BaseException, attempt: int) -> RetryPlan | None:
+        """Return when to try again after failure number `attempt` (from 0), or None for a dead letter."""
+        error_type = classify_error(error)
+        if isinstance(error, RateLimitError | ServiceUnavailable):
+            told = _UNAVAILABLE_WAIT if error.retry_after is None else error.retry_after
+            # Half as much again, spread out, so that those who wait do not all come back in the same second.
+            return RetryPlan(told + random.uniform(0, told / 2), counts=False)  # noqa: S311
+        if not should_retry(error_type, attempt, self.max_attempts):
+            return None
+        return RetryPlan(calculate_backoff(attempt, self.base, self.max_delay), counts=True)
+
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision:
+        """Answer procrastinate. What escapes the runner says nothing about the document, so the job is tried again however often."""
+        delay = calculate_backoff(min(job.attempts, 10), self.base, self.max_delay)
+        return RetryDecision(retry_at=datetime.now(UTC) + timedelta(seconds=delay))

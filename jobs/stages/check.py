@@ -1,0 +1,63 @@
+"""check: the parsed text is normalised, hashed, found to be non-empty and sound, and compared with known content."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jobs.adapters.usage import in_thread
+from jobs.stages import Tools
+from models.documents import Document, PageMark
+from models.errors import ParseError, PermanentError
+
+MAX_UNDECODABLE_SHARE = 0.3
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029\ud800-\udfff\ufeff]")
+_LINE_END = re.compile(r"\r\n?")
+_TRAILING_SPACE = re.compile(r"[ \t]+(?=\n|\Z)")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+def normalise(text: str) -> str:
+    """Return text in NFC with `\\n` line ends, without control characters, trailing blanks and runs of blank lines."""
+    text = unicodedata.normalize("NFC", _CONTROLS.sub("", _LINE_END.sub("\n", text)))
+    return _BLANK_LINES.sub("\n\n", _TRAILING_SPACE.sub("", text)).strip("\n")
+
+
+def normalise_pages(markdown: str, marks: Sequence[PageMark]) -> tuple[str, tuple[PageMark, ...]]:
+    """Normalise page by page, so that the marks stay true; a text without pages is one page without a mark."""
+    starts = [mark.start for mark in marks] or [0]
+    slices = [markdown[start:end] for start, end in zip(starts, [*starts[1:], len(markdown)], strict=True)]
+    parts = [normalise(part) for part in slices]
+    at, moved = 0, []
+    for mark, part in zip(marks, parts, strict=False):
+        moved.append(replace(mark, start=at))
+        at += len(part) + 2
+    return "\n\n".join(parts), tuple(moved)
+
+
+def refuse_text(name: str, markdown: str, marks: Sequence[PageMark]) -> None:
+    """Raise a ParseError when there is no text, or what there is cannot be read; a PermanentError when the page map is broken."""
+    visible = sum(1 for character in markdown[:100_000] if not character.isspace())
+    if visible == 0 and not markdown.strip():
+        raise ParseError(f"{name}: the file holds no text.")
+    lost = markdown[:100_000].count("\ufffd")
+    if lost > MAX_UNDECODABLE_SHARE * max(1, visible):
+        raise ParseError(f"{name}: {lost} of the first {visible} characters could not be decoded (at most {MAX_UNDECODABLE_SHARE:.0%}).")
+    if any(a.start > b.start for a, b in zip(marks, marks[1:], strict=False)) or (marks and marks[-1].start > len(markdown)):
+        raise PermanentError(f"{name}: the page map is not in order.")
+
+
+def checked(document: Document) -> Document:
+    """Return the document with normalised markdown and its SHA-256."""
+    markdown, marks = normalise_pages(document.markdown or "", document.pages)
+    refuse_text(document.file_name, markdown, marks)
+    return replace(document, markdown=markdown, pages=marks, markdown_sha256=hashlib.sha256(markdown.encode()).hexdigest())
+
+
+async def run(document: Document, tools: Tools) -> Document:
+    """Return the document with checked markdown, its SHA-256, and the doc_id of an equal document if the user has one."""
+    document = await in_thread(checked, document)
+    return replace(document, duplicate_of=await tools.find_original(document))

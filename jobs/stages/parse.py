@@ -1,0 +1,36 @@
+"""parse: a validated file becomes markdown with page marks, in a child process with limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jobs.adapters.parsers import parse_file
+from jobs.stages import Tools
+from models.documents import Document, PageMark, ParsedFile
+from models.errors import PermanentError
+
+PAGE_BREAK = "\n\n"
+
+
+def join_pages(parsed: ParsedFile) -> tuple[str, tuple[PageMark, ...]]:
+    """Return the whole markdown and where each page begins in it; no marks for a format without pages."""
+    parts: list[str] = []
+    marks: list[PageMark] = []
+    at = 0
+    for page in parsed.pages:
+        marks.append(PageMark(page.number, at, page.label))
+        parts.append(page.markdown)
+        at += len(page.markdown) + len(PAGE_BREAK)
+    return PAGE_BREAK.join(parts), tuple(marks) if parsed.paged else ()
+
+
+async def run(document: Document, tools: Tools) -> Document:
+    """Return the document with markdown, page marks, parser and what the parser noticed; ParseError or TimeoutError where it fails."""
+    if document.file_type is None or document.mime_type is None:
+        raise PermanentError(f"{document.file_name}: parse needs the file type that validate finds out.")
+    path = tools.storage.resolve(document.file_path)
+    parsed = await tools.sandbox.run(
+        parse_file, str(path), document.file_name, document.file_type, document.mime_type, tools.settings.max_pages
+    )
+    markdown, marks = join_pages(parsed)
+    return replace(document, markdown=markdown, pages=marks, parser=parsed.parser, parse_metadata=parsed.metadata)

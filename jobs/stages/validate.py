@@ -1,0 +1,57 @@
+"""validate: a stored upload is what it claims to be: non-empty, within the size limit, of a supported type, unchanged, not encrypted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
+from jobs.adapters.storage import Fingerprint, fingerprint
+from jobs.adapters.usage import in_thread
+from jobs.stages import Tools
+from models.documents import Document, FileType
+from models.errors import PermanentError
+
+
+def refuse_file(document: Document, found: Fingerprint, limit_mb: int) -> None:
+    """Raise a PermanentError when size or content break a rule."""
+    name = document.file_name
+    if found.size == 0:
+        raise PermanentError(f"{name}: the file is empty (0 bytes).")
+    if found.size > limit_mb * 1_000_000:
+        raise PermanentError(f"{name}: {found.size:,} bytes is more than MAX_FILE_SIZE_MB={limit_mb} allows.")
+    if document.content_sha256 is not None and found.sha256 != document.content_sha256:
+        raise PermanentError(
+            f"{name}: the stored file changed between submission and validation "
+            f"(SHA-256 was {document.content_sha256[:12]}..., is {found.sha256[:12]}...). Submit it again."
+        )
+
+
+def refuse_type(name: str, sniffed: Sniffed) -> None:
+    """Raise a PermanentError when the type by content is not one that can be parsed, or is not what the name says."""
+    if sniffed.encrypted:
+        raise PermanentError(f"{name}: the file is encrypted ({sniffed.mime_type}); submit it without a password.")
+    if sniffed.file_type is FileType.ZIP:
+        raise PermanentError(f"{name}: a zip archive is a batch, not a document; submit it as a batch.")
+    if sniffed.file_type is FileType.UNKNOWN:
+        raise PermanentError(
+            f"{name}: the type is not supported ({sniffed.mime_type}). "
+            "Supported: PDF, Word, Excel, PowerPoint, HTML, e-mail, EPUB, and text such as Markdown, CSV, JSON and XML."
+        )
+    if not extension_agrees(name, sniffed):
+        raise PermanentError(
+            f"{name}: the content is {sniffed.file_type} ({sniffed.mime_type}), which does not go with the extension "
+            f"{PurePosixPath(name).suffix}. Give it its right name and submit it again."
+        )
+
+
+async def run(document: Document, tools: Tools) -> Document:
+    """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
+    path = tools.storage.resolve(document.file_path)
+    found = await in_thread(fingerprint, path)
+    refuse_file(document, found, tools.settings.max_file_size_mb)
+    sniffed = await in_thread(sniff, path, document.file_name)
+    refuse_type(document.file_name, sniffed)
+    return replace(
+        document, file_size=found.size, content_sha256=found.sha256, file_type=sniffed.file_type, mime_type=sniffed.mime_type
+    )
