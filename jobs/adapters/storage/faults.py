@@ -1,0 +1,58 @@
+"""Operating-system errors translated at the border, by errno. Trouble with the storage itself is no document's fault: it is retryable."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.errors import DocmillError, PermanentError, RetryableError, SubmitError
+
+_STORAGE_FAULTS = {
+    errno.ENOSPC: "is full: free some space",
+    errno.EDQUOT: "has used up its disk quota: free some space",
+    errno.EROFS: "is read-only: mount it writable",
+    errno.EACCES: "does not let this user in: give it the right to read and write there",
+    errno.EPERM: "does not let this user in: give it the right to read and write there",
+    errno.EXDEV: "spans several file systems: its folders must lie on one",
+}
+_NAME_FAULTS = {
+    errno.ENOENT: "does not exist",
+    errno.EISDIR: "is a folder, not a file",
+    errno.ENOTDIR: "has a file where a folder is meant",
+    errno.EEXIST: "has a file where a folder is meant",
+    errno.ENXIO: "is not a regular file but a pipe, socket or device",
+    errno.ENAMETOOLONG: "has too long a name",
+    errno.ELOOP: "is a circle of symbolic links",
+}
+_SOURCE_FAULTS = {**_NAME_FAULTS, errno.EACCES: "may not be read by this user", errno.EPERM: "may not be read by this user"}
+
+
+@contextmanager
+def storage_faults(base: Path, name: str) -> Iterator[None]:
+    """Turn an OSError about the stored file `name` into a PermanentError if the name is at fault, else into a RetryableError."""
+    try:
+        yield
+    except OSError as error:
+        raise _storage_fault(error, base, name) from error
+
+
+def _storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
+    code = error.errno or 0
+    if code in _NAME_FAULTS:
+        return PermanentError(f"Stored file {name!r} in {base} {_NAME_FAULTS[code]}.")
+    fault = _STORAGE_FAULTS.get(code, f"failed: {error.strerror or type(error).__name__}")
+    return RetryableError(f"The storage at {base} (STORAGE_BASE_PATH) {fault}. It happened at {name!r}.")
+
+
+@contextmanager
+def source_faults(name: str) -> Iterator[None]:
+    """Turn an OSError about a submitted file into a SubmitError if the file is at fault, else (a failing disk) into a RetryableError."""
+    try:
+        yield
+    except OSError as error:
+        code = error.errno or 0
+        if code in _SOURCE_FAULTS:
+            raise SubmitError(f"File {name!r} {_SOURCE_FAULTS[code]}.") from error
+        raise RetryableError(f"File {name!r} cannot be read: {error.strerror or type(error).__name__}.") from error

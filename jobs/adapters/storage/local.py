@@ -1,0 +1,197 @@
+"""Storage on a local or shared file system."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Self
+from uuid import uuid4
+
+from jobs.adapters.storage.durable import FILE_MODE, holds, make_folder, regular, sync, write_all
+from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.sources import read_blocks
+from models.documents import FileType
+from models.errors import PermanentError
+from models.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUpload:
+    """A submitted file as it was stored."""
+
+    file_path: str
+    """Relative to the storage base path."""
+    size: int
+    """In bytes."""
+    sha256: str
+    """Lowercase hex of the content."""
+
+
+class LocalStorage:
+    """Files below one base path, named relative to it with `/` between the parts. Safe with any number of threads, processes and hosts.
+
+    A name that leaves the base, or is at fault otherwise, is a PermanentError; trouble with the storage itself (full, read-only, failing)
+    a RetryableError.
+    """
+
+    def __init__(
+        self, base: Path, uploads_dir: str = "uploads", extracted_dir: str = "extracted", temp_dir: str = "temp", logs_dir: str = "logs"
+    ) -> None:
+        self.base = Path(os.path.realpath(base))
+        self.uploads_dir, self.extracted_dir, self.temp_dir, self.logs_dir = uploads_dir, extracted_dir, temp_dir, logs_dir
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Return the storage that the STORAGE_* settings describe. Creates nothing."""
+        return cls(
+            settings.storage_base_path,
+            settings.storage_uploads_dir,
+            settings.storage_extracted_dir,
+            settings.storage_temp_dir,
+            settings.storage_logs_dir,
+        )
+
+    def resolve(self, relative: str) -> Path:
+        """Return the absolute path, symbolic links followed. PermanentError if it leaves the base."""
+        name = PurePosixPath(relative)
+        if "\0" in relative or name.is_absolute() or ".." in name.parts:
+            raise PermanentError(f"Stored file {relative!r} must be named by a relative path without '..' and NUL.")
+        try:
+            path = Path(os.path.realpath(self.base / name))
+        except UnicodeEncodeError:
+            raise PermanentError(f"Stored file {relative!r} has a name that the file system cannot hold.") from None
+        if not path.is_relative_to(self.base):
+            raise PermanentError(f"Stored file {relative!r} leads out of the storage at {self.base} through a symbolic link.")
+        return path
+
+    def ensure_directory(self, relative: str) -> Path:
+        """Create a folder with its parents unless it exists, durably; return its path."""
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative):
+            make_folder(path)
+        return path
+
+    def size(self, relative: str) -> int:
+        """Return the size of a stored file in bytes."""
+        with storage_faults(self.base, relative):
+            return regular(self.resolve(relative).stat()).st_size
+
+    def read(self, relative: str, max_bytes: int) -> bytes:
+        """Return a stored file's content. PermanentError if it is larger than `max_bytes`."""
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative):
+            regular(path.stat())
+            with path.open("rb") as file:
+                content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise PermanentError(f"Stored file {relative!r} is larger than the {max_bytes:,} bytes that may be read here.")
+        return content
+
+    def write(self, relative: str, content: bytes | str, *, durable: bool = True) -> Path:
+        """Write a file atomically, replacing what was there; a reader sees the old content or the new. Text is stored as UTF-8.
+
+        Not `durable`: it may be missing, but not half there, after a power failure; costs no wait for the disk.
+        """
+        path = self.resolve(relative)
+        data = content.encode() if isinstance(content, str) else content
+        with storage_faults(self.base, relative):
+            temporary, _, _ = self._write_temporary([data], durable=durable)
+            try:
+                make_folder(path.parent)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            if durable:
+                sync(path.parent)
+        return path
+
+    def delete(self, relative: str) -> bool:
+        """Remove a stored file; tell whether there was one."""
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+        return True
+
+    def list_files(self, pattern: str, folder: str = "") -> list[str]:
+        """Return the sorted names of the regular files in a folder that match a glob pattern (`*.md`, `**/*.md`), relative to the base."""
+        shape = PurePosixPath(pattern)
+        if "\0" in pattern or shape.is_absolute() or ".." in shape.parts or not shape.parts:
+            raise PermanentError(f"Pattern {pattern!r} must be relative, without '..' and NUL.")
+        start = self.resolve(folder)
+        with storage_faults(self.base, folder):
+            inside = (path for path in start.glob(pattern) if Path(os.path.realpath(path)).is_relative_to(self.base))
+            return sorted(path.relative_to(self.base).as_posix() for path in inside if path.is_file())
+
+    def detect_type(self, relative: str, file_name: str = "") -> FileType:
+        """Return the coarse type of a stored file, decided by its content; `file_name`, the submitter's, helps where that is not enough."""
+        from jobs.adapters.sniff import sniff  # noqa: PLC0415 - submitting a file needs no sniffer
+
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative):
+            regular(path.stat())
+            return sniff(path, file_name or path.name).file_type
+
+    def store_upload(self, doc_id: str, source: Path | bytes | BinaryIO, max_bytes: int, name: str = "") -> StoredUpload:
+        """Copy a submitted file to `uploads/<SHA-256 of doc_id>/<SHA-256 of content>`, durably and in flat memory.
+
+        The same content is kept once. An open file is read from where it stands. `name` is what errors call it. SubmitError: missing, not a
+        regular file, unreadable, empty, larger than `max_bytes`. RetryableError: it changed meanwhile, or the storage is full, read-only or
+        failing. After an error nothing is left behind.
+        """
+        name = name or (str(source) if isinstance(source, Path) else "upload")
+        folder_name = f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
+        with storage_faults(self.base, folder_name):
+            temporary, size, digest = self._write_temporary(read_blocks(source, name, max_bytes), durable=False)
+            try:
+                folder = self.resolve(folder_name)
+                make_folder(folder)
+                _move_upload(temporary, folder / digest, size)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return StoredUpload(f"{folder_name}/{digest}", size, digest)
+
+    async def store_upload_async(self, doc_id: str, source: Path | bytes | BinaryIO, max_bytes: int, name: str = "") -> StoredUpload:
+        """Do as `store_upload` does, in a thread."""
+        return await asyncio.to_thread(self.store_upload, doc_id, source, max_bytes, name)
+
+    def _write_temporary(self, blocks: Iterable[bytes | memoryview], *, durable: bool) -> tuple[Path, int, str]:
+        """Write blocks to a new file in the temp folder; return it with size and SHA-256. On any error it is removed again."""
+        folder = self.base / self.temp_dir
+        path = folder / f"{uuid4().hex}.part"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags, FILE_MODE)
+        except FileNotFoundError:
+            make_folder(folder)
+            descriptor = os.open(path, flags, FILE_MODE)
+        size, digest = 0, hashlib.sha256()
+        try:
+            with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - Path.open takes no descriptor
+                for block in blocks:
+                    write_all(descriptor, block)
+                    digest.update(block)
+                    size += len(block)
+                if durable:
+                    os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path, size, digest.hexdigest()
+
+
+def _move_upload(temporary: Path, target: Path, size: int) -> None:
+    """Give a finished copy its name, its SHA-256, unless the same content is there already."""
+    if not holds(target, size, target.name):
+        sync(temporary)
+        temporary.replace(target)
+    # Also when it was there: the one who put it there may not have come to this point yet.
+    sync(target.parent)
+    sync(target.parent.parent)

@@ -1,0 +1,30 @@
+"""File names that are kept as data and shown to people; they never become part of a path."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import PurePosixPath
+
+LONGEST_NAME = 255
+_LONGEST_SUFFIX = 20
+_SEPARATORS = re.compile(r"[/\\]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+"""Control characters, line and paragraph separators, bidirectional controls, byte order mark."""
+
+
+def safe_display_name(name: str) -> str:
+    """Return the last component of a submitter's file name, at most 255 characters, fit to be stored, shown and logged.
+
+    Control and bidirectional characters are dropped, bytes that were no UTF-8 become U+FFFD, and a long name keeps its suffix.
+    """
+    name = _SURROGATES.sub("\ufffd", _UNSHOWN.sub("", name))
+    parts = [part.strip() for part in _SEPARATORS.split(unicodedata.normalize("NFC", name))]
+    name = next((part for part in reversed(parts) if part not in {"", ".", ".."}), "unnamed")
+    if len(name) <= LONGEST_NAME:
+        return name
+    suffix = PurePosixPath(name).suffix
+    if len(suffix) > _LONGEST_SUFFIX:
+        suffix = ""
+    return name[: LONGEST_NAME - len(suffix)] + suffix
