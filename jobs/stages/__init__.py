@@ -14,6 +14,7 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.adapters.storage import Fingerprint
 from models.documents import Document
 from models.settings import Settings
 
@@ -46,6 +47,10 @@ class Storage(Protocol):
 
     def resolve(self, relative: str) -> Path:
         """Return the absolute path; a path that leaves the base is a PermanentError."""
+        ...
+
+    def fingerprint(self, relative: str) -> Fingerprint:
+        """Return size and SHA-256 of a stored file."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def refuse_text(name: str, markdown: str, marks: Sequence[PageMark]) -> None:
     lost = markdown[:100_000].count("\ufffd")
     if lost > MAX_UNDECODABLE_SHARE * max(1, visible):
         raise ParseError(f"{name}: {lost} of the first {visible} characters could not be decoded (at most {MAX_UNDECODABLE_SHARE:.0%}).")
-    if any(a.start > b.start for a, b in zip(marks, marks[1:], strict=False)) or (marks and marks[-1].start > len(markdown)):
+    if any(a.start > b.start for a, b in itertools.pairwise(marks)) or (marks and marks[-1].start > len(markdown)):
         raise PermanentError(f"{name}: the page map is not in order.")
 
 

@@ -21,7 +21,7 @@ def missing_texts(chunks: tuple[Chunk, ...], known: dict[str, NDArray[np.float32
 def refuse_vectors(name: str, vectors: NDArray[np.float32], count: int, dimensions: int) -> None:
     """Raise a PermanentError unless there is one finite vector of the right size a text."""
     if vectors.shape != (count, dimensions):
-        raise PermanentError(f"{name}: the embedder returned an array of shape {vectors.shape} for {count} texts of {dimensions} dimensions.")
+        raise PermanentError(f"{name}: the embedder returned shape {vectors.shape} for {count} texts of {dimensions} dimensions.")
     if not np.isfinite(vectors).all():
         raise PermanentError(f"{name}: the embedder returned a vector with NaN or infinity.")
 

@@ -30,7 +30,7 @@ def inconsistencies(document: Document) -> list[str]:
     return found
 
 
-async def run(document: Document, tools: Tools) -> Document:  # noqa: ARG001  # every stage has the same signature
+async def run(document: Document, tools: Tools) -> Document:
     """Return the document unchanged; PermanentError where chunks, vectors, metadata and extraction do not agree."""
     if found := inconsistencies(document):
         raise PermanentError(f"{document.file_name}: cannot be finalised: {'; '.join(found)}.")

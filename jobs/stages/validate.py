@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
-from jobs.adapters.storage import Fingerprint, fingerprint
+from jobs.adapters.storage import Fingerprint
 from jobs.adapters.usage import in_thread
 from jobs.stages import Tools
 from models.documents import Document, FileType
@@ -48,7 +48,7 @@ def refuse_type(name: str, sniffed: Sniffed) -> None:
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
     path = tools.storage.resolve(document.file_path)
-    found = await in_thread(fingerprint, path)
+    found = await in_thread(tools.storage.fingerprint, document.file_path)
     refuse_file(document, found, tools.settings.max_file_size_mb)
     sniffed = await in_thread(sniff, path, document.file_name)
     refuse_type(document.file_name, sniffed)

@@ -147,6 +147,8 @@ COMMENT ON COLUMN file_extractions.processing_completed_at IS 'When the present 
 COMMENT ON COLUMN file_extractions.processing_duration_ms IS 'From first claim to end, waiting between stages included.';
 
 CREATE INDEX file_extractions_batch ON file_extractions (batch_id) WHERE batch_id IS NOT NULL;
+CREATE INDEX file_extractions_batch_unfinished ON file_extractions (batch_id)
+    WHERE batch_id IS NOT NULL AND state IN ('queued', 'working', 'retrying');
 CREATE INDEX file_extractions_content ON file_extractions (user_id, content_sha256);
 CREATE INDEX file_extractions_unfinished ON file_extractions (lease_until) WHERE state IN ('queued', 'working', 'retrying');
 
@@ -568,6 +570,76 @@ END;
 $$;
 COMMENT ON FUNCTION submit_document IS
     'Submits a file that already lies in storage and returns its doc_id. Without content_sha256 a known doc_id is read again as a new version.';
+
+CREATE FUNCTION settle_batch(batch_id text) RETURNS text LANGUAGE plpgsql AS $$
+-- Called after the transaction that ended a document. The cheap look comes first, so that only the last documents lock the batch;
+-- the count is a statement of its own, so that it sees what committed while this one waited for the lock.
+DECLARE
+    batch processing_jobs;
+    failed bigint;
+    ended bigint;
+BEGIN
+    IF EXISTS (
+        SELECT FROM file_extractions AS d
+        WHERE d.batch_id = settle_batch.batch_id AND d.state IN ('queued', 'working', 'retrying')
+    ) THEN
+        RETURN NULL;
+    END IF;
+    SELECT b.* INTO batch FROM processing_jobs AS b WHERE b.batch_id = settle_batch.batch_id FOR UPDATE;
+    IF NOT FOUND OR batch.sealed_at IS NULL OR batch.status = 'cancelled' THEN
+        RETURN NULL;
+    END IF;
+    SELECT count(*) FILTER (WHERE d.state IN ('failed', 'cancelled')), count(*) INTO failed, ended
+    FROM file_extractions AS d
+    WHERE d.batch_id = batch.batch_id AND d.run_id = batch.run_id;
+    IF EXISTS (
+        SELECT FROM file_extractions AS d
+        WHERE d.batch_id = batch.batch_id AND d.state IN ('queued', 'working', 'retrying')
+    ) THEN
+        RETURN NULL;
+    END IF;
+    UPDATE processing_jobs AS b
+    SET status = CASE WHEN failed = 0 THEN 'completed' WHEN failed < ended THEN 'completed_with_errors' ELSE 'failed' END,
+        error_message = CASE WHEN failed = ended AND ended > 0 THEN 'every document of the batch failed' END,
+        completed_at = coalesce(b.completed_at, now()), updated_at = now()
+    WHERE b.id = batch.id
+    RETURNING b.status INTO batch.status;
+    RETURN batch.status;
+END;
+$$;
+COMMENT ON FUNCTION settle_batch IS 'Ends a sealed batch if all its documents have ended and returns its status; null while it goes on.';
+
+CREATE FUNCTION begin_batch(
+    batch_id text, user_id text, source_path text, correlation_id text, metadata jsonb DEFAULT '{}'
+) RETURNS uuid LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    run uuid;
+BEGIN
+    INSERT INTO processing_jobs AS b (batch_id, user_id, source_path, correlation_id, metadata, status)
+    VALUES (begin_batch.batch_id, begin_batch.user_id, begin_batch.source_path, begin_batch.correlation_id, begin_batch.metadata, 'pending')
+    ON CONFLICT (batch_id) DO UPDATE
+    SET run_id = gen_random_uuid(), status = 'pending', source_path = EXCLUDED.source_path, correlation_id = EXCLUDED.correlation_id,
+        metadata = EXCLUDED.metadata, total_files = 0, error_message = NULL, sealed_at = NULL, completed_at = NULL, updated_at = now()
+    WHERE b.user_id = EXCLUDED.user_id
+    RETURNING b.run_id INTO run;
+    IF run IS NULL THEN
+        RAISE EXCEPTION 'batch_id "%" is taken; choose another', begin_batch.batch_id USING ERRCODE = 'unique_violation';
+    END IF;
+    RETURN run;
+END;
+$$;
+COMMENT ON FUNCTION begin_batch IS 'Opens a run of a batch, new or known, and returns its run_id.';
+
+CREATE FUNCTION seal_batch(batch_id text, run_id uuid, total_files integer) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE processing_jobs AS b
+    SET sealed_at = now(), total_files = seal_batch.total_files, status = 'processing', updated_at = now()
+    WHERE b.batch_id = seal_batch.batch_id AND b.run_id = seal_batch.run_id AND b.status = 'pending';
+    RETURN settle_batch(seal_batch.batch_id);
+END;
+$$;
+COMMENT ON FUNCTION seal_batch IS 'Says that every file of the run has been submitted; before that the batch cannot end.';
 
 CREATE VIEW document_status WITH (security_invoker = true) AS
 SELECT

@@ -143,17 +143,6 @@ DELETE FROM document_chunks AS c WHERE c.doc_id = %(doc_id)s;
 -- name: drop_other_markdown
 DELETE FROM document_markdown AS m WHERE m.doc_id = %(doc_id)s AND m.version <> %(version)s;
 
--- name: swap_in_buffered_chunks
-INSERT INTO document_chunks (
-    id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
-    language, metadata, embedding, embedding_model
-)
-SELECT b.id, b.doc_id, %(user_id)s, b.version, b.chunk_index, b.content, b.content_sha256, b.heading_path, b.page_start, b.page_end,
-    b.char_start, b.char_end, %(language)s, b.metadata, v.embedding, v.embedding_model
-FROM chunk_buffer AS b
-JOIN vector_buffer AS v USING (doc_id, version, chunk_index)
-WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s;
-
 -- name: clear_buffers
 WITH chunks AS (
     DELETE FROM chunk_buffer AS b WHERE b.doc_id = %(doc_id)s
@@ -169,3 +158,6 @@ VALUES (
     %(doc_id)s, %(version)s, %(batch_id)s, %(user_id)s, %(correlation_id)s, %(stage)s, %(error_type)s, %(error_message)s,
     %(traceback)s, %(context)s
 );
+
+-- name: settle_batch
+SELECT settle_batch(%(batch_id)s);

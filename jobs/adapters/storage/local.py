@@ -31,6 +31,14 @@ class StoredUpload:
     """Lowercase hex of the content."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells one content from another: size in bytes and lowercase hex SHA-256."""
+
+    size: int
+    sha256: str
+
+
 class LocalStorage:
     """Files below one base path, named relative to it with `/` between the parts. Safe with any number of threads, processes and hosts.
 
@@ -79,6 +87,13 @@ class LocalStorage:
         """Return the size of a stored file in bytes."""
         with storage_faults(self.base, relative):
             return regular(self.resolve(relative).stat()).st_size
+
+    def fingerprint(self, relative: str) -> Fingerprint:
+        """Return size and SHA-256 of a stored file, read in blocks."""
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative), path.open("rb") as file:
+            size = regular(os.fstat(file.fileno())).st_size
+            return Fingerprint(size, hashlib.file_digest(file, "sha256").hexdigest())
 
     def read(self, relative: str, max_bytes: int) -> bytes:
         """Return a stored file's content. PermanentError if it is larger than `max_bytes`."""
@@ -143,7 +158,7 @@ class LocalStorage:
         """Copy a submitted file to `uploads/<SHA-256 of doc_id>/<SHA-256 of content>`, durably and in flat memory.
 
         The same content is kept once. An open file is read from where it stands. `name` is what errors call it. SubmitError: missing, not a
-        regular file, unreadable, empty, larger than `max_bytes`. RetryableError: it changed meanwhile, or the storage is full, read-only or
+        regular file, unreadable, larger than `max_bytes`. RetryableError: it changed meanwhile, or the storage is full, read-only or
         failing. After an error nothing is left behind.
         """
         name = name or (str(source) if isinstance(source, Path) else "upload")

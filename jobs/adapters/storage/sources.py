@@ -17,7 +17,8 @@ BLOCK = 1 << 20
 def read_blocks(source: Path | bytes | BinaryIO, name: str, max_bytes: int) -> Iterator[bytes | memoryview]:
     """Yield the content in blocks of at most 1 MiB, each valid until the next one is asked for.
 
-    SubmitError: missing, not a regular file, not readable, empty, or larger than `max_bytes`.
+    An empty file is no error here: validate fails it, so that it stands in the tables with a reason like any other bad file.
+    SubmitError: missing, not a regular file, not readable, or larger than `max_bytes`.
     RetryableError: changed while it was being read, or a failing disk.
     """
     total = 0
@@ -25,8 +26,6 @@ def read_blocks(source: Path | bytes | BinaryIO, name: str, max_bytes: int) -> I
         total += len(block)
         _refuse_too_large(name, total, max_bytes)
         yield block
-    if total == 0:
-        raise SubmitError(f"File {name!r} is empty: there is nothing to ingest.")
 
 
 def _refuse_too_large(name: str, size: int, max_bytes: int) -> None:

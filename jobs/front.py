@@ -1,0 +1,81 @@
+"""The connections behind the front door: one small pool a process for threads, one an event loop for coroutines, opened on first use."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+from jobs.database import connect_options, make_pool, prepare_database
+from models.settings import Settings
+
+_sync_pools: dict[Settings, ConnectionPool[psycopg.Connection[Any]]] = {}
+_sync_lock = threading.Lock()
+_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, AsyncConnectionPool[psycopg.AsyncConnection[Any]]]]
+_async_pools: _Loops = weakref.WeakKeyDictionary()
+_async_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+
+
+def _sync_pool(settings: Settings) -> ConnectionPool[psycopg.Connection[Any]]:
+    with _sync_lock:
+        pool = _sync_pools.get(settings)
+        if pool is None:
+            conninfo = asyncio.run(prepare_database(settings))
+            pool = ConnectionPool(
+                conninfo,
+                kwargs={**connect_options(settings), "autocommit": True},
+                min_size=0,
+                max_size=settings.database_max_connections,
+                timeout=settings.database_timeout,
+                max_idle=60,
+                open=True,
+                name="docmill-front",
+            )
+            atexit.register(pool.close)
+            _sync_pools[settings] = pool
+        return pool
+
+
+async def _async_pool(settings: Settings) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+    loop = asyncio.get_running_loop()
+    async with _async_locks.setdefault(loop, asyncio.Lock()):
+        pools = _async_pools.setdefault(loop, {})
+        if settings not in pools:
+            pool = make_pool(settings, await prepare_database(settings))
+            await pool.open()
+            pools[settings] = pool
+        return pools[settings]
+
+
+async def close_async() -> None:
+    """Close the pools of the running event loop; they open again on the next use."""
+    for pool in _async_pools.pop(asyncio.get_running_loop(), {}).values():
+        await pool.close()
+
+
+@contextmanager
+def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -> Iterator[psycopg.Connection[Any]]:
+    """Yield the caller's connection as it stands, or one of ours that commits each statement."""
+    if given is not None:
+        yield given
+        return
+    with _sync_pool(settings).connection() as conn:
+        yield conn
+
+
+@asynccontextmanager
+async def async_connection(settings: Settings, given: psycopg.AsyncConnection[Any] | None) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """Do as `sync_connection` does, for coroutines."""
+    if given is not None:
+        yield given
+        return
+    pool = await _async_pool(settings)
+    async with pool.connection() as conn:
+        yield conn

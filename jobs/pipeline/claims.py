@@ -1,0 +1,114 @@
+"""Claiming a document and taking it in hand as far as it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psycopg
+from psycopg.rows import DictRow, dict_row
+
+from jobs.pipeline.work import Work
+from models.chunks import Chunk
+from models.documents import Document, FileType, PageMark
+from models.stages import Milestone, State
+from sql import query
+
+Connection = psycopg.AsyncConnection[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NotClaimed:
+    """Why a claim was refused. `state` is None for a document that is not known."""
+
+    state: State | None
+    lease_seconds_left: float | None = None
+
+
+async def one(conn: Connection, name: str, params: dict[str, Any]) -> DictRow | None:
+    """Run a named query and return its first row."""
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query(name), params)
+        return await cursor.fetchone()
+
+
+async def rows(conn: Connection, name: str, params: dict[str, Any]) -> list[DictRow]:
+    """Run a named query and return all its rows."""
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(query(name), params)
+        return await cursor.fetchall()
+
+
+async def claim_document(conn: Connection, doc_id: str, *, job_id: int, worker: str, lease_seconds: float) -> Work | NotClaimed:
+    """Claim a document and load what the stage that is due needs, or say why it cannot be claimed."""
+    row = await one(conn, "claim_document", {"doc_id": doc_id, "job_id": job_id, "worker": worker, "lease_seconds": lease_seconds})
+    if row is None:
+        seen = await one(conn, "look_at_document", {"doc_id": doc_id})
+        return NotClaimed(None) if seen is None else NotClaimed(State(seen["state"]), seen["lease_seconds_left"])
+    document = Document(
+        doc_id=row["doc_id"],
+        version=row["version"],
+        user_id=row["user_id"],
+        file_name=row["file_name"],
+        file_path=row["file_path"],
+        milestone=Milestone(row["milestone"]),
+        batch_id=row["batch_id"],
+        correlation_id=row["correlation_id"],
+        metadata=row["metadata"],
+        file_size=row["file_size"],
+        content_sha256=row["content_sha256"],
+        file_type=FileType(row["file_type"]) if row["file_type"] else None,
+        mime_type=row["mime_type"],
+        duplicate_of=row["duplicate_of"],
+    )
+    document = await _load(conn, document)
+    return Work(
+        document=document,
+        saved=document,
+        claim=row["claim"],
+        priority=row["priority"],
+        served_version=row["served_version"],
+        retry_count=row["retry_count"],
+        buffered=document.chunks is not None,
+    )
+
+
+async def _load(conn: Connection, document: Document) -> Document:
+    """Take in what earlier checkpoints stored, as far as the stages still to come need it."""
+    order = list(Milestone)
+    reached = order.index(document.milestone)
+    params = {"doc_id": document.doc_id, "version": document.version}
+    if reached >= order.index(Milestone.PARSE_COMPLETE) and (row := await one(conn, "load_markdown", params)):
+        document = replace(
+            document,
+            markdown=row["markdown"],
+            markdown_sha256=row["markdown_sha256"],
+            pages=tuple(PageMark(mark["number"], mark["start"], mark.get("label")) for mark in row["page_map"]),
+            parser=row["parser"],
+            parse_metadata=row["parse_metadata"],
+        )
+    if reached >= order.index(Milestone.CHUNKS_STORED):
+        document = replace(document, chunks=tuple(_chunk(row) for row in await rows(conn, "load_chunks", params)))
+    if reached >= order.index(Milestone.EMBEDDINGS_STORED):
+        stored = await rows(conn, "load_vectors", params)
+        vectors = np.stack([row["embedding"].to_numpy() for row in stored]).astype(np.float32) if stored else np.empty((0, 0), np.float32)
+        document = replace(document, vectors=vectors, embedding_model=stored[0]["embedding_model"] if stored else None)
+    if reached >= order.index(Milestone.EXTRACTED) and (row := await one(conn, "load_extraction", params)):
+        document = replace(document, raw_extraction=row["raw_extraction"])
+    return document
+
+
+def _chunk(row: DictRow) -> Chunk:
+    return Chunk(
+        id=row["id"],
+        index=row["chunk_index"],
+        content=row["content"],
+        content_sha256=row["content_sha256"],
+        heading_path=tuple(row["heading_path"]),
+        page_start=row["page_start"],
+        page_end=row["page_end"],
+        char_start=row["char_start"],
+        char_end=row["char_end"],
+        metadata=row["metadata"],
+    )

@@ -1,0 +1,277 @@
+"""Runs a document through its stages: claim, run, carry, checkpoint, hand on. Failure has one path."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+
+from loguru import logger
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+from jobs.adapters.usage import measured
+from jobs.leases import Lease, LeaseKeeper
+from jobs.logs import bound
+from jobs.pipeline.checkpoint import Failure, FencedOff, Outcome, checkpoint
+from jobs.pipeline.claims import Connection, NotClaimed, claim_document
+from jobs.pipeline.details import stage_detail
+from jobs.pipeline.work import StageEvent, Work
+from jobs.retry import RetryPlan, StageRetry, classify_error
+from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
+from models.documents import Document
+from models.errors import PermanentError
+from models.errors import TimeoutError as StageTimeout
+from models.settings import Settings
+from models.stages import Stage, State, due_stage
+from sql import query
+
+StageFunction = Callable[[Document, Tools], Awaitable[Document]]
+
+STAGE_FUNCTIONS: dict[str, StageFunction] = {
+    "validate": validate.run,
+    "parse": parse.run,
+    "check": check.run,
+    "chunk": chunk.run,
+    "embed": embed.run,
+    "extract": extract.run,
+    "finalize": finalize.run,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the runner needs to know of the procrastinate job that it runs for."""
+
+    id: int
+    stage: str
+    queues: frozenset[str] | None
+    """The queues that this worker listens to; None for all."""
+
+
+class Runner:
+    """Runs the documents of one worker process."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        pool: AsyncConnectionPool[Connection],
+        tools: Tools,
+        leases: LeaseKeeper,
+        retry: StageRetry,
+        worker: str,
+        stopping: Callable[[], bool],
+        stages: dict[str, StageFunction] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._tools = tools
+        self._leases = leases
+        self._retry = retry
+        self._worker = worker
+        self._stopping = stopping
+        self._stages = stages or STAGE_FUNCTIONS
+
+    async def run(self, job: Job, doc_id: str) -> None:
+        """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
+        claimed_at = time.monotonic()
+        async with self._pool.connection() as conn:
+            work = await claim_document(conn, doc_id, job_id=job.id, worker=self._worker, lease_seconds=self._settings.lease_seconds)
+            if isinstance(work, NotClaimed):
+                await self._answer_refusal(conn, job, doc_id, work)
+                return
+        document = work.document
+        with bound(doc_id=doc_id, batch_id=document.batch_id, correlation_id=document.correlation_id, worker=self._worker):
+            lease = self._hold(work, claimed_at)
+            try:
+                await self._carry(job, work, lease)
+            finally:
+                self._leases.release(lease)
+        if document.batch_id is not None and not work.lost:
+            async with self._pool.connection() as conn:
+                await conn.execute(query("settle_batch"), {"batch_id": document.batch_id})
+
+    async def _answer_refusal(self, conn: Connection, job: Job, doc_id: str, refused: NotClaimed) -> None:
+        if refused.state is None:
+            raise PermanentError(f'There is no document with doc_id "{doc_id}".')
+        if refused.state is State.WORKING:
+            delay = max(0.0, refused.lease_seconds_left or 0.0) + 0.1
+            await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "priority": 0, "delay": delay})
+            logger.bind(doc_id=doc_id).info("Another worker holds the document; looking again in {:.0f} s", delay)
+
+    def _hold(self, work: Work, claimed_at: float) -> Lease:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def lost() -> None:
+            work.lost = True
+            if task is not None:
+                with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
+                    loop.call_soon_threadsafe(task.cancel)
+
+        return self._leases.hold(work.document.doc_id, work.claim, claimed_at=claimed_at, on_lost=lost)
+
+    async def _carry(self, job: Job, work: Work, lease: Lease) -> None:
+        """Run stage after stage until the document ends or leaves this worker; whatever stops it takes the one failure path."""
+        stage = due_stage(work.document.milestone)
+        try:
+            if stage is not None and not self._listens(job.queues, stage):
+                await self._leave(work, lease, stage)
+                return
+            while stage is not None:
+                with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
+                    elapsed = await self._run_stage(stage, work, lease)
+                    stage = await self._after(job, stage, work, lease, elapsed)
+        except FencedOff:
+            await self._tell_fenced(work, stage)
+        except asyncio.CancelledError:
+            await self._on_cancel(work, lease, stage)
+        except Exception as error:
+            await self._fail(work, lease, stage, error)
+
+    async def _run_stage(self, stage: Stage, work: Work, lease: Lease) -> float:
+        """Run one stage, note its event, and return how long it took in seconds."""
+        started = time.monotonic()
+        limit = self._settings.stage_timeout_seconds
+        lease.deadline = started + limit
+        attempt = work.attempt_at(stage.due_at)
+        with measured() as usage:
+            try:
+                async with asyncio.timeout(limit) as deadline:
+                    document = await self._stages[stage.name](work.document, self._tools)
+            except TimeoutError as error:
+                if not deadline.expired():
+                    raise
+                raise StageTimeout(f"{work.document.file_name}: {stage.name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
+        elapsed = time.monotonic() - started
+        work.document = replace(document, milestone=stage.reaches)
+        work.events.append(
+            StageEvent(
+                "completed" if stage.name == "finalize" else "stage_completed",
+                stage.name,
+                attempt,
+                round(elapsed * 1000, 3),
+                round(usage.cpu_ms, 3),
+                usage.peak_memory_mb and round(usage.peak_memory_mb, 1),
+                stage_detail(stage.name, work.document),
+            )
+        )
+        return elapsed
+
+    async def _after(self, job: Job, stage: Stage, work: Work, lease: Lease, elapsed: float) -> Stage | None:
+        """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
+        following = due_stage(work.document.milestone)
+        if following is None:
+            await self._checkpoint(work, Outcome(State.COMPLETE), lease)
+            logger.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
+            return None
+        if self._settings.handoff == "queue" or self._stopping() or not self._listens(job.queues, following):
+            await self._leave(work, lease, following)
+            return None
+        if elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:
+            await self._checkpoint(work, Outcome(State.WORKING), None)
+        return following
+
+    async def _leave(self, work: Work, lease: Lease, following: Stage) -> None:
+        retry_count = work.attempt_at(work.document.milestone)
+        await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
+
+    async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None) -> None:
+        """Make the work durable. `lease` is given when the work ends here: it is no longer renewed from now on."""
+        if lease is not None:
+            self._leases.release(lease)
+        async with self._pool.connection() as conn:
+            await checkpoint(conn, work, outcome, worker=self._worker)
+
+    async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
+        """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
+        if stage is None:
+            raise error
+        attempt = work.attempt_at(stage.due_at)
+        plan = self._retry.plan(error, attempt)
+        failure = self._failure(work, stage, error, attempt)
+        work.events.append(
+            StageEvent(
+                "failed" if plan is None else "retry_scheduled",
+                stage.name,
+                attempt,
+                detail={
+                    "error_type": failure.error_type,
+                    "error_message": failure.message,
+                    **({} if plan is None else {"delay_seconds": round(plan.delay, 3), "counts": plan.counts}),
+                },
+            )
+        )
+        try:
+            await self._checkpoint(work, self._outcome_of(plan, failure, attempt), lease)
+        except FencedOff:
+            await self._tell_fenced(work, stage)
+            return
+        if plan is None:
+            logger.error("{} failed: {}", failure.error_type, failure.message)
+        else:
+            logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
+
+    def _outcome_of(self, plan: RetryPlan | None, failure: Failure, attempt: int) -> Outcome:
+        if plan is None:
+            return Outcome(State.FAILED, retry_count=attempt, failure=failure)
+        return Outcome(State.RETRYING, failure.stage, plan.delay, attempt + plan.counts, failure)
+
+    def _failure(self, work: Work, stage: Stage, error: Exception, attempt: int) -> Failure:
+        message = str(error).strip() or type(error).__name__
+        return Failure(
+            stage=stage.name,
+            error_type=classify_error(error),
+            message=_storable(message)[:2000],
+            traceback=_storable("".join(traceback.format_exception(error)))[-20_000:],
+            context={
+                "exception": f"{type(error).__module__}.{type(error).__qualname__}",
+                "milestone": work.document.milestone,
+                "attempt": attempt,
+                "worker": self._worker,
+                "file_name": work.document.file_name,
+            },
+        )
+
+    async def _on_cancel(self, work: Work, lease: Lease, stage: Stage | None) -> None:
+        """A lost lease drops the work; a shutdown hands it on at once without counting. Either way the job ends well."""
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
+        if work.lost:
+            await self._tell_fenced(work, stage)
+            return
+        if stage is None:
+            return
+        work.events.append(StageEvent("handed_on", stage.name, work.attempt_at(stage.due_at), detail={"reason": "worker stops"}))
+        try:
+            await self._leave(work, lease, stage)
+        except FencedOff:
+            await self._tell_fenced(work, stage)
+
+    async def _tell_fenced(self, work: Work, stage: Stage | None) -> None:
+        work.lost = True
+        document = work.document
+        name = stage.name if stage else None
+        logger.warning("The claim has moved on; the work on {} is dropped", name)
+        async with self._pool.connection() as conn:
+            await conn.execute(
+                query("tell_event"),
+                {
+                    "doc_id": document.doc_id, "version": document.version, "batch_id": document.batch_id, "user_id": document.user_id,
+                    "correlation_id": document.correlation_id, "stage": name, "event": "fenced_off", "worker": self._worker,
+                    "claim": work.claim, "detail": Jsonb({"milestone": document.milestone}),
+                },
+            )  # fmt: skip
+
+    @staticmethod
+    def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:
+        return queues is None or stage.queue in queues
+
+
+def _storable(text: str) -> str:
+    """Return text that Postgres can store: no NUL, no lone surrogates."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()

@@ -1,0 +1,56 @@
+"""A claimed document in a worker's hands: what has been made, and what of it is durable."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.documents import Document
+from models.stages import Milestone
+
+
+@dataclass(frozen=True, slots=True)
+class StageEvent:
+    """What the audit trail will say about a stage. Times in milliseconds, memory in MB."""
+
+    event: str
+    stage: str | None = None
+    attempt: int | None = None
+    duration_ms: float | None = None
+    cpu_ms: float | None = None
+    peak_memory_mb: float | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Work:
+    """A claim and the document under it. `saved` is the document as the database has it; what differs from it waits in memory."""
+
+    document: Document
+    saved: Document
+    claim: int
+    priority: int
+    served_version: int | None
+    retry_count: int
+    """Failures that counted at the saved milestone."""
+    buffered: bool = False
+    """Whether rows of this version lie in the buffer tables."""
+    events: list[StageEvent] = field(default_factory=list)
+    lost: bool = False
+    """The lease has gone to somebody else or has run out: nothing may be written any more."""
+
+    def attempt_at(self, milestone: Milestone) -> int:
+        """Failures that counted against the stage that is due at a milestone."""
+        return self.retry_count if milestone == self.saved.milestone else 0
+
+    def carried_bytes(self) -> int:
+        """About how much memory the results take that are not durable yet."""
+        size = 0
+        if self.document.markdown is not None and self.document.markdown is not self.saved.markdown:
+            size += sys.getsizeof(self.document.markdown)
+        if self.document.chunks is not None and self.document.chunks is not self.saved.chunks:
+            size += sum(sys.getsizeof(chunk.content) for chunk in self.document.chunks)
+        if self.document.vectors is not None and self.document.vectors is not self.saved.vectors:
+            size += self.document.vectors.nbytes
+        return size

@@ -1,0 +1,240 @@
+"""Accepting documents: the file is copied into storage, then one statement makes the row and its first job."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypedDict, Unpack, cast
+
+import psycopg
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+
+from jobs.adapters.storage import LocalStorage, safe_display_name
+from jobs.front import async_connection, sync_connection
+from models.errors import RetryableError, SubmitConflict, SubmitError
+from models.settings import Settings, load_settings
+from models.stages import State
+from models.submissions import Submission
+from sql import query
+
+File = str | os.PathLike[str] | bytes | BinaryIO
+
+DOCUMENT_NAMESPACE = uuid.UUID("6f0d2a3e-5b7c-5d1e-9a44-646f636d696c")
+"""Namespace of derived doc_ids: UUIDv5 of user and absolute path, or of user and SHA-256 for bytes and open files."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_MEMORY_LIMIT = 8_000_000  # bytes of an open file that are kept in memory while its hash is not known yet
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a document belongs, beside its content."""
+
+    user_id: str = "default"
+    batch_id: str | None = None
+    run_id: uuid.UUID | None = None
+    source_path: str | None = None
+
+
+def derive_doc_id(user_id: str, what: str) -> str:
+    """Return the UUIDv5 of a user and an absolute path, or of a user and a SHA-256."""
+    return str(uuid.uuid5(DOCUMENT_NAMESPACE, f"{user_id}\n{what}"))
+
+
+def check_name(kind: str, value: str) -> str:
+    """Return the value of a doc_id, user_id, batch_id or correlation_id if it has 1 to 200 characters and no control characters."""
+    if not isinstance(value, str) or not 1 <= len(value) <= 200 or _CONTROL.search(value):
+        raise SubmitError(f"{kind} {value!r} must be 1 to 200 characters without control characters.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise SubmitError(f"{kind} {value!r} has a character that is not valid Unicode.") from error
+    return value
+
+
+def _metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise SubmitError(f"metadata must be a mapping, not {type(metadata).__name__}.")
+    try:
+        text = json.dumps(dict(metadata or {}), allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError) as error:  # a UnicodeEncodeError is a ValueError
+        raise SubmitError(f"metadata must be JSON: {error}.") from error
+    if "\\u0000" in text:
+        raise SubmitError("metadata must not hold NUL characters: Postgres cannot store them.")
+    return Jsonb(json.loads(text))
+
+
+def _hash_stream(file: BinaryIO) -> tuple[BinaryIO, str]:
+    """Return an open file that stands where it stood, and the SHA-256 of what follows; one that cannot seek is spooled."""
+    digest = hashlib.sha256()
+    if file.seekable():
+        start = file.tell()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        file.seek(start)
+        return file, digest.hexdigest()
+    spool = tempfile.SpooledTemporaryFile(max_size=_MEMORY_LIMIT)  # noqa: SIM115  # handed on to the caller
+    while block := file.read(1 << 20):
+        digest.update(block)
+        spool.write(block)
+    spool.seek(0)
+    return cast(BinaryIO, spool), digest.hexdigest()
+
+
+class Options(TypedDict, total=False):
+    """What may be said about a document beside its content; see `submit_document`."""
+
+    place: Place
+    doc_id: str | None
+    file_name: str | None
+    metadata: Mapping[str, Any] | None
+    priority: int
+    correlation_id: str | None
+
+
+def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[str, Any]:
+    """Check the arguments, copy the file into storage and return the parameters of the statement that accepts it."""
+    place = options.get("place") or Place()
+    doc_id, file_name = options.get("doc_id"), options.get("file_name")
+    priority, correlation_id = options.get("priority", 0), options.get("correlation_id")
+    check_name("user_id", place.user_id)
+    metadata = _metadata(options.get("metadata"))
+    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise SubmitError(f"priority {priority!r} must be a whole number of 32 bits.")
+    source: Path | bytes | BinaryIO
+    if isinstance(file, bytes | bytearray | memoryview):
+        source = bytes(file)
+        doc_id = doc_id or derive_doc_id(place.user_id, hashlib.sha256(source).hexdigest())
+        name = file_name or "upload"
+    elif isinstance(file, str | os.PathLike):
+        source = Path(file).absolute()
+        doc_id = doc_id or derive_doc_id(place.user_id, str(source))
+        name = file_name or source.name
+    elif hasattr(file, "read"):
+        source = file
+        name = file_name or Path(str(getattr(file, "name", "upload"))).name
+        if doc_id is None:
+            source, sha256 = _hash_stream(file)
+            doc_id = derive_doc_id(place.user_id, sha256)
+    else:
+        raise SubmitError(f"A document is a path, bytes or an open binary file, not {type(file).__name__}.")
+    check_name("doc_id", doc_id)
+    stored = LocalStorage.from_settings(settings).store_upload(
+        doc_id, source, settings.max_file_size_mb * 1_000_000, str(source) if isinstance(source, Path) else name
+    )
+    return {
+        "doc_id": doc_id,
+        "user_id": place.user_id,
+        "file_name": safe_display_name(name),
+        "file_path": stored.file_path,
+        "source_path": place.source_path or (safe_display_name(str(source)) if isinstance(source, Path) else None),
+        "file_size": stored.size,
+        "content_sha256": stored.sha256,
+        "metadata": metadata,
+        "priority": priority,
+        "correlation_id": check_name("correlation_id", correlation_id or str(uuid.uuid4())),
+        "batch_id": place.batch_id,
+        "run_id": place.run_id,
+        "lock_timeout_ms": int(settings.submit_lock_timeout_seconds * 1000),
+    }
+
+
+def submission(params: Mapping[str, Any], row: Mapping[str, Any] | None) -> Submission:
+    """Return what became of a submission, from its parameters and the row that the statement answered with."""
+    if row is None:
+        raise RetryableError(f'doc_id "{params["doc_id"]}": the database gave no answer; nothing was submitted.')
+    return Submission(params["doc_id"], row["outcome"], row["version"], State(row["state"]), params["correlation_id"])
+
+
+def refused(error: psycopg.Error, doc_id: str) -> Exception:
+    """Translate what Postgres said to a submission."""
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return SubmitConflict(
+            f'doc_id "{doc_id}": another transaction holds this document; nothing was submitted. Try again once it has ended '
+            "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
+        )
+    if isinstance(error, psycopg.errors.UniqueViolation):
+        return SubmitError(f'doc_id "{doc_id}" is taken; choose another.')
+    return error
+
+
+def submit_document(
+    file: File,
+    *,
+    doc_id: str | None = None,
+    user_id: str = "default",
+    metadata: Mapping[str, Any] | None = None,
+    priority: int = 0,
+    correlation_id: str | None = None,
+    file_name: str | None = None,
+    connection: psycopg.Connection[Any] | None = None,
+) -> Submission:
+    """Submit one document and return its doc_id, a string that also tells the outcome.
+
+    `file`: a path, bytes or an open binary file. `doc_id`: 1 to 200 characters, unique over the installation; left out, it is derived from
+    user and absolute path, or user and content. `metadata`: JSON, searches can filter by it. `priority`: higher is worked on first.
+    `connection`: joins the caller's transaction, so that the document exists if and only if that commits.
+
+    The same doc_id with the same content changes nothing; new content makes a new version. Errors: SubmitError (refused, nothing stored),
+    SubmitConflict (another transaction holds the document), RetryableError (storage full or read-only), ConfigurationError.
+    """
+    settings = load_settings()
+    place = Place(user_id=user_id)
+    params = prepare(
+        settings, file, place=place, doc_id=doc_id, file_name=file_name, metadata=metadata, priority=priority, correlation_id=correlation_id
+    )
+    with sync_connection(settings, connection) as conn:
+        try:
+            row = conn.cursor(row_factory=dict_row).execute(query("accept_document"), params).fetchone()
+        except psycopg.Error as error:
+            raise refused(error, params["doc_id"]) from error
+    return submission(params, row)
+
+
+async def submit_document_async(
+    file: File,
+    *,
+    doc_id: str | None = None,
+    user_id: str = "default",
+    metadata: Mapping[str, Any] | None = None,
+    priority: int = 0,
+    correlation_id: str | None = None,
+    file_name: str | None = None,
+    connection: psycopg.AsyncConnection[Any] | None = None,
+) -> Submission:
+    """Do as `submit_document` does, without blocking the event loop; `connection` is an async one."""
+    settings = load_settings()
+    return await accept(
+        settings,
+        file,
+        place=Place(user_id=user_id),
+        doc_id=doc_id,
+        file_name=file_name,
+        metadata=metadata,
+        priority=priority,
+        correlation_id=correlation_id,
+        connection=connection,
+    )
+
+
+async def accept(
+    settings: Settings, file: File, *, connection: psycopg.AsyncConnection[Any] | None = None, **options: Unpack[Options]
+) -> Submission:
+    """Submit one document on behalf of a batch or a single submission; see `submit_document`."""
+    params = await asyncio.to_thread(prepare, settings, file, **options)
+    async with async_connection(settings, connection) as conn, conn.cursor(row_factory=dict_row) as cursor:
+        try:
+            await cursor.execute(query("accept_document"), params)
+            return submission(params, await cursor.fetchone())
+        except psycopg.Error as error:
+            raise refused(error, params["doc_id"]) from error

@@ -1,0 +1,68 @@
+"""The seven stage tasks, registered on the App. Each hands its document to the runner."""
+
+from __future__ import annotations
+
+from procrastinate import JobContext
+
+from jobs.adapters.embedders import make_embedder
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.storage import LocalStorage
+from jobs.pipeline import Runner
+from jobs.pipeline.reading import Reading
+from jobs.pipeline.runner import Job
+from jobs.retry import StageRetry
+from jobs.stages import Tools
+from models.stages import STAGES
+from procrastinate_app import app
+
+_settings = app.settings
+_runners: list[Runner] = []
+
+retry = StageRetry(
+    max_attempts=_settings.max_retry_attempts, base=_settings.retry_base_delay_seconds, max_delay=_settings.retry_max_delay_seconds
+)
+
+
+def _runner() -> Runner:
+    """Return this worker's runner, made on first use: a worker that only waits loads no model and starts no child process."""
+    if not _runners:
+        assert app.leases is not None
+        sandbox = ProcessSandbox.from_settings(_settings)
+        embedder = make_embedder(_settings)
+        reading = Reading(app.pool)
+        tools = Tools(
+            settings=_settings,
+            storage=LocalStorage.from_settings(_settings),
+            sandbox=sandbox,
+            embedder=embedder,
+            known_vectors=reading.known_vectors,
+            find_original=reading.find_original,
+        )
+        _runners.append(
+            Runner(
+                settings=_settings,
+                pool=app.pool,
+                tools=tools,
+                leases=app.leases,
+                retry=retry,
+                worker=app.worker_name,
+                stopping=app.stopping,
+            )
+        )
+
+        async def close() -> None:
+            _runners.clear()
+            await sandbox.aclose()
+
+        app.at_close.append(close)
+    return _runners[0]
+
+
+async def _run(context: JobContext, doc_id: str) -> None:
+    assert context.job.id is not None
+    queues = frozenset(context.worker_queues) if context.worker_queues else None
+    await _runner().run(Job(context.job.id, context.job.task_name, queues), doc_id)
+
+
+for _stage in STAGES:
+    app.task(name=_stage.name, queue=_stage.queue, retry=retry, pass_context=True)(_run)

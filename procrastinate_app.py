@@ -1,0 +1,9 @@
+"""The procrastinate App of docmill: settings, logging, connector, worker defaults, import paths. No tasks, no SQL."""
+
+from jobs.logs import configure_logging
+from jobs.worker import DocmillApp
+from models.settings import load_settings
+
+settings = load_settings()
+configure_logging(settings, role="worker")
+app = DocmillApp(settings, import_paths=["jobs.tasks"])

