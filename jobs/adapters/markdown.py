@@ -1,0 +1,206 @@
+"""Where the blocks of a markdown text lie: headings, tables, code fences, paragraphs.
+
+One pass over the lines, linear in the length of the text, all offsets in code points and end exclusive. A full CommonMark
+parser in Python takes a second for a megabyte, and the fast ones keep no offsets; chunking and extraction need block positions only.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from models.documents import PageMark
+
+MAX_HEADING_CHARACTERS = 300
+"""A heading's text is cut here, so that a megabyte behind a `#` stays harmless."""
+MAX_FRONT_MATTER_LINES = 200
+
+_FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`]*+)$")
+_ATX = re.compile(r"(#{1,6}+)(?:[ \t]|$)")
+_NOT_A_PARAGRAPH = re.compile(r"[>|]|[-*+][ \t]|[0-9]{1,9}[.)][ \t]")
+_LINK = re.compile(r"!?\[([^\[\]]*+)\]\([^()]*+\)")
+_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}+>")
+_EMPHASIS = re.compile(r"(?<![^\W_])_{1,3}+(?=\S)|(?<=\S)_{1,3}+(?![^\W_])|\*{1,3}+|`{1,3}+|~~")
+_ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
+_UNESCAPED_PIPE = re.compile(r"(?<!\\)\|")
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading, ATX (`## Text`) or setext (a line underlined with `===` or `---`); `end` is after its last newline."""
+
+    level: int
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A pipe table. `lines` are the offsets where its lines start: header, delimiter, rows."""
+
+    start: int
+    end: int
+    lines: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A fenced code block with its info string; `end` is after the closing line."""
+
+    start: int
+    end: int
+    info: str
+
+
+@dataclass(slots=True)
+class Structure:
+    """The blocks of a text, each list in order of offset."""
+
+    headings: list[Heading] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    fences: list[Fence] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    """Offsets where a block begins after a blank line, outside fences and tables."""
+    front_matter_end: int = 0
+    """0 where the text has no front matter."""
+
+
+def read_structure(markdown: str) -> Structure:
+    """Return where the blocks lie. Any text is valid; an unclosed fence runs to the end, as in CommonMark."""
+    found = Structure()
+    lines = markdown.split("\n")
+    at = _front_matter_lines(lines)
+    offset = found.front_matter_end = sum(len(line) + 1 for line in lines[:at])
+    paragraph = 0  # lines of the paragraph that the previous line belongs to; 0 after anything else
+    after_blank = True
+    while at < len(lines):
+        line = lines[at]
+        text = line.strip()
+        used = 1
+        if text and after_blank:
+            found.blocks.append(offset)
+        after_blank = not text
+        if not text:
+            paragraph = 0
+        elif line.startswith(("    ", "\t")):
+            pass  # indented code or the continuation of a paragraph: never the start of another block
+        elif text[0] in "`~" and (fence := _FENCE.match(text)):
+            used = _fence_lines(lines, at, fence.group(1))
+            found.fences.append(Fence(offset, offset + _length(lines, at, used), fence.group(2).strip()[:100]))
+            paragraph = 0
+        elif text[0] == "#" and (atx := _ATX.match(text)):
+            title = _heading_text(text[atx.end() :])
+            found.headings.append(Heading(len(atx.group(1)), title, offset, offset + len(line) + 1))
+            paragraph = 0
+        elif text[0] in "=-" and not text.strip(text[0]):
+            if paragraph == 1:
+                start = offset - len(lines[at - 1]) - 1
+                found.headings.append(Heading(1 if text[0] == "=" else 2, _heading_text(lines[at - 1]), start, offset + len(line) + 1))
+            paragraph = 0
+        elif "|" in text and at + 1 < len(lines) and _is_delimiter(lines[at + 1], text):
+            used = _table_lines(lines, at)
+            found.tables.append(_table(lines, at, used, offset))
+            paragraph = 0
+        else:
+            paragraph = 0 if _NOT_A_PARAGRAPH.match(text) else paragraph + 1
+        offset += _length(lines, at, used)
+        at += used
+    _end_within(found, len(markdown))
+    return found
+
+
+def cells(row: str) -> list[str]:
+    r"""Return the cells of a table line, stripped; `\|` is a character and not a border."""
+    text = row.strip()
+    text = text[1:] if text.startswith("|") else text
+    parts = _UNESCAPED_PIPE.split(text)
+    if len(parts) > 1 and not parts[-1].strip():
+        parts.pop()
+    return [part.replace("\\|", "|").strip() for part in parts]
+
+
+def plain(text: str) -> str:
+    """Return inline markdown as text: links and images by their words, without emphasis, code marks, tags and escapes."""
+    if not any(mark in text for mark in "[*_`<\\~"):
+        return " ".join(text.split())
+    text = _TAG.sub(" ", _LINK.sub(r"\1", text))
+    return " ".join(_ESCAPED.sub(r"\1", _EMPHASIS.sub("", text)).split())
+
+
+def table_at(structure: Structure, offset: int) -> Table | None:
+    """Return the table that an offset lies in."""
+    index = bisect_right(structure.tables, offset, key=lambda table: table.start) - 1
+    return structure.tables[index] if index >= 0 and offset < structure.tables[index].end else None
+
+
+def page_at(pages: Sequence[PageMark], offset: int) -> int | None:
+    """Return the number of the page that an offset lies on, None without pages. Text before the first mark counts as the first page."""
+    if not pages:
+        return None
+    return pages[max(0, bisect_right(pages, offset, key=lambda page: page.start) - 1)].number
+
+
+def _length(lines: Sequence[str], at: int, used: int) -> int:
+    return sum(len(lines[index]) + 1 for index in range(at, at + used))
+
+
+def _front_matter_lines(lines: Sequence[str]) -> int:
+    if lines[0].rstrip() != "---" or len(lines) < 3 or ":" not in lines[1]:
+        return 0
+    for at in range(1, min(len(lines), MAX_FRONT_MATTER_LINES)):
+        if lines[at].rstrip() in ("---", "..."):
+            return at + 1
+    return 0
+
+
+def _fence_lines(lines: Sequence[str], at: int, mark: str) -> int:
+    for index in range(at + 1, len(lines)):
+        text = lines[index].strip()
+        if text.startswith(mark) and not text.strip(mark[0]):
+            return index + 1 - at
+    return len(lines) - at
+
+
+def _heading_text(text: str) -> str:
+    text = text.strip()[: MAX_HEADING_CHARACTERS * 2]
+    without = text.rstrip("#")
+    if without != text and (not without or without[-1] in " \t"):
+        text = without
+    return plain(text)[:MAX_HEADING_CHARACTERS]
+
+
+def _is_delimiter(line: str, header: str) -> bool:
+    text = line.strip()
+    if not text.startswith(("|", "-", ":")) or "|" not in text or text.strip("|:- \t"):
+        return False
+    marks = cells(text)
+    return len(marks) == len(cells(header)) and all("-" in mark and not mark.strip(":").strip("-") for mark in marks)
+
+
+def _table_lines(lines: Sequence[str], at: int) -> int:
+    used = 2
+    while at + used < len(lines) and "|" in lines[at + used]:
+        used += 1
+    return used
+
+
+def _table(lines: Sequence[str], at: int, used: int, offset: int) -> Table:
+    start = offset
+    starts = []
+    for index in range(at, at + used):
+        starts.append(offset)
+        offset += len(lines[index]) + 1
+    return Table(start, offset, tuple(starts))
+
+
+def _end_within(found: Structure, length: int) -> None:
+    """The last line has no newline: a block that ends with it ends with the text."""
+    if found.headings and (heading := found.headings[-1]).end > length:
+        found.headings[-1] = Heading(heading.level, heading.text, heading.start, length)
+    if found.tables and (table := found.tables[-1]).end > length:
+        found.tables[-1] = Table(table.start, length, table.lines)
+    if found.fences and (fence := found.fences[-1]).end > length:
+        found.fences[-1] = Fence(fence.start, length, fence.info)
