@@ -1,0 +1,56 @@
+"""One log file a process: its name, and what becomes of the files of processes that have ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from models.errors import ConfigurationError
+
+ABANDONED_SECONDS = 86_400
+"""A log file that nobody wrote to for so long belongs to a process that has ended; should it not have, it opens a new one."""
+_PARTS = {"{role}": "[a-z_]+", "{host}": r"[\w.-]+", "{pid}": r"\d+"}
+_ROTATED = r"(?:\.\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}(?:\.\d+)?)?"
+"""What loguru puts before the suffix of a rotated file."""
+
+
+def own_log_file(path: Path, role: str) -> Path:
+    """Return this process's log file for a LOG_FILE_PATH, its folder made. ConfigurationError if it cannot be written."""
+    name = _template(path)
+    for part, value in {"{role}": role, "{host}": socket.gethostname(), "{pid}": str(os.getpid())}.items():
+        name = name.replace(part, value)
+    own = path.with_name(name)
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"LOG_FILE_PATH={str(own)!r} cannot be written: {error.strerror}.") from error
+    if own.is_dir() or not os.access(own if own.exists() else own.parent, os.W_OK):
+        raise ConfigurationError(f"LOG_FILE_PATH={str(own)!r} cannot be written: it is a folder, or this user may not write there.")
+    return own
+
+
+def remove_abandoned(path: Path, keep: int) -> None:
+    """Delete the log files that ended processes left for a LOG_FILE_PATH, but for the newest `keep`."""
+    template = Path(_template(path))
+    shape = re.escape(template.stem)
+    for part, pattern in _PARTS.items():
+        shape = shape.replace(re.escape(part), pattern)
+    ours = re.compile(f"{shape}{_ROTATED}{re.escape(template.suffix)}")
+    written: list[tuple[float, Path]] = []
+    for file in path.parent.iterdir():
+        if ours.fullmatch(file.name):
+            with suppress(FileNotFoundError):  # another process is doing the same
+                written.append((file.stat().st_mtime, file))
+    for when, file in sorted(written, reverse=True)[keep:]:
+        if when < time.time() - ABANDONED_SECONDS:
+            file.unlink(missing_ok=True)
+
+
+def _template(path: Path) -> str:
+    """Add to a file name whichever of role, host and process id it does not place itself."""
+    missing = [part for part in _PARTS if part not in path.name]
+    return f"{path.stem}.{'-'.join(missing)}{path.suffix}" if missing else path.name
