@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import string
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -28,6 +29,19 @@ def _absolute(path: Path | None) -> Path | None:
         return path.expanduser().absolute()
     except RuntimeError:
         raise ValueError("begins with ~, but there is no such home directory") from None
+
+
+def _log_file(path: Path | None) -> Path | None:
+    """Accept a file name whose braces are all ones that get filled in."""
+    if path is None:
+        return None
+    try:
+        parts = {name for _, name, _, _ in string.Formatter().parse(str(path)) if name is not None}
+    except ValueError:
+        parts = {"unbalanced"}
+    if parts - {"role", "host", "pid"} or "\0" in str(path):
+        raise ValueError("has braces around something else than role, host or pid")
+    return path.expanduser()
 
 
 def _inside_base(name: str) -> str:
@@ -62,6 +76,9 @@ AnyCaseUpper = BeforeValidator(lambda value: value.strip().upper() if isinstance
 Folder = Annotated[Path, AfterValidator(_absolute), Words(allowed="a folder")]
 FolderInBase = Annotated[str, AfterValidator(_inside_base), Words(allowed="a folder name inside STORAGE_BASE_PATH")]
 OptionalFile = Annotated[Path | None, AfterValidator(_absolute)]
+LogFile = Annotated[
+    Path | None, AfterValidator(_log_file), Words(allowed="a file name, which may hold {role}, {host} and {pid}", default="unset")
+]
 Conninfo = Annotated[
     SecretStr | None,
     AfterValidator(_conninfo),

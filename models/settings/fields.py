@@ -10,7 +10,7 @@ from annotated_types import Interval
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, OptionalFile, Words, usable_cores
+from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, Words, usable_cores
 from models.settings.secret_files import SecretFiles
 
 SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE")
@@ -61,13 +61,13 @@ class Settings(BaseSettings):
     """Least severe level that is logged."""
     log_format: Annotated[Literal["text", "json"], AnyCase] = "text"
     """text for people; json, one object a line, for machines."""
-    log_file_path: Annotated[Path | None, Words(allowed="a file name, which may hold {role}, {host} and {pid}", default="unset")] = None
+    log_file_path: LogFile = None
     """Log to this file too, one file a process: role, host name and process id are put before its suffix unless the name places
     them itself. A relative name lies in STORAGE_LOGS_DIR. Unset: console only."""
     log_rotation_mb: Annotated[float, Interval(ge=0.001, le=10_000)] = 50
     """Size at which a log file is rotated, in MB of 1,000,000 bytes."""
     log_retention_files: Annotated[int, Interval(ge=1, le=10_000)] = 10
-    """Rotated log files that a process keeps."""
+    """Rotated log files that a process keeps, and files of ended processes that are kept for longer than a day."""
 
     # Retries
     max_retry_attempts: Annotated[int, Interval(ge=0, le=100)] = 3

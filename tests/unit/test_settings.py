@@ -1,0 +1,213 @@
+"""Settings: every one documented, every bad value named with its fault and its range, no secret shown."""
+
+import os
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from annotated_types import Interval
+from pydantic import ValidationError
+
+from models.errors import ConfigurationError
+from models.settings import Settings, allowed_values, default_value, load_settings
+from models.settings.fields import SERVER_VARIABLES
+
+ROOT = Path(__file__).parents[2]
+INTERVALS = {
+    name: mark for name, field in Settings.model_fields.items() for mark in field.metadata if isinstance(mark, Interval)
+}  # fmt: skip
+URL = "postgresql://ann:hush-hush@db:5432/docs"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Keep the developer's own environment and `.env` out, and what a test's `.env` sets in."""
+    before = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    for name in [*os.environ]:
+        if name.startswith("PG") or name.lower().removesuffix("_file") in Settings.model_fields:
+            monkeypatch.delenv(name)
+    load_settings.cache_clear()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    load_settings.cache_clear()
+
+
+def test_defaults_are_those_that_people_rely_on(tmp_path: Path) -> None:
+    settings = load_settings()
+    assert (settings.database_max_connections, settings.database_timeout) == (10, 30)
+    assert (settings.max_retry_attempts, settings.retry_base_delay_seconds, settings.batch_processing_timeout) == (3, 2.0, 1800)
+    assert settings.storage_base_path == tmp_path / ".docmill"
+    assert (settings.log_level, settings.log_format, settings.log_file_path) == ("INFO", "text", None)
+    assert settings.database_conninfo is None
+
+
+@pytest.mark.parametrize("end", ["below", "above"])
+@pytest.mark.parametrize("name", INTERVALS)
+def test_a_value_out_of_range_names_variable_and_range(name: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interval = INTERVALS[name]
+    assert isinstance(interval.ge, int | float) and isinstance(interval.le, int | float)
+    monkeypatch.setenv(name.upper(), str(interval.ge - 1 if end == "below" else interval.le + 1))
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(f"  {name.upper()}=") and line.endswith(f"; allowed: {allowed_values(name)}")
+    assert ("too small" if end == "below" else "too large") in line
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+def test_the_ends_of_a_range_are_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interval = INTERVALS[name]
+    if name == "chunk_overlap":
+        monkeypatch.setenv("CHUNK_SIZE", "20000")
+    if name == "chunk_size":
+        monkeypatch.setenv("CHUNK_OVERLAP", "0")
+    for end in (interval.ge, interval.le):
+        monkeypatch.setenv(name.upper(), str(end))
+        load_settings.cache_clear()
+        assert getattr(load_settings(), name) == end
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fault"),
+    [
+        ("MAX_PAGES", "ten", "is not a whole number"),
+        ("MAX_PAGES", "1.5", "is not a whole number"),
+        ("LEASE_SECONDS", "soon", "is not a number"),
+        ("LEASE_SECONDS", "nan", "is not a finite number"),
+        ("EXTRACTION_REQUIRED", "maybe", "is not true or false"),
+        ("LOG_FORMAT", "xml", "is not one of the allowed values; allowed: text or json"),
+        ("HANDOFF", "both", "allowed: inline or queue"),
+        ("EMBEDDING_PROVIDER", "best", "allowed: local or fast or hash"),
+        ("LOG_LEVEL", "LOUD", "allowed: TRACE or DEBUG"),
+        ("LOG_FILE_PATH", "x-{user}.log", "braces"),
+        ("STORAGE_TEMP_DIR", "../elsewhere", "stays inside STORAGE_BASE_PATH"),
+        ("STORAGE_TEMP_DIR", "/tmp", "stays inside STORAGE_BASE_PATH"),
+        ("STORAGE_UPLOADS_DIR", ".", "stays inside STORAGE_BASE_PATH"),
+        ("STORAGE_LOGS_DIR", "uploads", "is the folder of STORAGE_UPLOADS_DIR"),
+        ("CHUNK_OVERLAP", "500", "is not less than half of CHUNK_SIZE=1000"),
+        ("DATABASE_URL_FILE", "/no/such/file", "cannot be read"),
+    ],
+)
+def test_a_bad_value_says_what_is_wrong_with_it(variable: str, value: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert variable in str(caught.value) and fault in str(caught.value)
+
+
+def test_all_bad_values_are_listed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("MAX_PAGES", "CHUNK_SIZE", "LOG_FORMAT"):
+        monkeypatch.setenv(variable, "wrong")
+    monkeypatch.setenv("DATABASE_URL_FILE", "/no/such/file")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert len(str(caught.value).splitlines()) == 1 + 4
+
+
+def test_no_representation_shows_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", URL)
+    settings = load_settings()
+    assert settings.database_conninfo == URL
+    for text in (repr(settings), str(settings), f"{settings}", settings.model_dump_json(), str(settings.model_dump())):
+        assert "hush" not in text
+
+
+def test_a_bad_secret_is_never_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql+asyncpg//ann:hush-hush@db/docs")
+    with pytest.raises(ConfigurationError, match="DATABASE_URL is not a connection string") as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+    with pytest.raises(ValidationError) as raw:
+        Settings()
+    assert "hush" not in str(raw.value)
+
+
+def test_a_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(URL + "\n")
+    (tmp_path / ".env").write_text("DATABASE_URL_FILE=secret\n")
+    assert load_settings().database_conninfo == URL
+    load_settings.cache_clear()
+    monkeypatch.setenv("DATABASE_URL", URL)
+    with pytest.raises(ConfigurationError, match="DATABASE_URL_FILE is set together with DATABASE_URL"):
+        load_settings()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"x" * 100_000])
+def test_a_file_that_holds_no_secret_is_refused(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(content)
+    monkeypatch.setenv("DATABASE_URL_FILE", str(tmp_path / "secret"))
+    with pytest.raises(ConfigurationError, match="DATABASE_URL_FILE"):
+        load_settings()
+
+
+@pytest.mark.parametrize("variable", SERVER_VARIABLES)
+def test_a_pg_variable_that_names_a_server_leaves_the_rest_to_libpq(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGSSLMODE", "require")
+    assert load_settings().database_conninfo is None
+    monkeypatch.setenv(variable, "x")
+    assert load_settings().database_conninfo == ""
+
+
+def test_pg_variables_in_the_env_file_reach_libpq_and_lose_to_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PGHOST=from-file\nPGUSER=from-file\nMAX_PAGES=7\nSOMETHING_ELSE=1\n")
+    monkeypatch.setenv("PGUSER", "from-environment")
+    settings = load_settings()
+    assert (settings.max_pages, settings.database_conninfo) == (7, "")
+    assert (os.environ["PGHOST"], os.environ["PGUSER"]) == ("from-file", "from-environment")
+
+
+def test_the_environment_wins_over_the_env_file_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MAX_PAGES=7\nCHUNK_SIZE=500\n")
+    monkeypatch.setenv("MAX_PAGES", "8")
+    monkeypatch.setenv("CHUNK_SIZE", "")
+    assert (load_settings().max_pages, load_settings().chunk_size) == (8, 500)
+
+
+def test_an_env_file_that_cannot_be_read_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"MAX_PAGES=\xff\xfe")
+    with pytest.raises(ConfigurationError, match=r"\.env is not UTF-8"):
+        load_settings()
+
+
+def test_words_may_be_written_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_LEVEL", "debug")
+    monkeypatch.setenv("HANDOFF", "Queue")
+    assert (load_settings().log_level, load_settings().handoff) == ("DEBUG", "queue")
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        load_settings().max_pages = 3
+
+
+def test_a_way_around_the_pooler_is_used_where_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", URL)
+    assert load_settings().database_conninfo_direct == URL
+    load_settings.cache_clear()
+    monkeypatch.setenv("DATABASE_URL_DIRECT", "postgresql://direct/docs")
+    assert load_settings().database_conninfo_direct == "postgresql://direct/docs"
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description and allowed_values(name) and default_value(name) not in {"", "None", "PydanticUndefined"}, name
+
+
+def test_the_generated_pages_are_up_to_date() -> None:
+    pages = runpy.run_path(str(ROOT / "docs/generate_settings.py"))
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == pages["env_example"](), "run python docs/generate_settings.py"
+    assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == pages["configuration_page"]()
+
+
+def test_the_example_as_it_stands_changes_nothing(tmp_path: Path) -> None:
+    lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
+    active = [line for line in lines if line and not line.startswith("#")]
+    assert [line.partition("=")[0].lower() for line in active] == [*Settings.model_fields]
+    expected = load_settings()
+    (tmp_path / ".env").write_text("\n".join(active))
+    load_settings.cache_clear()
+    assert load_settings() == expected
