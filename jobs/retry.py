@@ -22,8 +22,14 @@ _RETRYABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGA
 _UNAVAILABLE_WAIT = 60.0
 
 
-def _of_sqlstate(sqlstate: str | None) -> ErrorType:
-    if sqlstate is None or sqlstate in _RETRYABLE_SQLSTATES or sqlstate[:2] in _RETRYABLE_SQLSTATE_CLASSES:
+def _of_database_error(error: psycopg.Error) -> ErrorType:
+    sqlstate = error.sqlstate
+    if sqlstate is None:
+        # Raised by the client: a lost connection or a full pool can pass, data that cannot be sent cannot.
+        if isinstance(error, psycopg.DataError | psycopg.IntegrityError | psycopg.ProgrammingError | psycopg.NotSupportedError):
+            return ErrorType.PERMANENT
+        return ErrorType.RETRYABLE
+    if sqlstate in _RETRYABLE_SQLSTATES or sqlstate[:2] in _RETRYABLE_SQLSTATE_CLASSES:
         return ErrorType.RETRYABLE
     return ErrorType.PERMANENT if sqlstate[:2] in _PERMANENT_SQLSTATE_CLASSES else ErrorType.UNKNOWN
 
@@ -54,7 +60,7 @@ def classify_error(error: BaseException) -> ErrorType:
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return ErrorType.TIMEOUT
     if isinstance(error, psycopg.Error):
-        return _of_sqlstate(error.sqlstate) if isinstance(error, psycopg.DatabaseError) else ErrorType.RETRYABLE
+        return _of_database_error(error)
     if isinstance(error, OSError):
         return _of_os_error(error)
     if isinstance(error, MemoryError):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psycopg
+from loguru import logger
 from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
 
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.work import Work
+from jobs.retry import classify_error
 from models.documents import Document
 from models.errors import ErrorType
 from models.stages import State
@@ -50,6 +55,48 @@ class FencedOff(Exception):
     """The claim has moved on: another worker, a new version, a cancel or a delete. Nothing was written."""
 
 
+class CheckpointFailed(Exception):
+    """The checkpoint could not be written, and trying again at once does not help."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+_PAUSES = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth try of a checkpoint
+
+
+async def checkpoint_durably(pool: AsyncConnectionPool[Connection], work: Work, outcome: Outcome, *, worker: str) -> None:
+    """Write a checkpoint, trying again over a new connection where that can help; raise FencedOff or CheckpointFailed."""
+    for pause in (*_PAUSES, None):
+        try:
+            async with pool.connection() as conn:
+                # A connection that broke at the commit does not say whether it was written.
+                if pause == _PAUSES[0] or not await _was_written(conn, work, outcome):
+                    await checkpoint(conn, work, outcome, worker=worker)
+                _mark_saved(work, outcome)
+            return
+        except psycopg.Error as error:
+            if pause is None or classify_error(error) is not ErrorType.RETRYABLE:
+                raise CheckpointFailed(error) from error
+            logger.warning("The checkpoint was not written, trying again in {} s: {}", pause, error)
+            await asyncio.sleep(pause)
+
+
+async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:
+    """Say whether the database already holds what this checkpoint is to write."""
+    row = await one(conn, "look_at_document", {"doc_id": work.document.doc_id})
+    target = (work.claim, work.document.milestone, outcome.state)
+    before = (work.claim, work.saved.milestone, State.WORKING)
+    return row is not None and (row["claim"], row["milestone"], row["state"]) == target and target != before
+
+
+def _mark_saved(work: Work, outcome: Outcome) -> None:
+    work.saved = work.document
+    work.retry_count = outcome.retry_count
+    work.events.clear()
+
+
 async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: str) -> None:
     """Write what is not durable yet and leave the document in the outcome's state, or raise FencedOff and write nothing."""
     document = work.document
@@ -59,9 +106,6 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
         await _store_results(conn, work, complete=outcome.state is State.COMPLETE)
         if outcome.state is State.FAILED and outcome.failure is not None:
             await conn.execute(query("bury_document"), _burial_params(document, outcome.failure))
-    work.saved = document
-    work.retry_count = outcome.retry_count
-    work.events.clear()
 
 
 def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]:

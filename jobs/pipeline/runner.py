@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 
+import psycopg
 from loguru import logger
-from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.adapters.usage import measured
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
-from jobs.pipeline.checkpoint import Failure, FencedOff, Outcome, checkpoint
+from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff, Outcome, checkpoint_durably
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document
 from jobs.pipeline.details import stage_detail
+from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.work import StageEvent, Work
-from jobs.retry import RetryPlan, StageRetry, classify_error
+from jobs.retry import StageRetry
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
 from models.documents import Document
 from models.errors import PermanentError
@@ -129,6 +129,11 @@ class Runner:
             await self._tell_fenced(work, stage)
         except asyncio.CancelledError:
             await self._on_cancel(work, lease, stage)
+        except CheckpointFailed as error:
+            # The results may be what could not be written, so they are dropped; what the database has stays.
+            work.document = work.saved
+            work.events.clear()
+            await self._fail(work, lease, due_stage(work.saved.milestone), error.cause)
         except Exception as error:
             await self._fail(work, lease, stage, error)
 
@@ -183,8 +188,7 @@ class Runner:
         """Make the work durable. `lease` is given when the work ends here: it is no longer renewed from now on."""
         if lease is not None:
             self._leases.release(lease)
-        async with self._pool.connection() as conn:
-            await checkpoint(conn, work, outcome, worker=self._worker)
+        await checkpoint_durably(self._pool, work, outcome, worker=self._worker)
 
     async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
@@ -192,21 +196,10 @@ class Runner:
             raise error
         attempt = work.attempt_at(stage.due_at)
         plan = self._retry.plan(error, attempt)
-        failure = self._failure(work, stage, error, attempt)
-        work.events.append(
-            StageEvent(
-                "failed" if plan is None else "retry_scheduled",
-                stage.name,
-                attempt,
-                detail={
-                    "error_type": failure.error_type,
-                    "error_message": failure.message,
-                    **({} if plan is None else {"delay_seconds": round(plan.delay, 3), "counts": plan.counts}),
-                },
-            )
-        )
+        failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
+        work.events.append(failure_event(failure, plan, attempt))
         try:
-            await self._checkpoint(work, self._outcome_of(plan, failure, attempt), lease)
+            await self._checkpoint(work, outcome_of(plan, failure, attempt), lease)
         except FencedOff:
             await self._tell_fenced(work, stage)
             return
@@ -214,27 +207,6 @@ class Runner:
             logger.error("{} failed: {}", failure.error_type, failure.message)
         else:
             logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
-
-    def _outcome_of(self, plan: RetryPlan | None, failure: Failure, attempt: int) -> Outcome:
-        if plan is None:
-            return Outcome(State.FAILED, retry_count=attempt, failure=failure)
-        return Outcome(State.RETRYING, failure.stage, plan.delay, attempt + plan.counts, failure)
-
-    def _failure(self, work: Work, stage: Stage, error: Exception, attempt: int) -> Failure:
-        message = str(error).strip() or type(error).__name__
-        return Failure(
-            stage=stage.name,
-            error_type=classify_error(error),
-            message=_storable(message)[:2000],
-            traceback=_storable("".join(traceback.format_exception(error)))[-20_000:],
-            context={
-                "exception": f"{type(error).__module__}.{type(error).__qualname__}",
-                "milestone": work.document.milestone,
-                "attempt": attempt,
-                "worker": self._worker,
-                "file_name": work.document.file_name,
-            },
-        )
 
     async def _on_cancel(self, work: Work, lease: Lease, stage: Stage | None) -> None:
         """A lost lease drops the work; a shutdown hands it on at once without counting. Either way the job ends well."""
@@ -254,24 +226,14 @@ class Runner:
 
     async def _tell_fenced(self, work: Work, stage: Stage | None) -> None:
         work.lost = True
-        document = work.document
         name = stage.name if stage else None
         logger.warning("The claim has moved on; the work on {} is dropped", name)
-        async with self._pool.connection() as conn:
-            await conn.execute(
-                query("tell_event"),
-                {
-                    "doc_id": document.doc_id, "version": document.version, "batch_id": document.batch_id, "user_id": document.user_id,
-                    "correlation_id": document.correlation_id, "stage": name, "event": "fenced_off", "worker": self._worker,
-                    "claim": work.claim, "detail": Jsonb({"milestone": document.milestone}),
-                },
-            )  # fmt: skip
+        try:
+            async with self._pool.connection() as conn:
+                await conn.execute(query("tell_event"), fenced_params(work, name, self._worker))
+        except psycopg.Error as error:
+            logger.warning("The audit trail could not be told of it: {}", error)
 
     @staticmethod
     def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:
         return queues is None or stage.queue in queues
-
-
-def _storable(text: str) -> str:
-    """Return text that Postgres can store: no NUL, no lone surrogates."""
-    return text.replace("\x00", "").encode("utf-8", "replace").decode()

@@ -16,7 +16,7 @@ RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correl
     d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count, d.claim;
 
 -- name: look_at_document
-SELECT d.state, d.milestone, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left
+SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 

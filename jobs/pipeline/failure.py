@@ -1,0 +1,71 @@
+"""What is recorded about a failure. Nothing here decides or writes."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from jobs.pipeline.checkpoint import Failure, Outcome
+from jobs.pipeline.work import StageEvent, Work
+from jobs.retry import RetryPlan, classify_error
+from models.documents import Document
+from models.stages import State
+
+_MESSAGE_LIMIT = 2_000  # characters
+_TRACEBACK_LIMIT = 20_000  # characters, the last ones
+
+
+def describe_failure(document: Document, stage: str, error: Exception, *, attempt: int, worker: str) -> Failure:
+    """Return what the document's row and its dead letter say about an exception."""
+    return Failure(
+        stage=stage,
+        error_type=classify_error(error),
+        message=_storable(str(error).strip() or type(error).__name__)[:_MESSAGE_LIMIT],
+        traceback=_storable("".join(traceback.format_exception(error)))[-_TRACEBACK_LIMIT:],
+        context={
+            "exception": f"{type(error).__module__}.{type(error).__qualname__}",
+            "milestone": document.milestone,
+            "attempt": attempt,
+            "worker": worker,
+            "file_name": document.file_name,
+        },
+    )
+
+
+def failure_event(failure: Failure, plan: RetryPlan | None, attempt: int) -> StageEvent:
+    """Return what the audit trail says: failed for good, or when it is tried again and whether that counts."""
+    detail: dict[str, Any] = {"error_type": failure.error_type, "error_message": failure.message}
+    if plan is not None:
+        detail |= {"delay_seconds": round(plan.delay, 3), "counts": plan.counts}
+    return StageEvent("failed" if plan is None else "retry_scheduled", failure.stage, attempt, detail=detail)
+
+
+def outcome_of(plan: RetryPlan | None, failure: Failure, attempt: int) -> Outcome:
+    """Return where a failure leaves the document: waiting for its next try, or failed."""
+    if plan is None:
+        return Outcome(State.FAILED, retry_count=attempt, failure=failure)
+    return Outcome(State.RETRYING, failure.stage, plan.delay, attempt + plan.counts, failure)
+
+
+def fenced_params(work: Work, stage: str | None, worker: str) -> dict[str, Any]:
+    """Return the parameters of the event that says that work was dropped because the claim had moved on."""
+    document = work.document
+    return {
+        "doc_id": document.doc_id,
+        "version": document.version,
+        "batch_id": document.batch_id,
+        "user_id": document.user_id,
+        "correlation_id": document.correlation_id,
+        "stage": stage,
+        "event": "fenced_off",
+        "worker": worker,
+        "claim": work.claim,
+        "detail": Jsonb({"milestone": document.milestone}),
+    }
+
+
+def _storable(text: str) -> str:
+    """Return text that Postgres can store: no NUL, no lone surrogates."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()

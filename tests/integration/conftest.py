@@ -1,0 +1,138 @@
+"""A runner over the test's database, with stages that are plain functions, for what the runner itself promises."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import numpy as np
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+
+from jobs.adapters.storage import LocalStorage
+from jobs.database import make_pool
+from jobs.leases import LeaseKeeper
+from jobs.pipeline.claims import Connection
+from jobs.pipeline.reading import Reading
+from jobs.pipeline.runner import Job, Runner
+from jobs.retry import StageRetry
+from jobs.stages import Tools
+from models.chunks import Chunk
+from models.documents import Document, FileType
+from models.settings import Settings
+from models.stages import STAGE_BY_NAME, STAGES
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def made_by(stage: str, document: Document) -> Document:
+    """What the plain stages make: small, but everything that finalize and the checkpoint ask for."""
+    text = f"text of {document.doc_id} version {document.version}"
+    match stage:
+        case "validate":
+            return replace(document, file_size=1, content_sha256=document.content_sha256, file_type=FileType.TEXT, mime_type="text/plain")
+        case "parse":
+            return replace(document, markdown=text, parser="plain 1")
+        case "check":
+            return replace(document, markdown_sha256=sha(text))
+        case "chunk":
+            words = text.split()
+            made = [Chunk(uuid5(NAMESPACE_URL, f"{document.doc_id}{i}{w}"), i, w, sha(w)) for i, w in enumerate(words)]
+            return replace(document, chunks=tuple(made))
+        case "embed":
+            vectors = np.eye(8, dtype=np.float32)[: len(document.chunks or ())]
+            return replace(document, vectors=vectors, embedding_model="eye", embedded_count=len(vectors))
+        case "extract":
+            return replace(document, raw_extraction={"title": text, "language": {"code": "en"}})
+        case _:
+            return document
+
+
+@dataclass
+class Bench:
+    """One worker's runner, what its stages were called with, and what they should do besides."""
+
+    conn: psycopg.Connection
+    pool: AsyncConnectionPool[Connection]
+    settings: Settings
+    leases: LeaseKeeper
+    calls: list[str] = field(default_factory=list)
+    also: dict[str, Callable[[Document], Awaitable[None]]] = field(default_factory=dict)
+    stopping: bool = False
+
+    def runner(self, worker: str = "test:1", **changes: Any) -> Runner:
+        settings = self.settings.model_copy(update=changes)
+
+        def stage(name: str) -> Callable[[Document, Tools], Awaitable[Document]]:
+            async def run(document: Document, tools: Tools) -> Document:
+                self.calls.append(name)
+                if name in self.also:
+                    await self.also[name](document)
+                return made_by(name, document)
+
+            return run
+
+        reading = Reading(self.pool)
+        nothing: Any = None
+        tools = Tools(settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original)
+        return Runner(
+            settings=settings,
+            pool=self.pool,
+            tools=tools,
+            leases=self.leases,
+            retry=StageRetry(max_attempts=settings.max_retry_attempts, base=settings.retry_base_delay_seconds, max_delay=300),
+            worker=worker,
+            stopping=lambda: self.stopping,
+            stages={s.name: stage(s.name) for s in STAGES},
+        )
+
+    def submit(self, doc_id: str = "a", content: str = "1") -> None:
+        self.conn.execute("SELECT submit_document('uploads/a', doc_id => %s, content_sha256 => %s)", [doc_id, content * 64])
+
+    def fetch(self) -> tuple[Job, str] | None:
+        """Take the next waiting job as procrastinate's worker does."""
+        row = self.conn.execute(
+            """UPDATE procrastinate_jobs SET status = 'doing' WHERE id = (
+                SELECT id FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id LIMIT 1
+            ) RETURNING id, task_name, args"""
+        ).fetchone()
+        return None if row is None else (Job(row[0], row[1], None), row[2]["doc_id"])
+
+    async def drain(self, **changes: Any) -> int:
+        """Run all waiting jobs, also those scheduled for later, and return how many there were."""
+        runner, count = self.runner(**changes), 0
+        while found := self.fetch():
+            await runner.run(*found)
+            self.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE id = %s", [found[0].id])
+            count += 1
+        return count
+
+    def one(self, statement: str, *args: object) -> tuple[Any, ...]:
+        row = self.conn.execute(statement, args).fetchone()
+        assert row is not None
+        return tuple(row)
+
+    def all(self, statement: str, *args: object) -> list[tuple[Any, ...]]:
+        return [tuple(row) for row in self.conn.execute(statement, args).fetchall()]
+
+
+@pytest.fixture
+async def bench(settings: Settings, database: str, conn: psycopg.Connection) -> AsyncIterator[Bench]:
+    pool = make_pool(settings, database)
+    await pool.open()
+    leases = LeaseKeeper(settings.model_copy(update={"lease_seconds": 2.0}), database)
+    try:
+        yield Bench(conn, pool, settings, leases)
+    finally:
+        leases.close()
+        await pool.close()
+
+
+STAGE_NAMES = [stage.name for stage in STAGES]
+assert list(STAGE_BY_NAME) == STAGE_NAMES

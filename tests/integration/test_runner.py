@@ -1,0 +1,364 @@
+"""What the runner promises: claims, fencing, carrying, checkpoints, one failure path."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from jobs.pipeline.runner import Job
+from models.documents import Document
+from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
+from models.stages import STAGES
+from tests.integration.conftest import STAGE_NAMES, Bench
+
+RESULTS = """SELECT d.doc_id, d.version, d.served_version, d.milestone, d.state, d.chunk_count, d.raw_extraction, c.id, c.chunk_index,
+    c.content, c.language, c.embedding::text, c.embedding_model, m.markdown
+    FROM file_extractions d JOIN document_chunks c USING (doc_id, version) JOIN document_markdown m USING (doc_id, version)
+    ORDER BY d.doc_id, c.chunk_index"""
+
+
+async def test_a_carried_document_is_claimed_once_and_ends_complete(bench: Bench) -> None:
+    bench.submit()
+    assert await bench.drain() == 1
+    assert bench.calls == STAGE_NAMES
+    assert bench.one("SELECT milestone, state, claim, served_version, chunk_count, lease_until FROM file_extractions") == (
+        "complete", "complete", 1, 1, 5, None,
+    )  # fmt: skip
+    assert bench.one("SELECT count(*), count(DISTINCT chunk_index), min(language) FROM document_chunks") == (5, 5, "en")
+    assert bench.all("SELECT stage FROM document_events WHERE stage IS NOT NULL ORDER BY id") == [(name,) for name in STAGE_NAMES]
+    assert bench.one(
+        "SELECT event, correlation_id = (SELECT correlation_id FROM file_extractions) FROM document_events ORDER BY id DESC"
+    ) == (
+        "completed",
+        True,
+    )
+
+
+async def test_handing_on_through_the_queue_gives_the_same_rows_as_carrying(bench: Bench) -> None:
+    bench.submit("a")
+    bench.submit("b")
+    assert await bench.drain() == 2
+    carried = bench.all(RESULTS)
+    bench.conn.execute("DELETE FROM file_extractions")
+    bench.calls.clear()
+    bench.submit("a")
+    bench.submit("b")
+    assert await bench.drain(handoff="queue") == 2 * len(STAGES)
+    assert sorted(bench.calls) == sorted(2 * STAGE_NAMES)
+    assert bench.all(RESULTS) == carried
+    for buffer in ("chunk_buffer", "vector_buffer", "extraction_buffer"):
+        assert bench.one(f"SELECT count(*) FROM {buffer}") == (0,)
+
+
+async def test_a_worker_hands_on_what_belongs_to_a_queue_it_does_not_listen_to(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    job, doc_id = found
+    await bench.runner().run(Job(job.id, job.stage, frozenset({"cpu"})), doc_id)
+    assert bench.calls == STAGE_NAMES[:4]
+    assert bench.one("SELECT milestone, state, lease_until FROM file_extractions") == ("chunks_stored", "queued", None)
+    assert bench.one("SELECT queue_name, task_name FROM procrastinate_jobs WHERE status = 'todo'") == ("embed", "embed")
+    await bench.runner().run(Job(99, "validate", frozenset({"extract"})), doc_id)  # a stray job on the wrong worker
+    assert bench.one("SELECT milestone, state FROM file_extractions") == ("chunks_stored", "queued")
+    await bench.drain()
+    assert bench.calls == STAGE_NAMES
+
+
+async def test_a_fenced_worker_writes_nothing_and_ends_well(bench: Bench) -> None:
+    async def newer_claim(document: Document) -> None:
+        bench.conn.execute("UPDATE file_extractions SET claim = claim + 1")
+
+    bench.also["extract"] = newer_claim
+    bench.submit()
+    await bench.drain()
+    assert bench.one("SELECT milestone, state, chunk_count FROM file_extractions") == ("uploaded", "working", None)
+    assert bench.one("SELECT count(*) FROM document_chunks") == (0,)
+    assert bench.one("SELECT count(*) FROM document_markdown") == (0,)
+    assert bench.all("SELECT event FROM document_events WHERE stage IS NOT NULL") == [("fenced_off",)]
+
+
+async def test_new_content_in_mid_run_drops_the_old_work_and_ends_with_the_new(bench: Bench) -> None:
+    async def resubmit(document: Document) -> None:
+        if document.version == 1:
+            bench.submit(content="2")
+
+    bench.also["embed"] = resubmit
+    bench.submit()
+    await bench.drain()
+    assert bench.one("SELECT version, served_version, state FROM file_extractions") == (2, 2, "complete")
+    assert bench.all("SELECT DISTINCT version FROM document_chunks") == [(2,)]
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'fenced_off'") == (1,)
+
+
+async def test_the_old_version_answers_until_the_new_one_is_complete(bench: Bench) -> None:
+    bench.submit()
+    await bench.drain()
+    seen: list[Any] = []
+
+    async def look(document: Document) -> None:
+        seen.append(bench.all("SELECT DISTINCT version FROM document_chunks"))
+
+    bench.also["finalize"] = look
+    bench.submit(content="2")
+    await bench.drain(checkpoint_seconds=0)
+    assert seen == [[(1,)]]
+    assert bench.all("SELECT DISTINCT version FROM document_chunks") == [(2,)]
+    assert bench.all("SELECT version FROM document_markdown") == [(2,)]
+
+
+async def test_a_new_version_that_fails_leaves_the_old_one_served(bench: Bench) -> None:
+    bench.submit()
+    await bench.drain()
+
+    async def fail(document: Document) -> None:
+        raise ParseError("broken.txt: no")
+
+    bench.also["extract"] = fail
+    bench.submit(content="2")
+    await bench.drain()
+    assert bench.one("SELECT version, served_version, state, raw_extraction->>'title' FROM file_extractions") == (
+        2, 1, "failed", "text of a version 1",
+    )  # fmt: skip
+    assert bench.all("SELECT DISTINCT version FROM document_chunks") == [(1,)]
+
+
+async def test_a_checkpointed_stage_is_never_run_again(bench: Bench) -> None:
+    failures = [RetryableError("busy"), RetryableError("busy")]
+
+    async def fail_twice(document: Document) -> None:
+        if failures:
+            raise failures.pop()
+
+    bench.also["embed"] = fail_twice
+    bench.submit()
+    assert await bench.drain() == 3
+    assert bench.calls == [*STAGE_NAMES[:4], "embed", "embed", *STAGE_NAMES[4:]]
+    assert bench.one("SELECT state, retry_count, error_type, error_message FROM file_extractions") == ("complete", 0, None, None)
+    assert bench.all("SELECT attempt FROM document_events WHERE event = 'retry_scheduled' ORDER BY id") == [(0,), (1,)]
+
+
+async def test_a_failure_is_recorded_with_what_was_done_before_it_and_waits_its_backoff(bench: Bench) -> None:
+    async def fail(document: Document) -> None:
+        raise RetryableError("the disk is busy")
+
+    bench.also["chunk"] = fail
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner(retry_base_delay_seconds=100.0).run(*found)
+    assert bench.one("SELECT milestone, state, retry_count, error_type, error_message, lease_until FROM file_extractions") == (
+        "parse_validated", "retrying", 1, "RETRYABLE", "the disk is busy", None,
+    )  # fmt: skip
+    assert bench.one(
+        "SELECT task_name, scheduled_at BETWEEN now() + '90 s' AND now() + '151 s' FROM procrastinate_jobs WHERE status = 'todo'"
+    ) == ("chunk", True)
+    assert bench.one("SELECT count(*) FROM document_markdown") == (1,)
+    assert bench.one("SELECT status FROM document_status") == ("retrying",)
+
+
+async def test_retries_end_in_a_dead_letter_with_the_reason(bench: Bench) -> None:
+    async def fail(document: Document) -> None:
+        raise RuntimeError("nul \x00 and surrogate \ud800")
+
+    bench.also["parse"] = fail
+    bench.submit()
+    assert await bench.drain() == 4
+    assert bench.one("SELECT state, status, retry_count, error_type FROM file_extractions") == ("failed", "failed", 3, "UNKNOWN")
+    stage, kind, message, trace, context, resolved = bench.one(
+        "SELECT stage, error_type, error_message, traceback, context, resolved_at FROM dead_letters"
+    )
+    assert (stage, kind, message, resolved) == ("parse", "UNKNOWN", "nul  and surrogate ?", None)
+    assert "RuntimeError" in trace
+    assert context["milestone"] == "upload_validated"
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')") == (0,)
+
+
+@pytest.mark.parametrize("error", [ParseError("broken"), PermanentError("never")])
+async def test_what_cannot_be_helped_is_a_dead_letter_at_once(bench: Bench, error: Exception) -> None:
+    async def fail(document: Document) -> None:
+        raise error
+
+    bench.also["parse"] = fail
+    bench.submit()
+    assert await bench.drain() == 1
+    assert bench.one("SELECT state, retry_count FROM file_extractions") == ("failed", 0)
+
+
+@pytest.mark.parametrize("error", [RateLimitError("slow down", retry_after=7), ServiceUnavailable("breaker open", retry_after=7)])
+async def test_waiting_for_a_service_does_not_count(bench: Bench, error: Exception) -> None:
+    waits = [error] * 5
+
+    async def fail(document: Document) -> None:
+        if waits:
+            raise waits.pop()
+
+    bench.also["embed"] = fail
+    bench.submit()
+    assert await bench.drain() == 6
+    assert bench.one("SELECT state, retry_count FROM file_extractions") == ("complete", 0)
+    assert bench.one("SELECT count(*) FROM document_events WHERE detail->>'counts' = 'false'") == (5,)
+
+
+async def test_a_stage_that_takes_too_long_is_a_timeout(bench: Bench) -> None:
+    async def hang(document: Document) -> None:
+        await asyncio.sleep(60)
+
+    bench.also["parse"] = hang
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner(stage_timeout_seconds=0.05).run(*found)
+    state, kind, message = bench.one("SELECT state, error_type, error_message FROM file_extractions")
+    assert (state, kind) == ("retrying", "TIMEOUT")
+    assert "STAGE_TIMEOUT_SECONDS" in message
+
+
+async def test_shutdown_hands_on_at_once_without_counting(bench: Bench) -> None:
+    started = asyncio.Event()
+
+    async def hang(document: Document) -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    bench.also["embed"] = hang
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    running = asyncio.create_task(bench.runner().run(*found))
+    await started.wait()
+    running.cancel()
+    await running  # ends well: the job is no failure
+    assert bench.one("SELECT milestone, state, retry_count, lease_until FROM file_extractions") == ("chunks_stored", "queued", 0, None)
+    assert bench.one("SELECT task_name FROM procrastinate_jobs WHERE status = 'todo'") == ("embed",)
+    bench.also.clear()
+    await bench.drain()
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
+async def test_a_stopping_worker_finishes_its_stage_and_hands_on(bench: Bench) -> None:
+    async def stop(document: Document) -> None:
+        bench.stopping = True
+
+    bench.also["parse"] = stop
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    assert bench.calls == STAGE_NAMES[:2]
+    assert bench.one("SELECT milestone, state FROM file_extractions") == ("parse_complete", "queued")
+
+
+async def test_a_live_lease_is_waited_for_and_an_expired_one_taken_over(bench: Bench) -> None:
+    bench.submit()
+    bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = 5, lease_until = now() + interval '40 s'")
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    assert bench.calls == []
+    assert bench.one(
+        "SELECT task_name, scheduled_at BETWEEN now() + '30 s' AND now() + '41 s' FROM procrastinate_jobs WHERE status = 'todo'"
+    ) == ("validate", True)
+    bench.conn.execute("UPDATE file_extractions SET lease_until = now() - interval '1 s'")
+    await bench.drain()
+    assert bench.one("SELECT state, claim FROM file_extractions") == ("complete", 6)
+
+
+async def test_a_job_for_a_finished_document_ends_well_and_one_for_an_unknown_document_fails_loudly(bench: Bench) -> None:
+    bench.submit()
+    await bench.drain()
+    bench.calls.clear()
+    await bench.runner().run(Job(1, "validate", None), "a")
+    assert bench.calls == []
+    with pytest.raises(PermanentError, match="no document"):
+        await bench.runner().run(Job(1, "validate", None), "nobody")
+
+
+async def test_a_lease_is_renewed_while_a_stage_runs_and_lost_when_another_claims(bench: Bench) -> None:
+    renewed: list[bool] = []
+
+    async def slow(document: Document) -> None:
+        bench.conn.execute("UPDATE file_extractions SET lease_until = now() + interval '1 s'")
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            if bench.one("SELECT lease_until > now() + interval '1.2 s' FROM file_extractions")[0]:
+                renewed.append(True)
+                break
+        bench.conn.execute("UPDATE file_extractions SET claim = claim + 1")
+        await asyncio.sleep(60)  # cancelled when the renewal finds the newer claim
+
+    bench.also["parse"] = slow
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner(lease_seconds=2.0).run(*found)
+    assert renewed == [True]
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'fenced_off'") == (1,)
+    assert bench.one("SELECT milestone FROM file_extractions") == ("uploaded",)
+
+
+async def test_a_blocked_event_loop_does_not_lose_the_lease(bench: Bench) -> None:
+    async def block(document: Document) -> None:
+        time.sleep(3)  # noqa: ASYNC251  # what a badly behaved stage does
+
+    bench.also["parse"] = block
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner(lease_seconds=2.0).run(*found)
+    assert bench.one("SELECT state, claim FROM file_extractions") == ("complete", 1)
+
+
+async def test_results_over_the_carry_limit_are_checkpointed_on_the_way(bench: Bench) -> None:
+    bench.submit()
+    stored: list[Any] = []
+
+    async def look(document: Document) -> None:
+        stored.append(bench.one("SELECT milestone FROM file_extractions")[0])
+
+    bench.also["check"] = look
+    await bench.drain(carry_limit_mb=0)
+    assert stored == ["parse_complete"]
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
+async def test_a_batch_is_settled_after_its_last_document(bench: Bench) -> None:
+    run = bench.one("SELECT begin_batch('b', 'default', NULL, 'c')")[0]
+    for doc_id in ("a", "z"):
+        bench.conn.execute("SELECT accept_document(%s,'default','f','p',NULL,1,repeat('1',64),'{}',0,'c','b',%s,50)", [doc_id, run])
+    bench.conn.execute("SELECT seal_batch('b', %s, 2)", [run])
+
+    async def fail(document: Document) -> None:
+        if document.doc_id == "z":
+            raise ParseError("no")
+
+    bench.also["parse"] = fail
+    await bench.drain()
+    assert bench.one("SELECT status, completed, failed, total_files FROM batch_status") == ("completed_with_errors", 1, 1, 2)
+
+
+async def test_results_that_cannot_be_stored_are_dropped_and_the_document_fails_alone(bench: Bench) -> None:
+    async def poison(document: Document) -> None:
+        bench.conn.execute("ALTER TABLE document_chunks ADD CHECK (content <> 'version')")
+
+    bench.also["extract"] = poison
+    bench.submit()
+    assert await bench.drain() == 1
+    assert bench.one("SELECT state, milestone, error_type FROM file_extractions") == ("failed", "uploaded", "PERMANENT")
+    assert bench.one("SELECT count(*) FROM document_chunks") == (0,)
+
+
+async def test_a_checkpoint_survives_a_connection_that_is_cut_under_it(bench: Bench) -> None:
+    async def cut(document: Document) -> None:
+        bench.conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    bench.also["finalize"] = cut
+    bench.submit()
+    assert await bench.drain() == 1
+    assert bench.one("SELECT state, retry_count, claim FROM file_extractions") == ("complete", 0, 1)
+    assert bench.one("SELECT count(*) FROM document_chunks") == (5,)

@@ -1,0 +1,107 @@
+"""Which failures are tried again, and when."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from procrastinate.jobs import Job
+
+from jobs.retry import StageRetry, calculate_backoff, classify_error, should_retry
+from models.errors import (
+    DocmillError,
+    ErrorType,
+    LLMError,
+    ParseError,
+    PermanentError,
+    RateLimitError,
+    RetryableError,
+    ServiceUnavailable,
+    UnknownError,
+)
+from models.errors import TimeoutError as StageTimeout
+
+
+def http_error(status: int) -> Exception:
+    error = Exception("any text, even RATE LIMIT")
+    error.status_code = status  # type: ignore[attr-defined]  # as httpx and the SDKs built on it have it
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RetryableError("x"), "RETRYABLE"),
+        (PermanentError("x"), "PERMANENT"),
+        (StageTimeout("x"), "TIMEOUT"),
+        (RateLimitError("x"), "RATE_LIMIT"),
+        (ParseError("x"), "PARSE_ERROR"),
+        (LLMError("x"), "LLM_ERROR"),
+        (UnknownError("x"), "UNKNOWN"),
+        (ServiceUnavailable("x"), "RETRYABLE"),
+        (DocmillError("x"), "UNKNOWN"),
+        (TimeoutError(), "TIMEOUT"),
+        (psycopg.errors.DeadlockDetected(), "RETRYABLE"),
+        (psycopg.errors.SerializationFailure(), "RETRYABLE"),
+        (psycopg.errors.LockNotAvailable(), "RETRYABLE"),
+        (psycopg.errors.QueryCanceled(), "RETRYABLE"),
+        (psycopg.errors.AdminShutdown(), "RETRYABLE"),
+        (psycopg.errors.DiskFull(), "RETRYABLE"),
+        (psycopg.errors.UniqueViolation(), "PERMANENT"),
+        (psycopg.errors.UndefinedTable(), "PERMANENT"),
+        (psycopg.errors.UntranslatableCharacter(), "PERMANENT"),
+        (psycopg.errors.RaiseException(), "UNKNOWN"),
+        (psycopg.OperationalError("server closed the connection"), "RETRYABLE"),
+        (psycopg.InterfaceError("closed"), "RETRYABLE"),
+        (psycopg.DataError("NUL"), "PERMANENT"),
+        (OSError(errno.ENOSPC, "full"), "RETRYABLE"),
+        (FileNotFoundError(errno.ENOENT, "gone"), "PERMANENT"),
+        (PermissionError(errno.EACCES, "no"), "PERMANENT"),
+        (ConnectionResetError(), "RETRYABLE"),
+        (socket.gaierror(socket.EAI_NONAME, "no such host"), "RETRYABLE"),
+        (OSError(errno.EXDEV, "x"), "UNKNOWN"),
+        (MemoryError(), "RETRYABLE"),
+        (http_error(429), "RATE_LIMIT"),
+        (http_error(408), "TIMEOUT"),
+        (http_error(504), "TIMEOUT"),
+        (http_error(503), "RETRYABLE"),
+        (http_error(400), "PERMANENT"),
+        (http_error(200), "UNKNOWN"),
+        (RuntimeError("timeout, connection reset, rate limit, permanent"), "UNKNOWN"),
+    ],
+)
+def test_errors_are_classified_by_class_and_code_never_by_text(error: BaseException, expected: str) -> None:
+    assert classify_error(error) == expected
+
+
+@given(st.integers(0, 2000), st.floats(0, 3600), st.floats(0, 86_400))
+def test_backoff_doubles_with_jitter_and_never_exceeds_its_cap(attempt: int, base: float, cap: float) -> None:
+    delay = calculate_backoff(attempt, base, cap)
+    full = base * 2.0 ** min(attempt, 64)
+    assert min(cap, full) <= delay <= min(cap, 1.5 * full)
+
+
+def test_only_what_can_be_helped_is_tried_again_and_only_so_often() -> None:
+    for kind in ErrorType:
+        hopeless = kind in (ErrorType.PERMANENT, ErrorType.PARSE_ERROR)
+        assert should_retry(kind, 0, 3) is not hopeless
+        assert should_retry(kind, 3, 3) is (kind is ErrorType.RATE_LIMIT)
+
+
+def test_waiting_for_a_service_never_counts_and_is_spread_out() -> None:
+    strategy = StageRetry(max_attempts=0, base=2, max_delay=300)
+    for error in (RateLimitError("x", retry_after=10), ServiceUnavailable("x", retry_after=10)):
+        plan = strategy.plan(error, 99)
+        assert plan is not None
+        assert not plan.counts
+        assert 10 <= plan.delay <= 15
+
+
+def test_what_escapes_the_runner_is_always_tried_again() -> None:
+    job = Job(id=1, queue="cpu", lock=None, queueing_lock=None, task_name="parse", attempts=500)
+    strategy = StageRetry(max_attempts=0, base=2, max_delay=300)
+    assert strategy.get_retry_decision(exception=PermanentError("x"), job=job).retry_at is not None
