@@ -91,9 +91,10 @@ class LocalStorage:
     def fingerprint(self, relative: str) -> Fingerprint:
         """Return size and SHA-256 of a stored file, read in blocks."""
         path = self.resolve(relative)
-        with storage_faults(self.base, relative), path.open("rb") as file:
-            size = regular(os.fstat(file.fileno())).st_size
-            return Fingerprint(size, hashlib.file_digest(file, "sha256").hexdigest())
+        with storage_faults(self.base, relative):
+            regular(path.stat())
+            with path.open("rb") as file:
+                return Fingerprint(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
     def read(self, relative: str, max_bytes: int) -> bytes:
         """Return a stored file's content. PermanentError if it is larger than `max_bytes`."""

@@ -67,7 +67,7 @@ def _file_blocks(path: Path, name: str, max_bytes: int) -> Iterator[memoryview]:
         _refuse_too_large(name, before.st_size, max_bytes)
         buffer = memoryview(bytearray(min(BLOCK, before.st_size + 1)))
         total = 0
-        while True:
+        while total <= before.st_size:  # no further: a file that is being appended to might have no end
             with source_faults(name):
                 count = file.readinto(buffer)
             if not count:
