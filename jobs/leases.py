@@ -16,6 +16,7 @@ from loguru import logger
 from psycopg.conninfo import make_conninfo
 
 from jobs.database import connect_options
+from jobs.redaction import describe
 from models.settings import Settings
 from sql import query
 
@@ -77,7 +78,7 @@ class LeaseKeeper:
             try:
                 self._renew([lease for lease in leases if time.monotonic() < lease.deadline])
             except psycopg.Error as error:
-                logger.warning("Leases were not renewed: {}", error)
+                logger.warning("Leases were not renewed: {}", describe(error))
                 self._conn = None
             now = time.monotonic()
             for lease in leases:

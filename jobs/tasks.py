@@ -5,7 +5,7 @@ from __future__ import annotations
 from procrastinate import JobContext
 
 from jobs.adapters.embedders import make_embedder
-from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox import Limits, ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.pipeline import Runner
 from jobs.pipeline.reading import Reading
@@ -27,7 +27,12 @@ def _runner() -> Runner:
     """Return this worker's runner, made on first use: a worker that only waits loads no model and starts no child process."""
     if not _runners:
         assert app.leases is not None
-        sandbox = ProcessSandbox.from_settings(_settings)
+        sandbox = ProcessSandbox(
+            children=_settings.parse_processes,
+            limits=Limits(
+                timeout=_settings.parse_timeout_seconds, memory_mb=_settings.parse_memory_mb, max_output_mb=_settings.parse_output_mb
+            ),
+        )
         embedder = make_embedder(_settings)
         reading = Reading(app.pool)
         tools = Tools(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
@@ -13,7 +14,7 @@ from procrastinate import App, PsycopgConnector
 from procrastinate.worker import Worker
 from psycopg_pool import AsyncConnectionPool
 
-from jobs.database import connect_options, make_pool, prepare_database
+from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
 from jobs.leases import LeaseKeeper
 from models.settings import Settings
 
@@ -29,6 +30,13 @@ class DocmillConnector(PsycopgConnector):
         # Procrastinate would have the pool check each connection at each checkout: a round trip for every query.
         conninfo = await prepare_database(self._settings)
         return make_pool(self._settings, conninfo)
+
+    @asynccontextmanager
+    async def _get_standalone_connection(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
+        # The listener's: LISTEN does not work through a transaction pooler.
+        conninfo = await asyncio.to_thread(conninfo_of, self._settings, direct=True)
+        async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(self._settings), autocommit=True) as connection:
+            yield connection
 
 
 class DocmillApp(App):
@@ -78,6 +86,3 @@ class DocmillApp(App):
             self.at_close.clear()
             await asyncio.to_thread(self.leases.close)
             self.leases = None
-
-
-__all__ = ["DocmillApp", "DocmillConnector", "connect_options"]

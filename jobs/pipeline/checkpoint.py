@@ -15,6 +15,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.work import Work
+from jobs.redaction import describe
 from jobs.retry import classify_error
 from models.documents import Document
 from models.errors import ErrorType
@@ -79,7 +80,7 @@ async def checkpoint_durably(pool: AsyncConnectionPool[Connection], work: Work, 
         except psycopg.Error as error:
             if pause is None or classify_error(error) is not ErrorType.RETRYABLE:
                 raise CheckpointFailed(error) from error
-            logger.warning("The checkpoint was not written, trying again in {} s: {}", pause, error)
+            logger.warning("The checkpoint was not written, trying again in {} s: {}", pause, describe(error))
             await asyncio.sleep(pause)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
 from jobs.pipeline.checkpoint import Failure, Outcome
 from jobs.pipeline.work import StageEvent, Work
+from jobs.redaction import describe, render_traceback
 from jobs.retry import RetryPlan, classify_error
 from models.documents import Document
 from models.stages import State
@@ -22,8 +22,8 @@ def describe_failure(document: Document, stage: str, error: Exception, *, attemp
     return Failure(
         stage=stage,
         error_type=classify_error(error),
-        message=_storable(str(error).strip() or type(error).__name__)[:_MESSAGE_LIMIT],
-        traceback=_storable("".join(traceback.format_exception(error)))[-_TRACEBACK_LIMIT:],
+        message=_storable(describe(error).strip() or type(error).__name__)[:_MESSAGE_LIMIT],
+        traceback=_storable(render_traceback(error))[-_TRACEBACK_LIMIT:],
         context={
             "exception": f"{type(error).__module__}.{type(error).__qualname__}",
             "milestone": document.milestone,

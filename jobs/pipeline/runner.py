@@ -20,6 +20,7 @@ from jobs.pipeline.claims import Connection, NotClaimed, claim_document
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.work import StageEvent, Work
+from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
 from models.documents import Document
@@ -160,7 +161,7 @@ class Runner:
                 attempt,
                 round(elapsed * 1000, 3),
                 round(usage.cpu_ms, 3),
-                usage.peak_memory_mb and round(usage.peak_memory_mb, 1),
+                round(usage.peak_memory_mb, 1) or None,
                 stage_detail(stage.name, work.document),
             )
         )
@@ -232,7 +233,7 @@ class Runner:
             async with self._pool.connection() as conn:
                 await conn.execute(query("tell_event"), fenced_params(work, name, self._worker))
         except psycopg.Error as error:
-            logger.warning("The audit trail could not be told of it: {}", error)
+            logger.warning("The audit trail could not be told of it: {}", describe(error))
 
     @staticmethod
     def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:

