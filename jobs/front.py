@@ -54,6 +54,15 @@ async def _async_pool(settings: Settings) -> AsyncConnectionPool[psycopg.AsyncCo
         return pools[settings]
 
 
+def close_sync() -> None:
+    """Close the pools that threads use; they open again on the next use."""
+    with _sync_lock:
+        for pool in _sync_pools.values():
+            pool.close()
+            atexit.unregister(pool.close)
+        _sync_pools.clear()
+
+
 async def close_async() -> None:
     """Close the pools of the running event loop; they open again on the next use."""
     for pool in _async_pools.pop(asyncio.get_running_loop(), {}).values():

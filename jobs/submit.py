@@ -121,6 +121,8 @@ def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[
         doc_id = doc_id or derive_doc_id(place.user_id, str(source))
         name = file_name or source.name
     elif hasattr(file, "read"):
+        if not isinstance(file.read(0), bytes):
+            raise SubmitError("A document is read in binary mode; open the file with mode 'rb'.")
         source = file
         name = file_name or Path(str(getattr(file, "name", "upload"))).name
         if doc_id is None:

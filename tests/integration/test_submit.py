@@ -1,0 +1,237 @@
+"""The front door: what is accepted, what is refused, and that a refused or rolled-back submission leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import submit_document, submit_document_async
+from jobs.adapters.storage import local
+from jobs.front import close_async, close_sync
+from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
+from models.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def front_door(settings: Settings) -> Any:
+    load_settings.cache_clear()
+    yield
+    close_sync()
+    load_settings.cache_clear()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_text("hello")
+    return path
+
+
+def count(conn: psycopg.Connection, table: str) -> int:
+    row = conn.execute(f"SELECT count(*) FROM {table}").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_a_path_bytes_and_an_open_file_are_accepted_and_stored(conn: psycopg.Connection, file: Path, settings: Settings) -> None:
+    with file.open("rb") as opened:
+        ids = [submit_document(file), submit_document(str(file), doc_id="b"), submit_document(b"x"), submit_document(opened, doc_id="c")]
+    assert [s.outcome for s in ids] == ["accepted"] * 4
+    for doc_id in ids:
+        row = conn.execute("SELECT file_path, file_size, content_sha256 FROM file_extractions WHERE doc_id = %s", [doc_id]).fetchone()
+        assert row is not None
+        stored = settings.storage_base_path / row[0]
+        assert stored.stat().st_size == row[1]
+        assert stored.name == row[2]
+    assert count(conn, "procrastinate_jobs") == 4
+
+
+def test_the_answer_is_the_doc_id_as_a_string(conn: psycopg.Connection, file: Path) -> None:
+    answer = submit_document(file, doc_id="mine", correlation_id="corr", metadata={"k": ["ä", 1]}, priority=3, file_name="../x\x07.txt")
+    assert (answer, answer.doc_id, answer.version, answer.correlation_id) == ("mine", "mine", 1, "corr")
+    row = conn.execute("SELECT metadata, priority, correlation_id, file_name FROM file_extractions").fetchone()
+    assert row is not None
+    assert row[:3] == ({"k": ["ä", 1]}, 3, "corr")
+    assert "\x07" not in row[3]
+    assert "/" not in row[3]
+
+
+def test_derived_ids_are_stable_per_user_and_place(file: Path) -> None:
+    assert submit_document(file) == submit_document(str(file))
+    assert submit_document(file, user_id="bob") != submit_document(file)
+    assert submit_document(b"same") == submit_document(io.BytesIO(b"same"))
+    assert submit_document(b"same").outcome == "unchanged"
+
+
+def test_a_stream_that_cannot_seek_is_accepted(conn: psycopg.Connection) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"from a pipe")
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        assert submit_document(stream).outcome == "accepted"
+    assert count(conn, "file_extractions") == 1
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "too large", "text stream", "number"])
+def test_a_bad_file_is_refused_by_name_and_nothing_is_stored(
+    case: str, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_FILE_SIZE_MB", "1")
+    load_settings.cache_clear()
+    large = tmp_path / "large.bin"
+    large.write_bytes(b"x" * 1_000_001)
+    cases = {"missing": tmp_path / "no.txt", "folder": tmp_path, "too large": large, "text stream": io.StringIO("x"), "number": 7}
+    given: Any = cases[case]
+    with pytest.raises(SubmitError) as caught:
+        submit_document(given)
+    named = {"missing": "no.txt", "folder": "folder", "too large": "MAX_FILE_SIZE_MB", "text stream": "binary", "number": "int"}[case]
+    assert named in str(caught.value)
+    assert count(conn, "file_extractions") == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"doc_id": "x" * 201},
+        {"doc_id": "a\nb"},
+        {"doc_id": "\ud800"},
+        {"user_id": ""},
+        {"correlation_id": "a\x00"},
+        {"metadata": {"a": float("nan")}},
+        {"metadata": {"a": "\x00"}},
+        {"metadata": {"a": "\ud800"}},
+        {"metadata": {"a": object()}},
+        {"metadata": [1]},
+        {"priority": 2**31},
+        {"priority": "high"},
+    ],
+    ids=repr,
+)
+def test_a_bad_argument_is_refused(bad: dict[str, Any], conn: psycopg.Connection, file: Path) -> None:
+    with pytest.raises(SubmitError):
+        submit_document(file, **bad)
+    assert count(conn, "file_extractions") == 0
+
+
+def test_a_submission_lives_and_dies_with_the_callers_transaction(database: str, conn: psycopg.Connection, file: Path) -> None:
+    with psycopg.connect(database) as caller:
+        submit_document(file, doc_id="gone", connection=caller)
+        caller.rollback()
+        submit_document(file, doc_id="kept", connection=caller)
+        caller.commit()
+    assert conn.execute("SELECT doc_id FROM file_extractions").fetchall() == [("kept",)]
+    assert conn.execute("SELECT args->>'doc_id' FROM procrastinate_jobs").fetchall() == [("kept",)]
+
+
+def test_another_open_transaction_is_a_conflict_and_no_hang(
+    database: str, conn: psycopg.Connection, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBMIT_LOCK_TIMEOUT_SECONDS", "0.05")
+    load_settings.cache_clear()
+    with psycopg.connect(database) as caller:
+        submit_document(file, doc_id="held", connection=caller)
+        with pytest.raises(SubmitConflict, match="held"):
+            submit_document(file, doc_id="held")
+        caller.rollback()
+    assert submit_document(file, doc_id="held").outcome == "accepted"
+
+
+def test_another_users_doc_id_is_refused_without_saying_whose(file: Path) -> None:
+    submit_document(file, doc_id="x", user_id="ann")
+    with pytest.raises(SubmitError) as caught:
+        submit_document(file, doc_id="x", user_id="bob")
+    assert "ann" not in str(caught.value)
+
+
+def test_the_same_document_from_many_threads_at_once_is_one_document(conn: psycopg.Connection, file: Path) -> None:
+    outcomes: list[str] = []
+    threads = [threading.Thread(target=lambda: outcomes.append(submit_document(file).outcome)) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["accepted"] + ["unchanged"] * 11
+    assert (count(conn, "file_extractions"), count(conn, "procrastinate_jobs")) == (1, 1)
+
+
+def test_changed_content_is_a_new_version(conn: psycopg.Connection, file: Path) -> None:
+    submit_document(file)
+    file.write_text("changed")
+    answer = submit_document(file)
+    assert (answer.outcome, answer.version) == ("new_version", 2)
+    assert conn.execute("SELECT status, count(*) FROM procrastinate_jobs GROUP BY status ORDER BY 1").fetchall() == [
+        ("todo", 1),
+        ("cancelled", 1),
+    ]
+
+
+def test_full_storage_is_retryable_and_leaves_nothing(conn: psycopg.Connection, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(local, "write_all", full)
+    with pytest.raises(RetryableError, match="full"):
+        submit_document(file)
+    assert count(conn, "file_extractions") == 0
+
+
+def test_a_wrong_database_is_named_without_its_password(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://docmill:hunter2@127.0.0.1:1/nowhere")
+    load_settings.cache_clear()
+    with pytest.raises(ConfigurationError, match="DATABASE_URL") as caught:
+        submit_document(file)
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_the_async_twin_does_the_same_and_joins_an_async_transaction(database: str, conn: psycopg.Connection, file: Path) -> None:
+    try:
+        answers = await asyncio.gather(*(submit_document_async(b"%d" % i) for i in range(20)))
+        assert {a.outcome for a in answers} == {"accepted"}
+        async with await psycopg.AsyncConnection.connect(database) as caller:
+            await submit_document_async(file, doc_id="gone", connection=caller)
+            await caller.rollback()
+    finally:
+        await close_async()
+    assert count(conn, "file_extractions") == 20
+
+
+async def test_twenty_connections_serve_a_hundred_readers_and_submitters(conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R3."""
+    from jobs.front import async_connection
+
+    monkeypatch.setenv("DATABASE_MAX_CONNECTIONS", "20")
+    load_settings.cache_clear()
+    settings = load_settings()
+    most = 0
+
+    async def read() -> int:
+        nonlocal most
+        async with async_connection(settings, None) as mine:
+            cursor = await mine.execute(
+                """SELECT count(*), (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database())
+                FROM document_status, pg_sleep(0.02)"""
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            most = max(most, row[1])
+            return 1
+
+    async def submit(i: int) -> int:
+        await submit_document_async(b"number %d" % i)
+        return 1
+
+    try:
+        done = await asyncio.gather(*(read() if i % 2 else submit(i) for i in range(200)))
+    finally:
+        await close_async()
+    assert sum(done) == 200
+    assert count(conn, "file_extractions") == 100
+    assert most <= 21  # the test's own connection is one of them
