@@ -23,8 +23,8 @@ from typing import Any, ParamSpec, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_child import MB, Answer, Call, Limits, answer, prepare_child
-from models.errors import ParseError, RetryableError, TimeoutError
+from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer, prepare_child
+from models.errors import RetryableError, TimeoutError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -111,9 +111,9 @@ class ProcessSandbox:
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run an importable function in a child and return what it returns; arguments and result travel pickled.
 
-        A crash or a limit on memory or output is a ParseError, a limit on wall clock or CPU a TimeoutError. Docmill's own errors
-        come through as raised, others as ParseError naming their class. Cancelling the caller kills the child's call. If the pool
-        itself breaks twice in a row the error is retryable.
+        A crash or the memory limit is a Crashed, which is a ParseError; the output limit is a ParseError, a limit on wall clock
+        or CPU a TimeoutError. Docmill's own errors come through as raised, others as ParseError naming their class. Cancelling
+        the caller kills the child's call. If the pool itself breaks twice in a row the error is retryable.
         """
         try:
             return await self._run_once(function, args, kwargs)
@@ -148,7 +148,7 @@ class ProcessSandbox:
             if answer_fd is not None:
                 os.close(answer_fd)
 
-    def _crash(self, exitcode: int) -> ParseError | TimeoutError:
+    def _crash(self, exitcode: int) -> Crashed | TimeoutError:
         """Name what ended a child: a signal when the code is negative, as multiprocessing tells it."""
         if exitcode == -signal.SIGXCPU:
             return TimeoutError(f"Parsing was stopped at the CPU limit of {self._limits.cpu_limit} s.")
@@ -157,7 +157,7 @@ class ProcessSandbox:
             with suppress(ValueError):
                 how = f"signal {signal.Signals(-exitcode).name}"
         hint = f"; often the memory limit of {self._limits.memory_mb} MB" if exitcode in {-signal.SIGABRT, -signal.SIGKILL} else ""
-        return ParseError(f"The parser crashed ({how}{hint}).")
+        return Crashed(f"The parser crashed ({how}{hint}).")
 
     async def aclose(self) -> None:
         """Stop the children at once; calls under way are cancelled. Later calls are refused."""

@@ -25,8 +25,13 @@ MB = 1024 * 1024
 INLINE_BYTES = 2048
 """Longest answer sent through the pool's pipe. Larger ones would not be written in one piece, and a child killed in the
 middle of a write would leave the pipe, which all children share, unreadable."""
+TRIM_ABOVE_MB = 300
 TRACEBACK_CHARS = 8000
 PR_SET_PDEATHSIG = 1
+
+
+class Crashed(ParseError):
+    """The work took its process down or needed more memory than it may have; other code may manage the same file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +118,9 @@ def answer(call: Call) -> Answer:
         del caught
     spent = _cpu_ms() - cpu_before
     peak = _peak_memory_mb()
+    if peak > TRIM_ABOVE_MB:
+        _give_memory_back()
     if error is not None:
-        gc.collect()
         return Answer(error, b"", 0, spent, peak)
     if len(payload) > INLINE_BYTES and call.answer_fd is not None and _write_to_parent(call, payload):
         return Answer(None, b"", len(payload), spent, peak)
@@ -131,7 +137,7 @@ def _as_docmill_error(caught: BaseException, limits: Limits) -> DocmillError:
     if isinstance(caught, DocmillError):
         error = caught
     elif isinstance(caught, MemoryError):
-        error = ParseError(f"Parsing needed more memory than the limit of {limits.memory_mb} MB.")
+        error = Crashed(f"Parsing needed more memory than the limit of {limits.memory_mb} MB.")
     elif isinstance(caught, RecursionError):
         error = ParseError("The content is nested deeper than the parser can follow.")
     else:
@@ -163,6 +169,13 @@ def _allow_cpu_seconds(limits: Limits) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + max(1, limits.cpu_limit) + 1, hard))
+
+
+def _give_memory_back() -> None:
+    """Return what a hungry call freed to the system, so that a child does not keep it for the rest of its life. glibc only."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cpu_ms() -> float:

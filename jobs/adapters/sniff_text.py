@@ -14,7 +14,7 @@ _HTML_START = re.compile(
 )
 _HTML_TAG = re.compile(
     r"</?(?:html|head|title|meta|link|script|style|body|div|p|span|a|table|tr|td|th|ul|ol|li|h[1-6]|br|img|form|section|article|center|font|b|i|pre)"
-    r"(?:\s[^<>]*)?/?>",
+    r"(?=[\s/>])",
     re.I,
 )
 _XML_START = re.compile(r"\s*<(?:\?xml\s|[A-Za-z_][\w.-]*(?::[\w.-]+)?[\s/>]|!DOCTYPE\s+(?!html)|!--)", re.I)

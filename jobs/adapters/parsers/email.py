@@ -1,0 +1,151 @@
+"""E-mail: one message (.eml, .mht) or a mailbox (.mbox, a page for each message). Attachments are listed by name, not opened."""
+
+from __future__ import annotations
+
+import mailbox
+from email import message_from_bytes
+from email.errors import HeaderParseError
+from email.header import decode_header
+from email.message import Message
+from email.utils import collapse_rfc2231_value
+
+from jobs.adapters.encoding import decode, guess_encoding
+from jobs.adapters.parsers.html import declared_charset, html_to_markdown
+from jobs.adapters.parsers.source import NoText, Parser, Source
+from models.documents import ParsedFile, ParsedPage
+from models.errors import ParseError
+
+HEADERS = ("from", "to", "cc", "date")
+MAX_HEADER_CHARACTERS = 2000
+MAX_DEPTH = 100
+"""Messages within messages are followed this far."""
+MAX_PARTS = 5000
+
+
+def parse_message(source: Source) -> ParsedFile:
+    """Return the message with its subject as heading, headers, body and names of attachments."""
+    markdown, metadata = _render(_read(source.path.read_bytes()))
+    return ParsedFile((ParsedPage(1, markdown),), "docmill email", paged=False, metadata=metadata)
+
+
+def parse_mailbox(source: Source) -> ParsedFile:
+    """Return a page for each message, labelled by its subject."""
+    pages = []
+    box = mailbox.mbox(source.path, create=False)
+    try:
+        keys = box.keys()
+        source.check_pages(len(keys), "messages")
+        for number, key in enumerate(keys, start=1):
+            markdown, metadata = _render(_read(box.get_bytes(key)))
+            pages.append(ParsedPage(number, markdown, str(metadata.get("title", "")) or None))
+    finally:
+        box.close()
+    if not pages:
+        raise NoText("it holds no message")
+    return ParsedFile(tuple(pages), "docmill email", metadata={"messages": len(pages)})
+
+
+def _read(data: bytes) -> Message:
+    """Parse a message; one that was saved as UTF-16 or UTF-32 is turned into UTF-8 first."""
+    if (guess_encoding(data) or "").startswith(("utf-16", "utf-32")):
+        data = decode(data).text.encode()
+    try:
+        return message_from_bytes(data.lstrip())
+    except RecursionError as error:
+        raise ParseError("its parts are nested too deeply") from error
+
+
+def _render(message: Message, depth: int = 0) -> tuple[str, dict[str, object]]:
+    """Return a message as markdown, and its headers and attachments for the metadata."""
+    found = {name: value for name in ("subject", *HEADERS) if (value := _header(message, name))}
+    blocks = [f"{'#' * min(depth + 1, 6)} {found['subject']}"] if "subject" in found else []
+    lines = [f"- **{name.capitalize()}:** {found[name]}" for name in HEADERS if name in found]
+    bodies, attachments = _body(message, depth)
+    blocks += ["\n".join(lines)] if lines else []
+    blocks += bodies
+    if attachments:
+        blocks.append("Attachments:\n\n" + "\n".join(f"- {name}" for name in attachments))
+    metadata: dict[str, object] = {
+        "title": found.get("subject"),
+        "author": found.get("from"),
+        "recipients": found.get("to"),
+        "created": found.get("date"),
+        "attachments": attachments,
+    }
+    return "\n\n".join(blocks) + "\n", {key: value for key, value in metadata.items() if value}
+
+
+def _body(message: Message, depth: int) -> tuple[list[str], list[str]]:
+    """Collect readable parts and names of attachments, in order; of alternatives the first that reads as text, plain before HTML."""
+    bodies: list[str] = []
+    attachments: list[str] = []
+    waiting = [message]
+    for _ in range(MAX_PARTS):
+        if not waiting:
+            break
+        part = waiting.pop()
+        kind = part.get_content_type()
+        payload = part.get_payload()
+        children = [child for child in payload if isinstance(child, Message)] if isinstance(payload, list) else []
+        name = _file_name(part)
+        if kind == "message/rfc822" and children:
+            if depth < MAX_DEPTH:
+                bodies.append(_render(children[0], depth + 1)[0].strip())
+        elif kind == "multipart/alternative" and children:
+            waiting.append(_preferred(children))
+        elif children:
+            waiting += reversed(children)
+        elif name or part.get_content_disposition() == "attachment":
+            attachments.append(name or f"unnamed ({kind})")
+        elif kind in ("text/plain", "text/html") and (text := _text(part)):
+            bodies.append(text)
+    return bodies, attachments
+
+
+def _preferred(alternatives: list[Message]) -> Message:
+    """Choose among one or more alternatives: plain text that says something, else HTML, else whatever comes last, as RFC 2046 has it."""
+    plain = next((part for part in alternatives if part.get_content_type() == "text/plain" and _text(part)), None)
+    html = next((part for part in alternatives if part.get_content_type() == "text/html" and _text(part)), None)
+    return plain or html or alternatives[-1]
+
+
+def _text(part: Message) -> str:
+    payload = part.get_payload(decode=True)
+    data = payload if isinstance(payload, bytes) else b""
+    declared = part.get_param("charset")
+    charset = declared if isinstance(declared, str) else None
+    if part.get_content_type() == "text/html":
+        return html_to_markdown(decode(data, charset or declared_charset(data)).text)[0].strip()
+    return decode(data, charset).text.strip()
+
+
+def _header(message: Message, name: str) -> str:
+    """Return a header's text, whatever charsets it names or does not name; empty if it is missing."""
+    raw = next((value for key, value in message.raw_items() if key.lower() == name), "")
+    return _decode_words(decode(str(raw).encode("utf-8", "surrogateescape")).text)
+
+
+def _decode_words(text: str) -> str:
+    """Decode the `=?charset?q?...?=` words of a header, on one line and cut at the limit."""
+    text = text[: 4 * MAX_HEADER_CHARACTERS]
+    try:
+        parts = decode_header(text)
+    except (HeaderParseError, ValueError):
+        parts = [(text, None)]
+    words = [piece if isinstance(piece, str) else decode(piece, charset).text for piece, charset in parts]
+    return " ".join("".join(words).split())[:MAX_HEADER_CHARACTERS]
+
+
+def _file_name(part: Message) -> str:
+    """Return the name that a part gives itself, as data: it may hold anything."""
+    value = part.get_param("filename", None, "content-disposition") or part.get_param("name", None, "content-type")
+    if value is None:
+        return ""
+    try:
+        return _decode_words(collapse_rfc2231_value(value))
+    except (LookupError, ValueError):  # an unknown charset or percent signs that say nothing
+        return _decode_words(str(value[2] if isinstance(value, tuple) else value))
+
+
+EMAIL = Parser("email", parse_message)
+MBOX = Parser("mbox", parse_mailbox)

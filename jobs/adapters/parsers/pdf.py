@@ -1,0 +1,121 @@
+"""PDF by liteparse, and as plain text by pdfium where liteparse fails. Neither renders a page nor recognises characters in images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from jobs.adapters.parsers.source import NoText, Parser, Source, versioned
+from models.documents import ParsedFile, ParsedPage
+from models.errors import ParseError, PermanentError
+
+_EMPTY_FENCE = re.compile(r"```(?:text)?\s*```")
+_WRONG_PASSWORD, _UNKNOWN_ENCRYPTION = 4, 5
+"""FPDF_ERR_PASSWORD and FPDF_ERR_SECURITY of pdfium."""
+
+
+def parse_with_liteparse(source: Source) -> ParsedFile:
+    """Return markdown by page, with headings and tables as liteparse finds them."""
+    from liteparse import LiteParse  # noqa: PLC0415 - native code, loaded in the child only
+
+    with _opened(source) as pdf:
+        metadata = _metadata(pdf)
+    parser = LiteParse(
+        ocr_enabled=False,
+        output_format="markdown",
+        image_mode="off",
+        extract_links=False,
+        continue_on_page_error=True,
+        max_pages=source.page_limit,
+        quiet=True,
+    )
+    result = parser.parse(_from_header(source.path.read_bytes()))  # given a path it goes by the extension, and uploads have none
+    pages = tuple(ParsedPage(page.page_num, _without_empty_fence(page.markdown) or page.text) for page in result.pages)
+    if result.page_errors:
+        metadata["pages_failed"] = [error.page_num for error in result.page_errors]
+    return _checked(pages, versioned("liteparse"), metadata)
+
+
+def parse_with_pdfium(source: Source) -> ParsedFile:
+    """Return plain text by page."""
+    pages = []
+    failed = []
+    with _opened(source) as pdf:
+        metadata = _metadata(pdf)
+        for index in range(len(pdf)):
+            try:
+                page = pdf[index]
+                text = page.get_textpage().get_text_bounded()
+                page.close()
+            except RuntimeError:  # PdfiumError: this page is broken, others may not be
+                failed.append(index + 1)
+                text = ""
+            pages.append(ParsedPage(index + 1, text))
+    if failed:
+        metadata["pages_failed"] = failed
+    return _checked(tuple(pages), versioned("pypdfium2"), metadata)
+
+
+def _from_header(data: bytes) -> bytes:
+    """Return the file without what stands before its header, which liteparse would take for another type."""
+    start = data.find(b"%PDF-", 0, 1024 + 5)
+    return data[start:] if start > 0 else data
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Any]:
+    """Open by pdfium, which tells encrypted from broken and counts the pages before anything is read."""
+    import pypdfium2  # noqa: PLC0415 - native code, loaded in the child only
+
+    try:
+        pdf = pypdfium2.PdfDocument(str(source.path))
+    except pypdfium2.PdfiumError as error:
+        if error.err_code == _WRONG_PASSWORD:
+            raise PermanentError(f"'{source.file_name}' is encrypted: a password is needed to open the PDF.") from error
+        if error.err_code == _UNKNOWN_ENCRYPTION:
+            raise PermanentError(f"'{source.file_name}' is encrypted in a way that is not supported.") from error
+        raise ParseError("it is no readable PDF") from error
+    try:
+        source.check_pages(len(pdf))
+        yield pdf
+    finally:
+        pdf.close()
+
+
+def _metadata(pdf: Any) -> dict[str, Any]:
+    """Return title, author and the like, and the number of pages."""
+    found: dict[str, Any] = {}
+    names = {
+        "Title": "title",
+        "Author": "author",
+        "Subject": "subject",
+        "Keywords": "keywords",
+        "CreationDate": "created",
+        "ModDate": "modified",
+    }
+    with suppress(RuntimeError, UnicodeError):
+        found = {names[key]: value for key, value in pdf.get_metadata_dict(skip_empty=True).items() if key in names}
+    return found | {"page_count": len(pdf)}
+
+
+def _checked(pages: tuple[ParsedPage, ...], parser: str, metadata: dict[str, Any]) -> ParsedFile:
+    """Name the pages without text, and refuse a file that has nothing else."""
+    if not pages:
+        raise NoText("it has no pages")
+    empty = [page.number for page in pages if not page.markdown.strip()]
+    if len(empty) == len(pages):
+        raise NoText(f"no text layer on any of its {len(pages)} pages (a scan?), and OCR is not configured")
+    if empty:
+        metadata["pages_without_text"] = empty
+    return ParsedFile(pages, parser, metadata=metadata)
+
+
+def _without_empty_fence(markdown: str) -> str:
+    """Return nothing for a page whose only content is the empty code fence that liteparse writes for images."""
+    return "" if len(markdown) < 100 and _EMPTY_FENCE.fullmatch(markdown.strip()) else markdown
+
+
+LITEPARSE = Parser("liteparse", parse_with_liteparse)
+PDFIUM = Parser("pypdfium2", parse_with_pdfium)

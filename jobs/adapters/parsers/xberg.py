@@ -1,0 +1,106 @@
+"""Office files, old and new, and e-books by xberg: one configuration for all, without OCR, network, cache or recursion."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from contextlib import suppress
+from typing import Any
+
+from jobs.adapters.parsers.office import with_content
+from jobs.adapters.parsers.source import Parser, Source, versioned
+from models.documents import ParsedFile, ParsedPage
+from models.errors import ParseError
+
+_COMMENT_MARK = re.compile(r"\[cmt:(\d+)\]")
+"""How xberg marks a comment's place; the comment itself it writes as a footnote of the name used here."""
+MAX_CELLS = 20_000_000
+MAX_CONTENT_BYTES = 400 * 1024 * 1024
+
+
+def parse_document(source: Source) -> ParsedFile:
+    """Return a flowing document (Word, RTF, OpenDocument text, EPUB, Outlook message) as one piece; its pages are not reliable."""
+    found = _extract(source, pages=False)
+    content = _COMMENT_MARK.sub(r"[^cmt\1]", found.content)
+    return ParsedFile((ParsedPage(1, content),), versioned("xberg"), paged=False, metadata=_metadata(found))
+
+
+def parse_sheets(source: Source) -> ParsedFile:
+    """Return a workbook: a page for each sheet, labelled and headed by its name."""
+    found = _extract(source, pages=True)
+    pages = []
+    for page in found.pages or []:
+        name = page.sheet_name or f"Sheet {page.page_number}"
+        heading = f"## {name}"
+        body = page.content.strip().removeprefix(heading).strip()
+        pages.append(ParsedPage(page.page_number, f"{heading}\n\n{body}\n" if body else "", name))
+    source.check_pages(len(pages), "sheets")
+    return ParsedFile(with_content(source, pages), versioned("xberg"), metadata=_metadata(found))
+
+
+def parse_slides(source: Source) -> ParsedFile:
+    """Return a presentation: a page for each slide, its speaker notes at the end."""
+    found = _extract(source, pages=True)
+    pages = []
+    for page in found.pages or [None]:
+        if page is None:
+            pages.append(ParsedPage(1, found.content))
+            continue
+        notes = (page.speaker_notes or "").strip()
+        content = page.content
+        if notes and notes not in content:
+            content = f"{content.rstrip()}\n\n{notes}\n"
+        pages.append(ParsedPage(page.page_number, content, page.section_name))
+    source.check_pages(len(pages), "slides")
+    return ParsedFile(tuple(pages), versioned("xberg"), metadata=_metadata(found))
+
+
+def _extract(source: Source, *, pages: bool) -> Any:
+    import xberg  # noqa: PLC0415 - 100 MB of native code, loaded in the child only
+
+    config = xberg.ExtractionConfig(
+        use_cache=False,
+        disable_ocr=True,
+        output_format="markdown",
+        escape_markdown=False,
+        images=xberg.ImageExtractionConfig(extract_images=False, inject_placeholders=False, run_ocr_on_images=False),
+        content_filter=xberg.ContentFilterConfig(
+            include_headers=True, include_footers=True, include_footnotes=True, strip_repeating_text=False
+        ),
+        pages=xberg.PageConfig(extract_pages=True) if pages else None,
+        security_limits=xberg.SecurityLimits(
+            max_table_cells=MAX_CELLS, max_iterations=10 * MAX_CELLS, max_content_size=MAX_CONTENT_BYTES, max_pages=source.page_limit
+        ),
+        max_archive_depth=0,
+    )
+    given = xberg.ExtractInput(kind="bytes", bytes=source.path.read_bytes(), mime_type=source.mime_type)
+    result = asyncio.run(xberg.extract(given, config))
+    if result.errors or not result.results:
+        reasons = "; ".join(f"{error.error_type}: {error.message}" for error in result.errors)
+        raise ParseError(reasons or "no result")
+    return result.results[0]
+
+
+def _metadata(found: Any) -> dict[str, Any]:
+    """Return what the file says of itself, and the parser's warnings."""
+    about = found.metadata
+    values = {
+        "title": about.title,
+        "author": ", ".join(about.authors or []),
+        "subject": about.subject,
+        "keywords": about.keywords,
+        "language": about.language,
+        "created": about.created_at,
+        "modified": about.modified_at,
+        "warnings": [warning.message for warning in found.processing_warnings][:20],
+    }
+    with suppress(ValueError, TypeError):
+        names = json.loads(str(about.format)).get("slide_names")
+        values["slide_names"] = names
+    return {key: value for key, value in values.items() if value}
+
+
+DOCUMENT = Parser("xberg", parse_document)
+SHEETS = Parser("xberg", parse_sheets)
+SLIDES = Parser("xberg", parse_slides)
