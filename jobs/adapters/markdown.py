@@ -22,7 +22,7 @@ _ATX = re.compile(r"(#{1,6}+)(?:[ \t]|$)")
 _NOT_A_PARAGRAPH = re.compile(r"[>|]|[-*+][ \t]|[0-9]{1,9}[.)][ \t]")
 _LINK = re.compile(r"!?\[([^\[\]]*+)\]\([^()]*+\)")
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}+>")
-_EMPHASIS = re.compile(r"(?<![^\W_])_{1,3}+(?=\S)|(?<=\S)_{1,3}+(?![^\W_])|\*{1,3}+|`{1,3}+|~~")
+_EMPHASIS = re.compile(r"(?<!\\)(?:(?<![^\W_])_{1,3}+(?=\S)|(?<=\S)_{1,3}+(?![^\W_])|\*{1,3}+|`{1,3}+|~~)")
 _ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
 _UNESCAPED_PIPE = re.compile(r"(?<!\\)\|")
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.stages.chunk import chunk_id, cut, verify
+from jobs.stages import Tools
+from jobs.stages.chunk import chunk_id, cut, run, verify
 from jobs.stages.chunk.spans import is_cluster_break
 from models.chunks import Chunk
-from models.documents import PageMark
+from models.documents import Document, PageMark
 from models.errors import ConfigurationError, PermanentError
+from models.stages import Milestone
 
 SENTENCE = "The quick brown fox jumps over the lazy dog near the river bank. "
 ECHO = "echo hello world\n" * 9
@@ -201,3 +205,14 @@ def test_a_lost_or_altered_passage_does_not_pass_the_check() -> None:
     for wrong in broken:
         with pytest.raises(PermanentError, match="chunking doc"):
             verify(wrong, markdown, "doc")
+
+
+async def test_the_stage_cuts_by_the_settings_and_refuses_a_text_without_characters() -> None:
+    tools = cast("Tools", SimpleNamespace(settings=SimpleNamespace(chunk_size=200, chunk_overlap=20)))
+    pages = (PageMark(1, 0), PageMark(2, 300))
+    document = Document("doc", 1, "u", "notes.md", "p", Milestone.PARSE_VALIDATED, markdown=SENTENCE * 20, pages=pages)
+    done = await run(document, tools)
+    assert done.chunks == chunks_of(SENTENCE * 20, 200, 20, pages)
+    assert done == replace(document, chunks=done.chunks)
+    with pytest.raises(PermanentError, match=r"notes\.md"):
+        await run(replace(document, markdown=" \n"), tools)
