@@ -18,7 +18,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from jobs.adapters.storage import LocalStorage, safe_display_name
+from jobs.adapters.storage import LocalStorage, safe_display_name, storable_path
 from jobs.front import async_connection, sync_connection
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
@@ -139,7 +139,7 @@ def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[
         "user_id": place.user_id,
         "file_name": safe_display_name(name),
         "file_path": stored.file_path,
-        "source_path": place.source_path or (safe_display_name(str(source)) if isinstance(source, Path) else None),
+        "source_path": place.source_path or (storable_path(source) if isinstance(source, Path) else None),
         "file_size": stored.size,
         "content_sha256": stored.sha256,
         "metadata": metadata,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from procrastinate import JobContext
 
 from jobs.adapters.embedders import make_embedder
-from jobs.adapters.sandbox import Limits, ProcessSandbox
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.pipeline import Runner
 from jobs.pipeline.reading import Reading

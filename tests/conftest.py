@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,14 @@ TEMPLATE = "docmill_template"
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> PostgresServer:
-    """The server, shared by all processes of a parallel run; it stops with the last of them."""
-    base = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        base = base.parent
-    with (base / "server.lock").open("w") as lock:
+def server() -> PostgresServer:
+    """The server, shared by all processes of a parallel run; it stops with the last of them, and its files go with it."""
+    # Not below pytest's own folder: another run of pytest would take away the server's right to enter it.
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    base = Path(tempfile.gettempdir())
+    with (base / f"docmill-tests-{run}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        server = get_server(base / "postgres")
+        server = get_server(base / f"docmill-tests-{run}", cleanup_mode="delete")
         with psycopg.connect(server.get_uri(), autocommit=True) as conn:
             if conn.execute("SELECT FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
                 # Tests that pull the plug on Postgres start a server of their own.

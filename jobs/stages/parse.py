@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jobs.adapters.parsers import parse_file
+from jobs.adapters.parsing import parse_isolated
 from jobs.stages import Tools
 from models.documents import Document, PageMark, ParsedFile
 from models.errors import PermanentError
@@ -29,8 +29,8 @@ async def run(document: Document, tools: Tools) -> Document:
     if document.file_type is None or document.mime_type is None:
         raise PermanentError(f"{document.file_name}: parse needs the file type that validate finds out.")
     path = tools.storage.resolve(document.file_path)
-    parsed = await tools.sandbox.run(
-        parse_file, str(path), document.file_name, document.file_type, document.mime_type, tools.settings.max_pages
+    parsed = await parse_isolated(
+        tools.sandbox, path, document.file_name, document.file_type, document.mime_type, page_limit=tools.settings.max_pages
     )
     markdown, marks = join_pages(parsed)
     return replace(document, markdown=markdown, pages=marks, parser=parsed.parser, parse_metadata=parsed.metadata)

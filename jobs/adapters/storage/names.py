@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 LONGEST_NAME = 255
 _LONGEST_SUFFIX = 20
@@ -28,3 +28,9 @@ def safe_display_name(name: str) -> str:
     if len(suffix) > _LONGEST_SUFFIX:
         suffix = ""
     return name[: LONGEST_NAME - len(suffix)] + suffix
+
+
+def storable_path(path: Path) -> str:
+    """Return a path as text that Postgres can hold and terminals can show: bytes that are no UTF-8 and control characters are escaped."""
+    text = str(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
