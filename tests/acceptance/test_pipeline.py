@@ -154,9 +154,7 @@ def test_a_stored_file_that_changed_after_submission_is_refused(conn: psycopg.Co
 @pytest.mark.parametrize("mode", ["inline", "queue"])
 def test_the_core_of_the_corpus_ends_as_its_manifest_expects(mode: str, corpus: Path, conn: psycopg.Connection, tmp_path: Path) -> None:
     with (corpus / "good" / "MANIFEST.tsv").open(encoding="utf-8", newline="") as file:
-        expected = {
-            row["path"]: row["expected"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["core"] == "1"
-        }
+        expected = {row["path"]: row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["core"] == "1"}
     ingest(conn, tmp_path, [corpus / "good" / path for path in expected], HANDOFF=mode)
     ended = {
         str(Path(source).relative_to(corpus / "good")): (state, message)
