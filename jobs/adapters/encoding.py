@@ -28,7 +28,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _LIKELY = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "iso8859_2", "iso8859_5", "iso8859_7",
     "iso8859_8", "iso8859_9", "koi8_r", "koi8_u", "cp866", "cp932", "shift_jis", "euc_jp", "euc_kr", "cp949", "big5", "gb18030",
-    "tis_620", "cp850", "mac_roman", "mac_cyrillic", "cp500", "cp037",
+    "tis_620",
 ]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _byte_encoding(sample: bytes, declared: str | None, whole: bool) -> str | No
     nuls = sample.count(0)
     controls = len(sample) - len(sample.translate(None, _CONTROL_BYTES)) - nuls
     good, bad = _utf8_evidence(sample, whole)
-    if nuls * 4 > len(sample) or (bad and controls * 10 > len(sample)):
+    if nuls * 4 > len(sample) or controls * (10 if bad else 2) > len(sample):
         return _ebcdic(sample)
     if bad == 0:
         found = declared if good == 0 and declared in _ASCII_LOOKALIKES else "utf-8"
@@ -93,7 +93,7 @@ def _byte_encoding(sample: bytes, declared: str | None, whole: bool) -> str | No
         return declared
     if good >= 3 * bad or _some_lines_are_utf8(sample):
         return "utf-8"
-    return _ebcdic(sample) if (controls + nuls) * 50 > len(sample) else _legacy_encoding(sample)
+    return _ebcdic(sample) or (None if (controls + nuls) * 50 > len(sample) else _legacy_encoding(sample))
 
 
 _ASCII_LOOKALIKES = frozenset({"iso2022_jp", "iso2022_kr", "hz", "utf-7"})
@@ -144,12 +144,12 @@ def _wide_encoding(sample: bytes) -> str | None:
 
 
 def _plausible_utf16(sample: bytes, encoding: str) -> bool:
-    """Tell UTF-16 from text with stray NULs: nearly all ASCII, or spaces and line ends among letters of few other blocks."""
+    """Tell UTF-16 from text with stray NULs: nearly all Latin, or spaces and line ends among letters of few other blocks."""
     text = sample.decode(encoding, errors="replace")
     if text.count("\ufffd") > 1 or len(_CONTROL_CHARACTERS.findall(text)) * 50 > len(text):
         return False
-    ascii_share = sum(character < "\x80" for character in text) / len(text)
-    if ascii_share > 0.6:
+    latin = sum(character < "\u0250" for character in text)
+    if latin > 0.9 * len(text) and sum(character < "\x80" for character in text) > 0.4 * len(text):
         return True
     spaces = sum(text.count(space) for space in " \n\t\u3000\u3001\u3002")
     blocks = {ord(character) >> 8 for character in text}

@@ -58,6 +58,11 @@ class _Pool:
         self._under_way: set[Future[Answer]] = set()
         self._closed = False
 
+    @property
+    def started(self) -> bool:
+        """Whether there is a pool."""
+        return self._pool is not None
+
     def schedule(self, call: Call) -> Future[Answer]:
         if self._closed:
             raise RetryableError("The sandbox is closed: this worker is stopping.")
@@ -100,6 +105,11 @@ class ProcessSandbox:
         """Take the number of children, after how many calls each is replaced, and the limits. Starts nothing yet."""
         self._limits = limits or Limits()
         self._pool = _Pool(children, calls_per_child, self._limits)
+
+    @property
+    def started(self) -> bool:
+        """Whether children have been started."""
+        return self._pool.started
 
     def with_timeout(self, seconds: float) -> ProcessSandbox:
         """Return a view of the same children with another wall clock, and the CPU limit that goes with it."""

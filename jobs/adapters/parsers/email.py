@@ -97,8 +97,8 @@ def _body(message: Message, depth: int) -> tuple[list[str], list[str]]:
             waiting += reversed(children)
         elif name or part.get_content_disposition() == "attachment":
             attachments.append(name or f"unnamed ({kind})")
-        elif kind in ("text/plain", "text/html") and (text := _text(part)):
-            bodies.append(text)
+        elif kind.startswith(("text/plain", "text/html", "multipart/")) and (text := _text(part)):
+            bodies.append(text)  # a multipart without parts is one whose boundary is missing: the text is all there
     return bodies, attachments
 
 

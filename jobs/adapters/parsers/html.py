@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 from jobs.adapters.encoding import decode
@@ -13,6 +14,7 @@ from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
 _CHARSET = re.compile(rb"""<meta[^>]{0,300}?charset\s*=\s*["']?\s*([A-Za-z0-9._:-]{1,40})""", re.I)
+_TITLE = re.compile(r"<title\b[^<>]{0,200}>([^<]{1,1000})</title", re.I)
 _XML_ENCODING = re.compile(rb"""<\?xml[^>]{0,100}\bencoding\s*=\s*["']([A-Za-z0-9._-]{1,40})""")
 
 
@@ -47,8 +49,8 @@ def html_to_markdown(html: str) -> tuple[str, dict[str, Any]]:
     result = convert(html, options)
     if result.content is None:
         raise ParseError("the converter returned nothing")
-    about = result.metadata.document
-    values = {"title": about.title, "author": about.author, "description": about.description, "language": about.language}
+    title = _TITLE.search(html, 0, 64 * 1024)
+    values = {"title": " ".join(unescape(title[1]).split()) if title else ""}
     content = result.content
     if any(warning.kind == WarningKind.DEPTH_LIMIT_EXCEEDED for warning in result.warnings):  # it drops what lies deeper
         content = plain_text(html)

@@ -13,6 +13,8 @@ from jobs.adapters.parsers.source import Parser, Source, versioned
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
+_UNDERLINE = re.compile(r"\\</?u\\>")
+"""What xberg makes of underlined text on slides: a tag that it then escapes."""
 _COMMENT_MARK = re.compile(r"\[cmt:(\d+)\]")
 """How xberg marks a comment's place; the comment itself it writes as a footnote of the name used here."""
 MAX_CELLS = 20_000_000
@@ -48,7 +50,7 @@ def parse_slides(source: Source) -> ParsedFile:
             pages.append(ParsedPage(1, found.content))
             continue
         notes = (page.speaker_notes or "").strip()
-        content = page.content
+        content = _UNDERLINE.sub("", page.content)
         if notes and notes not in content:
             content = f"{content.rstrip()}\n\n{notes}\n"
         pages.append(ParsedPage(page.page_number, content, page.section_name))

@@ -1,0 +1,117 @@
+"""E-mail: headers, the readable body and names of attachments, whatever charsets and nesting the sender came up with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from email.message import EmailMessage
+from pathlib import Path
+
+import pytest
+
+from jobs.adapters.parsers import parse_file
+from jobs.adapters.sniff import sniff
+from models.documents import ParsedFile
+
+Parse = Callable[[str, bytes], ParsedFile]
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Parse:
+    def run(name: str, data: bytes) -> ParsedFile:
+        path = tmp_path / "stored"
+        path.write_bytes(data)
+        found = sniff(path, name)
+        return parse_file(str(path), name, found.file_type, found.mime_type)
+
+    return run
+
+
+def message(subject: str = "Grüße aus Köln", body: str = "Hello\n") -> EmailMessage:
+    mail = EmailMessage()
+    mail["Subject"] = subject
+    mail["From"] = "Jürgen <j@example.com>"
+    mail["To"] = "b@example.com"
+    mail["Date"] = "Mon, 01 Jan 2024 10:00:00 +0000"
+    mail.set_content(body)
+    return mail
+
+
+def test_headers_body_and_attachment_names_are_there(parse: Parse) -> None:
+    mail = message(body="Bitte lesen: größer.\n")
+    mail.add_attachment(b"%PDF-1.4 secret content", maintype="application", subtype="pdf", filename="Übersicht.pdf")
+    parsed = parse("a.eml", mail.as_bytes())
+    found = parsed.pages[0].markdown
+    assert found.startswith("# Grüße aus Köln\n\n- **From:** Jürgen <j@example.com>\n- **To:** b@example.com\n- **Date:** Mon, 01 Jan 2024")
+    assert "Bitte lesen: größer." in found
+    assert "- Übersicht.pdf" in found and "secret" not in found
+    assert parsed.metadata["title"] == "Grüße aus Köln"
+    assert parsed.metadata["attachments"] == ["Übersicht.pdf"]
+
+
+def test_of_alternatives_the_plain_one_is_read_once(parse: Parse) -> None:
+    mail = message(body="the plain words\n")
+    mail.add_alternative("<p>the <b>html</b> words</p>", subtype="html")
+    found = parse("a.eml", mail.as_bytes()).pages[0].markdown
+    assert "the plain words" in found and "html" not in found
+
+
+def test_html_alone_becomes_markdown(parse: Parse) -> None:
+    mail = message()
+    mail.set_content("<h2>News</h2><script>no()</script><p>Größe</p>", subtype="html", charset="iso-8859-1")
+    found = parse("a.eml", mail.as_bytes()).pages[0].markdown
+    assert "## News" in found and "Größe" in found and "no()" not in found
+
+
+def test_a_message_in_a_message_is_read(parse: Parse) -> None:
+    mail = message("outer")
+    inner = message("inner", "words of the inner one\n")
+    mail.add_attachment(inner)
+    found = parse("a.eml", mail.as_bytes()).pages[0].markdown
+    assert "# outer" in found and "## inner" in found and "words of the inner one" in found
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "expected"),
+    [
+        (b"Content-Type: text/plain; charset=no-such-charset\n", "Größe".encode(), "Größe"),
+        (b'Content-Type: text/plain; charset="x\\"y"\n', b"words", "words"),
+        (
+            b"Content-Type: text/plain; charset=us-ascii\n",
+            "Größe und Länge sind nützlich".encode("cp1252"),
+            "Größe und Länge sind nützlich",
+        ),
+        (b"Content-Transfer-Encoding: base64\n", b"no base64 at all!", ""),
+        (b"Content-Type: multipart/mixed\n", b"words without a boundary", "words without a boundary"),
+        (b"Content-Type: multipart/mixed; boundary=b\n", b"--b\n\nwords that nothing ends", "words that nothing ends"),
+        (b"Content-Type: not a type\n", b"words", "words"),
+    ],
+)
+def test_faulty_messages_are_read_as_far_as_they_go(parse: Parse, headers: bytes, body: bytes, expected: str) -> None:
+    parsed = parse("a.eml", b"From: a@b.c\nSubject: =?bogus?Q?caf=C3=A9?= \xfcber\n" + headers + b"\n" + body)
+    assert expected in parsed.pages[0].markdown
+    assert "café" in parsed.pages[0].markdown
+
+
+def test_deep_nesting_ends(parse: Parse) -> None:
+    parts = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (n, n) for n in range(300))
+    parsed = parse("a.eml", b"From: a@b.c\nSubject: deep\n" + parts + b"\nwords")
+    assert "# deep" in parsed.pages[0].markdown
+
+
+def test_a_header_of_a_megabyte_is_cut(parse: Parse) -> None:
+    parsed = parse("a.eml", b"From: a@b.c\nSubject: " + b"long \n " * 200_000 + b"\n\nbody\n")
+    assert len(parsed.pages[0].markdown) < 3000
+
+
+def test_a_message_saved_as_utf16_is_read(parse: Parse) -> None:
+    text = "From: a@example.com\nSubject: Größe\n\nEin Satz mit Umlauten: äöü.\n"
+    found = parse("a.eml", text.encode("utf-16")).pages[0].markdown
+    assert "# Größe" in found and "äöü" in found
+
+
+def test_a_mailbox_has_a_page_for_each_message(parse: Parse) -> None:
+    box = b"".join(b"From a@b.c Mon Jan  1 00:00:00 2024\n" + message(f"number {n}", f"body {n}\n").as_bytes() + b"\n" for n in (1, 2, 3))
+    parsed = parse("a.mbox", box)
+    assert parsed.paged
+    assert [(page.number, page.label) for page in parsed.pages] == [(1, "number 1"), (2, "number 2"), (3, "number 3")]
+    assert all(f"body {page.number}" in page.markdown for page in parsed.pages)

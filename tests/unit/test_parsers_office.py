@@ -1,0 +1,194 @@
+"""Office files: sheets and slides become labelled pages, what one parser refuses the next may read, bombs are refused unopened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.adapters import parsers
+from jobs.adapters.parsers import office, ooxml, parse_file
+from jobs.adapters.sniff import sniff
+from models.documents import FileType, ParsedFile
+from models.errors import ParseError, PermanentError
+from tests.unit.small_files import docx, docx_parts, package, pptx, xlsx, xlsx_parts
+
+Parse = Callable[[str, bytes], ParsedFile]
+DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Parse:
+    """Store bytes under a name without extension, as uploads are, and parse them as what they are."""
+
+    def run(name: str, data: bytes) -> ParsedFile:
+        path = tmp_path / "stored"
+        path.write_bytes(data)
+        found = sniff(path, name)
+        return parse_file(str(path), name, found.file_type, found.mime_type)
+
+    return run
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Leave a type only the given parsers."""
+    return lambda file_type, *chain: monkeypatch.setitem(parsers.PARSERS, file_type, chain)
+
+
+def test_a_word_document_keeps_headings_and_has_no_pages(parse: Parse) -> None:
+    parsed = parse("a.docx", docx("# Report", "First paragraph.", "Größe & <Maß>"))
+    assert not parsed.paged
+    assert "# Report" in parsed.pages[0].markdown
+    assert "Größe & \\<Maß\\>" in parsed.pages[0].markdown
+    assert parsed.parser.startswith("xberg ")
+
+
+def test_sheets_are_pages_labelled_and_headed_by_their_names(parse: Parse) -> None:
+    parsed = parse("a.xlsx", xlsx(Prices=[["item", "price"], ["tea", 2.5], ["a|b", "=1+1"]], Sheet2=[], Notes=[["remember"]]))
+    assert [(page.number, page.label) for page in parsed.pages] == [(1, "Prices"), (3, "Notes")]
+    assert parsed.paged
+    assert parsed.pages[0].markdown.startswith("## Prices\n\n| item | price |\n")
+    assert "| tea | 2.5 |" in parsed.pages[0].markdown
+    assert "=1+1" in parsed.pages[0].markdown
+
+
+def test_an_empty_sheet_with_a_name_of_its_own_stays_as_a_heading(parse: Parse) -> None:
+    parsed = parse("a.xlsx", xlsx(Data=[["x"]], Overview=[], Tabelle3=[]))
+    assert [page.label for page in parsed.pages] == ["Data", "Overview"]
+
+
+def test_calamine_agrees_with_xberg(parse: Parse, only: Callable[..., None]) -> None:
+    data = xlsx(Prices=[["item", "price"], ["tea", 2.5], ["coffee", 3]], Notes=[["remember"]])
+    expected = parse("a.xlsx", data)
+    only(FileType.EXCEL, office.CALAMINE)
+    found = parse("a.xlsx", data)
+    assert found.parser.startswith("python-calamine ")
+    assert found.pages == expected.pages
+
+
+def test_slides_are_pages_in_order(parse: Parse) -> None:
+    parsed = parse("a.pptx", pptx(*(f"slide number {n}" for n in range(1, 13))))
+    assert [page.number for page in parsed.pages] == list(range(1, 13))
+    assert all(f"slide number {page.number}" in page.markdown for page in parsed.pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.docx", docx("one", "two")), ("a.pptx", pptx("one", "two")), ("a.xlsx", xlsx(S=[["one", "two"]]))]
+)
+def test_the_bare_reader_finds_the_same_words(parse: Parse, only: Callable[..., None], name: str, data: bytes) -> None:
+    for file_type in (FileType.WORD, FileType.POWERPOINT, FileType.EXCEL):
+        only(file_type, ooxml.BARE)
+    parsed = parse(name, data)
+    assert parsed.parser == "docmill ooxml"
+    words = re.findall(r"\b(?:one|two)\b", "\n".join(page.markdown for page in parsed.pages))
+    assert words == ["one", "two"]
+
+
+def test_text_in_headers_only_is_found(parse: Parse) -> None:
+    parts = docx_parts([]) | {
+        "word/header1.xml": '<w:hdr xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"><w:p><w:r><w:t>letterhead</w:t></w:r></w:p></w:hdr>'
+    }
+    parsed = parse("a.docx", package(parts))
+    assert parsed.pages[0].markdown.strip() == "letterhead"
+    assert set(parsed.metadata["failed_parsers"]) == {"xberg", "mammoth"}
+
+
+def test_the_next_parser_is_tried_when_one_raises(parse: Parse, only: Callable[..., None]) -> None:
+    def broken(_source: object) -> ParsedFile:
+        raise LookupError("a fault of its own")
+
+    only(FileType.WORD, replace(office.MAMMOTH, name="first", parse=broken), office.MAMMOTH)
+    parsed = parse("a.docx", docx("hello"))
+    assert parsed.pages[0].markdown.strip() == "hello"
+    assert parsed.metadata["failed_parsers"] == {"first": "LookupError: a fault of its own"}
+
+
+def test_the_last_failure_names_the_reason_of_each_parser(parse: Parse) -> None:
+    parts = docx_parts(["x"]) | {"word/document.xml": "<w:document><w:body><w:p></w:body>"}
+    with pytest.raises(ParseError, match=r"'broken\.docx' cannot be parsed \(xberg: .+; mammoth: .+; ooxml: .+\)"):
+        parse("broken.docx", package(parts))
+
+
+def test_parsers_can_be_left_out_from_the_front(tmp_path: Path) -> None:
+    path = tmp_path / "stored"
+    path.write_bytes(docx("hello"))
+    used = [parse_file(str(path), "a.docx", FileType.WORD, DOCX, skip=skip).parser.split()[0] for skip in range(3)]
+    assert used == ["xberg", "mammoth", "docmill"]
+    with pytest.raises(ParseError, match="no parser is left"):
+        parse_file(str(path), "a.docx", FileType.WORD, DOCX, skip=3)
+
+
+def test_a_package_that_unpacks_to_too_much_is_refused_unopened(parse: Parse) -> None:
+    with pytest.raises(ParseError, match=r"unpacks to 40 MB, \d+ times its size; above 32 MB the limit is 150"):
+        parse("bomb.docx", package(docx_parts(["x"]) | {"word/document.xml": b" " * (40 << 20)}))
+
+
+def test_a_package_without_its_part_list_is_refused(parse: Parse) -> None:
+    parts = docx_parts(["x"])
+    del parts["[Content_Types].xml"]
+    with pytest.raises(ParseError, match=r"\[Content_Types\]\.xml is missing"):
+        parse("a.docx", package(parts))
+
+
+def test_entities_are_never_expanded(parse: Parse, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the secret")
+    space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    document = (
+        f'<?xml version="1.0"?><!DOCTYPE d [<!ENTITY x SYSTEM "file://{secret}"><!ENTITY a "ha"><!ENTITY b "&a;&a;">]>'
+        f"<w:document {space}><w:body><w:p><w:r><w:t>before &x; &b;</w:t></w:r></w:p></w:body></w:document>"
+    )
+    data = package(docx_parts([]) | {"word/document.xml": document})
+    try:
+        text = parse("a.docx", data).pages[0].markdown
+    except ParseError as error:
+        text = str(error)
+    assert "the secret" not in text
+    assert "haha" not in text
+
+
+def test_a_blank_workbook_has_no_text(parse: Parse) -> None:
+    with pytest.raises(ParseError, match="no cell with content"):
+        parse("a.xlsx", xlsx(Sheet1=[], Sheet2=[]))
+
+
+def test_the_sheet_names_of_a_workbook_of_pictures_are_its_text(parse: Parse) -> None:
+    parts = xlsx_parts({"Sheet1": [], "Sheet2": []}) | {"xl/drawings/drawing1.xml": "<xdr/>"}
+    assert [page.markdown for page in parse("a.xlsx", package(parts)).pages] == ["## Sheet1\n", "## Sheet2\n"]
+
+
+def test_two_cells_at_the_corners_of_a_sheet_do_not_lay_out_the_rectangle(parse: Parse) -> None:
+    parts = xlsx_parts({"S": [["first"]]})
+    sheet = str(parts["xl/worksheets/sheet1.xml"])
+    corner = '<row r="1048576"><c r="XFD1048576" t="inlineStr"><is><t>last</t></is></c></row></sheetData>'
+    parsed = parse("a.xlsx", package(parts | {"xl/worksheets/sheet1.xml": sheet.replace("</sheetData>", corner)}))
+    assert "first" in parsed.pages[0].markdown
+    assert "last" in parsed.pages[0].markdown
+    assert len(parsed.pages[0].markdown) < 1_000_000
+
+
+def test_too_many_slides_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stored"
+    path.write_bytes(pptx("one", "two", "three"))
+    found = sniff(path, "a.pptx")
+    with pytest.raises(ParseError, match="more than the limit of 2"):
+        parse_file(str(path), "a.pptx", found.file_type, found.mime_type, page_limit=2)
+
+
+def test_what_nobody_can_parse_is_not_supported(parse: Parse) -> None:
+    with pytest.raises(ParseError, match=r"'photo\.png' cannot be parsed: files of type image/png are not supported"):
+        parse("photo.png", b"\x89PNG\r\n\x1a\n" + bytes(100))
+
+
+def test_an_empty_file_is_called_empty(parse: Parse) -> None:
+    with pytest.raises(ParseError, match=r"'a\.docx' is empty"):
+        parse("a.docx", b"")
+
+
+def test_a_stored_file_that_is_gone_is_a_permanent_error(tmp_path: Path) -> None:
+    with pytest.raises(PermanentError, match="its stored file is gone"):
+        parse_file(str(tmp_path / "nothing"), "a.docx", FileType.WORD, DOCX)
