@@ -1,0 +1,77 @@
+"""Listing a folder for ingestion: nested files in a stable order, without what the system put there and without leaving the folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.adapters.storage.faults import source_faults
+from models.errors import DocmillError
+
+SYSTEM_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"})
+"""Lower case. Names that begin with a dot, and the owner files `~$...` of open Office documents, are skipped as well."""
+
+
+@dataclass(slots=True)
+class Listing:
+    """What lies in a folder."""
+
+    files: list[str] = field(default_factory=list)
+    """Relative to the folder, `/` between the parts, sorted by their parts. Whatever is no folder, pipes and sockets included."""
+    skipped: int = 0
+    """Hidden and system files and folders (each counted once), and links that lead out of the folder or to folders."""
+    unreadable: list[tuple[str, DocmillError]] = field(default_factory=list)
+    """Folders inside that could not be listed, with the reason."""
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder of this name belongs to a system or a program rather than to a person."""
+    return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES
+
+
+def list_folder(folder: Path, *, leave_out: Path | None = None) -> Listing:
+    """List a folder with all folders inside. `leave_out` is one not to enter: the storage, which must not be ingested into itself.
+
+    A link to a file inside the folder is listed; one to anything outside, or to a folder (it could lead in circles), is skipped.
+    SubmitError: the folder itself is missing, is no folder or may not be read. RetryableError: a failing disk.
+    """
+    listing = Listing()
+    root = Path(os.path.realpath(folder))
+    shunned = None if leave_out is None else os.path.realpath(leave_out)
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        try:
+            with source_faults(str(folder / inside)), os.scandir(folder / inside) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except DocmillError as error:
+            if not inside:
+                raise
+            listing.unreadable.append((inside, error))
+            continue
+        for entry in entries:
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            if is_hidden(entry.name) or not _belongs(entry, root) or (shunned and os.path.realpath(entry.path) == shunned):
+                listing.skipped += 1
+            elif entry.is_dir(follow_symlinks=False):
+                waiting.append(name)
+            else:
+                listing.files.append(name)
+    listing.files.sort(key=lambda name: name.split("/"))
+    listing.unreadable.sort(key=lambda pair: pair[0].split("/"))
+    return listing
+
+
+def _belongs(entry: os.DirEntry[str], root: Path) -> bool:
+    """Say whether an entry is no link, or a link to a file inside the folder. A link that leads nowhere inside is listed, and reported."""
+    if not entry.is_symlink():
+        return True
+    target = os.path.realpath(entry.path)
+    if not Path(target).is_relative_to(root):
+        return False
+    try:
+        return not stat.S_ISDIR(os.stat(target).st_mode)  # noqa: PTH116 - the path is a string that os gave
+    except OSError:
+        return True

@@ -1,0 +1,21 @@
+"""The `docmill` command. Parses arguments and prints; what it does is done by the modules that it calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs.cli.commands import app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave the process with its exit code. No error of ours ends in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter is no reason to end in the middle of a table
+            stream.reconfigure(errors="replace")
+    try:
+        app(arguments, prog_name="docmill")
+    except Exception as error:
+        from jobs.cli.errors import report  # noqa: PLC0415 - only where there is an error to report
+
+        sys.exit(report(error))

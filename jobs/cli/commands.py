@@ -1,0 +1,115 @@
+"""The commands' arguments and help. What a command does is imported when it runs, so that `docmill --help` is quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done: every document is complete, or was already
+  1    a document failed or was refused, or something went wrong
+  2    the command line or a setting is wrong
+  3    the database cannot be reached
+  130  interrupted; what was submitted stays queued
+"""
+
+app = typer.Typer(
+    help="Documents go in; parsed, chunked, embedded and searchable rows come out of Postgres.\n\nAll settings are environment "
+    "variables or lines of `.env`: docs/configuration.md. Without DATABASE_URL an embedded Postgres starts by itself under .docmill/.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they print local variables, which hold documents and passwords
+    rich_markup_mode=None,  # rich help takes twice as long to come up
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+User = Annotated[str, typer.Option("--user", metavar="USER", help="Whose documents they are.")]
+
+
+class Mode(StrEnum):
+    """How to search."""
+
+    HYBRID = "hybrid"
+    VECTOR = "vector"
+    TEXT = "text"
+
+
+@app.command(epilog=EXIT_CODES)
+def ingest(
+    path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Files and folders. A folder is one batch.")],
+    *,
+    user: User = "default",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,
+    worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Work on them here, or leave that to other workers.")] = True,
+    priority: Annotated[int, typer.Option(metavar="N", help="Higher is worked on first.")] = 0,
+    json: Json = False,
+) -> None:
+    """Submit documents and see them through.
+
+    Nested files are included; hidden and system files are skipped. Submitting again what has not changed does nothing; changed content
+    becomes a new version. A bad file is reported and keeps no other from going on.
+    """
+    from jobs.cli.ingest import Options, run  # noqa: PLC0415
+
+    raise typer.Exit(run(path, Options(user=user, wait=wait, worker=worker, priority=priority, json=json)))
+
+
+@app.command(epilog=EXIT_CODES)
+def status(
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="doc_id or batch_id, the beginning of one, or a file name.")] = None,
+    json: Json = False,
+) -> None:
+    """Show where everything stands, or one document with its timeline, or one batch."""
+    from jobs.cli.status import run  # noqa: PLC0415
+
+    raise typer.Exit(run(id, json=json))
+
+
+@app.command(epilog=EXIT_CODES)
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    *,
+    mode: Annotated[Mode, typer.Option(help="By meaning, by words, or by both.")] = Mode.HYBRID,
+    limit: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Most passages to show.")] = 10,
+    user: Annotated[str | None, typer.Option("--user", metavar="USER", help="Only this user's documents.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="Only documents of this batch.")] = None,
+    type: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Only pdf, word, excel, powerpoint, html, ...")] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option("--metadata", metavar="KEY=VALUE", help="Only documents submitted with this metadata; VALUE may be JSON. Repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Find passages, with their file, page and heading."""
+    from jobs.cli.search import Filters, run  # noqa: PLC0415
+
+    raise typer.Exit(run(query, str(mode), limit, Filters(user, batch, type, tuple(metadata or ())), json=json))
+
+
+@app.command(epilog=EXIT_CODES)
+def migrate() -> None:
+    """Bring the database to the present schema; safe to run twice and from two hosts at once."""
+    from jobs.cli.migrate import run  # noqa: PLC0415
+
+    raise typer.Exit(run())
+
+
+@app.command(epilog=EXIT_CODES)
+def worker(
+    queues: Annotated[
+        str | None, typer.Option(metavar="Q1,Q2", help="Queues to listen to: cpu, embed, extract. All, if not given.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, metavar="N", help="Documents in hand at a time.")] = None,
+) -> None:
+    """Work on queued documents until stopped, as `procrastinate --app=procrastinate_app.app worker` does.
+
+    The first SIGINT or SIGTERM lets the work in hand come to a good end; a second one leaves at once.
+    """
+    from jobs.cli.worker import run  # noqa: PLC0415
+
+    raise typer.Exit(run(queues, concurrency))

@@ -1,0 +1,104 @@
+"""Printing: what comes from outside (names, passages, errors) is shown as text and never obeyed by the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH_OF_FILES = 160
+"""Columns of a table that goes into a file or a pipe, where there is no terminal to ask; COLUMNS overrules."""
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]")
+"""Control characters but tab and newline, line separators, bidirectional controls, byte order mark, lone surrogates, invisible tags."""
+
+
+def printable(value: object, *, lines: bool = False) -> str:
+    """Return text that a terminal only shows: escapes and controls become visible. Without `lines` it is one line."""
+    text = _UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), str(value).replace("\r\n", "\n"))
+    return text.expandtabs(4) if lines else re.sub(r"[\t\n]+", " ", text)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        made = Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=WIDTH_OF_FILES)
+    return made
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return _console()
+
+
+def aside() -> Console:
+    """Return the console for everything that is no result: progress, hints, complaints. It is stderr, so that results can be piped."""
+    return _console(stderr=True)
+
+
+def say(*parts: object, style: str = "", console: Console | None = None) -> None:
+    """Print one line of results (or of something else, on another console), however long it is."""
+    (console or out()).print(Text(" ".join(printable(part) for part in parts), style=style), soft_wrap=True)
+
+
+def complain(message: str, *, prefix: str = "docmill: ") -> None:
+    """Print an error to stderr."""
+    aside().print(Text(prefix, style="bold red") + Text(printable(message, lines=True).rstrip()), soft_wrap=True)
+
+
+STATE_STYLES = {
+    "complete": "green", "duplicate": "green", "completed": "green", "failed": "red", "refused": "red", "cancelled": "magenta",
+    "completed_with_errors": "yellow", "retrying": "yellow", "working": "cyan", "processing": "cyan",
+}  # fmt: skip
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
+    """Print a table. None is an empty cell; columns named in `numbers` are set to the right; a state has its colour. Nothing is cut off."""
+    made = Table(title=printable(title) or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=column in numbers)
+    for row in rows:
+        shown = ["" if cell is None else printable(cell) for cell in row]
+        made.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in shown))
+    out().print(made)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def print_json(value: Any) -> None:
+    """Print JSON alone, in ASCII: control characters of file names and passages arrive as escapes."""
+    print(json.dumps(value, default=_plain, indent=2, allow_nan=False))
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time span for people, for example `0.4 s`, `12.5 s` or `3 min 20 s`."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def moment(at: datetime | None) -> str:
+    """Return a point in time in the local zone, to the second."""
+    return "" if at is None else at.astimezone().strftime("%Y-%m-%d %H:%M:%S")

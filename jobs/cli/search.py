@@ -1,0 +1,110 @@
+"""`docmill search`: the query becomes a vector, the SQL functions find passages."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from psycopg.types.json import Jsonb
+from rich.text import Text
+
+from jobs.adapters.embedders import make_embedder
+from jobs.cli.errors import ExitCode
+from jobs.cli.output import out, print_json, printable, say
+from jobs.cli.session import Row, quiet_logs, rows, run_async
+from models.documents import FileType
+from models.settings import Settings, load_settings
+
+EXCERPT = 400
+"""Characters of a passage that are shown; --json gives the whole."""
+
+_QUERIES = {"hybrid": "search_passages_hybrid", "vector": "search_passages_by_vector", "text": "search_passages_by_text"}
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What the documents must be, as the command line has it."""
+
+    user: str | None = None
+    batch: str | None = None
+    type: str | None = None
+    metadata: tuple[str, ...] = ()
+
+
+def parse_metadata(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return `KEY=VALUE` pairs as a mapping. A value that is JSON is taken so (`year=2026`, `no="7"`), any other as text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise typer.BadParameter(f"{pair!r} is not of the form KEY=VALUE.", param_hint="--metadata")
+        try:
+            found[key] = jsonlib.loads(value, parse_constant=str)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _refuse(query: str, filters: Filters) -> None:
+    if not query.strip():
+        raise typer.BadParameter("must not be empty.", param_hint="QUERY")
+    if filters.type is not None and filters.type not in set(FileType):
+        raise typer.BadParameter(f"{filters.type!r} is no type; there are {', '.join(FileType)}.", param_hint="--type")
+
+
+def run(query: str, mode: str, limit: int, filters: Filters, *, json: bool) -> ExitCode:
+    """Search and print what was found. Finding nothing is no error."""
+    query = query.replace("\x00", " ").encode("utf-8", "replace").decode()
+    _refuse(query, filters)
+    params = {
+        "text": query,
+        "limit": limit,
+        "user_id": filters.user,
+        "batch_id": filters.batch,
+        "file_type": filters.type,
+        "metadata": Jsonb(parse_metadata(filters.metadata)) if filters.metadata else None,
+    }
+    settings = load_settings()
+    quiet_logs(settings)
+    found = run_async(_search(settings, mode, params))
+    if json:
+        print_json(found)
+    else:
+        _print(found)
+    return ExitCode.OK
+
+
+async def _search(settings: Settings, mode: str, params: dict[str, Any]) -> list[Row]:
+    if mode != "text":
+        embedder = make_embedder(settings)
+        vectors = await embedder.embed([params["text"]], kind="query")
+        params = {**params, "vector": vectors[0], "embedding_model": embedder.model}
+    return await rows(settings, _QUERIES[mode], **params)
+
+
+def _pages(row: Row) -> str:
+    first, last = row["page_start"], row["page_end"]
+    if first is None:
+        return ""
+    return f"page {first}" if last in (None, first) else f"pages {first} to {last}"
+
+
+def excerpt(content: str, length: int = EXCERPT) -> str:
+    """Return the beginning of a passage in one line, cut between words."""
+    flat = " ".join(content.split())
+    return flat if len(flat) <= length else flat[:length].rsplit(" ", 1)[0] + " …"
+
+
+def _print(found: list[Row]) -> None:
+    if not found:
+        say("Nothing found.")
+    for number, row in enumerate(found, start=1):
+        where = " > ".join(row["heading_path"] or ())
+        head = Text(f"{number}. ", style="dim") + Text(printable(row["file_name"]), style="bold")
+        for part in (_pages(row), where):
+            head += Text(f"  {printable(part)}" if part else "", style="cyan")
+        out().print(head + Text(f"  {row['score']:.4f}", style="dim"), soft_wrap=True)
+        out().print(Text("   " + printable(excerpt(row["content"]))), soft_wrap=False)

@@ -1,0 +1,165 @@
+"""`docmill status`: the overview, one document with its timeline, or one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.cli.errors import ExitCode
+from jobs.cli.output import aside, complain, duration, moment, print_json, say, table
+from jobs.cli.session import Row, quiet_logs, rows, run_async
+from models.settings import Settings, load_settings
+
+LATEST = 10
+"""How many batches, dead letters and candidates are shown."""
+
+
+def run(word: str | None, *, json: bool) -> ExitCode:
+    """Show what the word names, or everything."""
+    settings = load_settings()
+    quiet_logs(settings)
+    return run_async(_overview(settings, json=json) if word is None else _named(settings, word, json=json))
+
+
+async def _overview(settings: Settings, *, json: bool) -> ExitCode:
+    found = {
+        "documents": await rows(settings, "count_documents_by_state"),
+        "stages": await rows(settings, "count_unfinished_by_stage"),
+        "queues": await rows(settings, "count_live_jobs"),
+        "batches": await rows(settings, "latest_batches", limit=LATEST),
+        "dead_letters": await rows(settings, "open_dead_letters", limit=LATEST),
+        "workers": (await rows(settings, "live_workers"))[0]["workers"],
+    }
+    if json:
+        print_json(found)
+        return ExitCode.OK
+    _print_overview(found)
+    return ExitCode.OK
+
+
+def _print_overview(found: Mapping[str, Any]) -> None:
+    if not found["documents"]:
+        say("No documents yet: `docmill ingest PATH...` submits some.")
+    else:
+        table("Documents", ["state", "documents"], [[row["state"], row["documents"]] for row in found["documents"]], numbers=["documents"])
+    if found["stages"]:
+        columns = ["stage", "queue", "queued", "working", "retrying"]
+        table("Unfinished, by the stage that is due", columns, [[row[c] for c in columns] for row in found["stages"]], numbers=columns[2:])
+    if found["queues"]:
+        columns = ["queue", "waiting", "scheduled", "running"]
+        table("Queue", columns, [[row[c] for c in columns] for row in found["queues"]], numbers=columns[1:])
+    if found["batches"]:
+        columns = ["batch_id", "source_path", "status", "total_files", "completed", "failed", "created"]
+        cells = [[*(row[c] for c in columns[:-1]), moment(row["created_at"])] for row in found["batches"]]
+        table("Latest batches", columns, cells, numbers=columns[3:6])
+    letters = found["dead_letters"]
+    if letters:
+        cells = [[r["file_name"] or r["doc_id"], r["stage"], r["error_type"], r["error_message"], moment(r["created_at"])] for r in letters]
+        table(f"Open dead letters: {letters[0]['total']}", ["file", "stage", "error", "reason", "since"], cells)
+    say(f"Workers alive: {found['workers']}")
+
+
+async def _named(settings: Settings, word: str, *, json: bool) -> ExitCode:
+    """Show the one document or batch that a word names; several, or none, are an error that lists what there is."""
+    word = word.replace("\x00", "")
+    documents = await rows(settings, "find_documents", word=word, limit=LATEST + 1)
+    batches = await rows(settings, "find_batches", word=word, limit=LATEST + 1)
+    exact = [row for row in documents if row["doc_id"] == word]
+    if exact or (len(documents) == 1 and not any(row["batch_id"] == word for row in batches)):
+        return await _document(settings, (exact or documents)[0]["doc_id"], json=json)
+    if len(batches) == 1:
+        return await _batch(settings, batches[0]["batch_id"], json=json)
+    if not documents and not batches:
+        complain(f'There is no document and no batch "{word}": neither an id, nor the beginning of one, nor a file name.')
+        return ExitCode.FAILED
+    complain(f'"{word}" could be any of these:')
+    for row in documents[:LATEST]:
+        say("  document", row["doc_id"], row["file_name"], row["state"], console=aside())
+    for row in batches[:LATEST]:
+        say("  batch   ", row["batch_id"], row["source_path"] or "", row["status"], console=aside())
+    if max(len(documents), len(batches)) > LATEST:
+        say("  ...", console=aside())
+    return ExitCode.FAILED
+
+
+async def _document(settings: Settings, doc_id: str, *, json: bool) -> ExitCode:
+    shown = await rows(settings, "show_document", doc_id=doc_id)
+    events = await rows(settings, "show_events", doc_id=doc_id)
+    if json:
+        print_json({**shown[0], "events": events})
+        return ExitCode.OK
+    row = shown[0]
+    say(row["file_name"], style="bold")
+    facts = {
+        "doc_id": doc_id,
+        "status": row["status"] + (f" (due: {row['stage_due']})" if row["stage_due"] and row["state"] != "failed" else ""),
+        "next try": moment(row["scheduled_at"]),
+        "error": f"{row['error_type']}: {row['error_message']}" if row["error_message"] else None,
+        "batch": row["batch_id"],
+        "user": row["user_id"],
+        "source": row["source_path"],
+        "type": " ".join(part for part in (row["file_type"], row["mime_type"] and f"({row['mime_type']})") if part),
+        "size": f"{row['file_size']:,} bytes" if row["file_size"] is not None else None,
+        "pages": row["page_count"],
+        "passages": row["chunk_count"],
+        "version": f"{row['version']} (searches see {row['served_version'] or 'none'})",
+        "retries": row["retry_count"] or None,
+        "crashes": row["crash_count"] or None,
+        "duplicate of": row["duplicate_of"],
+        "metadata": row["metadata"] or None,
+        "correlation": row["correlation_id"],
+    }
+    for name, value in facts.items():
+        if value not in (None, ""):
+            say(f"  {name:<13}", value)
+    cells = [[moment(e["at"]), e["version"], e["stage"], e["event"], _took(e), _details(e), e["worker"]] for e in events]
+    table("Timeline", ["at", "version", "stage", "event", "time", "detail", "worker"], cells, numbers=["version", "time"])
+    return ExitCode.OK
+
+
+def _took(event: Row) -> str:
+    return "" if event["duration_ms"] is None else f"{event['duration_ms']:,.0f} ms"
+
+
+def _details(event: Row) -> str:
+    """Say an event's detail in a line, the error first."""
+    detail = dict(event["detail"])
+    words = [f"{detail.pop('error_type')}: {detail.pop('error_message', '')}"] if "error_type" in detail else []
+    words += [f"{key} {value}" for key, value in detail.items() if value not in (None, "")]
+    return ", ".join(words) + (f" (try {event['attempt'] + 1})" if event["attempt"] else "")
+
+
+async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
+    row = (await rows(settings, "show_batch", batch_id=batch_id))[0]
+    documents = await rows(settings, "documents_of_batch", batch_id=batch_id)
+    if json:
+        print_json({**row, "documents": documents})
+        return ExitCode.OK
+    say(f"Batch {batch_id}", style="bold")
+    facts = {
+        "status": row["status"],
+        "reason": row["error_message"],
+        "source": row["source_path"],
+        "user": row["user_id"],
+        "run": row["run_id"],
+        "files": f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, "
+        f"{row['processing']} processing, {row['pending']} pending",
+        "submitted": moment(row["created_at"]),
+        "submission": None if row["sealed_at"] else "not finished: submit it again",
+        "ended": moment(row["completed_at"]),
+    }
+    for name, value in facts.items():
+        if value not in (None, ""):
+            say(f"  {name:<13}", value)
+    columns = ["file", "type", "pages", "passages", "status", "time", "error"]
+    cells = [
+        [d["source_path"] or d["file_name"], d["file_type"], d["page_count"], d["chunk_count"], d["status"], _span(d), d["error_message"]]
+        for d in documents
+    ]
+    table("", columns, cells, numbers=["pages", "passages", "time"])
+    return ExitCode.OK
+
+
+def _span(document: Row) -> str:
+    took = document["processing_duration_ms"]
+    return duration(None if took is None else took / 1000)
