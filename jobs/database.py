@@ -39,7 +39,7 @@ def _start_embedded(base: Path) -> str:
     folder = base / "postgres"
     if " " in str(folder):
         # The package hands the socket folder to the server unquoted.
-        postgres_server.find_suitable_socket_dir = _socket_folder
+        setattr(postgres_server, "find_suitable_socket_dir", _socket_folder)  # noqa: B010 - not part of its typed surface
     try:
         base.mkdir(parents=True, exist_ok=True)
         uri: str = postgres_server.get_server(folder).get_uri()

@@ -53,6 +53,7 @@ def _runner() -> Runner:
                 retry=retry,
                 worker=app.worker_name,
                 stopping=app.stopping,
+                finished_jobs=app.finished_jobs,
             )
         )
 

@@ -1,26 +1,52 @@
-"""Our procrastinate App: opens the pool, checks the database, and gives the tasks of this worker what they share."""
+"""Our procrastinate App and its worker: opens the pool, shares one set of leases, and outlives outages of Postgres.
+
+Procrastinate's own worker ends, or lives on half deaf, when the database goes away: its fetch, heartbeat, listener and acknowledgement
+each raise once and take the worker or a job with them. Here each of them waits with backoff and goes on.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import psycopg
-from procrastinate import App, PsycopgConnector
+from loguru import logger
+from procrastinate import App, PsycopgConnector, exceptions
+from procrastinate.connector import Notify
 from procrastinate.worker import Worker
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
 from jobs.leases import LeaseKeeper
+from jobs.redaction import describe
+from jobs.retry import calculate_backoff
 from models.settings import Settings
+
+_DATABASE_ERRORS = (exceptions.ConnectorException, psycopg.Error, OSError)
+_LONGEST_PAUSE = 5.0  # seconds between two tries to reach the database: work is picked up within seconds of its return
+
+
+async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:
+    """Run an action until it succeeds, with backoff while the database is away; give up, with None, once `until` says so."""
+    attempt = 0
+    while True:
+        try:
+            return await action()
+        except _DATABASE_ERRORS as error:
+            if until():
+                return None
+            pause = calculate_backoff(attempt, 0.2, _LONGEST_PAUSE)
+            attempt += 1
+            logger.warning("{} did not reach the database, trying again in {:.1f} s: {}", what, pause, describe(error.__cause__ or error))
+            await asyncio.sleep(pause)
 
 
 class DocmillConnector(PsycopgConnector):
-    """Procrastinate's connector over our own pool; LISTEN goes around a transaction pooler."""
+    """Procrastinate's connector over our own pool; LISTEN goes around a transaction pooler and comes back after an outage."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -33,10 +59,67 @@ class DocmillConnector(PsycopgConnector):
 
     @asynccontextmanager
     async def _get_standalone_connection(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
-        # The listener's: LISTEN does not work through a transaction pooler.
         conninfo = await asyncio.to_thread(conninfo_of, self._settings, direct=True)
         async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(self._settings), autocommit=True) as connection:
             yield connection
+
+    async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:
+        """Listen until cancelled, over a new connection whenever the old one is gone."""
+        names = list(channels)
+        await outlive("The listener", lambda: super(DocmillConnector, self).listen_notify(on_notification, names))
+
+
+class DocmillWorker(Worker):
+    """Procrastinate's worker, made to outlive outages. Only what would end it, or leave a job without an outcome, is changed."""
+
+    app: DocmillApp
+
+    def stopping(self) -> bool:
+        """Say whether this worker has been asked to stop."""
+        return self._stop_event.is_set()
+
+    async def _fetch_and_process_jobs(self) -> None:
+        await outlive("Fetching jobs", self._fetch_while_registered, until=self.stopping)
+
+    async def _fetch_while_registered(self) -> None:
+        fetch: Callable[[], Awaitable[None]] = super()._fetch_and_process_jobs
+        try:
+            await fetch()
+        except exceptions.ConnectorException as error:
+            # Another worker took this one for dead and removed its row, which the rows of fetched jobs refer to.
+            if isinstance(error.__cause__, psycopg.errors.ForeignKeyViolation):
+                self.worker_id = await self.app.job_manager.register_worker()
+            raise
+
+    async def _update_heartbeat(self) -> None:
+        await outlive("The heartbeat", self._beat)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self.update_heartbeat_interval)
+            assert self.worker_id is not None
+            await self.app.job_manager.update_heartbeat(self.worker_id)
+
+    async def _periodic_deferrer(self) -> None:
+        await outlive("Deferring periodic tasks", super()._periodic_deferrer)
+
+    async def _persist_job_status(self, job: Any, *args: Any, **kwargs: Any) -> None:
+        if job.id in self.app.finished_jobs:
+            # The last checkpoint has finished the job in its own transaction.
+            self.app.finished_jobs.discard(job.id)
+            return
+        persist = super()._persist_job_status
+        try:
+            await outlive("Acknowledging a job", lambda: persist(job, *args, **kwargs), until=self.stopping)
+        except Exception as error:
+            # Somebody has ended this job's row meanwhile: a rescue, because this worker had been silent for too long.
+            logger.warning("Job {} was no longer this worker's to acknowledge: {}", job.id, describe(error))
+
+    async def _shutdown(self, side_tasks: list[asyncio.Task[Any]]) -> None:
+        try:
+            await super()._shutdown(side_tasks)
+        except _DATABASE_ERRORS as error:
+            logger.warning("This worker could not sign off: {}", describe(error))
 
 
 class DocmillApp(App):
@@ -56,33 +139,36 @@ class DocmillApp(App):
         self.settings = settings
         self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
         self.leases: LeaseKeeper | None = None
+        self.finished_jobs: set[int] = set()
+        """Ids of jobs whose row a checkpoint has finished already."""
         self.at_close: list[Callable[[], Awaitable[None]]] = []
         """What tasks opened for this worker and wants closing when it stops."""
-        self._running: Worker | None = None
+        self._running: DocmillWorker | None = None
 
     @property
     def pool(self) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
         """The pool of the open app."""
-        connector = self.connector
-        assert isinstance(connector, DocmillConnector)
-        return connector.pool
+        assert isinstance(self.connector, DocmillConnector)
+        return self.connector.pool
 
     def stopping(self) -> bool:
         """Say whether this worker has been asked to stop."""
-        return self._running is not None and self._running._stop_event.is_set()
+        return self._running is not None and self._running.stopping()
 
     def _worker(self, **kwargs: Any) -> Worker:
-        self._running = super()._worker(**kwargs)
+        self._running = DocmillWorker(app=self, **{**self.worker_defaults, **kwargs})
         return self._running
 
     async def run_worker_async(self, **kwargs: Any) -> None:
         """Run a worker until it is asked to stop, then close what its tasks opened."""
-        self.leases = LeaseKeeper(self.settings, self.pool.conninfo if isinstance(self.pool.conninfo, str) else "")
+        conninfo = await asyncio.to_thread(conninfo_of, self.settings)
+        self.leases = LeaseKeeper(self.settings, conninfo)
         try:
             await super().run_worker_async(**kwargs)
         finally:
             for close in self.at_close:
                 await close()
             self.at_close.clear()
-            await asyncio.to_thread(self.leases.close)
+            with suppress(RuntimeError):
+                await asyncio.to_thread(self.leases.close)
             self.leases = None

@@ -130,6 +130,7 @@ def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]
         "duplicate_of": document.duplicate_of,
         "raw_extraction": Jsonb(document.raw_extraction) if complete else None,
         "events": json.dumps([asdict(event) for event in work.events]),
+        "finished_job_id": None if outcome.state is State.WORKING else work.job_id,
         "next_stage": outcome.next_stage,
         "next_delay": outcome.next_delay,
     }

@@ -67,6 +67,7 @@ async def claim_document(conn: Connection, doc_id: str, *, job_id: int, worker: 
         document=document,
         saved=document,
         claim=row["claim"],
+        job_id=job_id,
         priority=row["priority"],
         served_version=row["served_version"],
         retry_count=row["retry_count"],

@@ -66,6 +66,7 @@ class Runner:
         retry: StageRetry,
         worker: str,
         stopping: Callable[[], bool],
+        finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
     ) -> None:
         self._settings = settings
@@ -75,6 +76,7 @@ class Runner:
         self._retry = retry
         self._worker = worker
         self._stopping = stopping
+        self._finished_jobs = finished_jobs
         self._stages = stages or STAGE_FUNCTIONS
 
     async def run(self, job: Job, doc_id: str) -> None:
@@ -190,6 +192,8 @@ class Runner:
         if lease is not None:
             self._leases.release(lease)
         await checkpoint_durably(self._pool, work, outcome, worker=self._worker)
+        if outcome.state is not State.WORKING:
+            self._finished_jobs.add(work.job_id)
 
     async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""

@@ -30,6 +30,8 @@ class Work:
     document: Document
     saved: Document
     claim: int
+    job_id: int
+    """The procrastinate job that holds the claim; the checkpoint that ends the work here finishes it."""
     priority: int
     served_version: int | None
     retry_count: int

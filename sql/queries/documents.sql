@@ -90,6 +90,12 @@ WITH fenced AS (
         updated_at = now()
     WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working'
     RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim
+), finished AS (
+    -- The job ends with the work that it was for, so that no crash can come between the two.
+    UPDATE procrastinate_jobs AS j
+    SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE
+    FROM fenced AS f
+    WHERE j.id = %(finished_job_id)s AND j.status = 'doing'
 ), told AS (
     INSERT INTO document_events (
         doc_id, version, batch_id, user_id, correlation_id, stage, event, attempt, duration_ms, cpu_ms, peak_memory_mb, worker, claim, detail

@@ -89,6 +89,7 @@ class Bench:
             retry=StageRetry(max_attempts=settings.max_retry_attempts, base=settings.retry_base_delay_seconds, max_delay=300),
             worker=worker,
             stopping=lambda: self.stopping,
+            finished_jobs=set(),
             stages={s.name: stage(s.name) for s in STAGES},
         )
 

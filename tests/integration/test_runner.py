@@ -325,6 +325,14 @@ async def test_results_over_the_carry_limit_are_checkpointed_on_the_way(bench: B
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
 
 
+async def test_the_job_is_finished_in_the_checkpoint_that_ends_the_work(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    assert bench.one("SELECT status, attempts FROM procrastinate_jobs") == ("succeeded", 1)
+
+
 async def test_a_batch_is_settled_after_its_last_document(bench: Bench) -> None:
     run = bench.one("SELECT begin_batch('b', 'default', NULL, 'c')")[0]
     for doc_id in ("a", "z"):
