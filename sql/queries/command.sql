@@ -116,21 +116,24 @@ WHERE s.batch_id = %(batch_id)s
 ORDER BY d.source_path, s.doc_id;
 
 -- name: search_passages_by_vector
-SELECT f.*
+SELECT f.chunk_id, f.doc_id, f.file_name, f.version, f.chunk_index, f.content, f.heading_path, f.page_start, f.page_end, f.score,
+    f.vector_rank, f.text_rank
 FROM search_by_vector(
     query_vector => %(vector)s, embedding_model => %(embedding_model)s, limit_to => %(limit)s, user_id => %(user_id)s,
     batch_id => %(batch_id)s, file_type => %(file_type)s, metadata => %(metadata)s
 ) AS f;
 
 -- name: search_passages_by_text
-SELECT f.*
+SELECT f.chunk_id, f.doc_id, f.file_name, f.version, f.chunk_index, f.content, f.heading_path, f.page_start, f.page_end, f.score,
+    f.vector_rank, f.text_rank
 FROM search_by_text(
     query_text => %(text)s, limit_to => %(limit)s, user_id => %(user_id)s, batch_id => %(batch_id)s, file_type => %(file_type)s,
     metadata => %(metadata)s
 ) AS f;
 
 -- name: search_passages_hybrid
-SELECT f.*
+SELECT f.chunk_id, f.doc_id, f.file_name, f.version, f.chunk_index, f.content, f.heading_path, f.page_start, f.page_end, f.score,
+    f.vector_rank, f.text_rank
 FROM search_hybrid(
     query_text => %(text)s, query_vector => %(vector)s, embedding_model => %(embedding_model)s, limit_to => %(limit)s,
     user_id => %(user_id)s, batch_id => %(batch_id)s, file_type => %(file_type)s, metadata => %(metadata)s
