@@ -25,7 +25,7 @@ class Standing:
     states: Counter[str] = field(default_factory=Counter)
     """Unfinished documents by state."""
     stages: Counter[str] = field(default_factory=Counter)
-    """Documents in work by the stage that their last checkpoint left due."""
+    """Documents in work by the stage that their last checkpoint left due, where there has been one."""
 
     def words(self) -> str:
         """Say it in a few words, for example `2 working (parse 1, embed 1), 5 queued, 1 failed`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from psycopg.types.json import Jsonb
+from rich.padding import Padding
 from rich.text import Text
 
 from jobs.adapters.embedders import make_embedder
@@ -107,4 +108,4 @@ def _print(found: list[Row]) -> None:
         for part in (_pages(row), where):
             head += Text(f"  {printable(part)}" if part else "", style="cyan")
         out().print(head + Text(f"  {row['score']:.4f}", style="dim"), soft_wrap=True)
-        out().print(Text("   " + printable(excerpt(row["content"]))), soft_wrap=False)
+        out().print(Padding(Text(printable(excerpt(row["content"]))), (0, 0, 0, 3)))

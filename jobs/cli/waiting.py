@@ -17,7 +17,7 @@ from jobs.cli.progress import Display, Standing
 from jobs.cli.session import Row, quiet_logs, rows, shows_details
 from models.errors import DocmillError
 from models.settings import Settings
-from models.stages import UNFINISHED_STATES, State
+from models.stages import STAGES, UNFINISHED_STATES, State
 
 if TYPE_CHECKING:
     from jobs.worker import DocmillApp
@@ -109,5 +109,6 @@ def _standing(total: int, ended: Counter[str], unfinished: list[Row]) -> Standin
         done=ended.total(),
         failed=ended[State.FAILED] + ended[State.CANCELLED],
         states=Counter(row["state"] for row in unfinished),
-        stages=Counter(row["stage_due"] for row in unfinished if row["state"] == State.WORKING),
+        # The first checkpoint comes long after validate, so of those that have had none the stage is not known.
+        stages=Counter(row["stage_due"] for row in unfinished if row["state"] == State.WORKING and row["stage_due"] != STAGES[0].name),
     )
