@@ -13,7 +13,7 @@ from jobs.cli.output import duration, say, table
 from models.stages import UNFINISHED_STATES, State
 
 LONGEST_TABLE = 100
-"""Rows from which on complete documents are counted rather than listed; what needs attention is always listed."""
+"""Rows from which on documents that are complete or on their way are only counted; what needs attention is always listed."""
 GOOD = frozenset({State.COMPLETE, State.DUPLICATE})
 
 
@@ -105,7 +105,7 @@ def print_report(report: Report) -> None:
     lines = list(report.lines())
     listed = [line for line in lines if not (line.unchanged and line.state in GOOD)]
     if len(listed) > LONGEST_TABLE:
-        listed = [line for line in listed if line.state not in GOOD]
+        listed = [line for line in listed if line.state not in GOOD | UNFINISHED_STATES]
     if listed:
         columns = ["file", "type", "pages", "passages", "state", "time"] + (["error"] if any(line.error for line in listed) else [])
         table("", columns, [_cells(line)[: len(columns)] for line in listed], numbers=("pages", "passages", "time"))
