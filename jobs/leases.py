@@ -30,30 +30,43 @@ class Lease:
     good_until: float
     deadline: float
     """Never renewed past this; the runner moves it on with each stage."""
-    on_lost: Callable[[], None]
-    """Called once, from the lease thread, when the claim has gone to somebody else or could not be renewed in time."""
+    on_lost: Callable[[bool], None]
+    """Called once, from the lease thread. True: the claim has gone to somebody else. False: it could not be renewed in time."""
 
 
 class LeaseKeeper:
     """Holds the leases of one worker process."""
 
-    def __init__(self, settings: Settings, conninfo: str) -> None:
+    def __init__(self, settings: Settings, conninfo: str, on_tick: Callable[[psycopg.Connection], None] | None = None) -> None:
+        """`on_tick` runs in the thread every few seconds, over its connection."""
         self._seconds = settings.lease_seconds
+        self._tick_seconds = min(settings.lease_seconds / 4, 5.0)
         self._conninfo = make_conninfo(conninfo, **connect_options(settings))
+        self._on_tick = on_tick
         self._leases: dict[tuple[str, int], Lease] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._conn: psycopg.Connection | None = None
 
-    def hold(self, doc_id: str, claim: int, *, claimed_at: float, on_lost: Callable[[], None]) -> Lease:
+    def start(self) -> None:
+        """Start the thread unless it runs."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+                self._thread.start()
+
+    def held(self) -> list[str]:
+        """Return the doc_ids of the leases that are held now."""
+        with self._lock:
+            return [doc_id for doc_id, _ in self._leases]
+
+    def hold(self, doc_id: str, claim: int, *, claimed_at: float, on_lost: Callable[[bool], None]) -> Lease:
         """Begin to renew a claim that was made no earlier than `claimed_at`."""
         lease = Lease(doc_id, claim, claimed_at + self._seconds, math.inf, on_lost)
         with self._lock:
             self._leases[doc_id, claim] = lease
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
-                self._thread.start()
+        self.start()
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -61,37 +74,53 @@ class LeaseKeeper:
         with self._lock:
             self._leases.pop((lease.doc_id, lease.claim), None)
 
-    def close(self) -> None:
-        """Stop the thread and close its connection."""
+    def close(self, last: Callable[[psycopg.Connection], None] | None = None) -> None:
+        """Stop the thread, run `last` over its connection if the database can be reached, and close it."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-        if self._conn is not None:
-            self._conn.close()
+        if last is not None:
+            try:
+                last(self._connection())
+            except psycopg.Error as error:
+                logger.warning("This worker could not sign off: {}", describe(error))
+        self._drop_connection()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds / 4):
+        while not self._stop.is_set():
             with self._lock:
                 leases = list(self._leases.values())
-            if not leases:
-                continue
+            now = time.monotonic()
             try:
-                self._renew([lease for lease in leases if time.monotonic() < lease.deadline])
-            except psycopg.Error as error:
+                conn = self._connection()
+                self._renew(conn, [e for e in leases if now < e.deadline and e.good_until - now < 0.8 * self._seconds])
+                if self._on_tick is not None:
+                    self._on_tick(conn)
+            except Exception as error:
+                # Whatever it is, the thread goes on: without it every document in hand would be lost to its lease.
                 logger.warning("Leases were not renewed: {}", describe(error))
-                self._conn = None
+                self._drop_connection()
             now = time.monotonic()
             for lease in leases:
                 if now >= lease.good_until:
-                    self._lose(lease)
+                    self._lose(lease, superseded=False)
+            self._stop.wait(self._tick_seconds)
 
-    def _renew(self, leases: list[Lease]) -> None:
-        if not leases:
-            return
+    def _connection(self) -> psycopg.Connection:
         if self._conn is None or self._conn.closed:
             self._conn = psycopg.connect(self._conninfo, autocommit=True)
+        return self._conn
+
+    def _drop_connection(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
+        self._conn = None
+
+    def _renew(self, conn: psycopg.Connection, leases: list[Lease]) -> None:
+        if not leases:
+            return
         asked_at = time.monotonic()
-        rows = self._conn.execute(
+        rows = conn.execute(
             query("renew_leases"),
             {
                 "lease_seconds": self._seconds,
@@ -104,10 +133,10 @@ class LeaseKeeper:
             if (lease.doc_id, lease.claim) in renewed:
                 lease.good_until = asked_at + self._seconds
             else:
-                self._lose(lease)
+                self._lose(lease, superseded=True)
 
-    def _lose(self, lease: Lease) -> None:
+    def _lose(self, lease: Lease, *, superseded: bool) -> None:
         with self._lock:
             held = self._leases.pop((lease.doc_id, lease.claim), None)
         if held is not None:
-            lease.on_lost()
+            lease.on_lost(superseded)

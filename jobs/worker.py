@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
+import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, LiteralString
 
 import psycopg
 from loguru import logger
@@ -22,7 +25,9 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
 from jobs.leases import LeaseKeeper
+from jobs.reconcile import Reconciler
 from jobs.redaction import describe
+from jobs.registry import Pulse, Registry
 from jobs.retry import calculate_backoff
 from models.settings import Settings
 
@@ -45,12 +50,32 @@ async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Cal
             await asyncio.sleep(pause)
 
 
+def _leave_at_once(number: int) -> None:
+    logger.warning("A second signal: this worker leaves at once; what it holds is taken up when its leases run out")
+    os._exit(128 + number)
+
+
 class DocmillConnector(PsycopgConnector):
     """Procrastinate's connector over our own pool; LISTEN goes around a transaction pooler and comes back after an outage."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self._settings = settings
+        self._asked_at: dict[object, float] = {}
+
+    def oldest_query_at(self) -> float | None:
+        """Return since when, by the monotonic clock, the oldest of procrastinate's queries waits for its answer; None when none does."""
+        return min(list(self._asked_at.values()), default=None)
+
+    async def execute_query_one_async(self, query: LiteralString, **arguments: Any) -> dict[str, Any]:
+        """Run a query, noting for the watchdog since when."""
+        token = object()
+        self._asked_at[token] = time.monotonic()
+        try:
+            row: dict[str, Any] = await super().execute_query_one_async(query, **arguments)
+            return row
+        finally:
+            del self._asked_at[token]
 
     async def _create_pool(self, pool_args: dict[str, Any]) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
         # Procrastinate would have the pool check each connection at each checkout: a round trip for every query.
@@ -115,6 +140,22 @@ class DocmillWorker(Worker):
             # Somebody has ended this job's row meanwhile: a rescue, because this worker had been silent for too long.
             logger.warning("Job {} was no longer this worker's to acknowledge: {}", job.id, describe(error))
 
+    def stop(self) -> None:
+        """Finish what is in hand; a second signal leaves at once."""
+        stop: Callable[[], None] = super().stop
+        stop()
+        if self.install_signal_handlers and self._loop is not None and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, _leave_at_once, number)
+
+    def job_ids(self) -> list[int]:
+        """Return the ids of the jobs in hand. Called from the lease thread, hence the copy."""
+        return [context.job.id for context in list(self._running_jobs.values()) if context.job.id is not None]
+
+    def _start_side_tasks(self) -> list[asyncio.Task[Any]]:
+        reconciler = Reconciler(self.app.settings, self.app.pool)
+        return [*super()._start_side_tasks(), asyncio.create_task(reconciler.run(), name="reconciler")]
+
     async def _shutdown(self, side_tasks: list[asyncio.Task[Any]]) -> None:
         try:
             await super()._shutdown(side_tasks)
@@ -148,27 +189,44 @@ class DocmillApp(App):
     @property
     def pool(self) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
         """The pool of the open app."""
+        return self._connector().pool
+
+    def _connector(self) -> DocmillConnector:
         assert isinstance(self.connector, DocmillConnector)
-        return self.connector.pool
+        return self.connector
 
     def stopping(self) -> bool:
         """Say whether this worker has been asked to stop."""
         return self._running is not None and self._running.stopping()
 
-    def _worker(self, **kwargs: Any) -> Worker:
+    def _worker(self, **kwargs: Any) -> DocmillWorker:
         self._running = DocmillWorker(app=self, **{**self.worker_defaults, **kwargs})
         return self._running
 
     async def run_worker_async(self, **kwargs: Any) -> None:
         """Run a worker until it is asked to stop, then close what its tasks opened."""
         conninfo = await asyncio.to_thread(conninfo_of, self.settings)
-        self.leases = LeaseKeeper(self.settings, conninfo)
+        import_tasks: Callable[[], None] = self.perform_import_paths
+        import_tasks()
+        worker = self._worker(**kwargs)
+        pulse = Pulse(
+            worker=self.worker_name,
+            queues=list(worker.queues) if worker.queues else None,
+            concurrency=worker.concurrency,
+            jobs=worker.job_ids,
+            documents=lambda: [] if self.leases is None else self.leases.held(),
+            stopping=worker.stopping,
+            oldest_query_at=self._connector().oldest_query_at,
+        )
+        registry = Registry(self.settings, pulse, asyncio.get_running_loop())
+        self.leases = leases = LeaseKeeper(self.settings, conninfo, registry.tick)
+        leases.start()
         try:
-            await super().run_worker_async(**kwargs)
+            run: Callable[[], Awaitable[None]] = worker.run
+            await run()
         finally:
             for close in self.at_close:
                 await close()
             self.at_close.clear()
-            with suppress(RuntimeError):
-                await asyncio.to_thread(self.leases.close)
+            await asyncio.to_thread(leases.close, registry.sign_off)
             self.leases = None

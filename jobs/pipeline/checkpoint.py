@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.work import Work
 from jobs.redaction import describe
-from jobs.retry import classify_error
+from jobs.retry import calculate_backoff, classify_error
 from models.documents import Document
 from models.errors import ErrorType
 from models.stages import State
@@ -64,24 +64,38 @@ class CheckpointFailed(Exception):
         self.cause = cause
 
 
-_PAUSES = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth try of a checkpoint
+_TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
+_LONGEST_PAUSE = 5.0  # seconds
 
 
-async def checkpoint_durably(pool: AsyncConnectionPool[Connection], work: Work, outcome: Outcome, *, worker: str) -> None:
-    """Write a checkpoint, trying again over a new connection where that can help; raise FencedOff or CheckpointFailed."""
-    for pause in (*_PAUSES, None):
+async def checkpoint_durably(
+    pool: AsyncConnectionPool[Connection], work: Work, outcome: Outcome, *, worker: str, give_up: Callable[[], bool]
+) -> None:
+    """Write a checkpoint or raise FencedOff or CheckpointFailed.
+
+    A database that is away is waited for, however long (until `give_up` says that the worker must stop): what was done would be lost
+    otherwise. An error that the database answers with is tried again a few times if that can help.
+    """
+    attempt = 0
+    while True:
         try:
             async with pool.connection() as conn:
                 # A connection that broke at the commit does not say whether it was written.
-                if pause == _PAUSES[0] or not await _was_written(conn, work, outcome):
+                if attempt == 0 or not await _was_written(conn, work, outcome):
                     await checkpoint(conn, work, outcome, worker=worker)
                 _mark_saved(work, outcome)
             return
         except psycopg.Error as error:
-            if pause is None or classify_error(error) is not ErrorType.RETRYABLE:
+            answered = error.sqlstate is not None and error.sqlstate[:2] not in _AWAY
+            if classify_error(error) is not ErrorType.RETRYABLE or (answered and attempt + 1 >= _TRIES) or (not answered and give_up()):
                 raise CheckpointFailed(error) from error
-            logger.warning("The checkpoint was not written, trying again in {} s: {}", pause, describe(error))
+            pause = calculate_backoff(attempt, 0.1, _LONGEST_PAUSE)
+            logger.warning("The checkpoint was not written, trying again in {:.1f} s: {}", pause, describe(error))
             await asyncio.sleep(pause)
+            attempt += 1
+
+
+_AWAY = frozenset({"08", "57"})  # connection exceptions; shutdown, crash and start of the server
 
 
 async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:

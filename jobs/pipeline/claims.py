@@ -72,6 +72,7 @@ async def claim_document(conn: Connection, doc_id: str, *, job_id: int, worker: 
         served_version=row["served_version"],
         retry_count=row["retry_count"],
         buffered=document.chunks is not None,
+        suspect=row["crash_count"] > 0,
     )
 
 

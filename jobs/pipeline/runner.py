@@ -17,6 +17,7 @@ from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff, Outcome, checkpoint_durably
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document
+from jobs.pipeline.company import Company
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.work import StageEvent, Work
@@ -78,23 +79,41 @@ class Runner:
         self._stopping = stopping
         self._finished_jobs = finished_jobs
         self._stages = stages or STAGE_FUNCTIONS
+        self._company = Company()
 
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
-        claimed_at = time.monotonic()
+        async with self._company.shared():
+            claimed_at = time.monotonic()
+            work = await self._claim(job, doc_id)
+            if work is None:
+                return
+            lease = self._hold(work, claimed_at)
+            if not work.suspect:
+                await self._work(job, work, lease)
+                return
+        # From the first crash on the document has its worker to itself, so that the next crash can be no other's fault.
+        async with self._company.alone():
+            async with self._pool.connection() as conn:
+                await conn.execute(query("claim_alone"), {"doc_id": doc_id, "claim": work.claim})
+            await self._work(job, work, lease)
+
+    async def _claim(self, job: Job, doc_id: str) -> Work | None:
         async with self._pool.connection() as conn:
             work = await claim_document(conn, doc_id, job_id=job.id, worker=self._worker, lease_seconds=self._settings.lease_seconds)
             if isinstance(work, NotClaimed):
                 await self._answer_refusal(conn, job, doc_id, work)
-                return
+                return None
+            return work
+
+    async def _work(self, job: Job, work: Work, lease: Lease) -> None:
         document = work.document
-        with bound(doc_id=doc_id, batch_id=document.batch_id, correlation_id=document.correlation_id, worker=self._worker):
-            lease = self._hold(work, claimed_at)
+        with bound(doc_id=document.doc_id, batch_id=document.batch_id, correlation_id=document.correlation_id, worker=self._worker):
             try:
                 await self._carry(job, work, lease)
             finally:
                 self._leases.release(lease)
-        if document.batch_id is not None and not work.lost:
+        if document.batch_id is not None and not work.fenced:
             async with self._pool.connection() as conn:
                 await conn.execute(query("settle_batch"), {"batch_id": document.batch_id})
 
@@ -109,8 +128,8 @@ class Runner:
     def _hold(self, work: Work, claimed_at: float) -> Lease:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
-        def lost() -> None:
-            work.lost = True
+        def lost(superseded: bool) -> None:
+            work.fenced = superseded
             if task is not None:
                 with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
                     loop.call_soon_threadsafe(task.cancel)
@@ -179,7 +198,7 @@ class Runner:
         if self._settings.handoff == "queue" or self._stopping() or not self._listens(job.queues, following):
             await self._leave(work, lease, following)
             return None
-        if elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:
+        if work.suspect or elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:
             await self._checkpoint(work, Outcome(State.WORKING), None)
         return following
 
@@ -191,7 +210,7 @@ class Runner:
         """Make the work durable. `lease` is given when the work ends here: it is no longer renewed from now on."""
         if lease is not None:
             self._leases.release(lease)
-        await checkpoint_durably(self._pool, work, outcome, worker=self._worker)
+        await checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping)
         if outcome.state is not State.WORKING:
             self._finished_jobs.add(work.job_id)
 
@@ -214,23 +233,26 @@ class Runner:
             logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
 
     async def _on_cancel(self, work: Work, lease: Lease, stage: Stage | None) -> None:
-        """A lost lease drops the work; a shutdown hands it on at once without counting. Either way the job ends well."""
+        """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""
         task = asyncio.current_task()
         if task is not None:
             task.uncancel()
-        if work.lost:
+        if work.fenced:
             await self._tell_fenced(work, stage)
             return
         if stage is None:
             return
-        work.events.append(StageEvent("handed_on", stage.name, work.attempt_at(stage.due_at), detail={"reason": "worker stops"}))
+        work.events.append(StageEvent("handed_on", stage.name, work.attempt_at(stage.due_at), detail={"reason": self._why_cancelled()}))
         try:
             await self._leave(work, lease, stage)
         except FencedOff:
             await self._tell_fenced(work, stage)
 
+    def _why_cancelled(self) -> str:
+        return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
+
     async def _tell_fenced(self, work: Work, stage: Stage | None) -> None:
-        work.lost = True
+        work.fenced = True
         name = stage.name if stage else None
         logger.warning("The claim has moved on; the work on {} is dropped", name)
         try:

@@ -39,8 +39,10 @@ class Work:
     buffered: bool = False
     """Whether rows of this version lie in the buffer tables."""
     events: list[StageEvent] = field(default_factory=list)
-    lost: bool = False
-    """The lease has gone to somebody else or has run out: nothing may be written any more."""
+    suspect: bool = False
+    """A worker has crashed with this document in hand: it runs alone, with a checkpoint after each stage."""
+    fenced: bool = False
+    """The claim has gone to somebody else: nothing may be written any more."""
 
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""

@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     """Longest delay between two retries, in seconds."""
     max_crashes: Annotated[int, Interval(ge=1, le=100)] = 3
     """Crashes of its worker, with no other document in it, that make a document a dead letter."""
+    max_requeues: Annotated[int, Interval(ge=1, le=1000)] = 10
+    """How often a document whose job was lost before any worker began it is queued again at one milestone before it is failed, visibly."""
+    reconcile_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 5
+    """Seconds between two passes of the reconciler that every worker runs."""
+    watchdog_seconds: Annotated[float, Interval(ge=1, le=86_400)] = 120
+    """A worker whose event loop is stuck for this long, or whose queries hang this long although the database answers, ends itself."""
     max_wait_hours: Annotated[float, Interval(ge=0, le=8760)] = 72
     """Longest wait for a rate limit or an outage; such waits count as no attempt."""
     batch_processing_timeout: Annotated[float, Interval(ge=1, le=604_800)] = 1800

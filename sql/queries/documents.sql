@@ -7,13 +7,23 @@ SET state = 'working',
     claim = d.claim + 1,
     claim_job_id = %(job_id)s,
     claimed_by = %(worker)s,
+    -- Taking over an expired lease is a crash like any other that the reconciler finds.
+    crash_count = d.crash_count + (d.state = 'working')::integer,
+    lone_crash_count = d.lone_crash_count + (d.state = 'working' AND d.alone)::integer,
+    alone = FALSE,
     lease_until = now() + make_interval(secs => %(lease_seconds)s),
     processing_started_at = coalesce(d.processing_started_at, now()),
     updated_at = now()
 WHERE d.doc_id = %(doc_id)s
     AND (d.state IN ('queued', 'retrying') OR (d.state = 'working' AND d.lease_until < now()))
 RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correlation_id, d.file_name, d.file_path, d.metadata,
-    d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count, d.claim;
+    d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count,
+    d.crash_count, d.claim;
+
+-- name: claim_alone
+-- Says that the document has its worker to itself from now on, so that the next crash is its own.
+UPDATE file_extractions AS d SET alone = TRUE
+WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working';
 
 -- name: look_at_document
 SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left
@@ -75,6 +85,9 @@ WITH fenced AS (
         lease_until = CASE WHEN %(state)s = 'working' THEN d.lease_until END,
         retry_count = %(retry_count)s,
         crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
+        lone_crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.lone_crash_count ELSE 0 END,
+        requeue_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.requeue_count ELSE 0 END,
+        alone = d.alone AND %(state)s = 'working',
         error_type = %(error_type)s::document_error_type,
         error_message = %(error_message)s,
         file_size = coalesce(%(file_size)s, d.file_size),

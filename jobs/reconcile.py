@@ -1,0 +1,91 @@
+"""Repair by invariant: a side task of every worker, safe with any number of them.
+
+Each unfinished document has exactly one live job or a live lease; otherwise it is queued again at its milestone. What is repaired, and how,
+is written down in `sql/migrations/0003_rescue.sql`; here is only what is looked for, how often, and what is said about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import psycopg
+from loguru import logger
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from jobs.redaction import describe
+from models.settings import Settings
+from sql import query
+
+MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
+WINDOW = 2000  # waiting documents that a pass looks at
+
+
+class Reconciler:
+    """Looks for broken invariants every few seconds and repairs each in a small transaction of its own."""
+
+    def __init__(self, settings: Settings, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._awake_since = self._last_pass = time.monotonic()
+        self._after = 0
+
+    async def run(self) -> None:
+        """Repair for ever; a pass that fails is logged and the next one tries again."""
+        while True:
+            try:
+                await self.pass_once()
+            except (psycopg.Error, OSError) as error:
+                logger.warning("A pass of the reconciler failed: {}", describe(error))
+            await asyncio.sleep(self._settings.reconcile_seconds)
+
+    async def pass_once(self) -> dict[str, int]:
+        """Look for everything once and return what was done: outcome -> how often."""
+        lease = self._settings.lease_seconds
+        done: dict[str, int] = {}
+        now = time.monotonic()
+        if now - self._last_pass > lease / 2 + self._settings.reconcile_seconds:
+            self._awake_since = now  # this process was paused, or the database away
+        self._last_pass = now
+        # One lease length after waking up every worker that lives has renewed what it holds.
+        if now - self._awake_since >= lease:
+            crashes = {"max_crashes": self._settings.max_crashes}
+            for row in await self._rows("find_expired_leases", lease_seconds=lease, most=MOST):
+                await self._repair(done, "rescue_document", doc_id=row["doc_id"], **crashes)
+        for row in await self._rows("find_abandoned_jobs", grace_seconds=lease, most=MOST):
+            await self._repair(done, "end_abandoned_job", job_id=row["id"], grace_seconds=lease)
+        for row in await self._rows("find_dead_side_jobs", grace_seconds=lease, most=MOST):
+            await self._repair(done, "requeue_side_job", job_id=row["id"])
+        await self._requeue_lost(done)
+        for row in await self._rows("find_unsettled_batches", most=MOST):
+            await self._repair(done, "settle_batch", batch_id=row["batch_id"])
+        return done
+
+    async def _requeue_lost(self, done: dict[str, int]) -> None:
+        seen = await self._rows("find_lost_documents", after=self._after, window=WINDOW)
+        for row in seen:
+            if row["lost"]:
+                await self._repair(done, "requeue_lost_document", doc_id=row["doc_id"], max_requeues=self._settings.max_requeues)
+        self._after = seen[-1]["id"] if len(seen) == WINDOW else 0
+
+    async def _repair(self, done: dict[str, int], name: str, **params: Any) -> None:
+        """Run one repair, a transaction of its own; one that fails keeps no other from being tried."""
+        try:
+            found = await self._rows(name, **params)
+        except psycopg.DatabaseError as error:
+            if isinstance(error, psycopg.OperationalError):
+                raise
+            logger.warning("{} of {} failed: {}", name, params, describe(error))
+            return
+        outcome = next(iter(found[0].values()), None) if found else None
+        if outcome is not None:
+            logger.warning("{}: {} {}", name, params.get("doc_id") or params.get("job_id") or params.get("batch_id"), outcome)
+            key = outcome if isinstance(outcome, str) else name
+            done[key] = done.get(key, 0) + 1
+
+    async def _rows(self, name: str, **params: Any) -> list[dict[str, Any]]:
+        async with self._pool.connection() as conn, conn.cursor(row_factory=dict_row) as cursor:
+            await cursor.execute(query(name), params)
+            return await cursor.fetchall()

@@ -1,0 +1,107 @@
+"""This worker's row in the registry, and the watchdog that ends a process which can no longer work.
+
+Both run in the lease thread: they must go on while the event loop does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import psycopg
+from loguru import logger
+
+from models.settings import Settings
+from sql import query
+
+STUCK_EXIT_CODE = 70  # EX_SOFTWARE: a supervisor starts a new process
+_PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@dataclass(slots=True)
+class Pulse:
+    """What the worker says of itself, written by the event loop and read by the lease thread."""
+
+    worker: str
+    queues: list[str] | None
+    concurrency: int
+    jobs: Callable[[], list[int]]
+    documents: Callable[[], list[str]]
+    stopping: Callable[[], bool]
+    oldest_query_at: Callable[[], float | None]
+    """Since when the oldest query of the event loop waits for its answer; None when none does."""
+    loop_beat_at: float = field(default_factory=time.monotonic)
+    """When the event loop last ran something."""
+
+
+class Registry:
+    """Beats for one worker process."""
+
+    def __init__(self, settings: Settings, pulse: Pulse, loop: asyncio.AbstractEventLoop) -> None:
+        self._limit = settings.watchdog_seconds
+        self._pulse = pulse
+        self._loop = loop
+        self._last_tick = time.monotonic()
+        self._judge_from = self._last_tick + self._limit
+
+    def tick(self, conn: psycopg.Connection) -> None:
+        """Write the heartbeat, and end the process if its event loop or its queries are stuck although the database answers here."""
+        pulse = self._pulse
+        host, _, pid = pulse.worker.rpartition(":")
+        conn.execute(
+            query("beat"),
+            {
+                "worker": pulse.worker,
+                "host": host,
+                "pid": int(pid),
+                "queues": pulse.queues,
+                "concurrency": pulse.concurrency,
+                "stopping": pulse.stopping(),
+                "active_jobs": pulse.jobs(),
+                "documents": pulse.documents(),
+                "memory_mb": resident_mb(),
+                "cpu_seconds": time.process_time(),
+                "version": version("docmill"),
+            },
+        )
+        self._watch()
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        slept, self._last_tick = now - self._last_tick, now
+        if slept > self._limit / 2:
+            # The whole process was paused, or the database away: event loop and queries get their time again.
+            self._judge_from = now + self._limit
+        self._loop.call_soon_threadsafe(self._beat)
+        if now < self._judge_from:
+            return
+        asked_at = self._pulse.oldest_query_at()
+        if now - self._pulse.loop_beat_at > self._limit:
+            self._end("its event loop has been stuck")
+        if asked_at is not None and now - asked_at > self._limit:
+            self._end("a query has hung although the database answers others")
+
+    def _beat(self) -> None:
+        self._pulse.loop_beat_at = time.monotonic()
+
+    def _end(self, why: str) -> None:
+        logger.critical("This worker ends itself: {} for {:.0f} s (WATCHDOG_SECONDS)", why, self._limit)
+        os._exit(STUCK_EXIT_CODE)
+
+    def sign_off(self, conn: psycopg.Connection) -> None:
+        """Remove this worker's row."""
+        conn.execute(query("sign_off"), {"worker": self._pulse.worker})
+
+
+def resident_mb() -> float:
+    """Return the resident memory of this process in MB; where /proc is missing, its peak."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_MB
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
