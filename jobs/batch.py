@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from jobs.adapters.folders import list_folder
 from jobs.adapters.storage import storable_path
 from jobs.adapters.storage.sources import read_blocks
 from jobs.front import async_connection
-from jobs.submit import Place, check_name, derive_doc_id, prepare, refused, submission
+from jobs.submit import Place, absolute_path, check_name, path_doc_id, prepare, refused, submission
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from models.stages import State
@@ -62,16 +61,6 @@ class BatchSubmission:
 
 
 Listener = Callable[[FileResult], None]
-
-
-def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path from the root on, without `..`, links left as they are."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`, Path.resolve follows links
-
-
-def path_doc_id(user_id: str, path: Path) -> str:
-    """Return the derived id of the document, folder or archive at an absolute path, also of one whose name is no UTF-8."""
-    return derive_doc_id(user_id, str(path).encode("utf-8", "backslashreplace").decode())
 
 
 async def submit_file(settings: Settings, path: Path, *, user_id: str = "default", priority: int = 0) -> FileResult:

@@ -50,6 +50,16 @@ def derive_doc_id(user_id: str, what: str) -> str:
     return str(uuid.uuid5(DOCUMENT_NAMESPACE, f"{user_id}\n{what}"))
 
 
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path from the root on, without `..`, links left as they are."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`, Path.resolve follows links
+
+
+def path_doc_id(user_id: str, path: Path) -> str:
+    """Return the derived id of the document, folder or archive at an absolute path, also of one whose name is no UTF-8."""
+    return derive_doc_id(user_id, str(path).encode("utf-8", "backslashreplace").decode())
+
+
 def check_name(kind: str, value: str) -> str:
     """Return the value of a doc_id, user_id, batch_id or correlation_id if it has 1 to 200 characters and no control characters."""
     if not isinstance(value, str) or not 1 <= len(value) <= 200 or _CONTROL.search(value):
@@ -117,8 +127,8 @@ def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[
         doc_id = doc_id or derive_doc_id(place.user_id, hashlib.sha256(source).hexdigest())
         name = file_name or "upload"
     elif isinstance(file, str | os.PathLike):
-        source = Path(file).absolute()
-        doc_id = doc_id or derive_doc_id(place.user_id, str(source))
+        source = absolute_path(file)
+        doc_id = doc_id or path_doc_id(place.user_id, source)
         name = file_name or source.name
     elif hasattr(file, "read"):
         if not isinstance(file.read(0), bytes):

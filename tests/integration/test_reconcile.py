@@ -1,0 +1,217 @@
+"""The reconciler's repairs, one broken invariant at a time, and that it leaves alone what is whole."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from jobs.reconcile import Reconciler
+from models.documents import Document
+from tests.integration.conftest import STAGE_NAMES, Bench
+
+
+def reconciler(bench: Bench, **changes: Any) -> Reconciler:
+    """One that judges leases at once: as if it had run for longer than a lease, on a Postgres that has."""
+    settings = bench.settings.model_copy(update={"lease_seconds": 0.0, "reconcile_seconds": 60.0, **changes})
+    return Reconciler(settings, bench.pool)
+
+
+def crash(bench: Bench, *, alone: bool = False) -> None:
+    """Leave the document as a worker leaves it that died with it in hand."""
+    found = bench.fetch()
+    assert found is not None
+    bench.conn.execute(
+        """UPDATE file_extractions SET state = 'working', claim = claim + 1, claim_job_id = %s, alone = %s,
+            lease_until = now() - interval '1 s' WHERE doc_id = %s""",
+        [found[0].id, alone, found[1]],
+    )
+
+
+async def test_a_whole_database_is_left_alone(bench: Bench) -> None:
+    bench.submit("a")
+    bench.submit("b")
+    await bench.drain()
+    bench.submit("c")
+    assert await reconciler(bench).pass_once() == {}
+
+
+async def test_an_expired_lease_is_rescued_with_a_new_job_and_the_old_one_ended(bench: Bench) -> None:
+    bench.submit()
+    crash(bench)
+    assert await reconciler(bench).pass_once() == {"rescued": 1}
+    assert bench.one("SELECT state, crash_count, lone_crash_count, lease_until FROM file_extractions") == ("queued", 1, 0, None)
+    assert bench.all("SELECT status FROM procrastinate_jobs ORDER BY id") == [("aborted",), ("todo",)]
+    await bench.drain()
+    assert bench.one("SELECT state, crash_count FROM file_extractions") == ("complete", 0)
+
+
+async def test_a_live_lease_is_left_alone_and_none_is_judged_before_the_reconciler_has_been_awake_for_a_lease(bench: Bench) -> None:
+    bench.submit()
+    crash(bench)
+    fresh = Reconciler(bench.settings, bench.pool)
+    assert await fresh.pass_once() == {}
+    bench.conn.execute("UPDATE file_extractions SET lease_until = now() + interval '1 min'")
+    assert await reconciler(bench).pass_once() == {}
+
+
+async def test_only_crashes_alone_make_a_dead_letter(bench: Bench) -> None:
+    bench.submit()
+    for _ in range(5):
+        crash(bench)
+        await reconciler(bench).pass_once()
+        bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+    assert bench.one("SELECT state, crash_count, lone_crash_count FROM file_extractions") == ("queued", 5, 0)
+    for _ in range(3):
+        crash(bench, alone=True)
+        await reconciler(bench, max_crashes=3).pass_once()
+        bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+    state, kind, message = bench.one("SELECT state, error_type, error_message FROM file_extractions")
+    assert (state, kind) == ("failed", "UNKNOWN")
+    assert "MAX_CRASHES" in message
+    assert bench.one("SELECT stage FROM dead_letters") == ("validate",)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')") == (0,)
+
+
+async def test_progress_sets_the_crash_count_back(bench: Bench) -> None:
+    bench.submit()
+    crash(bench, alone=True)
+    await reconciler(bench).pass_once()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner(handoff="queue").run(*found)
+    assert bench.one("SELECT milestone, crash_count, lone_crash_count FROM file_extractions") == ("upload_validated", 0, 0)
+
+
+async def test_a_suspect_runs_alone_with_a_checkpoint_a_stage_and_its_neighbours_wait(bench: Bench) -> None:
+    bench.submit("suspect")
+    crash(bench)
+    await reconciler(bench).pass_once()
+    bench.submit("neighbour")
+    seen: list[tuple[str, str, bool]] = []
+    inside: set[str] = set()
+
+    async def look(document: Document) -> None:
+        inside.add(document.doc_id)
+        await asyncio.sleep(0.02)
+        alone = bench.one("SELECT alone FROM file_extractions WHERE doc_id = %s", document.doc_id)[0]
+        seen.append((document.doc_id, str(document.milestone), alone))
+        assert "suspect" not in inside or len(inside) == 1
+        inside.discard(document.doc_id)
+
+    bench.also.update(dict.fromkeys(STAGE_NAMES, look))
+    runner = bench.runner()
+    jobs = [bench.fetch(), bench.fetch()]
+    await asyncio.gather(*(runner.run(*job) for job in jobs if job is not None))
+    assert bench.all("SELECT DISTINCT state FROM file_extractions") == [("complete",)]
+    assert [alone for doc_id, _, alone in seen if doc_id == "suspect"] == [True] * 7
+    assert [alone for doc_id, _, alone in seen if doc_id == "neighbour"] == [False] * 7
+
+
+async def test_a_job_that_was_fetched_but_never_claimed_is_ended_and_its_document_queued_again(bench: Bench) -> None:
+    bench.submit()
+    assert bench.fetch() is not None
+    done = await reconciler(bench).pass_once()
+    assert done == {"ended": 1, "requeued": 1}
+    assert bench.one("SELECT requeue_count FROM file_extractions") == (1,)
+    await bench.drain()
+    assert bench.one("SELECT state, requeue_count FROM file_extractions") == ("complete", 0)
+
+
+async def test_a_fetched_job_that_a_live_worker_has_in_hand_is_left_alone(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    bench.conn.execute(
+        "INSERT INTO worker_registry (worker, host, pid, concurrency, active_jobs, version) VALUES ('h:1', 'h', 1, 4, %s, 'x')",
+        [[found[0].id]],
+    )
+    assert await reconciler(bench, lease_seconds=0.001).pass_once() == {"ended": 1, "requeued": 1}  # a heartbeat older than a lease
+    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+    found = bench.fetch()
+    assert found is not None
+    bench.conn.execute("UPDATE worker_registry SET active_jobs = %s, heartbeat_at = now() + interval '1 min'", [[found[0].id]])
+    assert await reconciler(bench).pass_once() == {}
+
+
+async def test_a_job_whose_outcome_was_never_saved_is_ended(bench: Bench) -> None:
+    bench.submit()
+    await bench.drain()
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    assert await reconciler(bench).pass_once() == {"ended": 1}
+    assert bench.one("SELECT status FROM procrastinate_jobs") == ("aborted",)
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
+@pytest.mark.parametrize("loss", ["DELETE FROM procrastinate_jobs", "UPDATE procrastinate_jobs SET status = 'failed'"])
+async def test_a_document_whose_job_vanished_or_failed_is_queued_again_with_backoff_and_parked_in_the_end(bench: Bench, loss: str) -> None:
+    bench.submit()
+    delays = []
+    for count in range(1, 5):
+        bench.conn.execute(loss)
+        assert await reconciler(bench, max_requeues=4).pass_once() == {"requeued": 1}
+        assert bench.one("SELECT requeue_count FROM file_extractions") == (count,)
+        delays.append(bench.one("SELECT extract(epoch FROM scheduled_at - now())::int FROM procrastinate_jobs ORDER BY id DESC")[0])
+    assert delays == [0, 4, 8, 16]
+    bench.conn.execute(loss)
+    assert await reconciler(bench, max_requeues=4).pass_once() == {"failed": 1}
+    assert bench.one("SELECT state, error_type FROM file_extractions") == ("failed", "UNKNOWN")
+    assert bench.one("SELECT stage, resolved_at FROM dead_letters") == ("validate", None)
+
+
+async def test_any_number_of_reconcilers_repair_each_thing_once(bench: Bench) -> None:
+    for i in range(20):
+        bench.submit(f"doc {i}")
+    for _ in range(10):
+        crash(bench)
+    for _ in range(5):
+        bench.fetch()
+    results = await asyncio.gather(*(reconciler(bench).pass_once() for _ in range(6)))
+    total: dict[str, int] = {}
+    for result in results:
+        for key, value in result.items():
+            total[key] = total.get(key, 0) + value
+    assert (total["rescued"], total["ended"]) == (10, 5)
+    assert bench.one("SELECT max(crash_count) FROM file_extractions") == (1,)
+    await reconciler(bench).pass_once()
+    assert bench.one("SELECT count(*), count(DISTINCT args->>'doc_id') FROM procrastinate_jobs WHERE status = 'todo'") == (20, 20)
+    await bench.drain()
+    assert bench.all("SELECT state, count(*) FROM file_extractions GROUP BY 1") == [("complete", 20)]
+
+
+async def test_a_worker_that_comes_back_after_its_rescue_changes_nothing(bench: Bench) -> None:
+    async def rescued_meanwhile(document: Document) -> None:
+        if document.doc_id == "a" and bench.calls.count("embed") == 1:
+            bench.conn.execute("UPDATE file_extractions SET lease_until = now() - interval '1 s'")
+            assert await reconciler(bench).pass_once() == {"rescued": 1}
+
+    bench.also["embed"] = rescued_meanwhile
+    bench.submit()
+    await bench.drain()
+    assert bench.one("SELECT state, crash_count FROM file_extractions") == ("complete", 0)
+    assert bench.calls == 2 * STAGE_NAMES
+    assert bench.one("SELECT count(*) FROM document_chunks") == (5,)
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'fenced_off'") == (1,)
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'completed'") == (1,)
+
+
+async def test_a_side_job_of_a_dead_worker_is_deferred_again(bench: Bench) -> None:
+    bench.conn.execute(
+        """SELECT procrastinate_defer_jobs_v1(ARRAY[ROW('maintenance', 'look_after', 0, NULL, 'look_after', '{"a": 1}', NULL)
+        ::procrastinate_job_to_defer_v1])"""
+    )
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    await reconciler(bench).pass_once()
+    assert bench.all("SELECT status, args FROM procrastinate_jobs ORDER BY id") == [("aborted", {"a": 1}), ("todo", {"a": 1})]
+
+
+async def test_a_sealed_batch_whose_last_document_ended_without_saying_so_is_settled(bench: Bench) -> None:
+    run = bench.one("SELECT begin_batch('b', 'default', NULL, 'c')")[0]
+    bench.conn.execute("SELECT accept_document('a','default','f','p',NULL,1,repeat('1',64),'{}',0,'c','b',%s,50)", [run])
+    bench.conn.execute("SELECT seal_batch('b', %s, 1)", [run])
+    bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = 1, lease_until = now()")
+    bench.conn.execute("UPDATE file_extractions SET milestone = 'complete', state = 'complete', lease_until = NULL, served_version = 1")
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded'")
+    assert await reconciler(bench).pass_once() == {"completed": 1}
+    assert bench.one("SELECT status FROM processing_jobs") == ("completed",)
