@@ -7,6 +7,9 @@
 -- query is stemmed by every language that is in the table, so it finds what matches in any of them.
 -- By both: reciprocal rank fusion.
 
+-- Loads the extension's library, without which a role that is no superuser may not name its settings below.
+SELECT '[1]'::vector;
+
 CREATE FUNCTION text_search_config(language text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE language
     WHEN 'ar' THEN 'arabic' WHEN 'hy' THEN 'armenian' WHEN 'eu' THEN 'basque' WHEN 'ca' THEN 'catalan' WHEN 'da' THEN 'danish'
@@ -63,7 +66,7 @@ CREATE FUNCTION nearest_chunks(
     query_vector vector, embedding_model text, user_id text, batch_id text, file_type text, metadata jsonb, limit_to integer
 ) RETURNS TABLE (chunk_id uuid, score double precision) LANGUAGE plpgsql STABLE
 SET hnsw.iterative_scan = strict_order
-SET hnsw.ef_search = 100
+SET hnsw.ef_search = 200
 SET jit = off
 AS $$
 -- Statements are made and planned anew at each call: the planner must see the model, or it cannot use the model's partial index, and the
@@ -78,7 +81,7 @@ BEGIN
     IF query_vector IS NULL OR vector_norm(query_vector) = 0 THEN
         RETURN;
     END IF;
-    PERFORM set_config('hnsw.ef_search', greatest(100, check_search_limit(limit_to))::text, true);
+    PERFORM set_config('hnsw.ef_search', greatest(200, check_search_limit(limit_to))::text, true);
     -- The first form is the one that indexes are built on. An index scan gives up after hnsw.max_scan_tuples, so where it finds too few,
     -- the second form, which no index has, asks exactly.
     FOREACH distance IN ARRAY ARRAY[
@@ -153,24 +156,26 @@ AS $$
 -- How many passages hold a word is counted up to a limit through the index. What is more frequent than that is estimated from a sample of
 -- the table: counting common words would cost more than the search.
 DECLARE
-    counted CONSTANT integer := 2000;
+    counted CONSTANT integer := 1000;
     total double precision;
-    sampled double precision;
-    hits double precision;
+    sample tsvector[];
     variants integer;
 BEGIN
     SELECT r.reltuples INTO total FROM pg_class AS r WHERE r.oid = 'document_chunks'::regclass;
-    IF total < 10 * counted THEN
-        SELECT count(*) INTO total FROM (SELECT FROM document_chunks LIMIT 10 * counted) AS c;
+    IF total < 20 * counted THEN
+        SELECT count(*) INTO total FROM (SELECT FROM document_chunks LIMIT 20 * counted) AS c;
     END IF;
     FOR query, variants IN SELECT w.query, w.variants FROM search_words(query_text, language) AS w LOOP
         EXECUTE format('SELECT count(*) FROM (SELECT FROM document_chunks AS c WHERE c.fulltext @@ %L LIMIT %s) AS c', query, counted)
         INTO passages;
         CONTINUE WHEN passages = 0;
         IF passages = counted THEN
-            SELECT count(*), count(*) FILTER (WHERE c.fulltext @@ query) INTO sampled, hits
-            FROM document_chunks AS c TABLESAMPLE system (least(100, 100 * counted / total)) REPEATABLE (0);
-            passages := least(total, greatest(counted, total * hits / greatest(sampled, 1)));
+            IF sample IS NULL THEN
+                SELECT coalesce(array_agg(c.fulltext || ''), '{}') INTO sample
+                FROM document_chunks AS c TABLESAMPLE system (least(100, 100 * 2 * counted / total)) REPEATABLE (0);
+            END IF;
+            SELECT least(total, greatest(counted, total * count(*) FILTER (WHERE s.fulltext @@ query) / greatest(count(*), 1)))
+            INTO passages FROM unnest(sample) AS s (fulltext);
         END IF;
         -- ts_rank divides by the number of stems.
         weight := variants * ln(1 + (greatest(total, passages) - passages + 0.5) / (passages + 0.5));
@@ -189,7 +194,7 @@ AS $$
 -- Ranking every passage that holds any of the words would read half the table for a word like "contract". The passages that hold the rarest
 -- words are ranked, and if they are too few (because of a filter, say) those that hold any.
 DECLARE
-    ranked CONSTANT integer := 5000;
+    ranked CONSTANT integer := 1000;
     filter text := search_filter(user_id, batch_id, file_type, metadata);
     queries tsquery[];
     weights double precision[];
