@@ -1,0 +1,76 @@
+"""Periodic tasks: looking after the vector indexes.
+
+Small tables are searched exactly. The index of a model is built when that pays: once it has VECTOR_INDEX_THRESHOLD passages and the bulk of
+a load is through, because inserting into a standing index costs about three times what building it afterwards does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import psycopg
+from loguru import logger
+from psycopg import sql as composing
+from psycopg.rows import dict_row
+
+from jobs.adapters.embedders import make_embedder
+from jobs.database import connect_options, conninfo_of
+from models.settings import Settings
+from procrastinate_app import app
+from sql import query
+
+BUSY = 1000  # unfinished documents: while there are more, a bulk load is under way and the index would be in its way
+
+Outcome = Literal["not needed", "waiting", "ready", "built", "busy elsewhere"]
+
+
+def index_name(model: str, dimensions: int) -> str:
+    """Return the name of the partial index of a model, the same on every host."""
+    return f"document_chunks_hnsw_{hashlib.sha256(f'{model}:{dimensions}'.encode()).hexdigest()[:12]}"
+
+
+async def look_after_index(settings: Settings, model: str, dimensions: int) -> Outcome:
+    """Build the model's index if it pays and is not there, or again if a build was cut off; return what was found or done."""
+    name = index_name(model, dimensions)
+    facts_wanted = {"model": model, "name": name, "threshold": max(1, settings.vector_index_threshold), "busy": BUSY}
+    conninfo = conninfo_of(settings, direct=True)
+    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
+        facts = await _one(conn, "vector_index_facts", facts_wanted)
+        if facts["is_valid"]:
+            return "ready"
+        if not facts["is_large"]:
+            return "not needed"
+        if facts["is_being_built"]:
+            return "busy elsewhere"
+        if facts["is_busy"]:
+            return "waiting"
+        if not (await _one(conn, "try_lock_index", {"name": name}))["locked"]:
+            return "busy elsewhere"
+        names = {
+            "name": composing.Identifier(name),
+            "model": composing.Literal(model),
+            "dimensions": composing.SQL(str(int(dimensions))),
+        }
+        try:
+            # What a build that was cut off has left is of no use.
+            await conn.execute(composing.SQL(query("drop_vector_index")).format(**names))
+            await conn.execute(composing.SQL(query("create_vector_index")).format(**names))
+        finally:
+            await conn.execute(query("unlock_index"), {"name": name})
+        logger.info("The vector index of {} is built", model)
+        return "built"
+
+
+async def _one(conn: psycopg.AsyncConnection[dict[str, Any]], name: str, params: dict[str, Any]) -> dict[str, Any]:
+    row = await (await conn.execute(query(name), params)).fetchone()
+    assert row is not None
+    return row
+
+
+@app.periodic(cron="*/2 * * * *")
+@app.task(name="look_after_vector_index", queue="maintenance", queueing_lock="look_after_vector_index", priority=1000)
+async def look_after_vector_index(timestamp: int) -> str:
+    """Look after the index of the model that this worker embeds with."""
+    embedder = make_embedder(app.settings)
+    return await look_after_index(app.settings, embedder.model, embedder.dimensions)

@@ -1,0 +1,27 @@
+-- What looking after the vector indexes asks and does. {name}, {model} and {dimensions} are quoted by the caller.
+
+-- name: vector_index_facts
+SELECT
+    (SELECT count(*) FROM (
+        SELECT FROM document_chunks AS c WHERE c.embedding_model = %(model)s LIMIT %(threshold)s
+    ) AS c) >= %(threshold)s AS is_large,
+    (SELECT count(*) FROM (
+        SELECT FROM file_extractions AS d WHERE d.state IN ('queued', 'working', 'retrying') LIMIT %(busy)s
+    ) AS d) >= %(busy)s AS is_busy,
+    (SELECT i.indisvalid FROM pg_index AS i WHERE i.indexrelid = to_regclass(%(name)s)) AS is_valid,
+    EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.index_relid = to_regclass(%(name)s)) AS is_being_built;
+
+-- name: try_lock_index
+SELECT pg_try_advisory_lock(hashtextextended(%(name)s, 0)) AS locked;
+
+-- name: unlock_index
+SELECT pg_advisory_unlock(hashtextextended(%(name)s, 0));
+
+-- name: drop_vector_index
+DROP INDEX CONCURRENTLY IF EXISTS {name};
+
+-- name: create_vector_index
+-- The expression and the condition are the ones that search_by_vector uses; anything else would not be found by the planner.
+CREATE INDEX CONCURRENTLY {name} ON document_chunks
+USING hnsw ((embedding::vector({dimensions})) vector_cosine_ops)
+WHERE embedding_model = {model};
