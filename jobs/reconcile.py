@@ -15,6 +15,7 @@ from loguru import logger
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from jobs import faults
 from jobs.redaction import describe
 from models.settings import Settings
 from sql import query
@@ -72,6 +73,7 @@ class Reconciler:
 
     async def _repair(self, done: dict[str, int], name: str, **params: Any) -> None:
         """Run one repair, a transaction of its own; one that fails keeps no other from being tried."""
+        await faults.at(f"before_repair:{name}", params.get("doc_id", ""))
         try:
             found = await self._rows(name, **params)
         except psycopg.DatabaseError as error:
@@ -79,6 +81,7 @@ class Reconciler:
                 raise
             logger.warning("{} of {} failed: {}", name, params, describe(error))
             return
+        await faults.at(f"after_repair:{name}", params.get("doc_id", ""))
         outcome = next(iter(found[0].values()), None) if found else None
         if outcome is not None:
             logger.warning("{}: {} {}", name, params.get("doc_id") or params.get("job_id") or params.get("batch_id"), outcome)

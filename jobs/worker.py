@@ -23,6 +23,7 @@ from procrastinate.connector import Notify
 from procrastinate.worker import Worker
 from psycopg_pool import AsyncConnectionPool
 
+from jobs import faults
 from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
 from jobs.leases import LeaseKeeper
 from jobs.reconcile import Reconciler
@@ -131,6 +132,7 @@ class DocmillWorker(Worker):
         await outlive("Deferring periodic tasks", super()._periodic_deferrer)
 
     async def _persist_job_status(self, job: Any, *args: Any, **kwargs: Any) -> None:
+        await faults.at("before_acknowledge", str(job.task_kwargs.get("doc_id", "")))
         if job.id in self.app.finished_jobs:
             # The last checkpoint has finished the job in its own transaction.
             self.app.finished_jobs.discard(job.id)

@@ -13,6 +13,7 @@ from loguru import logger
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
+from jobs import faults
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.work import Work
 from jobs.redaction import describe
@@ -83,6 +84,7 @@ async def checkpoint_durably(
                 # A connection that broke at the commit does not say whether it was written.
                 if attempt == 0 or not await _was_written(conn, work, outcome):
                     await checkpoint(conn, work, outcome, worker=worker)
+                    await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
                 _mark_saved(work, outcome)
             return
         except psycopg.Error as error:
@@ -121,6 +123,7 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
         await _store_results(conn, work, complete=outcome.state is State.COMPLETE)
         if outcome.state is State.FAILED and outcome.failure is not None:
             await conn.execute(query("bury_document"), _burial_params(document, outcome.failure))
+        await faults.at(f"in_checkpoint:{document.milestone}", document.doc_id)
 
 
 def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
+from jobs import faults
 from jobs.adapters.usage import measured
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
@@ -104,6 +105,7 @@ class Runner:
             if isinstance(work, NotClaimed):
                 await self._answer_refusal(conn, job, doc_id, work)
                 return None
+            await faults.at("claimed", doc_id)
             return work
 
     async def _work(self, job: Job, work: Work, lease: Lease) -> None:
@@ -168,7 +170,9 @@ class Runner:
         with measured() as usage:
             try:
                 async with asyncio.timeout(limit) as deadline:
+                    await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
                     document = await self._stages[stage.name](work.document, self._tools)
+                    await faults.at(f"stage_done:{stage.name}", work.document.doc_id)
             except TimeoutError as error:
                 if not deadline.expired():
                     raise
@@ -210,9 +214,11 @@ class Runner:
         """Make the work durable. `lease` is given when the work ends here: it is no longer renewed from now on."""
         if lease is not None:
             self._leases.release(lease)
+        await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
         await checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping)
         if outcome.state is not State.WORKING:
             self._finished_jobs.add(work.job_id)
+        await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)
 
     async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
