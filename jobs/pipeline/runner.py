@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import psycopg
@@ -93,11 +94,7 @@ class Runner:
             if not work.suspect:
                 await self._work(job, work, lease)
                 return
-        # From the first crash on the document has its worker to itself, so that the next crash can be no other's fault.
-        async with self._company.alone():
-            async with self._pool.connection() as conn:
-                await conn.execute(query("claim_alone"), {"doc_id": doc_id, "claim": work.claim})
-            await self._work(job, work, lease)
+        await self._work(job, work, lease)
 
     async def _claim(self, job: Job, doc_id: str) -> Work | None:
         async with self._pool.connection() as conn:
@@ -124,7 +121,7 @@ class Runner:
             raise PermanentError(f'There is no document with doc_id "{doc_id}".')
         if refused.state is State.WORKING:
             delay = max(0.0, refused.lease_seconds_left or 0.0) + 0.1
-            await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "priority": 0, "delay": delay})
+            await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
             logger.bind(doc_id=doc_id).info("Another worker holds the document; looking again in {:.0f} s", delay)
 
     def _hold(self, work: Work, claimed_at: float) -> Lease:
@@ -145,10 +142,11 @@ class Runner:
             if stage is not None and not self._listens(job.queues, stage):
                 await self._leave(work, lease, stage)
                 return
-            while stage is not None:
-                with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
-                    elapsed = await self._run_stage(stage, work, lease)
-                    stage = await self._after(job, stage, work, lease, elapsed)
+            async with self._place(work):
+                while stage is not None:
+                    with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
+                        elapsed = await self._run_stage(stage, work, lease)
+                        stage = await self._after(job, stage, work, lease, elapsed)
         except FencedOff:
             await self._tell_fenced(work, stage)
         except asyncio.CancelledError:
@@ -160,6 +158,17 @@ class Runner:
             await self._fail(work, lease, due_stage(work.saved.milestone), error.cause)
         except Exception as error:
             await self._fail(work, lease, stage, error)
+
+    @asynccontextmanager
+    async def _place(self, work: Work) -> AsyncIterator[None]:
+        """From its first crash on a document has its worker to itself, so that the next crash can be no other's fault."""
+        if not work.suspect:
+            yield
+            return
+        async with self._company.alone():
+            async with self._pool.connection() as conn:
+                await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
+            yield
 
     async def _run_stage(self, stage: Stage, work: Work, lease: Lease) -> float:
         """Run one stage, note its event, and return how long it took in seconds."""
@@ -215,9 +224,17 @@ class Runner:
         if lease is not None:
             self._leases.release(lease)
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
-        await checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping)
-        if outcome.state is not State.WORKING:
-            self._finished_jobs.add(work.job_id)
+        writing = asyncio.ensure_future(checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping))
+        try:
+            # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await writing
+            raise
+        finally:
+            if outcome.state is not State.WORKING and writing.done() and not writing.cancelled() and writing.exception() is None:
+                work.ended = True
+                self._finished_jobs.add(work.job_id)
         await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)
 
     async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
@@ -246,13 +263,15 @@ class Runner:
         if work.fenced:
             await self._tell_fenced(work, stage)
             return
-        if stage is None:
+        following = due_stage(work.document.milestone)
+        if work.ended or following is None:
             return
-        work.events.append(StageEvent("handed_on", stage.name, work.attempt_at(stage.due_at), detail={"reason": self._why_cancelled()}))
+        attempt = work.attempt_at(following.due_at)
+        work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
         try:
-            await self._leave(work, lease, stage)
+            await self._leave(work, lease, following)
         except FencedOff:
-            await self._tell_fenced(work, stage)
+            await self._tell_fenced(work, following)
 
     def _why_cancelled(self) -> str:
         return "the worker stops" if self._stopping() else "the lease could not be renewed in time"

@@ -41,6 +41,8 @@ class Work:
     events: list[StageEvent] = field(default_factory=list)
     suspect: bool = False
     """A worker has crashed with this document in hand: it runs alone, with a checkpoint after each stage."""
+    ended: bool = False
+    """A checkpoint has ended the work on it here."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
 

@@ -31,7 +31,9 @@ FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 
 -- name: put_off_stage
-SELECT defer_stage(%(doc_id)s, %(stage)s, %(priority)s, now() + make_interval(secs => %(delay)s)) AS job_id;
+SELECT defer_stage(d.doc_id, %(stage)s, d.priority, now() + make_interval(secs => %(delay)s)) AS job_id
+FROM file_extractions AS d
+WHERE d.doc_id = %(doc_id)s;
 
 -- name: renew_leases
 -- One statement for all claims of a worker; a claim that has moved on is not touched and not returned.

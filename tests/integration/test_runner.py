@@ -370,3 +370,55 @@ async def test_a_checkpoint_survives_a_connection_that_is_cut_under_it(bench: Be
     assert await bench.drain() == 1
     assert bench.one("SELECT state, retry_count, claim FROM file_extractions") == ("complete", 0, 1)
     assert bench.one("SELECT count(*) FROM document_chunks") == (5,)
+
+
+async def test_a_cancellation_during_the_last_checkpoint_neither_loses_nor_doubles_it(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    reached = asyncio.Event()
+
+    async def hold_the_row(document: Document) -> None:
+        bench.conn.execute("BEGIN")
+        bench.conn.execute("SELECT FROM file_extractions FOR UPDATE")
+        reached.set()
+
+    bench.also["finalize"] = hold_the_row
+    running = asyncio.create_task(bench.runner().run(*found))
+    await reached.wait()
+    await asyncio.sleep(0.1)  # the checkpoint waits for the row now
+    running.cancel()
+    await asyncio.sleep(0.1)
+    bench.conn.execute("COMMIT")
+    await running
+    assert bench.one("SELECT state, claim FROM file_extractions") == ("complete", 1)
+    assert bench.all("SELECT status FROM procrastinate_jobs") == [("succeeded",)]
+    assert bench.one("SELECT count(*) FROM document_events WHERE event IN ('fenced_off', 'handed_on')") == (0,)
+
+
+async def test_a_suspect_that_waits_to_be_alone_is_handed_on_at_shutdown(bench: Bench) -> None:
+    bench.submit("busy")
+    bench.submit("suspect")
+    started = asyncio.Event()
+
+    async def hang(document: Document) -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    bench.also["parse"] = hang
+    runner = bench.runner()
+    jobs = [bench.fetch(), bench.fetch()]
+    assert jobs[0] is not None
+    assert jobs[1] is not None
+    busy = asyncio.create_task(runner.run(*jobs[0]))
+    await started.wait()
+    bench.conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id = 'suspect'")
+    waiting = asyncio.create_task(runner.run(*jobs[1]))
+    while bench.one("SELECT state FROM file_extractions WHERE doc_id = 'suspect'") != ("working",):
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    await waiting
+    assert bench.one("SELECT state, lease_until FROM file_extractions WHERE doc_id = 'suspect'") == ("queued", None)
+    assert bench.leases.held() == ["busy"]
+    busy.cancel()
+    await busy
