@@ -250,10 +250,11 @@ class Runner:
         except FencedOff:
             await self._tell_fenced(work, stage)
             return
-        if plan is None:
-            logger.error("{} failed: {}", failure.error_type, failure.message)
-        else:
-            logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
+        with bound(stage=stage.name, attempt=attempt):
+            if plan is None:
+                logger.error("{} failed: {}", failure.error_type, failure.message)
+            else:
+                logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
 
     async def _on_cancel(self, work: Work, lease: Lease, stage: Stage | None) -> None:
         """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""

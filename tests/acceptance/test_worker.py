@@ -1,0 +1,99 @@
+"""What a real worker process says of itself, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs import submit_document
+from jobs.front import close_sync
+from jobs.registry import STUCK_EXIT_CODE
+from models.settings import Settings, load_settings
+from tests.running import wait_for, worker
+
+
+@pytest.fixture(autouse=True)
+def front_door(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("LEASE_SECONDS", "2")
+    load_settings.cache_clear()
+    yield
+    close_sync()
+    load_settings.cache_clear()
+
+
+def one(conn: psycopg.Connection, statement: str) -> tuple[Any, ...]:
+    row = conn.execute(statement).fetchone()
+    return () if row is None else tuple(row)
+
+
+def test_a_worker_registers_beats_and_signs_off(conn: psycopg.Connection, tmp_path: Path) -> None:
+    with worker(tmp_path / "log", "-q", "cpu,embed") as process:
+        wait_for(lambda: one(conn, "SELECT count(*) FROM worker_registry") == (1,), "the registration", process=process)
+        pid, queues, memory, version = one(conn, "SELECT pid, queues, memory_mb, version FROM worker_registry")
+        assert (pid, queues) == (process.pid, ["cpu", "embed"])
+        assert memory > 10
+        assert version
+        first = one(conn, "SELECT heartbeat_at FROM worker_registry")
+        wait_for(lambda: one(conn, "SELECT heartbeat_at FROM worker_registry") > first, "a heartbeat", process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    assert one(conn, "SELECT count(*) FROM worker_registry") == (0,)
+
+
+def test_sigterm_hands_on_what_is_in_hand_and_a_second_signal_leaves_at_once(conn: psycopg.Connection, tmp_path: Path) -> None:
+    submit_document(b"some text", file_name="a.txt", doc_id="a")
+    with worker(tmp_path / "log", DOCMILL_FAULTS="sleep:60@stage_started:parse") as process:
+        wait_for(lambda: one(conn, "SELECT state FROM file_extractions") == ("working",), "the claim", process=process)
+        wait_for(lambda: "a" in one(conn, "SELECT documents FROM worker_registry")[0], "the stage", process=process)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: one(conn, "SELECT stopping FROM worker_registry") == (True,), "the stop to be known", process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    with worker(tmp_path / "log", RECONCILE_SECONDS="0.2"):
+        wait_for(lambda: one(conn, "SELECT state FROM file_extractions") == ("complete",), "the document to be taken up")
+    assert one(conn, "SELECT count(*) FROM procrastinate_jobs WHERE status = 'aborted' AND task_name <> 'parse'")[0] <= 1
+
+
+def test_the_grace_is_kept_and_what_is_not_done_by_then_is_handed_on(conn: psycopg.Connection, tmp_path: Path) -> None:
+    submit_document(b"some text", file_name="a.txt", doc_id="a")
+    with worker(tmp_path / "log", DOCMILL_FAULTS="sleep:60@stage_started:parse", SHUTDOWN_GRACE_SECONDS="0.5") as process:
+        wait_for(lambda: "a" in (one(conn, "SELECT documents FROM worker_registry") or ([],))[0], "the stage", process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    assert one(conn, "SELECT milestone, state, retry_count, crash_count, lease_until FROM file_extractions") == (
+        "upload_validated", "queued", 0, 0, None,
+    )  # fmt: skip
+    assert one(conn, "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('aborted', 'doing')") == (0,)
+    assert one(conn, "SELECT task_name FROM procrastinate_jobs WHERE status = 'todo' AND queue_name = 'cpu'") == ("parse",)
+
+
+def test_a_worker_whose_event_loop_is_stuck_ends_itself_and_another_takes_over(conn: psycopg.Connection, tmp_path: Path) -> None:
+    submit_document(b"some text", file_name="a.txt", doc_id="a")
+    with worker(tmp_path / "log", DOCMILL_FAULTS="block:60@stage_started:parse", WATCHDOG_SECONDS="2") as process:
+        assert process.wait(timeout=30) == STUCK_EXIT_CODE
+    assert "ends itself" in (tmp_path / "log").read_text()
+    with worker(tmp_path / "log", RECONCILE_SECONDS="0.2"):
+        wait_for(lambda: one(conn, "SELECT state FROM file_extractions") == ("complete",), "the document to be taken up")
+    assert one(conn, "SELECT count(*) FROM document_events WHERE event = 'rescued'") == (1,)
+
+
+def test_every_line_of_a_json_log_parses_and_carries_its_context(conn: psycopg.Connection, tmp_path: Path) -> None:
+    submit_document(b"some text", file_name="a.txt", doc_id="a", correlation_id="corr-1")
+    submit_document(b"\x7fELF nothing to read", file_name="b.bin", doc_id="b", correlation_id="corr-2")
+    with worker(tmp_path / "log", LOG_FORMAT="json", LOG_FILE_PATH="docmill.log"):
+        wait_for(lambda: one(conn, "SELECT count(*) FROM file_extractions WHERE state IN ('complete', 'failed')") == (2,), "both to end")
+    files = list((tmp_path / "storage" / "logs").glob("*.log"))
+    assert len(files) == 1
+    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    by_document = {line["doc_id"]: line for line in lines if "doc_id" in line}
+    assert by_document["a"]["correlation_id"] == "corr-1"
+    assert by_document["b"]["correlation_id"] == "corr-2"
+    assert by_document["b"]["level"] == "ERROR"
+    assert by_document["b"]["stage"] == "validate"
+    assert all("doc_id" not in line for line in lines if line["logger"].startswith("procrastinate.worker") and "Stopped" in line["message"])
+    assert not any("nothing to read" in json.dumps(line) for line in lines)
