@@ -74,6 +74,10 @@ AS $$
 DECLARE
     dimensions integer := vector_dims(query_vector);
     filter text := search_filter(user_id, batch_id, file_type, metadata);
+    exact CONSTANT text := 'c.embedding <=> $1';
+    indexed CONSTANT text := format('c.embedding::vector(%1$s) <=> $1::vector(%1$s)', dimensions);
+    few CONSTANT integer := 3000;
+    reach bigint;
     distance text;
     ids uuid[];
     scores double precision[];
@@ -82,11 +86,16 @@ BEGIN
         RETURN;
     END IF;
     PERFORM set_config('hnsw.ef_search', greatest(200, check_search_limit(limit_to))::text, true);
-    -- The first form is the one that indexes are built on. An index scan gives up after hnsw.max_scan_tuples, so where it finds too few,
-    -- the second form, which no index has, asks exactly.
-    FOREACH distance IN ARRAY ARRAY[
-        format('c.embedding::vector(%1$s) <=> $1::vector(%1$s)', dimensions), 'c.embedding <=> $1'
-    ] LOOP
+    -- A few thousand passages are sorted as quickly as an index is walked past all those that a filter hides, and exactly.
+    SELECT r.reltuples INTO reach FROM pg_class AS r WHERE r.oid = 'document_chunks'::regclass;
+    IF reach < few OR filter <> 'true' THEN
+        EXECUTE format(
+            'SELECT count(*) FROM (SELECT FROM document_chunks AS c WHERE c.embedding_model = %L AND %s LIMIT %s) AS c',
+            embedding_model, filter, few
+        ) INTO reach;
+    END IF;
+    -- An index scan gives up after hnsw.max_scan_tuples: where it found too few, the search is repeated exactly.
+    FOREACH distance IN ARRAY CASE WHEN reach < few THEN ARRAY[exact] ELSE ARRAY[indexed, exact] END LOOP
         EXECUTE format(
             'SELECT array_agg(f.id ORDER BY f.distance, f.id), array_agg(1 - f.distance ORDER BY f.distance, f.id)
              FROM (SELECT c.id, %1$s AS distance FROM document_chunks AS c WHERE c.embedding_model = %2$L AND %3$s
@@ -153,29 +162,34 @@ LANGUAGE plpgsql STABLE
 SET enable_seqscan = off
 SET jit = off
 AS $$
--- How many passages hold a word is counted up to a limit through the index. What is more frequent than that is estimated from a sample of
--- the table: counting common words would cost more than the search.
+-- How many passages hold a word is counted in a small table. In a large one that would cost more than the search for common words, so
+-- words that are frequent in a sample are estimated from it, and the others are counted up to a limit.
 DECLARE
     counted CONSTANT integer := 1000;
     total double precision;
     sample tsvector[];
+    sampled double precision := 0;
     variants integer;
 BEGIN
     SELECT r.reltuples INTO total FROM pg_class AS r WHERE r.oid = 'document_chunks'::regclass;
     IF total < 20 * counted THEN
         SELECT count(*) INTO total FROM (SELECT FROM document_chunks LIMIT 20 * counted) AS c;
+    ELSE
+        SELECT array_agg(c.fulltext || '') INTO sample
+        FROM document_chunks AS c TABLESAMPLE system (100 * 2000 / total) REPEATABLE (0);
     END IF;
     FOR query, variants IN SELECT w.query, w.variants FROM search_words(query_text, language) AS w LOOP
-        EXECUTE format('SELECT count(*) FROM (SELECT FROM document_chunks AS c WHERE c.fulltext @@ %L LIMIT %s) AS c', query, counted)
-        INTO passages;
-        CONTINUE WHEN passages = 0;
-        IF passages = counted THEN
-            IF sample IS NULL THEN
-                SELECT coalesce(array_agg(c.fulltext || ''), '{}') INTO sample
-                FROM document_chunks AS c TABLESAMPLE system (least(100, 100 * 2 * counted / total)) REPEATABLE (0);
-            END IF;
-            SELECT least(total, greatest(counted, total * count(*) FILTER (WHERE s.fulltext @@ query) / greatest(count(*), 1)))
-            INTO passages FROM unnest(sample) AS s (fulltext);
+        IF sample IS NOT NULL THEN
+            SELECT count(*) FILTER (WHERE s.fulltext @@ query) INTO sampled FROM unnest(sample) AS s (fulltext);
+        END IF;
+        passages := total * sampled / greatest(cardinality(sample), 1);
+        IF sampled < 20 THEN
+            EXECUTE format(
+                'SELECT greatest(count(*), CASE WHEN count(*) = %s THEN %s ELSE 0 END)
+                 FROM (SELECT FROM document_chunks AS c WHERE c.fulltext @@ %L LIMIT %1$s) AS c',
+                CASE WHEN sample IS NULL THEN 20 * counted ELSE counted END, passages, query
+            ) INTO passages;
+            CONTINUE WHEN passages = 0;
         END IF;
         -- ts_rank divides by the number of stems.
         weight := variants * ln(1 + (greatest(total, passages) - passages + 0.5) / (passages + 0.5));
