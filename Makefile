@@ -46,8 +46,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## ingest samples/ into the embedded Postgres and ask two questions
 	@$(BIN)/docmill migrate
 	@$(BIN)/docmill ingest $(DEMO_FILES)
-	@$(BIN)/docmill search "$(DEMO_QUESTION_EN)"
-	@$(BIN)/docmill search "$(DEMO_QUESTION_DE)"
+	@echo; echo "Question: $(DEMO_QUESTION_EN)"
+	@$(BIN)/docmill search --limit 3 "$(DEMO_QUESTION_EN)"
+	@echo; echo "Question: $(DEMO_QUESTION_DE)"
+	@$(BIN)/docmill search --limit 3 "$(DEMO_QUESTION_DE)"
 
 check: $(STAMP) ## lint, format and types
 	@$(BIN)/ruff format --check --quiet .
