@@ -24,33 +24,14 @@ from procrastinate.worker import Worker
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
+from jobs.alerts import AlertForwarder
 from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
 from jobs.leases import LeaseKeeper
+from jobs.outages import DATABASE_ERRORS, outlive
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
-from jobs.retry import calculate_backoff
 from models.settings import Settings
-
-_DATABASE_ERRORS = (exceptions.ConnectorException, psycopg.Error, OSError)
-_LONGEST_PAUSE = 5.0  # seconds between two tries to reach the database: work is picked up within seconds of its return
-
-
-async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:
-    """Run an action until it succeeds, with backoff while the database is away; give up, with None, once `until` says so."""
-    attempt = 0
-    while True:
-        try:
-            return await action()
-        except _DATABASE_ERRORS as error:
-            if until():
-                return None
-            if isinstance(error.__cause__, psycopg.ProgrammingError):
-                raise  # a table or function is missing: waiting does not bring it
-            pause = calculate_backoff(attempt, 0.2, _LONGEST_PAUSE)
-            attempt += 1
-            logger.warning("{} did not reach the database, trying again in {:.1f} s: {}", what, pause, describe(error.__cause__ or error))
-            await asyncio.sleep(pause)
 
 
 def _leave_at_once(number: int) -> None:
@@ -158,12 +139,17 @@ class DocmillWorker(Worker):
 
     def _start_side_tasks(self) -> list[asyncio.Task[Any]]:
         reconciler = Reconciler(self.app.settings, self.app.pool)
-        return [*super()._start_side_tasks(), asyncio.create_task(reconciler.run(), name="reconciler")]
+        forwarder = AlertForwarder(self.app.settings)
+        return [
+            *super()._start_side_tasks(),
+            asyncio.create_task(reconciler.run(), name="reconciler"),
+            asyncio.create_task(forwarder.run(), name="alert forwarder"),
+        ]
 
     async def _shutdown(self, side_tasks: list[asyncio.Task[Any]]) -> None:
         try:
             await super()._shutdown(side_tasks)
-        except _DATABASE_ERRORS as error:
+        except DATABASE_ERRORS as error:
             logger.warning("This worker could not sign off: {}", describe(error))
 
 

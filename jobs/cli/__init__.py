@@ -6,6 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from jobs.cli.commands import app
+from jobs.cli.dead import dead
+
+app.add_typer(dead, name="dead")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

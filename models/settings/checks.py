@@ -7,6 +7,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 
@@ -65,6 +66,20 @@ def _conninfo(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def _web_address(value: SecretStr | None) -> SecretStr | None:
+    """Accept an address that can be posted to. It may hold a token, so no error quotes it."""
+    if value is None:
+        return None
+    try:
+        parts = urlsplit(value.get_secret_value())
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(letter.isspace() or not letter.isprintable() for letter in value.get_secret_value()):
+        raise ValueError("is not a web address") from None
+    return value
+
+
 def usable_cores(at_most: int) -> int:
     """Count the cores that this process may run on, up to a limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -83,4 +98,7 @@ Conninfo = Annotated[
     SecretStr | None,
     AfterValidator(_conninfo),
     Words(allowed="postgresql://user:password@host:5432/database?sslmode=require or host=... dbname=...", default="unset"),
+]
+WebUrl = Annotated[
+    SecretStr | None, AfterValidator(_web_address), Words(allowed="https://host/path or http://host:port/path", default="unset")
 ]

@@ -10,7 +10,7 @@ from annotated_types import Interval
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, Words, usable_cores
+from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, WebUrl, Words, usable_cores
 from models.settings.secret_files import SecretFiles
 
 SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE")
@@ -140,6 +140,13 @@ class Settings(BaseSettings):
     """true: a document whose extraction fails is failed. false: it is finalised without, and the failure is recorded."""
     vector_index_threshold: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10_000
     """Passages of one embedding model from which on a vector index is built."""
+
+    # Alerts
+    alert_webhook_url: WebUrl = None
+    """Where critical failures, such as new dead letters, are posted as JSON. Unset: they only stand in the table alerts and are notified
+    on the channel docmill_alerts."""
+    alert_timeout_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 5
+    """Seconds that the webhook has to answer."""
 
     @field_validator("chunk_overlap")
     @classmethod

@@ -1,0 +1,34 @@
+"""Outliving outages of Postgres: what a worker runs for ever goes on once the database is back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+from loguru import logger
+from procrastinate import exceptions
+
+from jobs.redaction import describe
+from jobs.retry import calculate_backoff
+
+DATABASE_ERRORS = (exceptions.ConnectorException, psycopg.Error, OSError)
+_LONGEST_PAUSE = 5.0  # seconds between two tries to reach the database: work is picked up within seconds of its return
+
+
+async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:
+    """Run an action until it succeeds, with backoff while the database is away; give up, with None, once `until` says so."""
+    attempt = 0
+    while True:
+        try:
+            return await action()
+        except DATABASE_ERRORS as error:
+            if until():
+                return None
+            if isinstance(error.__cause__ or error, psycopg.ProgrammingError):
+                raise  # a table or function is missing: waiting does not bring it
+            pause = calculate_backoff(attempt, 0.2, _LONGEST_PAUSE)
+            attempt += 1
+            logger.warning("{} did not reach the database, trying again in {:.1f} s: {}", what, pause, describe(error.__cause__ or error))
+            await asyncio.sleep(pause)
