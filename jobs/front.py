@@ -7,7 +7,7 @@ import atexit
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -18,7 +18,8 @@ from models.settings import Settings
 
 _sync_pools: dict[Settings, ConnectionPool[psycopg.Connection[Any]]] = {}
 _sync_lock = threading.Lock()
-_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, AsyncConnectionPool[psycopg.AsyncConnection[Any]]]]
+_AsyncPool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, tuple[_AsyncPool, asyncio.Task[None]]]]
 _async_pools: _Loops = weakref.WeakKeyDictionary()
 _async_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
 
@@ -43,15 +44,25 @@ def _sync_pool(settings: Settings) -> ConnectionPool[psycopg.Connection[Any]]:
         return pool
 
 
-async def _async_pool(settings: Settings) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+async def _async_pool(settings: Settings) -> _AsyncPool:
     loop = asyncio.get_running_loop()
     async with _async_locks.setdefault(loop, asyncio.Lock()):
         pools = _async_pools.setdefault(loop, {})
         if settings not in pools:
             pool = make_pool(settings, await prepare_database(settings))
             await pool.open()
-            pools[settings] = pool
-        return pools[settings]
+            pools[settings] = pool, loop.create_task(_close_with_loop(pool))
+        return pools[settings][0]
+
+
+async def _close_with_loop(pool: _AsyncPool) -> None:
+    """Close a pool when `asyncio.run` cancels what is left: a task of the pool that is connecting outlives that otherwise."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        _async_pools.pop(asyncio.get_running_loop(), None)
+        with suppress(asyncio.CancelledError):  # the pool waits for its tasks, which have been cancelled too
+            await pool.close()
 
 
 def close_sync() -> None:
@@ -65,8 +76,10 @@ def close_sync() -> None:
 
 async def close_async() -> None:
     """Close the pools of the running event loop; they open again on the next use."""
-    for pool in _async_pools.pop(asyncio.get_running_loop(), {}).values():
+    for pool, closing in _async_pools.pop(asyncio.get_running_loop(), {}).values():
         await pool.close()
+        closing.cancel()
+        await asyncio.wait([closing])
 
 
 @contextmanager

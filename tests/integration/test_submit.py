@@ -15,7 +15,7 @@ import pytest
 
 from jobs import submit_document, submit_document_async
 from jobs.adapters.storage import local
-from jobs.front import close_async, close_sync
+from jobs.front import async_connection, close_async, close_sync
 from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 
@@ -205,8 +205,6 @@ async def test_the_async_twin_does_the_same_and_joins_an_async_transaction(datab
 
 async def test_twenty_connections_serve_a_hundred_readers_and_submitters(conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """R3."""
-    from jobs.front import async_connection
-
     monkeypatch.setenv("DATABASE_MAX_CONNECTIONS", "20")
     load_settings.cache_clear()
     settings = load_settings()
@@ -235,3 +233,33 @@ async def test_twenty_connections_serve_a_hundred_readers_and_submitters(conn: p
     assert sum(done) == 200
     assert count(conn, "file_extractions") == 100
     assert most <= 21  # the test's own connection is one of them
+
+
+def test_a_program_ends_while_a_connection_is_still_being_made(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = psycopg.AsyncConnection.connect
+    ended = threading.Event()
+
+    async def program() -> None:
+        async with async_connection(settings, None):
+            connecting = asyncio.Event()
+
+            async def connect_slowly(*_: Any, **__: Any) -> psycopg.AsyncConnection[Any]:
+                connecting.set()
+                await asyncio.sleep(3600)
+                return await connect()
+
+            async def use() -> None:
+                async with async_connection(settings, None):
+                    await connecting.wait()
+
+            monkeypatch.setattr(psycopg.AsyncConnection, "connect", connect_slowly)
+            users = [asyncio.create_task(use()) for _ in range(5)]  # more than there are connections, so that the pool makes another
+            await connecting.wait()
+        await asyncio.gather(*users)
+        ended.set()
+
+    thread = threading.Thread(target=asyncio.run, args=[program()], daemon=True)
+    thread.start()
+    thread.join(20)
+    assert ended.is_set()
+    assert not thread.is_alive()
