@@ -111,6 +111,9 @@ async def test_what_was_raised_while_nobody_listened_and_what_is_raised_now_are_
     # Looking so seldom, only the notification can be what brings the second one in time.
     async with forwarding(configured, look_seconds=3600):
         await eventually(lambda: len(endpoint.posts) == 1 and not unforwarded(conn), "the first")
+        waits = """SELECT count(*) > 0 FROM pg_stat_activity
+            WHERE state = 'idle' AND query LIKE '%min(a.next_try_at)%' AND datname = current_database()"""
+        await eventually(lambda: conn.execute(waits).fetchone() == (True,), "the forwarder to have nothing left but to listen")
         conn.execute("SELECT alert('test', 'now')")
         await eventually(lambda: unforwarded(conn) == 0, "the second")
     first, second = endpoint.posts
