@@ -207,7 +207,7 @@ AS $$
 -- Ranking every passage that holds any of the words would read half the table for a word like "contract". The passages that hold the rarest
 -- words are ranked, and if they are too few (because of a filter, say) those that hold any.
 DECLARE
-    ranked CONSTANT integer := 1000;
+    ranked CONSTANT integer := 3000;
     filter text := search_filter(user_id, batch_id, file_type, metadata);
     queries tsquery[];
     weights double precision[];
