@@ -44,7 +44,10 @@ SEARCHES = {
     "full text": "SELECT doc_id FROM search_by_text(%(text)s, limit_to => %(limit)s)",
     "hybrid": "SELECT doc_id FROM search_hybrid(%(text)s, %(vector)s, %(model)s, limit_to => %(limit)s)",
 }
-COLUMNS = "id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, char_start, char_end, language, embedding, embedding_model"
+COLUMNS = (
+    "id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, "
+    "char_start, char_end, language, embedding, embedding_model"
+)
 TYPES = ["uuid", "text", "text", "int4", "int4", "text", "text", "text[]", "int4", "int4", "text", "vector", "text"]
 
 
