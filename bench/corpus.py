@@ -1,6 +1,6 @@
 """Every corpus file through `sniff` and `parse_isolated`, beside what its MANIFEST expects.
 
-Run `python bench/corpus.py [good|hostile] [--timeout S] [--all]`. Prints the files whose outcome differs from `expected`
+Run `python -m bench.corpus [good|hostile] [--timeout S] [--all]`. Prints the files whose outcome differs from `expected`
 (with --all every file), the slowest and hungriest, and the processes left afterwards.
 """
 
@@ -12,7 +12,6 @@ import csv
 import os
 import re
 import resource
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -121,6 +120,7 @@ if __name__ == "__main__":
     arguments.add_argument("--timeout", type=float, default=60)
     arguments.add_argument("--all", action="store_true")
     given = arguments.parse_args()
-    if not CORPUS.exists():
-        sys.exit(f"no corpus at {CORPUS}: set DOCMILL_CORPUS")
-    asyncio.run(run(given.folder, given.timeout, given.all))
+    if CORPUS.exists():
+        asyncio.run(run(given.folder, given.timeout, given.all))
+    else:
+        print(f"no corpus at {CORPUS}: set DOCMILL_CORPUS")

@@ -25,7 +25,9 @@ def main() -> None:
     given = parser.parse_args()
     waits: list[float] = []
     with bench_server() as (server, folder):
-        settings = fresh_settings(server, folder, "pickup", embedding_provider="hash")
+        settings = fresh_settings(
+            server, folder, "pickup", embedding_provider="hash", log_level="CRITICAL"
+        )  # the documents name no file, so they fail
         with workers(settings), psycopg.connect(server.get_uri(database="pickup"), autocommit=True) as conn:
             conn.execute(SUBMIT, ["warm-up"])
             wait_until_ended(settings, 1, time.perf_counter(), 60)

@@ -68,7 +68,8 @@ def fresh_settings(server: PostgresServer, folder: Path, name: str, **changes: o
         admin.execute(f'CREATE DATABASE "{name}"')
     with psycopg.connect(server.get_uri(database=name), autocommit=True) as conn:
         migrate(conn)
-    return Settings(database_url=server.get_uri(database=name), storage_base_path=folder / name, log_level="WARNING", **changes)  # type: ignore[arg-type]  # pydantic reads strings
+    quiet: dict[str, object] = {"log_level": "WARNING", **changes}
+    return Settings(database_url=server.get_uri(database=name), storage_base_path=folder / name, **quiet)  # type: ignore[arg-type]  # pydantic reads strings
 
 
 def url_of(settings: Settings) -> str:

@@ -50,7 +50,7 @@ async def _async_pool(settings: Settings) -> _AsyncPool:
         pools = _async_pools.setdefault(loop, {})
         if settings not in pools:
             pool = make_pool(settings, await prepare_database(settings))
-            await pool.open()
+            await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
             pools[settings] = pool, loop.create_task(_close_with_loop(pool))
         return pools[settings][0]
 

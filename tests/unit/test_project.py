@@ -80,3 +80,20 @@ def test_every_sample_is_described() -> None:
     files = [path.name for path in (ROOT / "samples").iterdir() if path.name != "README.md" and not path.name.startswith(".")]
     assert len(files) >= 10
     assert [name for name in files if f"`{name}`" not in page] == []
+
+
+def test_every_requirement_has_its_row_and_all_evidence_exists() -> None:
+    rows = re.findall(r"^\| R(\d+) \|.*\| (shown|partly: .+|not yet.*|shown, .+) \|$", read("docs/requirements.md"), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 43))
+    page = read("docs/requirements.md")
+    for file, test in re.findall(r"`((?:unit|integration|acceptance|faults)/[\w/]+\.py)(?:::(\w+))?`", page):
+        source = read(f"tests/{file}")
+        assert not test or f"def {test}(" in source, f"{file} has no {test}"
+    for module in re.findall(r"`bench\.(\w+)`", page):
+        assert (ROOT / "bench" / f"{module}.py").is_file(), f"there is no bench.{module}"
+
+
+def test_every_measurement_is_listed_and_every_listed_one_exists() -> None:
+    listed = re.findall(r"^- `python -m bench\.(\w+)`", read("bench/README.md"), re.M)
+    runnable = {path.stem for path in (ROOT / "bench").glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    assert sorted(listed) == sorted(runnable)
