@@ -52,6 +52,4 @@ async def run(document: Document, tools: Tools) -> Document:
     refuse_file(document, found, tools.settings.max_file_size_mb)
     sniffed = await in_thread(sniff, path, document.file_name)
     refuse_type(document.file_name, sniffed)
-    return replace(
-        document, file_size=found.size, content_sha256=found.sha256, file_type=sniffed.file_type, mime_type=sniffed.mime_type
-    )
+    return replace(document, file_size=found.size, content_sha256=found.sha256, file_type=sniffed.file_type, mime_type=sniffed.mime_type)

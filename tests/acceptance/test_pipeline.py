@@ -63,7 +63,7 @@ def test_the_samples_are_understood(conn: psycopg.Connection, tmp_path: Path) ->
     ingest(conn, tmp_path, SAMPLES)
     types = {row[0] for row in conn.execute("SELECT file_type FROM file_extractions").fetchall()}
     assert {"pdf", "word", "excel", "powerpoint", "html", "email", "text"} <= types
-    languages = dict(conn.execute("SELECT file_name, raw_extraction->'language'->>'code' FROM file_extractions").fetchall())
+    languages: dict[str, str] = dict(conn.execute("SELECT file_name, raw_extraction->'language'->>'code' FROM file_extractions").fetchall())
     assert (languages["sicherheitshandbuch.pdf"], languages["supply-contract.pdf"]) == ("de", "en")
     pages = conn.execute("SELECT page_count FROM file_extractions WHERE file_name = 'supply-contract.pdf'").fetchone()
     assert pages == (4,)
@@ -131,7 +131,9 @@ def test_bad_files_fail_alone_with_a_reason_and_odd_encodings_are_read(conn: psy
         assert stage in ("validate", "parse")
     for name in GOOD_TEXT:
         assert rows[name][0] == "complete", rows[name]
-    text = dict(conn.execute("SELECT file_name, markdown FROM document_markdown JOIN file_extractions USING (doc_id)").fetchall())
+    text: dict[str, str] = dict(
+        conn.execute("SELECT file_name, markdown FROM document_markdown JOIN file_extractions USING (doc_id)").fetchall()
+    )
     assert text["utf16.txt"] == "Grüße aus Köln und Łódź"
     assert "Straße nach Köln führt über die Brücke – „schön“" in text["cp1252.txt"]
     assert text["bom.txt"] == "Text with a byte order mark"
