@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def connect_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-async def _configure(conn: psycopg.AsyncConnection[Any]) -> None:
+async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> None:
+    # A process that is paused or cut off in mid-transaction must not keep its documents locked, or nobody could rescue them.
+    limits = {"idle_ms": f"{settings.lease_seconds * 1000:.0f}", "transaction_ms": f"{settings.stage_timeout_seconds * 1000:.0f}"}
+    await conn.execute(query("limit_transactions"), limits)
     try:
         await register_vector_async(conn)
     except psycopg.ProgrammingError as error:
@@ -91,7 +95,7 @@ def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None)
         max_size=max_size or settings.database_max_connections,
         timeout=settings.database_timeout,
         max_idle=300,
-        configure=_configure,
+        configure=partial(_configure, settings=settings),
         open=False,
         name="docmill",
     )

@@ -13,9 +13,9 @@ import psycopg
 from procrastinate import BaseRetryStrategy, RetryDecision
 from procrastinate.jobs import Job
 
-from models.errors import DocmillError, ErrorType, RateLimitError, ServiceUnavailable
+from models.errors import DocmillError, ErrorType, PermanentError, RateLimitError, ServiceUnavailable
 
-_RETRYABLE_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "25006", "25P03"})
+_RETRYABLE_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "25006", "25P03", "25P04"})
 _RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resources (disk full, out of memory), system error
 _PERMANENT_SQLSTATE_CLASSES = frozenset({"22", "23", "42"})  # data, integrity and syntax: the same statement fails again
 _RETRYABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
@@ -110,7 +110,12 @@ class StageRetry(BaseRetryStrategy):
             return None
         return RetryPlan(calculate_backoff(attempt, self.base, self.max_delay), counts=True)
 
-    def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision:
-        """Answer procrastinate. What escapes the runner says nothing about the document, so the job is tried again however often."""
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision | None:
+        """Answer procrastinate. What escapes the runner says nothing about the document, so the job is tried again however often.
+
+        A job that names no document or has the wrong arguments fails; a document that waits for it gets another from the reconciler.
+        """
+        if isinstance(exception, PermanentError | TypeError):
+            return None
         delay = calculate_backoff(min(job.attempts, 10), self.base, self.max_delay)
         return RetryDecision(retry_at=datetime.now(UTC) + timedelta(seconds=delay))

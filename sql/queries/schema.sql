@@ -46,3 +46,7 @@ SELECT current_setting('server_version_num')::integer AS version_number,
     (SELECT e.trusted FROM pg_available_extension_versions AS e WHERE e.name = 'vector' ORDER BY e.version DESC LIMIT 1) AS vector_trusted,
     current_user AS role,
     current_database() AS database;
+
+-- name: limit_transactions
+-- Ends a session, and with it its locks, when its process falls silent in mid-transaction.
+SELECT set_config('idle_in_transaction_session_timeout', %(idle_ms)s, FALSE), set_config('transaction_timeout', %(transaction_ms)s, FALSE);
