@@ -6,15 +6,19 @@ A thread, because neither a blocked event loop nor an exhausted pool may let a l
 from __future__ import annotations
 
 import math
+import os
+import socket
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import psycopg
 from loguru import logger
 from psycopg.conninfo import make_conninfo
 
+from jobs import clock
 from jobs.database import connect_options
 from jobs.redaction import describe
 from models.settings import Settings
@@ -23,7 +27,7 @@ from sql import query
 
 @dataclass(slots=True)
 class Lease:
-    """A claim on a document, renewed until released, lost, or past its deadline. Times are of the monotonic clock, in seconds."""
+    """A claim on a document, renewed until released, lost, or past its deadline. Times are of `jobs.clock`, in seconds."""
 
     doc_id: str
     claim: int
@@ -32,6 +36,28 @@ class Lease:
     """Never renewed past this; the runner moves it on with each stage."""
     on_lost: Callable[[bool], None]
     """Called once, from the lease thread. True: the claim has gone to somebody else. False: it could not be renewed in time."""
+
+
+@contextmanager
+def cut_off(conn: psycopg.Connection, *, after: float) -> Iterator[None]:
+    """Break the connection if what runs inside takes longer than `after` seconds, so that it raises there instead of hanging."""
+    lock, over = threading.Lock(), threading.Event()
+
+    def cut() -> None:
+        with lock:
+            if not over.is_set() and not conn.closed:
+                with socket.socket(fileno=os.dup(conn.fileno())) as hung:
+                    hung.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(after, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with lock:  # after this the descriptor may be closed and given to something else
+            over.set()
 
 
 class LeaseKeeper:
@@ -80,31 +106,33 @@ class LeaseKeeper:
         if self._thread is not None:
             self._thread.join(timeout=5)
         if last is not None:
-            try:
-                last(self._connection())
-            except psycopg.Error as error:
-                logger.warning("This worker could not sign off: {}", describe(error))
+            self._try("This worker could not sign off", last)
         self._drop_connection()
 
     def _run(self) -> None:
         while not self._stop.is_set():
             with self._lock:
                 leases = list(self._leases.values())
-            now = time.monotonic()
-            try:
-                conn = self._connection()
-                self._renew(conn, [e for e in leases if now < e.deadline and e.good_until - now < 0.8 * self._seconds])
-                if self._on_tick is not None:
-                    self._on_tick(conn)
-            except Exception as error:
-                # Whatever it is, the thread goes on: without it every document in hand would be lost to its lease.
-                logger.warning("Leases were not renewed: {}", describe(error))
-                self._drop_connection()
-            now = time.monotonic()
+            now = clock.seconds()
+            due = [e for e in leases if now < e.deadline and e.good_until - now < 0.8 * self._seconds]
+            self._try("Leases were not renewed", partial(self._renew, leases=due))
+            if self._on_tick is not None:
+                self._try("The registry was not told of this worker", self._on_tick)
+            now = clock.seconds()
             for lease in leases:
                 if now >= lease.good_until:
                     self._lose(lease, superseded=False)
             self._stop.wait(self._tick_seconds)
+
+    def _try(self, complaint: str, action: Callable[[psycopg.Connection], None]) -> None:
+        """Run an action over the thread's connection. Whatever goes wrong, the thread goes on: all documents in hand hang on it."""
+        try:
+            conn = self._connection()
+            with cut_off(conn, after=self._seconds / 2):
+                action(conn)
+        except Exception as error:
+            logger.warning("{}: {}", complaint, describe(error))
+            self._drop_connection()
 
     def _connection(self) -> psycopg.Connection:
         if self._conn is None or self._conn.closed:
@@ -119,7 +147,7 @@ class LeaseKeeper:
     def _renew(self, conn: psycopg.Connection, leases: list[Lease]) -> None:
         if not leases:
             return
-        asked_at = time.monotonic()
+        asked_at = clock.seconds()
         rows = conn.execute(
             query("renew_leases"),
             {
@@ -128,12 +156,13 @@ class LeaseKeeper:
                 "claims": [lease.claim for lease in leases],
             },
         ).fetchall()
-        renewed = {(doc_id, claim) for doc_id, claim in rows}
+        seen = {(doc_id, claim): (renewed, gone) for doc_id, claim, renewed, gone in rows}
         for lease in leases:
-            if (lease.doc_id, lease.claim) in renewed:
-                lease.good_until = asked_at + self._seconds
-            else:
+            renewed, gone = seen[lease.doc_id, lease.claim]
+            if gone:
                 self._lose(lease, superseded=True)
+            elif renewed:
+                lease.good_until = asked_at + self._seconds
 
     def _lose(self, lease: Lease, *, superseded: bool) -> None:
         with self._lock:

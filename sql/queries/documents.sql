@@ -1,21 +1,25 @@
 -- The runner's statements. Each is one step of claim, load, checkpoint; see jobs/pipeline.
 
 -- name: claim_document
--- The fencing token goes up with every claim; an expired lease may be taken over.
+-- The fencing token goes up with every claim. A row that somebody's open transaction holds is skipped, not waited for. An expired lease is
+-- for the reconciler to judge.
 UPDATE file_extractions AS d
 SET state = 'working',
     claim = d.claim + 1,
     claim_job_id = %(job_id)s,
     claimed_by = %(worker)s,
-    -- Taking over an expired lease is a crash like any other that the reconciler finds.
-    crash_count = d.crash_count + (d.state = 'working')::integer,
-    lone_crash_count = d.lone_crash_count + (d.state = 'working' AND d.alone)::integer,
-    alone = FALSE,
     lease_until = now() + make_interval(secs => %(lease_seconds)s),
+    alone = FALSE,
+    not_before = NULL,
     processing_started_at = coalesce(d.processing_started_at, now()),
     updated_at = now()
-WHERE d.doc_id = %(doc_id)s
-    AND (d.state IN ('queued', 'retrying') OR (d.state = 'working' AND d.lease_until < now()))
+FROM (
+    SELECT f.id
+    FROM file_extractions AS f
+    WHERE f.doc_id = %(doc_id)s AND f.state IN ('queued', 'retrying') AND coalesce(f.not_before, now()) <= now()
+    FOR NO KEY UPDATE SKIP LOCKED
+) AS free
+WHERE d.id = free.id
 RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correlation_id, d.file_name, d.file_path, d.metadata,
     d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count,
     d.crash_count, d.claim;
@@ -26,7 +30,8 @@ UPDATE file_extractions AS d SET alone = TRUE
 WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working';
 
 -- name: look_at_document
-SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left
+SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left,
+    extract(epoch FROM d.not_before - now())::float8 AS wait_seconds_left
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 
@@ -36,12 +41,28 @@ FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 
 -- name: renew_leases
--- One statement for all claims of a worker; a claim that has moved on is not touched and not returned.
-UPDATE file_extractions AS d
-SET lease_until = now() + make_interval(secs => %(lease_seconds)s)
-FROM unnest(%(doc_ids)s::text[], %(claims)s::bigint[]) AS mine (doc_id, claim)
-WHERE d.doc_id = mine.doc_id AND d.claim = mine.claim AND d.state = 'working'
-RETURNING d.doc_id, d.claim;
+-- One statement for all claims of a worker, in the order of ids. A row that somebody's open transaction holds is tried again at the next
+-- tick, so that it keeps no other from being renewed. `gone`: the claim has moved on.
+WITH mine AS (
+    SELECT m.doc_id, m.claim FROM unnest(%(doc_ids)s::text[], %(claims)s::bigint[]) AS m (doc_id, claim)
+), free AS (
+    SELECT d.id
+    FROM file_extractions AS d
+    JOIN mine AS m ON m.doc_id = d.doc_id AND m.claim = d.claim
+    WHERE d.state = 'working'
+    ORDER BY d.id
+    FOR NO KEY UPDATE OF d SKIP LOCKED
+), renewed AS (
+    UPDATE file_extractions AS d
+    SET lease_until = now() + make_interval(secs => %(lease_seconds)s)
+    FROM free
+    WHERE d.id = free.id
+    RETURNING d.doc_id
+)
+SELECT m.doc_id, m.claim, r.doc_id IS NOT NULL AS renewed,
+    NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = m.doc_id AND d.claim = m.claim AND d.state = 'working') AS gone
+FROM mine AS m
+LEFT JOIN renewed AS r USING (doc_id);
 
 -- name: load_markdown
 SELECT m.markdown, m.markdown_sha256, m.page_map, m.parser, m.parse_metadata
@@ -86,6 +107,7 @@ WITH fenced AS (
         state = %(state)s::document_state,
         lease_until = CASE WHEN %(state)s = 'working' THEN d.lease_until END,
         retry_count = %(retry_count)s,
+        not_before = CASE WHEN %(state)s = 'retrying' THEN now() + make_interval(secs => %(next_delay)s) END,
         crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
         lone_crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.lone_crash_count ELSE 0 END,
         requeue_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.requeue_count ELSE 0 END,
@@ -178,7 +200,10 @@ INSERT INTO dead_letters (doc_id, version, batch_id, user_id, correlation_id, st
 VALUES (
     %(doc_id)s, %(version)s, %(batch_id)s, %(user_id)s, %(correlation_id)s, %(stage)s, %(error_type)s, %(error_message)s,
     %(traceback)s, %(context)s
-);
+)
+ON CONFLICT (doc_id) WHERE resolved_at IS NULL DO UPDATE
+SET version = EXCLUDED.version, stage = EXCLUDED.stage, error_type = EXCLUDED.error_type, error_message = EXCLUDED.error_message,
+    traceback = EXCLUDED.traceback, context = EXCLUDED.context, created_at = now();
 
 -- name: settle_batch
 SELECT settle_batch(%(batch_id)s);
