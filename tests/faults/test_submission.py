@@ -1,0 +1,128 @@
+"""Submissions that collide: with each other, with the run of what they replace, with a retry, with an open transaction."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from jobs import submit_document
+from models.errors import SubmitConflict
+from tests.faults.harness import Arena, documents, every, name_of, text_document
+
+
+def at_once(arena: Arena, offers: list[dict[str, bytes]]) -> list[str]:
+    """Submit each set in a thread and over a connection of its own; return all outcomes."""
+    gate, outcomes = threading.Barrier(len(offers)), []
+
+    def run(offer: dict[str, bytes]) -> None:
+        with arena.connect() as conn:
+            gate.wait()
+            for doc_id, content in offer.items():
+                outcomes.append(submit_document(content, doc_id=doc_id, file_name=name_of(doc_id), connection=conn).outcome)
+
+    threads = [threading.Thread(target=run, args=(offer,)) for offer in offers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [str(outcome) for outcome in outcomes]
+
+
+def test_the_same_documents_from_many_clients_at_once_are_worked_on_once(arena: Arena) -> None:
+    wanted = documents(10)
+    arena.worker()
+    outcomes = at_once(arena, [wanted] * 8)
+    arena.accepted(wanted)
+    arena.settle()
+    assert (outcomes.count("accepted"), outcomes.count("unchanged")) == (10, 70)
+    assert arena.one("SELECT count(DISTINCT claim) FROM file_extractions WHERE state = 'complete'") >= 1
+    arena.fault(70)
+    arena.judge("6 colliding submissions", "10 documents from 8 clients at once")
+
+
+def test_different_contents_at_once_end_with_one_of_them_whole(arena: Arena) -> None:
+    offers = [documents(6, variant=variant) for variant in range(4)]
+    arena.worker()
+    at_once(arena, offers)
+    arena.accepted(*offers)
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    arena.fault(18)
+    arena.judge("6 colliding submissions", "6 documents with 4 contents each from 4 clients at once")
+
+
+def test_new_content_in_mid_run_wins_and_the_old_never_shows(arena: Arena) -> None:
+    old, new = documents(12), documents(12, variant=1)
+    arena.submit(old)
+    places = ["stage_started:parse", "stage_done:embed", "before_checkpoint:complete", "in_checkpoint:complete"]
+    faults = [f"sleep:1.5@{place};doc={doc};once={arena.mark(doc)}" for place, doc in zip(places * 3, old, strict=True)]
+    arena.worker(faults=faults, WORKER_CONCURRENCY="12")
+    arena.wait(lambda: len(arena.marks()) >= 10, "documents in mid-run")
+    arena.submit(new)
+    arena.accepted(old, new)
+    arena.fault()
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete' OR version <> 2") == 0
+    arena.judge("6 colliding submissions", "12 documents resubmitted with new content in mid-run")
+
+
+def test_a_submission_while_the_document_waits_for_its_retry(arena: Arena) -> None:
+    old = documents(6)
+    same, new = dict(list(old.items())[:3]), {doc: text_document(90 + i, 1) for i, doc in enumerate(list(old)[3:])}
+    arena.submit(old)
+    faults = [f"raise:RetryableError@stage_started:embed;doc={doc};once={arena.mark(doc)};times=2" for doc in old]
+    arena.worker(faults=faults, RETRY_BASE_DELAY_SECONDS="1")
+    arena.wait(lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'retrying'") == 6, "every document to wait")
+    arena.submit({**same, **new})
+    arena.accepted(old, same, new)
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    assert arena.all("SELECT version, count(*) FROM file_extractions GROUP BY 1 ORDER BY 1") == [(1, 3), (2, 3)]
+    arena.judge("6 colliding submissions", "submitted again while waiting for a retry, with the same and with new content")
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback"])
+def test_an_open_transaction_on_one_document_harms_no_other(arena: Arena, ending: str) -> None:
+    wanted = documents(8)
+    arena.submit(wanted)
+    faults = [f"sleep:6@stage_done:parse;doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[:4]]
+    arena.worker(faults=faults, WORKER_CONCURRENCY="8")
+    arena.reconciler()
+    arena.wait(lambda: len(arena.marks()) == 4, "documents in mid-stage")
+    with arena.connect() as conn:
+        conn.execute("BEGIN")
+        new = text_document(77)
+        submit_document(new, doc_id="d0000", file_name="d0000.md", connection=conn)
+        arena.fault()
+        time.sleep(5)  # longer than a lease
+        conn.execute(ending)
+    arena.accepted({"d0000": new} if ending == "commit" else {})
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    blamed = arena.all("SELECT DISTINCT doc_id FROM document_events WHERE event IN ('rescued', 'fenced_off') AND doc_id <> 'd0000'")
+    assert blamed == [], "documents lost their lease because of a lock on another"
+    arena.judge("6 colliding submissions", f"a caller's transaction with new content held open beyond the lease, then {ending}")
+
+
+def test_resubmissions_all_the_time_end_with_the_last_content(arena: Arena) -> None:
+    versions = [documents(5, variant=variant) for variant in range(8)]
+    arena.worker(), arena.worker()
+    pending = iter(versions)
+
+    def next_version() -> None:
+        if offer := next(pending, None):
+            try:
+                arena.submit(offer)
+            except SubmitConflict:
+                arena.submit(offer)
+
+    with every(0.4, next_version):
+        time.sleep(5)
+    arena.submit(versions[-1])
+    arena.accepted(*versions)
+    arena.fault(35)
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete' OR version <> 8") == 0
+    arena.judge("6 colliding submissions", "5 documents resubmitted 7 times, every 0.4 s")
