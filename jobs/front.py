@@ -7,6 +7,7 @@ import atexit
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -28,7 +29,9 @@ def _sync_pool(settings: Settings) -> ConnectionPool[psycopg.Connection[Any]]:
     with _sync_lock:
         pool = _sync_pools.get(settings)
         if pool is None:
-            conninfo = asyncio.run(prepare_database(settings))
+            # In a thread, because the caller may itself be inside of an event loop, as in a notebook.
+            with ThreadPoolExecutor(1) as thread:
+                conninfo = thread.submit(asyncio.run, prepare_database(settings)).result()
             pool = ConnectionPool(
                 conninfo,
                 kwargs={**connect_options(settings), "autocommit": True},

@@ -26,8 +26,8 @@ async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Cal
         except DATABASE_ERRORS as error:
             if until():
                 return None
-            if isinstance(error.__cause__ or error, psycopg.ProgrammingError):
-                raise  # a table or function is missing: waiting does not bring it
+            if isinstance(error.__cause__ or error, psycopg.ProgrammingError | psycopg.IntegrityError | psycopg.DataError):
+                raise  # the database has answered, and waiting does not change its answer
             pause = calculate_backoff(attempt, 0.2, _LONGEST_PAUSE)
             attempt += 1
             logger.warning("{} did not reach the database, trying again in {:.1f} s: {}", what, pause, describe(error.__cause__ or error))

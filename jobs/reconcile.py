@@ -7,7 +7,6 @@ is written down in `sql/migrations/0003_rescue.sql`; here is only what is looked
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import psycopg
@@ -15,12 +14,13 @@ from loguru import logger
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import faults
+from jobs import clock, faults
 from jobs.redaction import describe
 from models.settings import Settings
 from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
+SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
 WINDOW = 2000  # waiting documents that a pass looks at
 
 
@@ -30,7 +30,7 @@ class Reconciler:
     def __init__(self, settings: Settings, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
         self._settings = settings
         self._pool = pool
-        self._awake_since = self._last_pass = time.monotonic()
+        self._awake_since = self._last_pass = clock.seconds()
         self._after = 0
 
     async def run(self) -> None:
@@ -39,6 +39,7 @@ class Reconciler:
             try:
                 await self.pass_once()
             except (psycopg.Error, OSError) as error:
+                self._awake_since = clock.seconds()  # nobody could renew or beat meanwhile
                 logger.warning("A pass of the reconciler failed: {}", describe(error))
             await asyncio.sleep(self._settings.reconcile_seconds)
 
@@ -46,7 +47,7 @@ class Reconciler:
         """Look for everything once and return what was done: outcome -> how often."""
         lease = self._settings.lease_seconds
         done: dict[str, int] = {}
-        now = time.monotonic()
+        now = clock.seconds()
         if now - self._last_pass > lease / 2 + self._settings.reconcile_seconds:
             self._awake_since = now  # this process was paused, or the database away
         self._last_pass = now
@@ -55,10 +56,11 @@ class Reconciler:
             crashes = {"max_crashes": self._settings.max_crashes}
             for row in await self._rows("find_expired_leases", lease_seconds=lease, most=MOST):
                 await self._repair(done, "rescue_document", doc_id=row["doc_id"], **crashes)
-        for row in await self._rows("find_abandoned_jobs", grace_seconds=lease, most=MOST):
-            await self._repair(done, "end_abandoned_job", job_id=row["id"], grace_seconds=lease)
-        for row in await self._rows("find_dead_side_jobs", grace_seconds=lease, most=MOST):
-            await self._repair(done, "requeue_side_job", job_id=row["id"])
+            for row in await self._rows("find_abandoned_jobs", grace_seconds=lease, most=MOST):
+                await self._repair(done, "end_abandoned_job", job_id=row["id"], grace_seconds=lease)
+            for row in await self._rows("find_dead_side_jobs", grace_seconds=lease, most=MOST, tasks=SIDE_TASKS):
+                await self._repair(done, "requeue_side_job", job_id=row["id"])
+            await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])

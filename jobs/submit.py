@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 
 from jobs.adapters.storage import LocalStorage, safe_display_name, storable_path
 from jobs.front import async_connection, sync_connection
+from jobs.redaction import describe
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from models.stages import State
@@ -170,7 +171,9 @@ def submission(params: Mapping[str, Any], row: Mapping[str, Any] | None) -> Subm
 
 def refused(error: psycopg.Error, doc_id: str) -> Exception:
     """Translate what Postgres said to a submission."""
-    if isinstance(error, psycopg.errors.LockNotAvailable):
+    if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
+        return SubmitConflict(f"The batch has been begun again meanwhile: {describe(error)}.")
+    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
         return SubmitConflict(
             f'doc_id "{doc_id}": another transaction holds this document; nothing was submitted. Try again once it has ended '
             "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."

@@ -13,6 +13,7 @@ from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Job
 from jobs.retry import StageRetry
 from jobs.stages import Tools
+from models.errors import PermanentError
 from models.stages import STAGES
 from procrastinate_app import app
 
@@ -66,7 +67,8 @@ def _runner() -> Runner:
 
 
 async def _run(context: JobContext, doc_id: str) -> None:
-    assert context.job.id is not None
+    if context.job.id is None or not isinstance(doc_id, str):
+        raise PermanentError(f"The task {context.job.task_name} takes a doc_id, a string; it was given {doc_id!r}.")
     queues = frozenset(context.worker_queues) if context.worker_queues else None
     await _runner().run(Job(context.job.id, context.job.task_name, queues), doc_id)
 

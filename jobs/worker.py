@@ -95,10 +95,10 @@ class DocmillWorker(Worker):
         try:
             await fetch()
         except exceptions.ConnectorException as error:
+            if not isinstance(error.__cause__, psycopg.errors.ForeignKeyViolation):
+                raise
             # Another worker took this one for dead and removed its row, which the rows of fetched jobs refer to.
-            if isinstance(error.__cause__, psycopg.errors.ForeignKeyViolation):
-                self.worker_id = await self.app.job_manager.register_worker()
-            raise
+            self.worker_id = await self.app.job_manager.register_worker()
 
     async def _update_heartbeat(self) -> None:
         await outlive("The heartbeat", self._beat)

@@ -88,16 +88,23 @@ async def checkpoint_durably(
                 _mark_saved(work, outcome)
             return
         except psycopg.Error as error:
-            answered = error.sqlstate is not None and error.sqlstate[:2] not in _AWAY
+            answered = not _is_away(error)
             if classify_error(error) is not ErrorType.RETRYABLE or (answered and attempt + 1 >= _TRIES) or (not answered and give_up()):
                 raise CheckpointFailed(error) from error
             pause = calculate_backoff(attempt, 0.1, _LONGEST_PAUSE)
             logger.warning("The checkpoint was not written, trying again in {:.1f} s: {}", pause, describe(error))
             await asyncio.sleep(pause)
             attempt += 1
+        except FencedOff:
+            raise
+        except Exception as error:
+            # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
+            raise CheckpointFailed(error) from error
 
 
-_AWAY = frozenset({"08", "57"})  # connection exceptions; shutdown, crash and start of the server
+def _is_away(error: psycopg.Error) -> bool:
+    """Say whether the database did not answer, because the connection or the server is gone."""
+    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in {"57P01", "57P02", "57P03", "57P05"}
 
 
 async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:

@@ -18,12 +18,15 @@ from sql import query
 Connection = psycopg.AsyncConnection[Any]
 
 
+_LOOKS = 3  # at a document that could be claimed but was not: it changed between claim and look, or its row is locked
+
+
 @dataclass(frozen=True, slots=True)
 class NotClaimed:
-    """Why a claim was refused. `state` is None for a document that is not known."""
+    """Why a claim was refused. `state` is None for a document that is not known; `wait_seconds` is when to look again, if at all."""
 
     state: State | None
-    lease_seconds_left: float | None = None
+    wait_seconds: float | None = None
 
 
 async def one(conn: Connection, name: str, params: dict[str, Any]) -> DictRow | None:
@@ -40,12 +43,33 @@ async def rows(conn: Connection, name: str, params: dict[str, Any]) -> list[Dict
         return await cursor.fetchall()
 
 
-async def claim_document(conn: Connection, doc_id: str, *, job_id: int, worker: str, lease_seconds: float) -> Work | NotClaimed:
-    """Claim a document and load what the stage that is due needs, or say why it cannot be claimed."""
-    row = await one(conn, "claim_document", {"doc_id": doc_id, "job_id": job_id, "worker": worker, "lease_seconds": lease_seconds})
-    if row is None:
+async def claim_document(
+    conn: Connection, doc_id: str, *, job_id: int, worker: str, lease_seconds: float, reconcile_seconds: float
+) -> Work | NotClaimed:
+    """Claim a document, without what its stages need, or say why it cannot be claimed."""
+    refused = NotClaimed(None)
+    for _ in range(_LOOKS):
+        row = await one(conn, "claim_document", {"doc_id": doc_id, "job_id": job_id, "worker": worker, "lease_seconds": lease_seconds})
+        if row is not None:
+            return _work(row, job_id)
         seen = await one(conn, "look_at_document", {"doc_id": doc_id})
-        return NotClaimed(None) if seen is None else NotClaimed(State(seen["state"]), seen["lease_seconds_left"])
+        refused = NotClaimed(None) if seen is None else _refusal(seen, reconcile_seconds)
+        if refused.state not in (State.QUEUED, State.RETRYING) or (refused.wait_seconds or 0) > 1:
+            break
+    return refused
+
+
+def _refusal(seen: DictRow, reconcile_seconds: float) -> NotClaimed:
+    state = State(seen["state"])
+    if state is State.WORKING:
+        # Once the lease has expired, the reconciler judges; this job comes back after it has.
+        return NotClaimed(state, max(0.0, seen["lease_seconds_left"] or 0.0) + reconcile_seconds)
+    if state in (State.QUEUED, State.RETRYING):
+        return NotClaimed(state, max(1.0, seen["wait_seconds_left"] or 0.0))
+    return NotClaimed(state)
+
+
+def _work(row: DictRow, job_id: int) -> Work:
     document = Document(
         doc_id=row["doc_id"],
         version=row["version"],
@@ -62,7 +86,6 @@ async def claim_document(conn: Connection, doc_id: str, *, job_id: int, worker: 
         mime_type=row["mime_type"],
         duplicate_of=row["duplicate_of"],
     )
-    document = await _load(conn, document)
     return Work(
         document=document,
         saved=document,
@@ -71,13 +94,12 @@ async def claim_document(conn: Connection, doc_id: str, *, job_id: int, worker: 
         priority=row["priority"],
         served_version=row["served_version"],
         retry_count=row["retry_count"],
-        buffered=document.chunks is not None,
         suspect=row["crash_count"] > 0,
     )
 
 
-async def _load(conn: Connection, document: Document) -> Document:
-    """Take in what earlier checkpoints stored, as far as the stages still to come need it."""
+async def load_document(conn: Connection, document: Document) -> Document:
+    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it."""
     order = list(Milestone)
     reached = order.index(document.milestone)
     params = {"doc_id": document.doc_id, "version": document.version}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -13,12 +12,12 @@ import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import faults
+from jobs import clock, faults
 from jobs.adapters.usage import measured
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff, Outcome, checkpoint_durably
-from jobs.pipeline.claims import Connection, NotClaimed, claim_document
+from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
 from jobs.pipeline.company import Company
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
@@ -86,7 +85,7 @@ class Runner:
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
         async with self._company.shared():
-            claimed_at = time.monotonic()
+            claimed_at = clock.seconds()
             work = await self._claim(job, doc_id)
             if work is None:
                 return
@@ -97,13 +96,31 @@ class Runner:
         await self._work(job, work, lease)
 
     async def _claim(self, job: Job, doc_id: str) -> Work | None:
+        settings = self._settings
         async with self._pool.connection() as conn:
-            work = await claim_document(conn, doc_id, job_id=job.id, worker=self._worker, lease_seconds=self._settings.lease_seconds)
-            if isinstance(work, NotClaimed):
-                await self._answer_refusal(conn, job, doc_id, work)
+            if self._stopping():
+                await self._put_off(conn, job, doc_id, 0.0)
                 return None
-            await faults.at("claimed", doc_id)
-            return work
+            work = await claim_document(
+                conn,
+                doc_id,
+                job_id=job.id,
+                worker=self._worker,
+                lease_seconds=settings.lease_seconds,
+                reconcile_seconds=settings.reconcile_seconds,
+            )
+            if not isinstance(work, NotClaimed):
+                await faults.at("claimed", doc_id)
+                return work
+            if work.state is None:
+                raise PermanentError(f'There is no document with doc_id "{doc_id}".')
+            if work.wait_seconds is not None:
+                await self._put_off(conn, job, doc_id, work.wait_seconds)
+                logger.bind(doc_id=doc_id).info("The document cannot be had now; looking again in {:.0f} s", work.wait_seconds)
+            return None
+
+    async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
+        await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
 
     async def _work(self, job: Job, work: Work, lease: Lease) -> None:
         document = work.document
@@ -115,14 +132,6 @@ class Runner:
         if document.batch_id is not None and not work.fenced:
             async with self._pool.connection() as conn:
                 await conn.execute(query("settle_batch"), {"batch_id": document.batch_id})
-
-    async def _answer_refusal(self, conn: Connection, job: Job, doc_id: str, refused: NotClaimed) -> None:
-        if refused.state is None:
-            raise PermanentError(f'There is no document with doc_id "{doc_id}".')
-        if refused.state is State.WORKING:
-            delay = max(0.0, refused.lease_seconds_left or 0.0) + 0.1
-            await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
-            logger.bind(doc_id=doc_id).info("Another worker holds the document; looking again in {:.0f} s", delay)
 
     def _hold(self, work: Work, claimed_at: float) -> Lease:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -143,6 +152,7 @@ class Runner:
                 await self._leave(work, lease, stage)
                 return
             async with self._place(work):
+                await self._load(work)
                 while stage is not None:
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
                         elapsed = await self._run_stage(stage, work, lease)
@@ -159,6 +169,12 @@ class Runner:
         except Exception as error:
             await self._fail(work, lease, stage, error)
 
+    async def _load(self, work: Work) -> None:
+        """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
+        async with self._pool.connection() as conn:
+            work.document = work.saved = await load_document(conn, work.document)
+        work.buffered = work.document.chunks is not None
+
     @asynccontextmanager
     async def _place(self, work: Work) -> AsyncIterator[None]:
         """From its first crash on a document has its worker to itself, so that the next crash can be no other's fault."""
@@ -172,7 +188,7 @@ class Runner:
 
     async def _run_stage(self, stage: Stage, work: Work, lease: Lease) -> float:
         """Run one stage, note its event, and return how long it took in seconds."""
-        started = time.monotonic()
+        started = clock.seconds()
         limit = self._settings.stage_timeout_seconds
         lease.deadline = started + limit
         attempt = work.attempt_at(stage.due_at)
@@ -186,7 +202,7 @@ class Runner:
                 if not deadline.expired():
                     raise
                 raise StageTimeout(f"{work.document.file_name}: {stage.name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
-        elapsed = time.monotonic() - started
+        elapsed = clock.seconds() - started
         work.document = replace(document, milestone=stage.reaches)
         work.events.append(
             StageEvent(
@@ -220,21 +236,28 @@ class Runner:
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
 
     async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None) -> None:
-        """Make the work durable. `lease` is given when the work ends here: it is no longer renewed from now on."""
+        """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
         if lease is not None:
-            self._leases.release(lease)
+            lease.on_lost = _nobody_minds
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
         writing = asyncio.ensure_future(checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping))
-        try:
-            # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await writing
-            raise
-        finally:
-            if outcome.state is not State.WORKING and writing.done() and not writing.cancelled() and writing.exception() is None:
-                work.ended = True
-                self._finished_jobs.add(work.job_id)
+        cancelled = False
+        while not writing.done():
+            try:
+                # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                if writing.cancelled():
+                    raise
+                cancelled = True
+            except Exception:
+                break
+        writing.result()
+        if outcome.state is not State.WORKING:
+            work.ended = True
+            self._finished_jobs.add(work.job_id)
+        if cancelled:
+            raise asyncio.CancelledError
         await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)
 
     async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
@@ -264,8 +287,15 @@ class Runner:
         if work.fenced:
             await self._tell_fenced(work, stage)
             return
+        if work.ended:
+            return
         following = due_stage(work.document.milestone)
-        if work.ended or following is None:
+        if following is None:
+            # Finished but not written, and there is no more time: what the database has is where it goes on.
+            work.document = work.saved
+            work.events.clear()
+            following = due_stage(work.document.milestone)
+        if following is None:
             return
         attempt = work.attempt_at(following.due_at)
         work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
@@ -290,3 +320,7 @@ class Runner:
     @staticmethod
     def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:
         return queues is None or stage.queue in queues
+
+
+def _nobody_minds(superseded: bool) -> None:
+    """For a lease whose work is being written for the last time: fencing decides, not the lease."""

@@ -86,7 +86,11 @@ CREATE TABLE file_extractions (
     chunk_count integer CHECK (chunk_count >= 0),
     duplicate_of text,
     retry_count integer NOT NULL DEFAULT 0 CHECK (retry_count >= 0),
+    not_before timestamptz,
     crash_count integer NOT NULL DEFAULT 0 CHECK (crash_count >= 0),
+    lone_crash_count integer NOT NULL DEFAULT 0 CHECK (lone_crash_count >= 0),
+    requeue_count integer NOT NULL DEFAULT 0 CHECK (requeue_count >= 0),
+    alone boolean NOT NULL DEFAULT FALSE,
     error_type document_error_type,
     error_message text,
     correlation_id text NOT NULL,
@@ -131,7 +135,11 @@ COMMENT ON COLUMN file_extractions.page_count IS 'Pages, slides or sheets of the
 COMMENT ON COLUMN file_extractions.chunk_count IS 'Passages of the present version; null until chunk.';
 COMMENT ON COLUMN file_extractions.duplicate_of IS 'doc_id of the same user''s document with the same content that was complete first.';
 COMMENT ON COLUMN file_extractions.retry_count IS 'Failures that counted since the last milestone.';
+COMMENT ON COLUMN file_extractions.not_before IS 'While retrying: no worker takes it up before this time.';
 COMMENT ON COLUMN file_extractions.crash_count IS 'Times a worker died or hung with this document at this milestone.';
+COMMENT ON COLUMN file_extractions.lone_crash_count IS 'Crashes at this milestone while the document had its worker to itself; at MAX_CRASHES it is failed.';
+COMMENT ON COLUMN file_extractions.requeue_count IS 'Times at this milestone that the document had lost its job and was queued again.';
+COMMENT ON COLUMN file_extractions.alone IS 'Whether the present claim has its worker to itself, as after a crash; then only this document can be to blame for the next.';
 COMMENT ON COLUMN file_extractions.error_type IS 'Kind of the last failure; null once a later try succeeded.';
 COMMENT ON COLUMN file_extractions.error_message IS 'The last failure in plain words.';
 COMMENT ON COLUMN file_extractions.correlation_id IS 'Follows the document through logs and events.';
@@ -150,7 +158,8 @@ CREATE INDEX file_extractions_batch ON file_extractions (batch_id) WHERE batch_i
 CREATE INDEX file_extractions_batch_unfinished ON file_extractions (batch_id)
     WHERE batch_id IS NOT NULL AND state IN ('queued', 'working', 'retrying');
 CREATE INDEX file_extractions_content ON file_extractions (user_id, content_sha256);
-CREATE INDEX file_extractions_unfinished ON file_extractions (lease_until) WHERE state IN ('queued', 'working', 'retrying');
+CREATE INDEX file_extractions_leases ON file_extractions (lease_until) WHERE state = 'working';
+CREATE INDEX file_extractions_waiting ON file_extractions (id) WHERE state IN ('queued', 'retrying');
 
 CREATE TABLE document_markdown (
     doc_id text NOT NULL REFERENCES file_extractions (doc_id) ON DELETE CASCADE,
@@ -444,16 +453,28 @@ CREATE TRIGGER document_events_append_only BEFORE UPDATE ON document_events
 
 CREATE FUNCTION defer_stage(doc_id text, stage text, priority integer, scheduled_at timestamptz DEFAULT NULL) RETURNS bigint
 LANGUAGE plpgsql AS $$
--- A twin that already waits serves as well, so the unique queueing lock is no error here; the block keeps it from aborting the caller.
+-- A twin that already waits serves as well, if it is made to wait no longer than this one would, so the unique queueing lock is no error
+-- here. The block keeps it from aborting the caller. A twin that is fetched in between makes room for a new job.
+DECLARE
+    twin bigint;
 BEGIN
-    RETURN (procrastinate_defer_jobs_v1(ARRAY[ROW(
-        stage_queue(stage), stage, priority, NULL, stage || ':' || doc_id, jsonb_build_object('doc_id', doc_id), scheduled_at
-    )::procrastinate_job_to_defer_v1]))[1];
-EXCEPTION WHEN unique_violation THEN
-    RETURN (
-        SELECT job.id FROM procrastinate_jobs AS job
-        WHERE job.status = 'todo' AND job.queueing_lock = defer_stage.stage || ':' || defer_stage.doc_id
-    );
+    LOOP
+        BEGIN
+            RETURN (procrastinate_defer_jobs_v1(ARRAY[ROW(
+                stage_queue(stage), stage, priority, NULL, stage || ':' || doc_id, jsonb_build_object('doc_id', doc_id), scheduled_at
+            )::procrastinate_job_to_defer_v1]))[1];
+        EXCEPTION WHEN unique_violation THEN
+            UPDATE procrastinate_jobs AS job
+            SET scheduled_at = CASE
+                WHEN defer_stage.scheduled_at IS NOT NULL AND job.scheduled_at IS NOT NULL THEN least(job.scheduled_at, defer_stage.scheduled_at)
+            END
+            WHERE job.status = 'todo' AND job.queueing_lock = defer_stage.stage || ':' || defer_stage.doc_id
+            RETURNING job.id INTO twin;
+            IF FOUND THEN
+                RETURN twin;
+            END IF;
+        END;
+    END LOOP;
 END;
 $$;
 COMMENT ON FUNCTION defer_stage IS 'Defers a stage''s procrastinate task for a document and returns the job''s id; an equal waiting job is taken instead.';
@@ -480,6 +501,11 @@ DECLARE
     known file_extractions;
 BEGIN
     PERFORM set_config('lock_timeout', accept_document.lock_timeout_ms || 'ms', TRUE);
+    IF accept_document.run_id IS NOT NULL AND NOT EXISTS (
+        SELECT FROM processing_jobs AS b WHERE b.batch_id = accept_document.batch_id AND b.run_id = accept_document.run_id
+    ) THEN
+        RAISE EXCEPTION 'batch "%": a newer run has begun', accept_document.batch_id USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
     INSERT INTO file_extractions AS d (
         doc_id, batch_id, run_id, user_id, file_name, file_path, source_path, file_size, content_sha256, priority, correlation_id, metadata
     ) VALUES (
@@ -497,10 +523,8 @@ BEGIN
         END IF;
         IF known.content_sha256 = accept_document.content_sha256 THEN
             -- The same content again: nothing happens, except that a cancelled document is taken up where it was left.
-            IF accept_document.run_id IS NOT NULL THEN
-                UPDATE file_extractions AS d SET batch_id = accept_document.batch_id, run_id = accept_document.run_id
-                WHERE d.id = known.id AND d.run_id IS DISTINCT FROM accept_document.run_id;
-            END IF;
+            UPDATE file_extractions AS d SET batch_id = accept_document.batch_id, run_id = accept_document.run_id
+            WHERE d.id = known.id AND d.run_id IS DISTINCT FROM accept_document.run_id AND accept_document.run_id IS NOT NULL;
             IF known.state <> 'cancelled' THEN
                 outcome := 'unchanged';
                 version := known.version;
@@ -508,10 +532,12 @@ BEGIN
                 RETURN;
             END IF;
             UPDATE file_extractions AS d
-            SET state = 'queued', claim = d.claim + 1, claim_job_id = NULL, retry_count = 0, crash_count = 0,
-                processing_completed_at = NULL, updated_at = now()
+            SET state = 'queued', claim = d.claim + 1, claim_job_id = NULL, retry_count = 0, crash_count = 0, lone_crash_count = 0,
+                requeue_count = 0, alone = FALSE, not_before = NULL, processing_completed_at = NULL, updated_at = now()
             WHERE d.id = known.id RETURNING d.* INTO known;
             outcome := 'resumed';
+            UPDATE dead_letters AS l SET resolved_at = now(), resolution = 'requeued'
+            WHERE l.doc_id = known.doc_id AND l.resolved_at IS NULL;
         ELSE
             UPDATE file_extractions AS d
             SET version = d.version + 1, milestone = 'uploaded', state = 'queued', claim = d.claim + 1, claim_job_id = NULL,
@@ -521,7 +547,8 @@ BEGIN
                 content_sha256 = accept_document.content_sha256, file_type = NULL, mime_type = NULL, page_count = NULL,
                 chunk_count = NULL, duplicate_of = NULL, priority = accept_document.priority,
                 correlation_id = accept_document.correlation_id, metadata = accept_document.metadata, retry_count = 0,
-                crash_count = 0, error_type = NULL, error_message = NULL, updated_at = now(),
+                crash_count = 0, lone_crash_count = 0, requeue_count = 0, alone = FALSE, not_before = NULL,
+                error_type = NULL, error_message = NULL, updated_at = now(),
                 processing_started_at = NULL, processing_completed_at = NULL
             WHERE d.id = known.id RETURNING d.* INTO known;
             outcome := 'new_version';
@@ -585,7 +612,8 @@ BEGIN
     ) THEN
         RETURN NULL;
     END IF;
-    SELECT b.* INTO batch FROM processing_jobs AS b WHERE b.batch_id = settle_batch.batch_id FOR UPDATE;
+    -- No stronger lock: a submitter's foreign key shares this row until its transaction ends, which may be long.
+    SELECT b.* INTO batch FROM processing_jobs AS b WHERE b.batch_id = settle_batch.batch_id FOR NO KEY UPDATE;
     IF NOT FOUND OR batch.sealed_at IS NULL OR batch.status = 'cancelled' THEN
         RETURN NULL;
     END IF;
@@ -599,7 +627,9 @@ BEGIN
         RETURN NULL;
     END IF;
     UPDATE processing_jobs AS b
-    SET status = CASE WHEN failed = 0 THEN 'completed' WHEN failed < ended THEN 'completed_with_errors' ELSE 'failed' END,
+    SET status = CASE
+            WHEN failed = 0 AND ended >= batch.total_files THEN 'completed' WHEN failed < ended THEN 'completed_with_errors' ELSE 'failed'
+        END,
         error_message = CASE WHEN failed = ended AND ended > 0 THEN 'every document of the batch failed' END,
         completed_at = coalesce(b.completed_at, now()), updated_at = now()
     WHERE b.id = batch.id

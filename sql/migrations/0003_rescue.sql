@@ -1,16 +1,8 @@
--- What the reconciler needs: who is to blame for a crash, how often a document was queued again, which workers live, and the repairs.
+-- What the reconciler needs: which workers live, and the repairs.
 --
 -- The repairs are functions, one document or job a call, so that each is a small transaction of its own and an operator can run them by
 -- hand. Each locks the document first (skipping one that somebody works on this very moment), then looks again in a new statement, because
 -- what the finder saw may have changed while it waited. They never reuse a job row: the old one is ended and a new one deferred.
-
-ALTER TABLE file_extractions
-    ADD COLUMN alone boolean NOT NULL DEFAULT FALSE,
-    ADD COLUMN lone_crash_count integer NOT NULL DEFAULT 0 CHECK (lone_crash_count >= 0),
-    ADD COLUMN requeue_count integer NOT NULL DEFAULT 0 CHECK (requeue_count >= 0);
-COMMENT ON COLUMN file_extractions.alone IS 'Whether the present claim has its worker to itself, as after a crash; then only this document can be to blame for the next.';
-COMMENT ON COLUMN file_extractions.lone_crash_count IS 'Crashes at this milestone while the document had its worker to itself; at MAX_CRASHES it is failed.';
-COMMENT ON COLUMN file_extractions.requeue_count IS 'Times at this milestone that the document had lost its job and was queued again.';
 
 CREATE TABLE worker_registry (
     worker text PRIMARY KEY,
@@ -74,7 +66,10 @@ BEGIN
         processing_completed_at = clock_timestamp(), updated_at = now()
     WHERE f.id = d.id;
     INSERT INTO dead_letters (doc_id, version, batch_id, user_id, correlation_id, stage, error_type, error_message, context)
-    VALUES (d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, due_stage(d.milestone), fail_document.error_type, message, context);
+    VALUES (d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, due_stage(d.milestone), fail_document.error_type, message, context)
+    ON CONFLICT (doc_id) WHERE resolved_at IS NULL DO UPDATE
+    SET version = EXCLUDED.version, stage = EXCLUDED.stage, error_type = EXCLUDED.error_type, error_message = EXCLUDED.error_message,
+        context = EXCLUDED.context, traceback = NULL, created_at = now();
     INSERT INTO document_events (doc_id, version, batch_id, user_id, correlation_id, stage, event, worker, claim, detail)
     VALUES (d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, due_stage(d.milestone), 'failed', d.claimed_by, d.claim,
         context || jsonb_build_object('error_type', fail_document.error_type, 'error_message', message));

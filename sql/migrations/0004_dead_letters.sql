@@ -36,7 +36,7 @@ CREATE FUNCTION resume_failed_document(d file_extractions, letter dead_letters) 
 BEGIN
     UPDATE dead_letters AS l SET resolved_at = now(), resolution = 'requeued' WHERE l.id = letter.id;
     UPDATE file_extractions AS f
-    SET state = 'queued', claim = f.claim + 1, claim_job_id = NULL, retry_count = 0, crash_count = 0, lone_crash_count = 0,
+    SET state = 'queued', claim = f.claim + 1, claim_job_id = NULL, retry_count = 0, crash_count = 0, lone_crash_count = 0, not_before = NULL,
         requeue_count = 0, error_type = NULL, error_message = NULL, processing_completed_at = NULL, updated_at = now()
     WHERE f.id = d.id;
     PERFORM drop_waiting_jobs(d.doc_id);

@@ -49,10 +49,10 @@ ORDER BY l.id;
 SELECT requeue_lost_document(%(doc_id)s, %(max_requeues)s) AS outcome;
 
 -- name: find_dead_side_jobs
--- Jobs that are no stages are judged by the registry: no live worker says that it runs them.
+-- Docmill's jobs that are no stages are judged by the registry: no live worker says that it runs them.
 SELECT j.id
 FROM procrastinate_jobs AS j
-WHERE j.status = 'doing' AND stage_queue(j.task_name) IS NULL
+WHERE j.status = 'doing' AND j.task_name = ANY(%(tasks)s)
     AND NOT is_in_hand(j.id, %(grace_seconds)s)
 LIMIT %(most)s;
 
@@ -98,4 +98,4 @@ SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.a
 DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
 
 -- name: forget_dead_workers
-DELETE FROM worker_registry AS w WHERE w.heartbeat_at < now() - interval '7 days';
+DELETE FROM worker_registry AS w WHERE w.heartbeat_at < now() - interval '7 days' RETURNING w.worker;

@@ -97,7 +97,8 @@ class Bench:
         self.conn.execute("SELECT submit_document('uploads/a', doc_id => %s, content_sha256 => %s)", [doc_id, content * 64])
 
     def fetch(self) -> tuple[Job, str] | None:
-        """Take the next waiting job as procrastinate's worker does."""
+        """Take the next waiting job as procrastinate's worker does, as if it were due already."""
+        self.conn.execute("UPDATE file_extractions SET not_before = NULL WHERE not_before IS NOT NULL")
         row = self.conn.execute(
             """UPDATE procrastinate_jobs SET status = 'doing' WHERE id = (
                 SELECT id FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id LIMIT 1

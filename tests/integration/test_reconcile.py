@@ -127,7 +127,7 @@ async def test_a_fetched_job_that_a_live_worker_has_in_hand_is_left_alone(bench:
         "INSERT INTO worker_registry (worker, host, pid, concurrency, active_jobs, version) VALUES ('h:1', 'h', 1, 4, %s, 'x')",
         [[found[0].id]],
     )
-    assert await reconciler(bench, lease_seconds=0.001).pass_once() == {"ended": 1, "requeued": 1}  # a heartbeat older than a lease
+    assert await reconciler(bench).pass_once() == {"ended": 1, "requeued": 1}  # the heartbeat is older than a lease of 0 s
     bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
     found = bench.fetch()
     assert found is not None
@@ -198,12 +198,27 @@ async def test_a_worker_that_comes_back_after_its_rescue_changes_nothing(bench: 
 
 async def test_a_side_job_of_a_dead_worker_is_deferred_again(bench: Bench) -> None:
     bench.conn.execute(
-        """SELECT procrastinate_defer_jobs_v1(ARRAY[ROW('maintenance', 'look_after', 0, NULL, 'look_after', '{"a": 1}', NULL)
+        """SELECT procrastinate_defer_jobs_v1(ARRAY[ROW('maintenance', 'look_after_vector_index', 0, NULL, 'look_after', '{"a": 1}', NULL)
         ::procrastinate_job_to_defer_v1])"""
     )
     bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
     await reconciler(bench).pass_once()
     assert bench.all("SELECT status, args FROM procrastinate_jobs ORDER BY id") == [("aborted", {"a": 1}), ("todo", {"a": 1})]
+
+
+async def test_an_applications_own_jobs_are_left_alone(bench: Bench) -> None:
+    bench.conn.execute("INSERT INTO procrastinate_jobs (queue_name, task_name, status) VALUES ('theirs', 'their_task', 'doing')")
+    assert await reconciler(bench).pass_once() == {}
+    assert bench.all("SELECT status FROM procrastinate_jobs") == [("doing",)]
+
+
+async def test_a_database_that_was_away_gives_everybody_a_lease_to_come_back(bench: Bench) -> None:
+    bench.submit()
+    crash(bench)
+    waking = reconciler(bench, lease_seconds=5.0)
+    waking._awake_since -= 100.0
+    waking._last_pass -= 100.0
+    assert await waking.pass_once() == {}
 
 
 async def test_a_sealed_batch_whose_last_document_ended_without_saying_so_is_settled(bench: Bench) -> None:

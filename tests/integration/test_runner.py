@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
+import psycopg
 import pytest
 
 from jobs.pipeline.runner import Job
@@ -252,19 +254,87 @@ async def test_a_stopping_worker_finishes_its_stage_and_hands_on(bench: Bench) -
     assert bench.one("SELECT milestone, state FROM file_extractions") == ("parse_complete", "queued")
 
 
-async def test_a_live_lease_is_waited_for_and_an_expired_one_taken_over(bench: Bench) -> None:
+async def test_a_lease_is_waited_for_and_left_to_the_reconciler_once_expired(bench: Bench) -> None:
+    for left in ("40 s", "-1 s"):
+        bench.conn.execute("DELETE FROM file_extractions")
+        bench.conn.execute("DELETE FROM procrastinate_jobs")
+        bench.submit()
+        bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = 5, lease_until = now() + %s::interval", [left])
+        found = bench.fetch()
+        assert found is not None
+        await bench.runner(reconcile_seconds=5.0).run(*found)
+        assert bench.calls == []
+        assert bench.one("SELECT state, claim, crash_count FROM file_extractions") == ("working", 5, 0)
+        delay = "SELECT task_name, extract(epoch FROM scheduled_at - now())::int FROM procrastinate_jobs WHERE status = 'todo'"
+        task, seconds = bench.one(delay)
+        assert (task, 40 < seconds <= 46 if left == "40 s" else 3 < seconds <= 6) == ("validate", True)
+
+
+async def test_a_row_that_an_open_transaction_holds_is_put_off_and_not_waited_for(bench: Bench, database: str) -> None:
     bench.submit()
-    bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = 5, lease_until = now() + interval '40 s'")
     found = bench.fetch()
     assert found is not None
-    await bench.runner().run(*found)
-    assert bench.calls == []
-    assert bench.one(
-        "SELECT task_name, scheduled_at BETWEEN now() + '30 s' AND now() + '41 s' FROM procrastinate_jobs WHERE status = 'todo'"
-    ) == ("validate", True)
-    bench.conn.execute("UPDATE file_extractions SET lease_until = now() - interval '1 s'")
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions FOR UPDATE")
+        await bench.runner().run(*found)
+        assert bench.one("SELECT task_name, scheduled_at > now() FROM procrastinate_jobs WHERE status = 'todo'") == ("validate", True)
     await bench.drain()
-    assert bench.one("SELECT state, claim FROM file_extractions") == ("complete", 6)
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
+async def test_a_stray_job_does_not_cut_a_backoff_short(bench: Bench) -> None:
+    async def fail(document: Document) -> None:
+        raise RetryableError("busy")
+
+    bench.also["parse"] = fail
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner(retry_base_delay_seconds=100.0).run(*found)
+    await bench.runner().run(Job(99, "validate", None), "a")
+    assert bench.calls == STAGE_NAMES[:2]
+    assert bench.one("SELECT state, retry_count FROM file_extractions") == ("retrying", 1)
+
+
+async def test_what_cannot_even_be_sent_to_the_database_fails_the_document(bench: Bench) -> None:
+    real = bench.runner()
+    stages = dict(real._stages)
+
+    async def surrogate(document: Document, tools: object) -> Document:
+        return replace(document, markdown="\ud800", parser="plain 1")
+
+    real._stages = {**stages, "parse": surrogate}
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await real.run(*found)
+    state, kind, message = bench.one("SELECT state, error_type, error_message FROM file_extractions")
+    assert (state, kind) == ("retrying", "UNKNOWN")
+    assert "surrogate" in message
+    assert bench.leases.held() == []
+
+
+async def test_two_cancellations_during_the_last_checkpoint_do_not_cut_it_off(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    reached = asyncio.Event()
+
+    async def hold_the_row(document: Document) -> None:
+        bench.conn.execute("BEGIN")
+        bench.conn.execute("SELECT FROM file_extractions FOR UPDATE")
+        reached.set()
+
+    bench.also["finalize"] = hold_the_row
+    running = asyncio.create_task(bench.runner().run(*found))
+    await reached.wait()
+    for _ in range(2):
+        await asyncio.sleep(0.1)
+        running.cancel()
+    await asyncio.sleep(0.1)
+    bench.conn.execute("COMMIT")
+    await running
+    assert bench.one("SELECT state, claim FROM file_extractions") == ("complete", 1)
 
 
 async def test_a_job_for_a_finished_document_ends_well_and_one_for_an_unknown_document_fails_loudly(bench: Bench) -> None:

@@ -201,3 +201,39 @@ def test_a_batch_ends_once_it_is_sealed_and_its_documents_have_ended(conn: psyco
     assert one(conn, "SELECT settle_batch('b')") == (None,)
     assert one(conn, "SELECT seal_batch('b', %s, 1)", run) == ("completed",)
     assert one(conn, "SELECT status, completed, failed FROM batch_status") == ("completed", 1, 0)
+
+
+def test_a_new_version_starts_with_clean_counts(conn: psycopg.Connection) -> None:
+    submit(conn)
+    conn.execute("UPDATE file_extractions SET crash_count = 2, lone_crash_count = 2, requeue_count = 9, retry_count = 3, alone = TRUE")
+    submit(conn, sha="2" * 64)
+    counts = "SELECT crash_count, lone_crash_count, requeue_count, retry_count, alone FROM file_extractions"
+    assert one(conn, counts) == (0, 0, 0, 0, False)
+
+
+def test_the_functions_work_whatever_the_callers_search_path_is(conn: psycopg.Connection) -> None:
+    conn.execute("CREATE SCHEMA app")
+    conn.execute("SET search_path = app")
+    conn.execute("SELECT public.submit_document('uploads/a', doc_id => 'a', content_sha256 => repeat('1', 64))")
+    conn.execute("SELECT * FROM public.search_by_text('anything')")
+    conn.execute("SET search_path = public")
+    assert one(conn, "SELECT count(*) FROM procrastinate_jobs") == (1,)
+
+
+def test_a_waiting_twin_waits_no_longer_than_the_job_it_stands_for(conn: psycopg.Connection) -> None:
+    submit(conn)
+    conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() + interval '1 hour'")
+    twin = one(conn, "SELECT defer_stage('a', 'validate', 0, now() + interval '1 minute')")
+    assert one(conn, "SELECT id, scheduled_at < now() + interval '2 minutes' FROM procrastinate_jobs") == (twin[0], True)
+    conn.execute("SELECT defer_stage('a', 'validate', 0)")
+    assert one(conn, "SELECT count(*), max(scheduled_at) FROM procrastinate_jobs") == (1, None)
+
+
+def test_an_older_run_of_a_batch_takes_no_documents_from_a_newer_one(conn: psycopg.Connection) -> None:
+    first = one(conn, "SELECT begin_batch('b', 'default', NULL, 'c')")[0]
+    second = one(conn, "SELECT begin_batch('b', 'default', NULL, 'c')")[0]
+    accept = "SELECT accept_document('a','default','f','p',NULL,1,repeat('1',64),'{}',0,'c','b',%s,50)"
+    conn.execute(accept, [second])
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        conn.execute(accept, [first])
+    assert one(conn, "SELECT run_id FROM file_extractions") == (second,)

@@ -263,3 +263,7 @@ def test_a_program_ends_while_a_connection_is_still_being_made(settings: Setting
     thread.join(20)
     assert ended.is_set()
     assert not thread.is_alive()
+
+
+async def test_the_sync_front_door_opens_inside_of_an_event_loop(conn: psycopg.Connection) -> None:
+    assert submit_document(b"from a notebook").outcome == "accepted"

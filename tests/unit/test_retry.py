@@ -101,7 +101,11 @@ def test_waiting_for_a_service_never_counts_and_is_spread_out() -> None:
         assert 10 <= plan.delay <= 15
 
 
-def test_what_escapes_the_runner_is_always_tried_again() -> None:
+def test_what_escapes_the_runner_is_tried_again_unless_the_job_itself_is_wrong() -> None:
     job = Job(id=1, queue="cpu", lock=None, queueing_lock=None, task_name="parse", attempts=500)
     strategy = StageRetry(max_attempts=0, base=2, max_delay=300)
-    assert strategy.get_retry_decision(exception=PermanentError("x"), job=job).retry_at is not None
+    decision = strategy.get_retry_decision(exception=psycopg.OperationalError("away"), job=job)
+    assert decision is not None
+    assert decision.retry_at is not None
+    for error in (PermanentError("no such document"), TypeError("unexpected keyword argument")):
+        assert strategy.get_retry_decision(exception=error, job=job) is None
