@@ -141,6 +141,25 @@ def test_bad_files_fail_alone_with_a_reason_and_odd_encodings_are_read(conn: psy
     assert "in the middle" in text["nul.txt"]
 
 
+def test_equal_content_is_known_as_a_duplicate_and_embeds_nothing_again(conn: psycopg.Connection, tmp_path: Path) -> None:
+    text = b"# Title\n\nOne passage of a document that comes twice."
+    for doc_id in ("first", "twin at the same time"):
+        submit_document(text, doc_id=doc_id, file_name="a.md")
+    ingest(conn, tmp_path, [])
+    for doc_id, user in (("later", "default"), ("another user's", "bob")):
+        submit_document(text, doc_id=doc_id, file_name="a.md", user_id=user)
+    ingest(conn, tmp_path, [])
+    rows = conn.execute(
+        """SELECT d.doc_id, d.state::text, d.duplicate_of, (e.detail->>'embedded')::int, d.chunk_count
+        FROM file_extractions d JOIN document_events e ON e.doc_id = d.doc_id AND e.stage = 'embed'"""
+    ).fetchall()
+    by_id = {row[0]: row[1:] for row in rows}
+    assert by_id["later"] == ("complete", "first", 0, 1) or by_id["later"] == ("complete", "twin at the same time", 0, 1)
+    assert by_id["another user's"] == ("complete", None, 1, 1)
+    assert {row[1] for row in rows} == {"complete"}
+    assert conn.execute("SELECT count(*), count(DISTINCT doc_id) FROM document_chunks").fetchone() == (4, 4)
+
+
 def test_a_stored_file_that_changed_after_submission_is_refused(conn: psycopg.Connection, tmp_path: Path, settings: Settings) -> None:
     doc_id = submit_document(b"the original text", file_name="a.txt")
     row = conn.execute("SELECT file_path FROM file_extractions").fetchone()
