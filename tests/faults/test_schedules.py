@@ -7,6 +7,7 @@ catches: what the worker held stays as it lay, as after kill -9. Time passes onl
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import psycopg
 import pytest
@@ -47,6 +48,7 @@ class Schedule(RuleBasedStateMachine):
         self.conn.execute(EMPTY)
         self.paused: dict[int, tuple[asyncio.Task[None], asyncio.Event, Job]] = {}
         self.plan: tuple[str, str] | None = None
+        self.runs: set[asyncio.Task[None]] = set()
         self.bench = self.loop.run(self._bench())
 
     async def _bench(self) -> Bench:
@@ -54,7 +56,7 @@ class Schedule(RuleBasedStateMachine):
         await pool.open()
         # A lease keeper that never ticks: leases run out when a rule says so.
         bench = Bench(self.conn, pool, self.base, LeaseKeeper(self.base.model_copy(update={"lease_seconds": 3600.0}), self.conninfo))
-        bench.also.update({name: lambda document, name=name: self._meet(name, document) for name in STAGE_NAMES})
+        bench.also.update({name: partial(self._meet, name) for name in STAGE_NAMES})
         return bench
 
     async def _meet(self, stage: str, document: Document) -> None:
@@ -108,15 +110,11 @@ class Schedule(RuleBasedStateMachine):
 
         async def go() -> None:
             task = asyncio.get_running_loop().create_task(self._run_job(*found, handoff, 0.0 if each else 1000.0))
-            self._tasks.add(task)
+            self.runs.add(task)
             await self._step(task)
 
         self.loop.run(go())
         self.plan = None
-
-    @property
-    def _tasks(self) -> set[asyncio.Task[None]]:
-        return self.__dict__.setdefault("_all_tasks", set())
 
     @precondition(lambda self: bool(self.paused))
     @rule(which=st.integers(0, 9))
@@ -165,7 +163,7 @@ class Schedule(RuleBasedStateMachine):
         try:
             self._end_everything()
         finally:
-            for task in self._tasks:
+            for task in self.runs:
                 task.cancel()
             self.bench.leases.close()
             self.loop.run(self.bench.pool.close())
@@ -185,7 +183,7 @@ class Schedule(RuleBasedStateMachine):
             if self.conn.execute(unfinished).fetchone() is None:
                 break
         for words, statement in {**LOST, **DOUBLED, **LEFT}.items():
-            assert self.conn.execute(statement).fetchall() == [], words  # type: ignore[call-overload]  # fixed text
+            assert self.conn.execute(statement).fetchall() == [], words
         for doc_id, version, title in self.conn.execute(
             "SELECT doc_id, served_version, raw_extraction->>'title' FROM file_extractions WHERE served_version IS NOT NULL"
         ).fetchall():
