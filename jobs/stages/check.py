@@ -39,22 +39,28 @@ def normalise_pages(markdown: str, marks: Sequence[PageMark]) -> tuple[str, tupl
     return "\n\n".join(parts), tuple(moved)
 
 
-def refuse_text(name: str, markdown: str, marks: Sequence[PageMark]) -> None:
-    """Raise a ParseError when there is no text, or what there is cannot be read; a PermanentError when the page map is broken."""
+def refuse_page_map(name: str, markdown: str, marks: Sequence[PageMark]) -> None:
+    """Raise a PermanentError unless the pages begin in order and cover the whole text: what lies between them would be lost."""
+    ordered = all(a.start <= b.start for a, b in itertools.pairwise(marks))
+    if marks and not (ordered and marks[0].start == 0 and marks[-1].start <= len(markdown)):
+        raise PermanentError(f"{name}: the page map is not in order.")
+
+
+def refuse_text(name: str, markdown: str) -> None:
+    """Raise a ParseError when there is no text, or what there is cannot be read."""
     visible = sum(1 for character in markdown[:100_000] if not character.isspace())
     if visible == 0 and not markdown.strip():
         raise ParseError(f"{name}: the file holds no text.")
     lost = markdown[:100_000].count("\ufffd")
     if lost > MAX_UNDECODABLE_SHARE * max(1, visible):
         raise ParseError(f"{name}: {lost} of the first {visible} characters could not be decoded (at most {MAX_UNDECODABLE_SHARE:.0%}).")
-    if any(a.start > b.start for a, b in itertools.pairwise(marks)) or (marks and marks[-1].start > len(markdown)):
-        raise PermanentError(f"{name}: the page map is not in order.")
 
 
 def checked(document: Document) -> Document:
     """Return the document with normalised markdown and its SHA-256."""
+    refuse_page_map(document.file_name, document.markdown or "", document.pages)
     markdown, marks = normalise_pages(document.markdown or "", document.pages)
-    refuse_text(document.file_name, markdown, marks)
+    refuse_text(document.file_name, markdown)
     return replace(document, markdown=markdown, pages=marks, markdown_sha256=hashlib.sha256(markdown.encode()).hexdigest())
 
 

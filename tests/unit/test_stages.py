@@ -1,0 +1,130 @@
+"""The stages refuse what does not fit, in words that name the file and the rule; none of it needs a database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pytest
+
+from jobs.adapters.storage import Fingerprint
+from jobs.stages.check import checked, normalise, normalise_pages
+from jobs.stages.embed import missing_texts, refuse_vectors
+from jobs.stages.finalize import inconsistencies
+from jobs.stages.validate import refuse_file
+from models.chunks import Chunk
+from models.documents import Document, FileType, PageMark
+from models.errors import ParseError, PermanentError
+from models.stages import Milestone
+
+
+def chunk(index: int, text: str = "text") -> Chunk:
+    return Chunk(
+        id=UUID(int=index), index=index, content=text, content_sha256=text, heading_path=(), page_start=None, page_end=None,
+        char_start=0, char_end=len(text),
+    )  # fmt: skip
+
+
+WHOLE = Document(
+    doc_id="d",
+    version=1,
+    user_id="u",
+    file_name="report.pdf",
+    file_path="uploads/d",
+    milestone=Milestone.EXTRACTED,
+    file_size=3,
+    content_sha256="1" * 64,
+    file_type=FileType.PDF,
+    mime_type="application/pdf",
+    markdown="text",
+    markdown_sha256="2" * 64,
+    chunks=(chunk(0), chunk(1)),
+    vectors=np.ones((2, 4), np.float32),
+    embedding_model="m@1",
+    raw_extraction={},
+)
+
+
+def test_a_whole_document_has_no_inconsistencies() -> None:
+    assert inconsistencies(WHOLE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chunks": (), "vectors": np.ones((0, 4), np.float32)}, "there are no chunks"),
+        ({"chunks": (chunk(0), chunk(2))}, "not numbered"),
+        ({"chunks": (chunk(0), replace(chunk(0), index=1))}, "share an id"),
+        ({"vectors": np.ones((1, 4), np.float32)}, "2 chunks have 1 vectors"),
+        ({"vectors": None}, "2 chunks have 0 vectors"),
+        ({"embedding_model": None}, "model is not known"),
+        ({"mime_type": None}, "type of the file is not known"),
+        ({"markdown_sha256": None}, "not checked"),
+        ({"raw_extraction": None}, "nothing was extracted"),
+    ],
+)
+def test_each_thing_that_does_not_fit_is_named_alone(change: dict[str, Any], words: str) -> None:
+    found = inconsistencies(replace(WHOLE, **change))
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_vectors_of_a_wrong_shape_or_with_nan_are_refused() -> None:
+    refuse_vectors("report.pdf", np.ones((2, 4), np.float32), 2, 4)
+    with pytest.raises(PermanentError, match=r"report\.pdf: .*shape \(1, 4\) for 2 texts of 4"):
+        refuse_vectors("report.pdf", np.ones((1, 4), np.float32), 2, 4)
+    with pytest.raises(PermanentError, match="NaN"):
+        refuse_vectors("report.pdf", np.array([[np.nan, 1.0]], np.float32), 1, 2)
+
+
+def test_a_text_that_is_known_or_repeated_is_not_embedded_again() -> None:
+    chunks = (chunk(0, "a"), chunk(1, "b"), chunk(2, "a"), chunk(3, "c"))
+    assert list(missing_texts(chunks, {"b": np.ones(4, np.float32)})) == ["a", "c"]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\n"])
+def test_a_text_without_characters_is_refused(text: str) -> None:
+    with pytest.raises(ParseError, match=r"report\.pdf: the file holds no text"):
+        checked(replace(WHOLE, markdown=text))
+
+
+def test_a_text_that_is_mostly_lost_is_refused() -> None:
+    with pytest.raises(ParseError, match="could not be decoded"):
+        checked(replace(WHOLE, markdown="ab" + "\ufffd" * 8))
+    assert checked(replace(WHOLE, markdown="a" * 8 + "\ufffd")).markdown == "a" * 8 + "\ufffd"
+
+
+@pytest.mark.parametrize("starts", [(0, 5, 3), (2, 4), (0, 8)])
+def test_a_page_map_that_would_lose_text_is_refused(starts: tuple[int, ...]) -> None:
+    with pytest.raises(PermanentError, match="page map is not in order"):
+        checked(replace(WHOLE, markdown="one two", pages=tuple(PageMark(i + 1, start) for i, start in enumerate(starts))))
+
+
+def test_marks_stay_true_when_the_text_around_them_shrinks() -> None:
+    markdown = "one  \r\n\r\n\r\n\r\nmore\n\n" + "two\x00\n\n" + "three"
+    starts = [0, markdown.index("two"), markdown.index("three")]
+    text, marks = normalise_pages(markdown, [PageMark(i + 1, start) for i, start in enumerate(starts)])
+    assert text == "one\n\nmore\n\ntwo\n\nthree"
+    assert [text[mark.start :].split("\n")[0] for mark in marks] == ["one", "two", "three"]
+
+
+def test_normalising_twice_changes_nothing() -> None:
+    once = normalise("\ufeffu\u0308ber \u2028 x\r\ry\n\n\n\nz\u0085 ")
+    assert once == "\u00fcber  x\n\ny\n\nz"
+    assert normalise(once) == once
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Fingerprint(0, "1" * 64), "empty"),
+        (Fingerprint(2_000_001, "1" * 64), "2,000,001 bytes is more than MAX_FILE_SIZE_MB=2"),
+        (Fingerprint(3, "9" * 64), "changed between submission and validation"),
+    ],
+)
+def test_a_file_that_breaks_a_rule_is_refused_by_name(found: Fingerprint, words: str) -> None:
+    refuse_file(WHOLE, Fingerprint(3, "1" * 64), 2)
+    with pytest.raises(PermanentError, match=rf"report\.pdf: .*{words}"):
+        refuse_file(WHOLE, found, 2)
