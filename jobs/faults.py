@@ -74,7 +74,7 @@ def _error(what: str) -> BaseException:
     if what in errno.errorcode.values():
         code = getattr(errno, what)
         return OSError(code, os.strerror(code))
-    if len(what) == 5 and what.isupper():
+    if len(what) == 5 and any(letter.isdigit() for letter in what):
         return psycopg.errors.lookup(what)(f"injected {what}")
     found = getattr(errors, what, None) or getattr(psycopg, what, None) or getattr(builtins, what)
     error: BaseException = found(f"injected {what}")

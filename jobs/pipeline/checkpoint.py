@@ -70,12 +70,19 @@ _LONGEST_PAUSE = 5.0  # seconds
 
 
 async def checkpoint_durably(
-    pool: AsyncConnectionPool[Connection], work: Work, outcome: Outcome, *, worker: str, give_up: Callable[[], bool]
+    pool: AsyncConnectionPool[Connection],
+    work: Work,
+    outcome: Outcome,
+    *,
+    worker: str,
+    give_up: Callable[[], bool],
+    patient: bool = False,
 ) -> None:
     """Write a checkpoint or raise FencedOff or CheckpointFailed.
 
     A database that is away is waited for, however long (until `give_up` says that the worker must stop): what was done would be lost
-    otherwise. An error that the database answers with is tried again a few times if that can help.
+    otherwise. An error that the database answers with is tried again a few times if that can help; with `patient`, until it is written
+    or `give_up`: a failure that is not recorded would pass for a crash.
     """
     attempt = 0
     while True:
@@ -89,7 +96,8 @@ async def checkpoint_durably(
             return
         except psycopg.Error as error:
             answered = not _is_away(error)
-            if classify_error(error) is not ErrorType.RETRYABLE or (answered and attempt + 1 >= _TRIES) or (not answered and give_up()):
+            enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())
+            if enough or classify_error(error) is not ErrorType.RETRYABLE:
                 raise CheckpointFailed(error) from error
             pause = calculate_backoff(attempt, 0.1, _LONGEST_PAUSE)
             logger.warning("The checkpoint was not written, trying again in {:.1f} s: {}", pause, describe(error))

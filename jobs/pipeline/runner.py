@@ -235,12 +235,14 @@ class Runner:
         retry_count = work.attempt_at(work.document.milestone)
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
 
-    async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None) -> None:
+    async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
         """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
         if lease is not None:
             lease.on_lost = _nobody_minds
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
-        writing = asyncio.ensure_future(checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping))
+        writing = asyncio.ensure_future(
+            checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
+        )
         cancelled = False
         while not writing.done():
             try:
@@ -269,7 +271,7 @@ class Runner:
         failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
         work.events.append(failure_event(failure, plan, attempt))
         try:
-            await self._checkpoint(work, outcome_of(plan, failure, attempt), lease)
+            await self._checkpoint(work, outcome_of(plan, failure, attempt), lease, patient=True)
         except FencedOff:
             await self._tell_fenced(work, stage)
             return
