@@ -21,7 +21,7 @@ DEMO_FILES := $(filter-out samples/README.md,$(wildcard samples/*))
 DEMO_QUESTION_EN := What is the penalty for late delivery?
 DEMO_QUESTION_DE := Ab welchem Lärmpegel ist Gehörschutz Pflicht?
 
-.PHONY: help demo test check bench db clean constraints
+.PHONY: help demo test faults check bench db clean constraints
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,11 @@ test: check ## check, then all tests with their coverage
 	@$(BIN)/coverage erase
 	@$(BIN)/python -m pytest -q --cov --cov-report= $(PYTEST_ARGS)
 	@$(BIN)/coverage report --skip-covered --fail-under=$(COVERAGE_MIN)
+
+faults: $(STAMP) ## the whole fault suite (about half an hour), then its table: bench/results/faults.md
+	@mkdir -p bench/results; rm -f bench/results/faults.jsonl; \
+	FAULTS_REPORT="$$PWD/bench/results/faults.jsonl" $(BIN)/python -m pytest -q -m 'long or not long' $(PYTEST_ARGS) tests/faults; \
+	failed=$$?; $(BIN)/python -m tests.faults.table bench/results/faults.jsonl bench/results/faults.md; exit $$failed
 
 bench: $(STAMP) ## run the measurements that bench/README.md lists
 	@set -euo pipefail; \

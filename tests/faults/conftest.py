@@ -1,9 +1,8 @@
-"""One cluster and one reference for all scenarios of a process; an arena for each."""
+"""One cluster and one reference for all scenarios of a process; an arena for each; and which of them are the short form."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,56 @@ from tests.faults.cluster import Cluster
 from tests.faults.harness import Arena, Reference
 
 MODES = ("inline", "queue")
-MakeArena = Callable[[str], Arena]
+SHORT = {
+    "test_crashes": [
+        "test_a_kill_at_any_point_leaves_the_rows_of_an_uninterrupted_run[inline-each]",
+        "test_a_kill_at_any_point_leaves_the_rows_of_an_uninterrupted_run[queue-usual]",
+        "test_a_worker_paused_past_its_lease_changes_nothing_when_it_wakes_up[inline]",
+        "test_a_document_that_kills_its_worker_is_a_dead_letter_and_its_neighbours_are_not_blamed[queue-in_company]",
+        "test_a_document_that_takes_all_memory_fails_alone[inline]",
+        "test_a_kill_between_checkpoint_and_job_finish_neither_loses_nor_doubles[inline]",
+    ],
+    "test_postgres": [
+        "test_workers_outlive_trouble_with_postgres_untouched[inline-immediate crash]",
+        "test_workers_outlive_trouble_with_postgres_untouched[queue-8 s outage]",
+        "test_a_storm_of_terminated_backends_loses_nothing_and_listening_comes_back[queue-5]",
+        "test_a_lease_connection_that_hangs_costs_no_document_and_no_patience[inline]",
+        "test_a_refused_checkpoint_is_written_in_the_end[queue-40P01]",
+        "test_a_refused_checkpoint_is_written_in_the_end[inline-53100]",
+        "test_a_checkpoint_behind_somebodys_lock_runs_into_the_limit_and_is_written_later[inline-lock_timeout]",
+        "test_a_full_disk_costs_time_and_nothing_else[queue-8]",
+    ],
+    "test_submission": [
+        "test_the_same_documents_from_many_clients_at_once_are_worked_on_once[inline]",
+        "test_new_content_in_mid_run_wins_and_the_old_never_shows[queue]",
+        "test_a_submission_while_the_document_waits_for_its_retry[inline]",
+        "test_an_open_transaction_on_one_document_harms_no_other[inline-commit]",
+    ],
+    "test_shutdown": [
+        "test_a_stopped_worker_finishes_or_hands_on_what_it_has_and_blames_nobody[inline-grace_exceeded]",
+        "test_a_second_signal_leaves_at_once[queue]",
+    ],
+    "test_reconcilers": [
+        "test_a_reconciler_killed_before_or_after_any_repair_is_made_up_for[inline]",
+        "test_reconcilers_at_the_same_moment_repair_each_thing_once[queue]",
+    ],
+    "test_storms": [
+        "test_workers_killed_every_few_seconds_get_everything_done[inline-60]",
+        "test_transient_faults_at_random_end_complete_without_help[queue-100]",
+    ],
+    "test_deploy": [
+        "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
+        "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",
+    ],
+}
+"""A few minutes of each scenario, each in one mode; everything else here is long."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.path.stem in SHORT and item.name not in SHORT[item.path.stem]:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +86,3 @@ def arena(cluster: Cluster, reference: Reference, mode: str, tmp_path: Path) -> 
         cluster.start()
     with Arena(cluster, tmp_path / "arena", reference, mode) as arena:
         yield arena
-
-
-FULL = os.environ.get("FAULTS") == "full"

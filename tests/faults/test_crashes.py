@@ -34,7 +34,8 @@ def killed_at(arena: Arena, points: list[str], **environment: str) -> None:
     faults = [f"kill@{point};doc={doc};once={arena.mark(doc)}" for point, doc in zip(points, wanted, strict=True)]
     arena.reconciler()
     for _ in range(2):
-        arena.worker(faults=faults, restart=True, **environment)
+        # One document at a time, so that no other's kill comes before its own.
+        arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1", **environment)
     arena.settle(60 + 10 * len(points))
     assert len(arena.marks()) == len(points), "a fault point was never reached"
 
@@ -47,7 +48,6 @@ def test_a_kill_at_any_point_leaves_the_rows_of_an_uninterrupted_run(arena: Aren
     arena.judge("1 kill -9 around commits", f"kill -9 at {len(points)} points, checkpoints: {checkpoints}")
 
 
-@pytest.mark.long
 def test_a_kill_at_every_point_of_every_stage_leaves_the_rows_of_an_uninterrupted_run(arena: Arena) -> None:
     killed_at(arena, POINTS, CHECKPOINT_SECONDS="0", MAX_CRASHES="10")
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
@@ -126,7 +126,7 @@ def test_a_kill_between_checkpoint_and_job_finish_neither_loses_nor_doubles(aren
     arena.submit(wanted)
     faults = [f"kill@before_acknowledge;doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[:2]]
     faults += [f"kill@after_checkpoint:complete;doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[2:4]]
-    arena.worker(faults=faults, restart=True)
+    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1")
     arena.settle(90)
     assert len(arena.marks()) == 4
     assert arena.one("SELECT count(*) FROM procrastinate_jobs WHERE status NOT IN ('succeeded', 'aborted')") == 0

@@ -1,0 +1,37 @@
+"""Makes the table scenario x mode from the lines that the scenarios left. `python -m tests.faults.table LINES TABLE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HEAD = ("scenario", "mode", "what was done", "documents", "faults", "lost", "doubled", "seconds to recover")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return a markdown table, a row for each scenario in each mode, and the sums."""
+    ordered = sorted(lines, key=lambda line: (_number(line["scenario"]), line["scenario"], line["did"], line["mode"]))
+    rows = [
+        (
+            line["scenario"], line["mode"], line["did"], line["documents"], line["faults"], line["lost"], line["doubled"],
+            "-" if line["recovered_s"] is None else line["recovered_s"],
+        )
+        for line in ordered
+    ]  # fmt: skip
+    sums = [sum(line[name] for line in lines) for name in ("documents", "faults", "lost", "doubled")]
+    shown = [HEAD, ("---",) * len(HEAD), *rows, ("all", "", f"{len(rows)} runs", *sums, "")]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in shown)
+
+
+def _number(scenario: str) -> int:
+    first = scenario.split(maxsplit=1)[0]
+    return int(first) if first.isdigit() else 99
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    text = table([json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()])
+    target.write_text(text, encoding="utf-8")
+    print(text)

@@ -1,0 +1,86 @@
+"""SIGTERM: what is in hand ends or is handed on within the grace, a second signal leaves at once, and nothing is blamed for it."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.faults.harness import Arena, documents
+
+PLACES = [
+    "stage_started:validate",
+    "stage_started:parse",
+    "stage_done:embed",
+    "before_checkpoint:complete",
+    "in_checkpoint:complete",
+    "committed:complete",
+]
+
+
+def stopped_at(arena: Arena, sleep: float, grace: float) -> float:
+    """Stop a worker with documents at all kinds of places, and return how long it took to leave."""
+    wanted = documents(len(PLACES) + 4)
+    arena.submit(wanted)
+    # Work is cut off when the grace is over; a transaction is not, it takes as long as it takes.
+    faults = [
+        f"sleep:{min(sleep, 4) if place.startswith(('in_', 'committed')) else sleep}@{place};doc={doc};once={arena.mark(doc)}"
+        for place, doc in zip(PLACES, wanted, strict=False)
+    ]
+    worker = arena.worker(faults=faults, SHUTDOWN_GRACE_SECONDS=str(grace), WORKER_CONCURRENCY=str(len(PLACES)), CHECKPOINT_SECONDS="0")
+    arena.wait(lambda: len(arena.marks()) == len(PLACES), "documents at every place")
+    worker.signal(signal.SIGTERM)
+    arena.fault()
+    at = time.monotonic()
+    assert worker.wait(60) == 0
+    return time.monotonic() - at
+
+
+@pytest.mark.parametrize(("sleep", "grace"), [(2, 30), (25, 1)], ids=["within_grace", "grace_exceeded"])
+def test_a_stopped_worker_finishes_or_hands_on_what_it_has_and_blames_nobody(arena: Arena, sleep: float, grace: float) -> None:
+    took = stopped_at(arena, sleep, grace)
+    assert took < 20
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state NOT IN ('queued', 'complete')") == 0, arena.situation()
+    assert arena.one("SELECT count(*) FROM procrastinate_jobs WHERE status IN ('aborted', 'doing')") == 0
+    assert arena.one("SELECT count(*) FROM worker_registry") == 0
+    arena.worker()
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete' OR crash_count > 0") == 0
+    assert arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off')") == 0
+    arena.judge("8 SIGTERM", f"in mid-stage and in the checkpoint, {sleep} s of work left, {grace} s of grace")
+
+
+def test_a_second_signal_leaves_at_once(arena: Arena) -> None:
+    wanted = documents(10)
+    arena.submit(wanted)
+    faults = [f"sleep:60@stage_started:chunk;once={arena.mark('chunk')};times=4"]
+    worker = arena.worker(faults=faults, SHUTDOWN_GRACE_SECONDS="50", WORKER_CONCURRENCY="4")
+    arena.wait(lambda: len(arena.marks()) == 4, "documents in hand")
+    worker.signal(signal.SIGTERM)
+    time.sleep(1)
+    assert worker.alive()
+    worker.signal(signal.SIGTERM)
+    arena.fault(2)
+    assert worker.wait(20) == 128 + signal.SIGTERM
+    arena.worker()
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    arena.judge("8 SIGTERM", "a second signal while four documents are in hand")
+
+
+def test_a_worker_told_to_stop_while_the_database_is_away_leaves_too(arena: Arena) -> None:
+    arena.submit(documents(6))
+    worker = arena.worker(faults=["sleep:2@stage_done:parse"], SHUTDOWN_GRACE_SECONDS="3", DATABASE_TIMEOUT="2")
+    arena.wait(lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'working'") > 0, "documents in hand")
+    arena.cluster.stop("immediate")
+    worker.signal(signal.SIGTERM)
+    arena.fault(2)
+    try:
+        worker.wait(60)
+    finally:
+        arena.cluster.start()
+    arena.worker()
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    arena.judge("8 SIGTERM", "while Postgres is away")
