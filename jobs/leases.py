@@ -106,6 +106,7 @@ class LeaseKeeper:
         if self._thread is not None:
             self._thread.join(timeout=5)
         if last is not None:
+            self._conninfo = make_conninfo(self._conninfo, connect_timeout=2)
             self._try("This worker could not sign off", last)
         self._drop_connection()
 

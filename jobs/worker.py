@@ -20,6 +20,7 @@ import psycopg
 from loguru import logger
 from procrastinate import App, PsycopgConnector, exceptions
 from procrastinate.connector import Notify
+from procrastinate.manager import JobManager
 from procrastinate.worker import Worker
 from psycopg_pool import AsyncConnectionPool
 
@@ -32,6 +33,9 @@ from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
 from models.settings import Settings
+
+
+_SIGN_OFF_SECONDS = 3.0
 
 
 def _leave_at_once(number: int) -> None:
@@ -76,6 +80,15 @@ class DocmillConnector(PsycopgConnector):
         """Listen until cancelled, over a new connection whenever the old one is gone."""
         names = list(channels)
         await outlive("The listener", lambda: super(DocmillConnector, self).listen_notify(on_notification, names))
+
+
+class DocmillJobManager(JobManager):
+    """Procrastinate's own statements, of which the last one waits no longer than a worker that stops can."""
+
+    async def unregister_worker(self, worker_id: int) -> None:
+        """Sign off, or raise TimeoutError where the database is away: other workers remove the row then."""
+        async with asyncio.timeout(_SIGN_OFF_SECONDS):
+            await super().unregister_worker(worker_id)
 
 
 class DocmillWorker(Worker):
@@ -167,6 +180,7 @@ class DocmillApp(App):
                 "delete_jobs": "never",
             },
         )
+        self.job_manager = DocmillJobManager(self.connector)
         self.settings = settings
         self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
         self.leases: LeaseKeeper | None = None

@@ -67,6 +67,7 @@ class CheckpointFailed(Exception):
 
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
 _LONGEST_PAUSE = 5.0  # seconds
+_LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
 
 
 async def checkpoint_durably(
@@ -87,7 +88,8 @@ async def checkpoint_durably(
     attempt = 0
     while True:
         try:
-            async with pool.connection() as conn:
+            # A worker that must stop has no time to wait for a database that is away.
+            async with pool.connection(timeout=_LAST_WAIT if give_up() else None) as conn:
                 # A connection that broke at the commit does not say whether it was written.
                 if attempt == 0 or not await _was_written(conn, work, outcome):
                     await checkpoint(conn, work, outcome, worker=worker)
@@ -116,11 +118,17 @@ def _is_away(error: psycopg.Error) -> bool:
 
 
 async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:
-    """Say whether the database already holds what this checkpoint is to write."""
+    """Say whether the database already holds what this checkpoint is to write, also where the document has gone on since."""
     row = await one(conn, "look_at_document", {"doc_id": work.document.doc_id})
-    target = (work.claim, work.document.milestone, outcome.state)
-    before = (work.claim, work.saved.milestone, State.WORKING)
-    return row is not None and (row["claim"], row["milestone"], row["state"]) == target and target != before
+    if row is None:
+        return False
+    if row["claim"] != work.claim:
+        # Its events were written with it, under our claim.
+        last = work.events[-1] if work.events else None
+        told = {"doc_id": work.document.doc_id, "claim": work.claim, "stage": last and last.stage, "event": last and last.event}
+        return last is not None and await one(conn, "find_told_event", told) is not None
+    target = (work.document.milestone, outcome.state)
+    return (row["milestone"], row["state"]) == target and target != (work.saved.milestone, State.WORKING)
 
 
 def _mark_saved(work: Work, outcome: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Runs a document through its stages: claim, run, carry, checkpoint, hand on. Failure has one path."""
+"""Runs a document through its stages: claim, run, carry, checkpoint, hand on. How work ends is in `endings`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
@@ -16,20 +15,19 @@ from jobs import clock, faults
 from jobs.adapters.usage import measured
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
-from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff, Outcome, checkpoint_durably
+from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
 from jobs.pipeline.company import Company
 from jobs.pipeline.details import stage_detail
-from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
+from jobs.pipeline.endings import Endings
 from jobs.pipeline.work import StageEvent, Work
-from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
 from models.documents import Document
 from models.errors import PermanentError
 from models.errors import TimeoutError as StageTimeout
 from models.settings import Settings
-from models.stages import Stage, State, due_stage
+from models.stages import Stage, due_stage
 from sql import query
 
 StageFunction = Callable[[Document, Tools], Awaitable[Document]]
@@ -75,10 +73,9 @@ class Runner:
         self._pool = pool
         self._tools = tools
         self._leases = leases
-        self._retry = retry
         self._worker = worker
         self._stopping = stopping
-        self._finished_jobs = finished_jobs
+        self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
         self._stages = stages or STAGE_FUNCTIONS
         self._company = Company()
 
@@ -149,7 +146,7 @@ class Runner:
         stage = due_stage(work.document.milestone)
         try:
             if stage is not None and not self._listens(job.queues, stage):
-                await self._leave(work, lease, stage)
+                await self._endings.leave(work, lease, stage)
                 return
             async with self._place(work):
                 await self._load(work)
@@ -158,16 +155,16 @@ class Runner:
                         elapsed = await self._run_stage(stage, work, lease)
                         stage = await self._after(job, stage, work, lease, elapsed)
         except FencedOff:
-            await self._tell_fenced(work, stage)
+            await self._endings.tell_fenced(work, stage)
         except asyncio.CancelledError:
-            await self._on_cancel(work, lease, stage)
+            await self._endings.cancelled(work, lease, stage)
         except CheckpointFailed as error:
             # The results may be what could not be written, so they are dropped; what the database has stays.
             work.document = work.saved
             work.events.clear()
-            await self._fail(work, lease, due_stage(work.saved.milestone), error.cause)
+            await self._endings.fail(work, lease, due_stage(work.saved.milestone), error.cause)
         except Exception as error:
-            await self._fail(work, lease, stage, error)
+            await self._endings.fail(work, lease, stage, error)
 
     async def _load(self, work: Work) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
@@ -221,108 +218,15 @@ class Runner:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
         following = due_stage(work.document.milestone)
         if following is None:
-            await self._checkpoint(work, Outcome(State.COMPLETE), lease)
-            logger.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
+            await self._endings.complete(work, lease)
             return None
         if self._settings.handoff == "queue" or self._stopping() or not self._listens(job.queues, following):
-            await self._leave(work, lease, following)
+            await self._endings.leave(work, lease, following)
             return None
         if work.suspect or elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:
-            await self._checkpoint(work, Outcome(State.WORKING), None)
+            await self._endings.keep(work)
         return following
-
-    async def _leave(self, work: Work, lease: Lease, following: Stage) -> None:
-        retry_count = work.attempt_at(work.document.milestone)
-        await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
-
-    async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
-        """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
-        if lease is not None:
-            lease.on_lost = _nobody_minds
-        await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
-        writing = asyncio.ensure_future(
-            checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
-        )
-        cancelled = False
-        while not writing.done():
-            try:
-                # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                if writing.cancelled():
-                    raise
-                cancelled = True
-            except Exception:
-                break
-        writing.result()
-        if outcome.state is not State.WORKING:
-            work.ended = True
-            self._finished_jobs.add(work.job_id)
-        if cancelled:
-            raise asyncio.CancelledError
-        await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)
-
-    async def _fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
-        """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
-        if stage is None:
-            raise error
-        attempt = work.attempt_at(stage.due_at)
-        plan = self._retry.plan(error, attempt)
-        failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
-        work.events.append(failure_event(failure, plan, attempt))
-        try:
-            await self._checkpoint(work, outcome_of(plan, failure, attempt), lease, patient=True)
-        except FencedOff:
-            await self._tell_fenced(work, stage)
-            return
-        with bound(stage=stage.name, attempt=attempt):
-            if plan is None:
-                logger.error("{} failed: {}", failure.error_type, failure.message)
-            else:
-                logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
-
-    async def _on_cancel(self, work: Work, lease: Lease, stage: Stage | None) -> None:
-        """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""
-        task = asyncio.current_task()
-        if task is not None:
-            task.uncancel()
-        if work.fenced:
-            await self._tell_fenced(work, stage)
-            return
-        if work.ended:
-            return
-        following = due_stage(work.document.milestone)
-        if following is None:
-            # Finished but not written, and there is no more time: what the database has is where it goes on.
-            work.document = work.saved
-            work.events.clear()
-            following = due_stage(work.document.milestone)
-        if following is None:
-            return
-        attempt = work.attempt_at(following.due_at)
-        work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
-        try:
-            await self._leave(work, lease, following)
-        except FencedOff:
-            await self._tell_fenced(work, following)
-
-    def _why_cancelled(self) -> str:
-        return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
-
-    async def _tell_fenced(self, work: Work, stage: Stage | None) -> None:
-        work.fenced = True
-        name = stage.name if stage else None
-        logger.warning("The claim has moved on; the work on {} is dropped", name)
-        try:
-            async with self._pool.connection() as conn:
-                await conn.execute(query("tell_event"), fenced_params(work, name, self._worker))
-        except psycopg.Error as error:
-            logger.warning("The audit trail could not be told of it: {}", describe(error))
 
     @staticmethod
     def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:
         return queues is None or stage.queue in queues
-
-
-def _nobody_minds(superseded: bool) -> None:
-    """For a lease whose work is being written for the last time: fencing decides, not the lease."""

@@ -154,6 +154,12 @@ FROM fenced AS f;
 INSERT INTO document_events (doc_id, version, batch_id, user_id, correlation_id, stage, event, worker, claim, detail)
 VALUES (%(doc_id)s, %(version)s, %(batch_id)s, %(user_id)s, %(correlation_id)s, %(stage)s, %(event)s, %(worker)s, %(claim)s, %(detail)s);
 
+-- name: find_told_event
+SELECT e.id
+FROM document_events AS e
+WHERE e.doc_id = %(doc_id)s AND e.claim = %(claim)s AND e.stage IS NOT DISTINCT FROM %(stage)s AND e.event = %(event)s
+LIMIT 1;
+
 -- name: store_markdown
 INSERT INTO document_markdown AS m (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)
 VALUES (%(doc_id)s, %(version)s, %(markdown)s, %(markdown_sha256)s, %(page_map)s, %(parser)s, %(parse_metadata)s)

@@ -1,0 +1,145 @@
+"""How work on a document ends in this worker: kept, handed on, complete, failed, cut short or fenced off. Failure has one path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import psycopg
+from loguru import logger
+from psycopg_pool import AsyncConnectionPool
+
+from jobs import faults
+from jobs.leases import Lease
+from jobs.logs import bound
+from jobs.pipeline.checkpoint import FencedOff, Outcome, checkpoint_durably
+from jobs.pipeline.claims import Connection
+from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
+from jobs.pipeline.work import StageEvent, Work
+from jobs.redaction import describe
+from jobs.retry import StageRetry
+from models.stages import Stage, State, due_stage
+from sql import query
+
+
+class Endings:
+    """Writes the checkpoints of one worker."""
+
+    def __init__(
+        self,
+        pool: AsyncConnectionPool[Connection],
+        *,
+        retry: StageRetry,
+        worker: str,
+        stopping: Callable[[], bool],
+        finished_jobs: set[int],
+    ) -> None:
+        """`finished_jobs` is told the ids of jobs whose row a checkpoint has finished."""
+        self._pool = pool
+        self._retry = retry
+        self._worker = worker
+        self._stopping = stopping
+        self._finished_jobs = finished_jobs
+
+    async def leave(self, work: Work, lease: Lease, following: Stage) -> None:
+        """Hand the document on to its next stage's queue."""
+        retry_count = work.attempt_at(work.document.milestone)
+        await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
+
+    async def keep(self, work: Work) -> None:
+        """Make what has been done durable and go on."""
+        await self._checkpoint(work, Outcome(State.WORKING), None)
+
+    async def complete(self, work: Work, lease: Lease) -> None:
+        """Swap the finished version in."""
+        await self._checkpoint(work, Outcome(State.COMPLETE), lease)
+        logger.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
+
+    async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
+        """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
+        if lease is not None:
+            lease.on_lost = _nobody_minds
+        await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
+        writing = asyncio.ensure_future(
+            checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
+        )
+        cancelled = False
+        while not writing.done():
+            try:
+                # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                if writing.cancelled():
+                    raise
+                cancelled = True
+            except Exception:
+                break
+        writing.result()
+        if outcome.state is not State.WORKING:
+            work.ended = True
+            self._finished_jobs.add(work.job_id)
+        if cancelled:
+            raise asyncio.CancelledError
+        await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)
+
+    async def fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
+        """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
+        if stage is None:
+            raise error
+        attempt = work.attempt_at(stage.due_at)
+        plan = self._retry.plan(error, attempt)
+        failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
+        work.events.append(failure_event(failure, plan, attempt))
+        try:
+            await self._checkpoint(work, outcome_of(plan, failure, attempt), lease, patient=True)
+        except FencedOff:
+            await self.tell_fenced(work, stage)
+            return
+        with bound(stage=stage.name, attempt=attempt):
+            if plan is None:
+                logger.error("{} failed: {}", failure.error_type, failure.message)
+            else:
+                logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
+
+    async def cancelled(self, work: Work, lease: Lease, stage: Stage | None) -> None:
+        """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
+        if work.fenced:
+            await self.tell_fenced(work, stage)
+            return
+        if work.ended:
+            return
+        following = due_stage(work.document.milestone)
+        if following is None:
+            # Finished but not written, and there is no more time: what the database has is where it goes on.
+            work.document = work.saved
+            work.events.clear()
+            following = due_stage(work.document.milestone)
+        if following is None:
+            return
+        attempt = work.attempt_at(following.due_at)
+        work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
+        try:
+            await self.leave(work, lease, following)
+        except FencedOff:
+            await self.tell_fenced(work, following)
+
+    def _why_cancelled(self) -> str:
+        return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
+
+    async def tell_fenced(self, work: Work, stage: Stage | None) -> None:
+        """Drop the work and say so in the audit trail."""
+        work.fenced = True
+        name = stage.name if stage else None
+        logger.warning("The claim has moved on; the work on {} is dropped", name)
+        try:
+            async with self._pool.connection() as conn:
+                await conn.execute(query("tell_event"), fenced_params(work, name, self._worker))
+        except psycopg.Error as error:
+            logger.warning("The audit trail could not be told of it: {}", describe(error))
+
+
+def _nobody_minds(superseded: bool) -> None:
+    """For a lease whose work is being written for the last time: fencing decides, not the lease."""
