@@ -34,7 +34,6 @@ from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
 from models.settings import Settings
 
-
 _SIGN_OFF_SECONDS = 3.0
 
 
