@@ -20,6 +20,16 @@ _RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resou
 _PERMANENT_SQLSTATE_CLASSES = frozenset({"22", "23", "42"})  # data, integrity and syntax: the same statement fails again
 _RETRYABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
 _UNAVAILABLE_WAIT = 60.0
+_HTTP_CLASSES = {
+    # Of httpx, its successor and the SDKs built on them, the closest class first: a worker that needs none of them imports none.
+    "TimeoutException": ErrorType.TIMEOUT,
+    "APITimeoutError": ErrorType.TIMEOUT,
+    "UnsupportedProtocol": ErrorType.PERMANENT,
+    "InvalidURL": ErrorType.PERMANENT,
+    "TransportError": ErrorType.RETRYABLE,
+    "APIConnectionError": ErrorType.RETRYABLE,
+}
+_HTTP_MODULES = frozenset({"httpx", "httpx2", "openai"})
 
 
 def _of_database_error(error: psycopg.Error) -> ErrorType:
@@ -65,9 +75,18 @@ def classify_error(error: BaseException) -> ErrorType:
         return _of_os_error(error)
     if isinstance(error, MemoryError):
         return ErrorType.RETRYABLE
-    # httpx and the SDKs built on it carry the answer that made them fail, or its bare status.
+    return _of_http_error(error)
+
+
+def _of_http_error(error: BaseException) -> ErrorType:
+    # httpx and the SDKs built on it carry the answer that made them fail, or its bare status, or there was none.
     status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status_code", None))
-    return of_http_status(status) if isinstance(status, int) else ErrorType.UNKNOWN
+    if isinstance(status, int):
+        return of_http_status(status)
+    for known in type(error).__mro__:
+        if known.__name__ in _HTTP_CLASSES and known.__module__.partition(".")[0] in _HTTP_MODULES:
+            return _HTTP_CLASSES[known.__name__]
+    return ErrorType.UNKNOWN
 
 
 def calculate_backoff(attempt: int, base: float, max_delay: float) -> float:

@@ -71,13 +71,14 @@ def test_a_second_signal_leaves_at_once(arena: Arena) -> None:
 
 def test_a_worker_told_to_stop_while_the_database_is_away_leaves_too(arena: Arena) -> None:
     arena.submit(documents(6))
-    worker = arena.worker(faults=["sleep:2@stage_done:parse"], SHUTDOWN_GRACE_SECONDS="3", DATABASE_TIMEOUT="2")
+    worker = arena.worker(faults=["sleep:2@stage_done:parse"], SHUTDOWN_GRACE_SECONDS="3")
     arena.wait(lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'working'") > 0, "documents in hand")
     arena.cluster.stop("immediate")
     worker.signal(signal.SIGTERM)
     arena.fault(2)
     try:
-        worker.wait(60)
+        # The grace and a few seconds, not a connection timeout after the other: a supervisor's patience ends too.
+        worker.wait(25)
     finally:
         arena.cluster.start()
     arena.worker()

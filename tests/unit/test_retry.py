@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 
+import httpx2
+import openai
 import psycopg
 import pytest
 from hypothesis import given
@@ -24,6 +26,16 @@ from models.errors import (
     UnknownError,
 )
 from models.errors import TimeoutError as StageTimeout
+
+REQUEST = httpx2.Request("POST", "http://service.test/v1/embeddings")
+
+
+def openai_error(status: int) -> Exception:
+    """The class that the SDK raises for an answer with this status."""
+    error: Exception = openai.OpenAI(api_key="x", base_url="http://service.test")._make_status_error_from_response(
+        httpx2.Response(status, request=REQUEST)
+    )
+    return error
 
 
 def http_error(status: int) -> Exception:
@@ -71,6 +83,18 @@ def http_error(status: int) -> Exception:
         (http_error(503), "RETRYABLE"),
         (http_error(400), "PERMANENT"),
         (http_error(200), "UNKNOWN"),
+        (httpx2.ReadTimeout("x"), "TIMEOUT"),
+        (httpx2.PoolTimeout("x"), "TIMEOUT"),
+        (httpx2.ConnectError("x"), "RETRYABLE"),
+        (httpx2.RemoteProtocolError("x"), "RETRYABLE"),
+        (httpx2.UnsupportedProtocol("x"), "PERMANENT"),
+        (httpx2.InvalidURL("x"), "PERMANENT"),
+        (httpx2.HTTPStatusError("x", request=REQUEST, response=httpx2.Response(502)), "RETRYABLE"),
+        (openai.APITimeoutError(REQUEST), "TIMEOUT"),
+        (openai.APIConnectionError(request=REQUEST), "RETRYABLE"),
+        (openai_error(429), "RATE_LIMIT"),
+        (openai_error(500), "RETRYABLE"),
+        (openai_error(422), "PERMANENT"),
         (RuntimeError("timeout, connection reset, rate limit, permanent"), "UNKNOWN"),
     ],
 )
