@@ -10,11 +10,30 @@ import psycopg
 from loguru import logger
 from procrastinate import exceptions
 
+from jobs import clock
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff
+from models.errors import ConfigurationError
 
 DATABASE_ERRORS = (exceptions.ConnectorException, psycopg.Error, OSError)
 _LONGEST_PAUSE = 5.0  # seconds between two tries to reach the database: work is picked up within seconds of its return
+
+
+_START_SECONDS = 5.0  # a database that restarts is back by then; one that is not there is better said than waited for
+
+
+async def outlive_start(action: Callable[[], Awaitable[str]]) -> str:
+    """Run what a worker begins with, again for a few seconds while the database does not answer; then raise what it raised."""
+    end = clock.seconds() + _START_SECONDS
+    while True:
+        try:
+            return await action()
+        except (ConfigurationError, psycopg.OperationalError) as error:
+            away = isinstance(error, psycopg.OperationalError) or isinstance(error.__cause__, psycopg.OperationalError)
+            if not away or clock.seconds() > end:
+                raise
+            logger.warning("The database does not answer yet: {}", describe(error))
+            await asyncio.sleep(0.5)
 
 
 async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:

@@ -28,7 +28,7 @@ from jobs import faults
 from jobs.alerts import AlertForwarder
 from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
 from jobs.leases import LeaseKeeper
-from jobs.outages import DATABASE_ERRORS, outlive
+from jobs.outages import DATABASE_ERRORS, outlive, outlive_start
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
@@ -66,7 +66,7 @@ class DocmillConnector(PsycopgConnector):
 
     async def _create_pool(self, pool_args: dict[str, Any]) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
         # Procrastinate would have the pool check each connection at each checkout: a round trip for every query.
-        conninfo = await prepare_database(self._settings)
+        conninfo = await outlive_start(lambda: prepare_database(self._settings))
         return make_pool(self._settings, conninfo)
 
     @asynccontextmanager
@@ -82,7 +82,19 @@ class DocmillConnector(PsycopgConnector):
 
 
 class DocmillJobManager(JobManager):
-    """Procrastinate's own statements, of which the last one waits no longer than a worker that stops can."""
+    """Procrastinate's own statements, of which the first outlives an outage and the last waits no longer than a worker that stops can."""
+
+    async def register_worker(self) -> int:
+        """Register this process, once the database answers."""
+        worker_id: int = await outlive("Registering", super().register_worker)
+        return worker_id
+
+    async def prune_stalled_workers(self, seconds_since_heartbeat: float) -> list[int]:
+        """Remove the rows of workers that died, once the database answers."""
+        pruned: list[int] = await outlive(
+            "Pruning workers", lambda: super(DocmillJobManager, self).prune_stalled_workers(seconds_since_heartbeat)
+        )
+        return pruned
 
     async def unregister_worker(self, worker_id: int) -> None:
         """Sign off, or raise TimeoutError where the database is away: other workers remove the row then."""

@@ -59,6 +59,21 @@ def test_workers_outlive_trouble_with_postgres_untouched(arena: Arena, how: str)
     arena.judge("4 Postgres away", f"{how} in mid-stage and at the finish")
 
 
+def test_a_worker_that_starts_while_postgres_restarts_comes_up(arena: Arena) -> None:
+    arena.submit(documents(10))
+    arena.cluster.stop("fast")
+    arena.fault()
+    try:
+        worker = arena.worker()
+        time.sleep(2)
+    finally:
+        arena.cluster.start()
+    arena.settle()
+    assert worker.alive(), worker.exits
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    arena.judge("4 Postgres away", "while a worker starts")
+
+
 def terminate_others(arena: Arena) -> None:
     with arena.connect() as conn:
         conn.execute(
