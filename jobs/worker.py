@@ -34,7 +34,7 @@ from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
 from models.settings import Settings
 
-_SIGN_OFF_SECONDS = 3.0
+_LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
 
 
 def _leave_at_once(number: int) -> None:
@@ -98,7 +98,7 @@ class DocmillJobManager(JobManager):
 
     async def unregister_worker(self, worker_id: int) -> None:
         """Sign off, or raise TimeoutError where the database is away: other workers remove the row then."""
-        async with asyncio.timeout(_SIGN_OFF_SECONDS):
+        async with asyncio.timeout(_LAST_SECONDS):
             await super().unregister_worker(worker_id)
 
 
@@ -143,9 +143,14 @@ class DocmillWorker(Worker):
             self.app.finished_jobs.discard(job.id)
             return
         persist = super()._persist_job_status
-        try:
-            await outlive("Acknowledging a job", lambda: persist(job, *args, **kwargs), until=self.stopping)
-        except Exception as error:
+        acknowledging = asyncio.ensure_future(outlive("Acknowledging a job", lambda: persist(job, *args, **kwargs), until=self.stopping))
+        stopped = asyncio.ensure_future(self._stop_event.wait())
+        await asyncio.wait([acknowledging, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not (await asyncio.wait([acknowledging], timeout=_LAST_SECONDS))[0]:
+            acknowledging.cancel()
+            logger.warning("Job {} was not acknowledged: the database is away, and this worker must stop; the others put it right", job.id)
+        elif error := acknowledging.exception():
             # Somebody has ended this job's row meanwhile: a rescue, because this worker had been silent for too long.
             logger.warning("Job {} was no longer this worker's to acknowledge: {}", job.id, describe(error))
 
