@@ -80,7 +80,10 @@ class Bench:
 
         reading = Reading(self.pool)
         nothing: Any = None
-        tools = Tools(settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original)
+        tools = Tools(
+            settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original,
+            reading.original_text, reading.original_extraction,
+        )  # fmt: skip
         return Runner(
             settings=settings,
             pool=self.pool,
