@@ -35,7 +35,6 @@ BEGIN
             RAISE EXCEPTION 'document %: a new document starts uploaded and queued, not % and %', NEW.doc_id, NEW.milestone, NEW.state
                 USING ERRCODE = 'check_violation';
         END IF;
-        NEW.claim := nextval('document_claims');
         RETURN NEW;
     END IF;
     IF NEW.version > OLD.version THEN
