@@ -13,7 +13,7 @@ from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
 from jobs.reconcile import Reconciler
 from jobs.stages import Tools, extract, parse
-from models.documents import Document
+from models.documents import Document, FileType
 from models.errors import ParseError
 from models.stages import State
 from tests.integration.conftest import STAGE_NAMES, Bench
@@ -255,13 +255,13 @@ async def test_reuse_copies_text_and_extraction_of_the_original_and_nothing_of_a
     bench.submit("c", "1", user_id="ann")
     b, c = (await claimed(bench, "b")).document, (await claimed(bench, "c")).document
     tools = real_tools(bench)
-    known = {"file_type": "text", "mime_type": "text/plain"}
+    known: dict[str, Any] = {"file_type": FileType.TEXT, "mime_type": "text/plain"}
     copied = await parse.run(replace(b, **known), tools)
     assert (copied.markdown, copied.parser, copied.reused_from, copied.duplicate_of) == ("text of a version 1", "plain 1", "a", "a")
     checked = replace(copied, markdown_sha256=bench.one("SELECT markdown_sha256 FROM document_markdown")[0])
     extracted = await extract.run(checked, tools)
     assert (extracted.raw_extraction, extracted.reused_from) == ({"extractor": {"name": "paid", "version": "9"}, "cost": 1}, "a")
-    for document in (replace(c, **known), replace(b, file_type="text", mime_type="text/csv")):
+    for document in (replace(c, **known), replace(b, file_type=FileType.TEXT, mime_type="text/csv")):
         with pytest.raises((ParseError, FileNotFoundError)):
             await parse.run(document, tools)
     with pytest.raises(ParseError):

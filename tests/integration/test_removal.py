@@ -299,7 +299,7 @@ async def test_a_submission_that_waits_for_a_delete_is_a_new_document(bench: Ben
         thread = threading.Thread(target=lambda: submit_elsewhere(database))
         thread.start()
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%submit_document%%'"
-        while bench.one(waiting) == (0,):
+        while bench.one(waiting) == (0,):  # noqa: ASYNC110 - another process's wait
             await asyncio.sleep(0.01)
     thread.join()
     assert bench.one("SELECT version, state, content_sha256 FROM file_extractions") == (1, "queued", "1" * 64)
@@ -353,9 +353,8 @@ async def test_the_batch_of_the_last_document_ends_when_that_is_cancelled_or_del
 
 
 def file_of(bench: Bench, doc_id: str) -> Path:
-    return (
-        LocalStorage.from_settings(bench.settings).base / bench.one("SELECT file_path FROM file_extractions WHERE doc_id = %s", doc_id)[0]
-    )
+    path: str = bench.one("SELECT file_path FROM file_extractions WHERE doc_id = %s", doc_id)[0]
+    return LocalStorage.from_settings(bench.settings).base / path
 
 
 def grow_old(path: Path) -> None:
