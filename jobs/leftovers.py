@@ -48,7 +48,9 @@ def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) ->
     """Do so for one document right after it was deleted, or for all; transactions that were open then get a moment to end."""
     removed = remove_noted_files(settings, conn, doc_id=doc_id)
     time.sleep(0.05)
-    return removed + remove_noted_files(settings, conn, doc_id=doc_id)
+    while more := remove_noted_files(settings, conn, doc_id=doc_id):
+        removed += more
+    return removed
 
 
 def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]:

@@ -86,6 +86,6 @@ async def remove_noted_files(timestamp: int) -> int:
     def remove() -> int:
         conninfo = conninfo_of(app.settings)
         with psycopg.connect(conninfo, **connect_options(app.settings), autocommit=True) as conn:
-            return remove_files(app.settings, conn)
+            return sum(iter(lambda: remove_files(app.settings, conn), 0))
 
     return await asyncio.to_thread(remove)

@@ -20,7 +20,7 @@ from sql import query
 Connection = psycopg.AsyncConnection[Any]
 
 
-_LONGEST_WAIT = 10.0  # seconds between two looks whether an equal document has ended
+_LONGEST_WAIT = 60.0  # seconds between two looks whether an equal document has ended; its end wakes those that wait
 _LOOKS = 3  # at a document that could be claimed but was not: it changed between claim and look, or its row is locked
 
 

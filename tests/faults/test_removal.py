@@ -182,7 +182,7 @@ def test_a_storm_of_submissions_cancels_and_deletes_ends_with_what_was_submitted
     ids = [f"d{number:02}" for number in range(8)]
     chance = random.Random(7)
     for policy in ("reuse", "skip"):
-        arena.worker(DUPLICATE_POLICY=policy)
+        arena.worker(faults=["kill@before_checkpoint:*;p=0.01"], restart=True, DUPLICATE_POLICY=policy)
     deeds = 0
 
     def deed() -> None:
@@ -211,4 +211,4 @@ def test_a_storm_of_submissions_cancels_and_deletes_ends_with_what_was_submitted
         doc_id: sha(content) for doc_id, content in last.items()
     }
     assert all(path.exists() for path in files_of(arena))
-    arena.judge("14 cancel and delete", f"{deeds} random submissions, cancels and deletes of 8 documents with 3 contents")
+    arena.judge("14 cancel and delete", f"{deeds} random submissions, cancels and deletes of 8 documents with 3 contents, and kills")

@@ -21,6 +21,7 @@ from models.documents import Document
 from models.errors import NotFound, SubmitConflict
 from models.settings import Settings, load_settings
 from models.stages import State
+from sql import migrate as migrations
 from tests.integration.conftest import STAGE_NAMES, Bench
 
 TABLES = ("file_extractions", "document_markdown", "document_chunks", "chunk_buffer", "vector_buffer", "extraction_buffer")
@@ -59,6 +60,21 @@ def accept(bench: Bench, doc_id: str, batch_id: str, run: str) -> str:
 
 def end_job(bench: Bench, job_id: int) -> None:
     bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE id = %s AND status = 'doing'", [job_id])
+
+
+def test_claims_go_on_above_those_that_were_given_before_the_migration(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = migrations._own()
+    with psycopg.connect(empty_database, autocommit=True) as conn:
+        monkeypatch.setattr(migrations, "_own", lambda: [path for path in every if path.name < "0007"])
+        migrations.migrate(conn)
+        conn.execute("SELECT submit_document('uploads/a', doc_id => 'a', content_sha256 => repeat('1', 64))")
+        conn.execute("UPDATE file_extractions SET state = 'working', claim = 41, lease_until = now()")
+        monkeypatch.undo()
+        migrations.migrate(conn)
+        conn.execute("UPDATE file_extractions SET claim = claim + 1")
+        conn.execute("SELECT submit_document('uploads/b', doc_id => 'b', content_sha256 => repeat('1', 64))")
+        conn.execute("UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() WHERE doc_id = 'b'")
+        assert conn.execute("SELECT claim FROM file_extractions ORDER BY id").fetchall() == [(42,), (43,)]
 
 
 # Cancel
