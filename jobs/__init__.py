@@ -9,12 +9,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.removal import (
+        cancel_batch,
+        cancel_batch_async,
+        cancel_document,
+        cancel_document_async,
+        delete_batch,
+        delete_batch_async,
+        delete_document,
+        delete_document_async,
+    )
     from jobs.submit import submit_document, submit_document_async
     from models.submissions import Submission
 
-__all__ = ["Submission", "submit_document", "submit_document_async"]
+__all__ = [
+    "Submission",
+    "cancel_batch",
+    "cancel_batch_async",
+    "cancel_document",
+    "cancel_document_async",
+    "delete_batch",
+    "delete_batch_async",
+    "delete_document",
+    "delete_document_async",
+    "submit_document",
+    "submit_document_async",
+]
 
-_HOMES = {"Submission": "models.submissions", "submit_document": "jobs.submit", "submit_document_async": "jobs.submit"}
+_HOMES = {
+    "Submission": "models.submissions",
+    "cancel_batch": "jobs.removal",
+    "cancel_batch_async": "jobs.removal",
+    "cancel_document": "jobs.removal",
+    "cancel_document_async": "jobs.removal",
+    "delete_batch": "jobs.removal",
+    "delete_batch_async": "jobs.removal",
+    "delete_document": "jobs.removal",
+    "delete_document_async": "jobs.removal",
+    "submit_document": "jobs.submit",
+    "submit_document_async": "jobs.submit",
+}
 
 
 def __getattr__(name: str) -> Any:

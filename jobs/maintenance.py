@@ -1,4 +1,4 @@
-"""Periodic tasks: looking after the vector indexes.
+"""Periodic tasks: looking after the vector indexes, and removing the files of deleted documents.
 
 Small tables are searched exactly. The index of a model is built when that pays: once it has VECTOR_INDEX_THRESHOLD passages and the bulk of
 a load is through, because inserting into a standing index costs about three times what building it afterwards does.
@@ -6,6 +6,7 @@ a load is through, because inserting into a standing index costs about three tim
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from psycopg.rows import dict_row
 
 from jobs.adapters.embedders import make_embedder
 from jobs.database import connect_options, conninfo_of
+from jobs.leftovers import remove_noted_files as remove_files
 from models.settings import Settings
 from procrastinate_app import app
 from sql import query
@@ -74,3 +76,16 @@ async def look_after_vector_index(timestamp: int) -> str:
     """Look after the index of the model that this worker embeds with."""
     embedder = make_embedder(app.settings)
     return await look_after_index(app.settings, embedder.model, embedder.dimensions)
+
+
+@app.periodic(cron="* * * * *")
+@app.task(name="remove_noted_files", queue="maintenance", queueing_lock="remove_noted_files", priority=1000)
+async def remove_noted_files(timestamp: int) -> int:
+    """Remove the files of deleted documents and batches that nobody can need any more; return how many."""
+
+    def remove() -> int:
+        conninfo = conninfo_of(app.settings)
+        with psycopg.connect(conninfo, **connect_options(app.settings), autocommit=True) as conn:
+            return sum(iter(lambda: remove_files(app.settings, conn), 0))
+
+    return await asyncio.to_thread(remove)

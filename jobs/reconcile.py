@@ -20,8 +20,11 @@ from models.settings import Settings
 from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
-SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
-WINDOW = 2000  # waiting documents that a pass looks at
+SIDE_TASKS = [
+    "look_after_vector_index",
+    "remove_noted_files",
+]  # docmill's tasks that are no stages; an application's own are none of our business
+WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
 
 
 class Reconciler:
@@ -31,7 +34,7 @@ class Reconciler:
         self._settings = settings
         self._pool = pool
         self._awake_since = self._last_pass = clock.seconds()
-        self._after = 0
+        self._after = self._after_duplicate = 0
 
     async def run(self) -> None:
         """Repair for ever; a pass that fails is logged and the next one tries again."""
@@ -62,6 +65,9 @@ class Reconciler:
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
             await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
+        await self._requeue_duplicates(done)
+        for row in await self._rows("find_stragglers", most=MOST):
+            await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done
@@ -72,6 +78,13 @@ class Reconciler:
             if row["lost"]:
                 await self._repair(done, "requeue_lost_document", doc_id=row["doc_id"], max_requeues=self._settings.max_requeues)
         self._after = seen[-1]["id"] if len(seen) == WINDOW else 0
+
+    async def _requeue_duplicates(self, done: dict[str, int]) -> None:
+        seen = await self._rows("find_orphaned_duplicates", after=self._after_duplicate, window=WINDOW)
+        for row in seen:
+            if row["orphaned"]:
+                await self._repair(done, "requeue_duplicate", doc_id=row["doc_id"])
+        self._after_duplicate = seen[-1]["id"] if len(seen) == WINDOW else 0
 
     async def _repair(self, done: dict[str, int], name: str, **params: Any) -> None:
         """Run one repair, a transaction of its own; one that fails keeps no other from being tried."""

@@ -172,7 +172,7 @@ def submission(params: Mapping[str, Any], row: Mapping[str, Any] | None) -> Subm
 def refused(error: psycopg.Error, doc_id: str) -> Exception:
     """Translate what Postgres said to a submission."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
-        return SubmitConflict(f"The batch has been begun again meanwhile: {describe(error)}.")
+        return SubmitConflict(f"The batch takes in no more documents of this run: {describe(error)}.")
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
         return SubmitConflict(
             f'doc_id "{doc_id}": another transaction holds this document; nothing was submitted. Try again once it has ended '

@@ -44,6 +44,8 @@ def _runner() -> Runner:
             embedder=embedder,
             known_vectors=reading.known_vectors,
             find_original=reading.find_original,
+            original_text=reading.original_text,
+            original_extraction=reading.original_extraction,
         )
         _runners.append(
             Runner(

@@ -64,6 +64,26 @@ class ParsedFile:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginalText:
+    """The checked text of a complete document of the same user with the same content and type."""
+
+    doc_id: str
+    markdown: str
+    pages: tuple[PageMark, ...]
+    parser: str | None
+    parse_metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalExtraction:
+    """What was extracted from the same text in a complete document of the same user."""
+
+    doc_id: str
+    file_name: str
+    raw_extraction: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """One version of one document on its way. Stages fill it with `dataclasses.replace`; only the checkpoint writes."""
 
@@ -93,7 +113,9 @@ class Document:
     markdown_sha256: str | None = None
     """Set by `check`."""
     duplicate_of: str | None = None
-    """doc_id of the same user's complete document with the same content, if `check` found one."""
+    """doc_id of the same user's complete document with the same content, if there was one."""
+    reused_from: str | None = None
+    """doc_id of the document that the last stage copied its result from, if it made none of its own."""
 
     chunks: tuple[Chunk, ...] | None = None
     vectors: NDArray[np.float32] | None = None

@@ -85,5 +85,9 @@ class SubmitConflict(RetryableError):
     """Another transaction holds this document; nothing was stored. Try again after it ends."""
 
 
+class NotFound(PermanentError):
+    """There is no document or batch of that name."""
+
+
 class ConfigurationError(PermanentError):
     """A setting or the environment is wrong. The message names the variable and what it may hold."""

@@ -92,6 +92,31 @@ def search(
 
 
 @app.command(epilog=EXIT_CODES)
+def cancel(
+    id: Annotated[list[str], typer.Argument(metavar="ID", help="doc_ids or batch_ids, the beginning of one, or a file name.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Cancel documents or whole batches. What searches see stays; submitting again goes on where they were left."""
+    from jobs.cli.removal import cancel_some  # noqa: PLC0415
+
+    raise typer.Exit(cancel_some(id, json=json))
+
+
+@app.command(epilog=EXIT_CODES)
+def delete(
+    id: Annotated[list[str], typer.Argument(metavar="ID", help="Whole doc_ids or batch_ids.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete documents or whole batches with passages, text and files, in whatever state they are. The audit trail stays."""
+    from jobs.cli.removal import delete_some  # noqa: PLC0415
+
+    raise typer.Exit(delete_some(id, yes=yes, json=json))
+
+
+@app.command(epilog=EXIT_CODES)
 def migrate() -> None:
     """Bring the database to the present schema; safe to run twice and from two hosts at once."""
     from jobs.cli.migrate import run  # noqa: PLC0415

@@ -144,6 +144,9 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
         if await one(conn, "advance_document", _advance_params(work, outcome, worker)) is None:
             raise FencedOff
         await _store_results(conn, work, complete=outcome.state is State.COMPLETE)
+        if outcome.state is State.DUPLICATE and work.served_version is not None:
+            # What an earlier version had said is no longer so.
+            await _drop_served(conn, {"doc_id": document.doc_id, "version": document.version})
         if outcome.state is State.FAILED and outcome.failure is not None:
             await conn.execute(query("bury_document"), _burial_params(document, outcome.failure))
         await faults.at(f"in_checkpoint:{document.milestone}", document.doc_id)
@@ -208,8 +211,7 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
         )
     if complete:
         if work.served_version is not None:
-            await conn.execute(query("drop_served_chunks"), params)
-            await conn.execute(query("drop_other_markdown"), params)
+            await _drop_served(conn, params)
         await _copy(conn, "copy_chunks", _CHUNK_TYPES, _chunk_rows(document))
         if work.buffered:
             await conn.execute(query("clear_buffers"), params)
@@ -223,6 +225,11 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
     if document.raw_extraction is not None and document.raw_extraction is not saved.raw_extraction:
         await conn.execute(query("store_extraction"), {**params, "raw_extraction": Jsonb(document.raw_extraction)})
         work.buffered = True
+
+
+async def _drop_served(conn: Connection, params: dict[str, Any]) -> None:
+    await conn.execute(query("drop_served_chunks"), params)
+    await conn.execute(query("drop_other_markdown"), params)
 
 
 async def _copy(conn: Connection, name: str, types: list[str], rows: Iterable[tuple[Any, ...]]) -> None:

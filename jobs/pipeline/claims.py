@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,15 +20,19 @@ from sql import query
 Connection = psycopg.AsyncConnection[Any]
 
 
+_LONGEST_WAIT = 60.0  # seconds between two looks whether an equal document has ended; its end wakes those that wait
 _LOOKS = 3  # at a document that could be claimed but was not: it changed between claim and look, or its row is locked
 
 
 @dataclass(frozen=True, slots=True)
 class NotClaimed:
-    """Why a claim was refused. `state` is None for a document that is not known; `wait_seconds` is when to look again, if at all."""
+    """Why a claim was refused. `state` is None for a document that is not there; `wait_seconds` is when to look again, if at all."""
 
     state: State | None
     wait_seconds: float | None = None
+    waits_for: str | None = None
+    """doc_id of the equal document that is being processed."""
+    deleted: bool = False
 
 
 async def one(conn: Connection, name: str, params: dict[str, Any]) -> DictRow | None:
@@ -44,18 +50,30 @@ async def rows(conn: Connection, name: str, params: dict[str, Any]) -> list[Dict
 
 
 async def claim_document(
-    conn: Connection, doc_id: str, *, job_id: int, worker: str, lease_seconds: float, reconcile_seconds: float
+    conn: Connection, doc_id: str, *, job_id: int, worker: str, lease_seconds: float, reconcile_seconds: float, serialise: bool
 ) -> Work | NotClaimed:
-    """Claim a document, without what its stages need, or say why it cannot be claimed."""
+    """Claim a document, without what its stages need, or say why it cannot be claimed.
+
+    `serialise`: while an equal document of the same user is being processed, this one waits before parse.
+    """
     refused = NotClaimed(None)
+    params = {"doc_id": doc_id, "job_id": job_id, "worker": worker, "lease_seconds": lease_seconds, "serialise": serialise}
     for _ in range(_LOOKS):
-        row = await one(conn, "claim_document", {"doc_id": doc_id, "job_id": job_id, "worker": worker, "lease_seconds": lease_seconds})
-        if row is not None:
-            return _work(row, job_id)
+        # Two equals that would become the owner of their content at once: the other one has.
+        with contextlib.suppress(psycopg.errors.UniqueViolation):
+            row = await one(conn, "claim_document", params)
+            if row is not None:
+                return _work(row, job_id)
         seen = await one(conn, "look_at_document", {"doc_id": doc_id})
-        refused = NotClaimed(None) if seen is None else _refusal(seen, reconcile_seconds)
+        if seen is None:
+            deleted = await one(conn, "was_deleted", {"doc_id": doc_id})
+            return NotClaimed(None, deleted=deleted is not None and deleted["deleted"])
+        refused = _refusal(seen, reconcile_seconds)
         if refused.state not in (State.QUEUED, State.RETRYING) or (refused.wait_seconds or 0) > 1:
-            break
+            return refused
+        if serialise and (owner := await one(conn, "look_at_owner", {"doc_id": doc_id})) is not None:
+            # Looked for again at ever longer intervals, should its end not wake this one.
+            return replace(refused, wait_seconds=min(_LONGEST_WAIT, max(1.0, owner["seconds"] or 0.0)), waits_for=owner["doc_id"])
     return refused
 
 
@@ -108,7 +126,7 @@ async def load_document(conn: Connection, document: Document) -> Document:
             document,
             markdown=row["markdown"],
             markdown_sha256=row["markdown_sha256"],
-            pages=tuple(PageMark(mark["number"], mark["start"], mark.get("label")) for mark in row["page_map"]),
+            pages=page_marks(row["page_map"]),
             parser=row["parser"],
             parse_metadata=row["parse_metadata"],
         )
@@ -121,6 +139,11 @@ async def load_document(conn: Connection, document: Document) -> Document:
     if reached >= order.index(Milestone.EXTRACTED) and (row := await one(conn, "load_extraction", params)):
         document = replace(document, raw_extraction=row["raw_extraction"])
     return document
+
+
+def page_marks(page_map: Iterable[Mapping[str, Any]]) -> tuple[PageMark, ...]:
+    """Return the page marks of a stored page map."""
+    return tuple(PageMark(mark["number"], mark["start"], mark.get("label")) for mark in page_map)
 
 
 def _chunk(row: DictRow) -> Chunk:

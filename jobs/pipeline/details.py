@@ -13,7 +13,8 @@ def stage_detail(stage: str, document: Document) -> dict[str, Any]:
         case "validate":
             return {"file_type": document.file_type, "mime_type": document.mime_type, "file_size": document.file_size}
         case "parse":
-            return {"parser": document.parser, "pages": len(document.pages), "characters": len(document.markdown or "")}
+            made = {"parser": document.parser, "pages": len(document.pages), "characters": len(document.markdown or "")}
+            return made | _reused(document)
         case "check":
             return {"characters": len(document.markdown or ""), "duplicate_of": document.duplicate_of}
         case "chunk":
@@ -21,4 +22,8 @@ def stage_detail(stage: str, document: Document) -> dict[str, Any]:
         case "embed":
             return {"model": document.embedding_model, "chunks": len(document.chunks or ()), "embedded": document.embedded_count}
         case _:
-            return {}
+            return _reused(document) if stage == "extract" else {}
+
+
+def _reused(document: Document) -> dict[str, Any]:
+    return {} if document.reused_from is None else {"reused_from": document.reused_from}

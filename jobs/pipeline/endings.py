@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import psycopg
 from loguru import logger
@@ -54,6 +55,13 @@ class Endings:
         """Swap the finished version in."""
         await self._checkpoint(work, Outcome(State.COMPLETE), lease)
         logger.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
+
+    async def skip(self, work: Work, lease: Lease, original: str) -> None:
+        """End a document as a duplicate, without rows of its own."""
+        work.document = replace(work.document, duplicate_of=original)
+        work.events.append(StageEvent("duplicate", detail={"duplicate_of": original}))
+        await self._checkpoint(work, Outcome(State.DUPLICATE), lease)
+        logger.success("{} is a duplicate of {}", work.document.file_name, original)
 
     async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
         """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""

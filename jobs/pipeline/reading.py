@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from psycopg.rows import DictRow
 from psycopg_pool import AsyncConnectionPool
 
-from jobs.pipeline.claims import Connection, one, rows
-from models.documents import Document
+from jobs.pipeline.claims import Connection, one, page_marks, rows
+from models.documents import Document, OriginalExtraction, OriginalText
 
 
 class Reading:
@@ -26,7 +27,29 @@ class Reading:
 
     async def find_original(self, document: Document) -> str | None:
         """Return the doc_id of the user's first complete document with the same content, other than this one."""
-        params = {"user_id": document.user_id, "content_sha256": document.content_sha256, "doc_id": document.doc_id}
-        async with self._pool.connection() as conn:
-            row = await one(conn, "find_original", params)
+        row = await self._original("find_original", document)
         return row["doc_id"] if row else None
+
+    async def original_text(self, document: Document) -> OriginalText | None:
+        """Return the text of such a document that has the same type: the type decides how a file is parsed."""
+        row = await self._original("find_original_text", document)
+        if row is None:
+            return None
+        return OriginalText(row["doc_id"], row["markdown"], page_marks(row["page_map"]), row["parser"], row["parse_metadata"])
+
+    async def original_extraction(self, document: Document) -> OriginalExtraction | None:
+        """Return what was extracted from such a document whose text is the same."""
+        row = await self._original("find_original_extraction", document)
+        return None if row is None else OriginalExtraction(row["doc_id"], row["file_name"], row["raw_extraction"])
+
+    async def _original(self, name: str, document: Document) -> DictRow | None:
+        params = {
+            "user_id": document.user_id,
+            "content_sha256": document.content_sha256,
+            "doc_id": document.doc_id,
+            "file_type": document.file_type,
+            "mime_type": document.mime_type,
+            "markdown_sha256": document.markdown_sha256,
+        }
+        async with self._pool.connection() as conn:
+            return await one(conn, name, params)

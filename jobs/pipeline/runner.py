@@ -105,15 +105,19 @@ class Runner:
                 worker=self._worker,
                 lease_seconds=settings.lease_seconds,
                 reconcile_seconds=settings.reconcile_seconds,
+                serialise=settings.duplicate_policy != "process",
             )
             if not isinstance(work, NotClaimed):
                 await faults.at("claimed", doc_id)
                 return work
+            if work.deleted:
+                return None
             if work.state is None:
                 raise PermanentError(f'There is no document with doc_id "{doc_id}".')
             if work.wait_seconds is not None:
                 await self._put_off(conn, job, doc_id, work.wait_seconds)
-                logger.bind(doc_id=doc_id).info("The document cannot be had now; looking again in {:.0f} s", work.wait_seconds)
+                why = f"waits for {work.waits_for}, which is equal" if work.waits_for else "cannot be had now"
+                logger.bind(doc_id=doc_id).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
             return None
 
     async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
@@ -151,6 +155,9 @@ class Runner:
             async with self._place(work):
                 await self._load(work)
                 while stage is not None:
+                    if stage.name == "parse" and (original := await self._original(work)) is not None:
+                        await self._endings.skip(work, lease, original)
+                        break
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
                         elapsed = await self._run_stage(stage, work, lease)
                         stage = await self._after(job, stage, work, lease, elapsed)
@@ -165,6 +172,10 @@ class Runner:
             await self._endings.fail(work, lease, due_stage(work.saved.milestone), error.cause)
         except Exception as error:
             await self._endings.fail(work, lease, stage, error)
+
+    async def _original(self, work: Work) -> str | None:
+        """Return the doc_id of the complete document for which this one is to be skipped, if any."""
+        return await self._tools.find_original(work.document) if self._settings.duplicate_policy == "skip" else None
 
     async def _load(self, work: Work) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
@@ -220,7 +231,8 @@ class Runner:
         if following is None:
             await self._endings.complete(work, lease)
             return None
-        if self._settings.handoff == "queue" or self._stopping() or not self._listens(job.queues, following):
+        equals_unknown = self._settings.duplicate_policy != "process" and work.has_learned_content()
+        if self._settings.handoff == "queue" or equals_unknown or self._stopping() or not self._listens(job.queues, following):
             await self._endings.leave(work, lease, following)
             return None
         if work.suspect or elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:

@@ -50,6 +50,10 @@ class Work:
         """Failures that counted against the stage that is due at a milestone."""
         return self.retry_count if milestone == self.saved.milestone else 0
 
+    def has_learned_content(self) -> bool:
+        """Say whether the document's hash has been found out since the last checkpoint: when it was claimed, its equals were not known."""
+        return self.saved.content_sha256 is None and self.document.content_sha256 is not None
+
     def carried_bytes(self) -> int:
         """About how much memory the results take that are not durable yet."""
         size = 0

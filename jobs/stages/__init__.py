@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.adapters.storage import Fingerprint
-from models.documents import Document
+from models.documents import Document, OriginalExtraction, OriginalText
 from models.settings import Settings
 
 P = ParamSpec("P")
@@ -66,3 +66,7 @@ class Tools:
     """Vectors already stored for this user, model and passages: content_sha256 -> vector."""
     find_original: Callable[[Document], Awaitable[str | None]]
     """doc_id of another complete document of the same user with the same content."""
+    original_text: Callable[[Document], Awaitable[OriginalText | None]]
+    """The text of such a document, if it is of the same type."""
+    original_extraction: Callable[[Document], Awaitable[OriginalExtraction | None]]
+    """What was extracted from such a document, if its text is the same."""

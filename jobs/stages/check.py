@@ -67,4 +67,4 @@ def checked(document: Document) -> Document:
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with checked markdown, its SHA-256, and the doc_id of an equal document if the user has one."""
     document = await in_thread(checked, document)
-    return replace(document, duplicate_of=await tools.find_original(document))
+    return document if document.duplicate_of else replace(document, duplicate_of=await tools.find_original(document))

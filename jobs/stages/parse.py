@@ -1,4 +1,4 @@
-"""parse: a validated file becomes markdown with page marks, in a child process with limits."""
+"""parse: a validated file becomes markdown with page marks, in a child process with limits, or is known already under another id."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from jobs.adapters.parsing import parse_isolated
 from jobs.stages import Tools
-from models.documents import Document, PageMark, ParsedFile
+from models.documents import Document, OriginalText, PageMark, ParsedFile
 from models.errors import PermanentError
 
 PAGE_BREAK = "\n\n"
@@ -24,13 +24,31 @@ def join_pages(parsed: ParsedFile) -> tuple[str, tuple[PageMark, ...]]:
     return PAGE_BREAK.join(parts), tuple(marks) if parsed.paged else ()
 
 
+def copied(document: Document, original: OriginalText) -> Document:
+    """Return the document with the text of its original."""
+    return replace(
+        document,
+        markdown=original.markdown,
+        pages=original.pages,
+        parser=original.parser,
+        parse_metadata=original.parse_metadata,
+        duplicate_of=original.doc_id,
+        reused_from=original.doc_id,
+    )
+
+
 async def run(document: Document, tools: Tools) -> Document:
-    """Return the document with markdown, page marks, parser and what the parser noticed; ParseError or TimeoutError where it fails."""
+    """Return the document with markdown, page marks, parser and what the parser noticed; ParseError or TimeoutError where it fails.
+
+    With DUPLICATE_POLICY=reuse all of it is copied from a complete document of the same user with the same content and type.
+    """
     if document.file_type is None or document.mime_type is None:
         raise PermanentError(f"{document.file_name}: parse needs the file type that validate finds out.")
+    if tools.settings.duplicate_policy == "reuse" and (original := await tools.original_text(document)) is not None:
+        return copied(document, original)
     path = tools.storage.resolve(document.file_path)
     parsed = await parse_isolated(
         tools.sandbox, path, document.file_name, document.file_type, document.mime_type, page_limit=tools.settings.max_pages
     )
     markdown, marks = join_pages(parsed)
-    return replace(document, markdown=markdown, pages=marks, parser=parsed.parser, parse_metadata=parsed.metadata)
+    return replace(document, markdown=markdown, pages=marks, parser=parsed.parser, parse_metadata=parsed.metadata, reused_from=None)

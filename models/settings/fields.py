@@ -110,6 +110,9 @@ class Settings(BaseSettings):
     """Seconds that a submission waits for somebody else's open transaction on the same document."""
 
     # Parsing and chunking
+    duplicate_policy: Annotated[Literal["reuse", "skip", "process"], AnyCase] = "reuse"
+    """What becomes of content that the same user has already under another doc_id. reuse: text, vectors and extraction are copied.
+    skip: the document ends as a duplicate without rows of its own. process: it is worked on like any other."""
     max_file_size_mb: Annotated[int, Interval(ge=1, le=100_000)] = 100
     """Largest file that is accepted, in MB of 1,000,000 bytes."""
     max_pages: Annotated[int, Interval(ge=1, le=1_000_000)] = 10_000

@@ -12,13 +12,13 @@ FROM processing_jobs AS b
 WHERE b.batch_id = %(batch_id)s AND b.user_id = %(user_id)s;
 
 -- name: adopt_documents
--- Takes known documents, whose content has not changed, into a run, unless a later run has been begun meanwhile. Locked in the order
+-- Takes known documents, whose content has not changed, into a run, unless a later run has been begun or this one cancelled meanwhile. Locked in the order
 -- of ids, as everywhere.
 WITH mine AS (
     SELECT d.id
     FROM file_extractions AS d
     WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s AND d.run_id IS DISTINCT FROM %(run_id)s
-        AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s AND b.run_id = %(run_id)s)
+        AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s AND b.run_id = %(run_id)s AND b.status <> 'cancelled')
     ORDER BY d.id
     FOR UPDATE
 )

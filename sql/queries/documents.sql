@@ -1,8 +1,9 @@
 -- The runner's statements. Each is one step of claim, load, checkpoint; see jobs/pipeline.
 
 -- name: claim_document
--- The fencing token goes up with every claim. A row that somebody's open transaction holds is skipped, not waited for. An expired lease is
--- for the reconciler to judge.
+-- The fencing token is a new one with every claim. A row that somebody's open transaction holds is skipped, not waited for. An expired lease
+-- is for the reconciler to judge. `serialise`: of equals that nobody has completed yet one owns the content, the others are not claimed
+-- before it has ended; two that would become the owner at once meet at the unique index.
 UPDATE file_extractions AS d
 SET state = 'working',
     claim = d.claim + 1,
@@ -10,6 +11,17 @@ SET state = 'working',
     claimed_by = %(worker)s,
     lease_until = now() + make_interval(secs => %(lease_seconds)s),
     alone = FALSE,
+    owns_content = d.owns_content OR (
+        %(serialise)s AND d.content_sha256 IS NOT NULL
+        AND NOT EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.owns_content
+        )
+        AND NOT EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.state = 'complete'
+        )
+    ),
     not_before = NULL,
     processing_started_at = coalesce(d.processing_started_at, now()),
     updated_at = now()
@@ -17,6 +29,10 @@ FROM (
     SELECT f.id
     FROM file_extractions AS f
     WHERE f.doc_id = %(doc_id)s AND f.state IN ('queued', 'retrying') AND coalesce(f.not_before, now()) <= now()
+        AND (NOT %(serialise)s OR f.owns_content OR f.milestone > 'upload_validated' OR NOT EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = f.user_id AND o.content_sha256 = f.content_sha256 AND o.owns_content
+        ))
     FOR NO KEY UPDATE SKIP LOCKED
 ) AS free
 WHERE d.id = free.id
@@ -34,6 +50,18 @@ SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease
     extract(epoch FROM d.not_before - now())::float8 AS wait_seconds_left
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
+
+-- name: look_at_owner
+-- The equal document that this one waits for, and for how long that has been worked on.
+SELECT o.doc_id, extract(epoch FROM now() - o.processing_started_at)::float8 AS seconds
+FROM file_extractions AS d
+JOIN file_extractions AS o ON o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.owns_content AND o.id <> d.id
+WHERE d.doc_id = %(doc_id)s AND d.milestone <= 'upload_validated';
+
+-- name: was_deleted
+SELECT EXISTS (
+    SELECT FROM document_events AS e WHERE e.doc_id = %(doc_id)s AND e.event = 'deleted'
+) AS deleted;
 
 -- name: put_off_stage
 SELECT defer_stage(d.doc_id, %(stage)s, d.priority, now() + make_interval(secs => %(delay)s)) AS job_id
@@ -99,6 +127,24 @@ WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.st
 ORDER BY d.processing_completed_at, d.id
 LIMIT 1;
 
+-- name: find_original_text
+SELECT d.doc_id, m.markdown, m.page_map, m.parser, m.parse_metadata
+FROM file_extractions AS d
+JOIN document_markdown AS m ON m.doc_id = d.doc_id AND m.version = d.version
+WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.state = 'complete' AND d.doc_id <> %(doc_id)s
+    AND d.file_type = %(file_type)s AND d.mime_type = %(mime_type)s
+ORDER BY d.processing_completed_at, d.id
+LIMIT 1;
+
+-- name: find_original_extraction
+SELECT d.doc_id, d.file_name, d.raw_extraction
+FROM file_extractions AS d
+JOIN document_markdown AS m ON m.doc_id = d.doc_id AND m.version = d.version
+WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.state = 'complete' AND d.doc_id <> %(doc_id)s
+    AND m.markdown_sha256 = %(markdown_sha256)s AND d.raw_extraction IS NOT NULL
+ORDER BY d.processing_completed_at, d.id
+LIMIT 1;
+
 -- name: advance_document
 -- First statement of every checkpoint. No row: the claim has moved on and nothing of this checkpoint may be written.
 WITH fenced AS (
@@ -121,8 +167,10 @@ WITH fenced AS (
         page_count = coalesce(%(page_count)s, d.page_count),
         chunk_count = coalesce(%(chunk_count)s, d.chunk_count),
         duplicate_of = coalesce(%(duplicate_of)s, d.duplicate_of),
-        served_version = CASE WHEN %(state)s = 'complete' THEN d.version ELSE d.served_version END,
-        raw_extraction = CASE WHEN %(state)s = 'complete' THEN %(raw_extraction)s::jsonb ELSE d.raw_extraction END,
+        served_version = CASE WHEN %(state)s = 'complete' THEN d.version WHEN %(state)s <> 'duplicate' THEN d.served_version END,
+        raw_extraction = CASE
+            WHEN %(state)s = 'complete' THEN %(raw_extraction)s::jsonb WHEN %(state)s <> 'duplicate' THEN d.raw_extraction
+        END,
         processing_completed_at = CASE WHEN %(state)s IN ('complete', 'failed', 'duplicate') THEN clock_timestamp() END,
         updated_at = now()
     WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working'

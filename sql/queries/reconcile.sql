@@ -48,6 +48,28 @@ ORDER BY l.id;
 -- name: requeue_lost_document
 SELECT requeue_lost_document(%(doc_id)s, %(max_requeues)s) AS outcome;
 
+-- name: find_orphaned_duplicates
+-- A window of duplicates by id, as above.
+SELECT d.id, d.doc_id, NOT has_original(d) AS orphaned
+FROM file_extractions AS d
+WHERE d.state = 'duplicate' AND d.id > %(after)s
+ORDER BY d.id
+LIMIT %(window)s;
+
+-- name: requeue_duplicate
+SELECT requeue_duplicate(%(doc_id)s) AS outcome;
+
+-- name: find_stragglers
+-- Unfinished documents of cancelled runs: they were being written, or submitted, while the batch was cancelled.
+SELECT d.doc_id
+FROM processing_jobs AS b
+JOIN file_extractions AS d ON d.batch_id = b.batch_id
+WHERE b.status = 'cancelled' AND d.run_id IS NOT NULL AND d.state IN ('queued', 'working', 'retrying')
+LIMIT %(most)s;
+
+-- name: cancel_straggler
+SELECT cancel_straggler(%(doc_id)s) AS outcome;
+
 -- name: find_dead_side_jobs
 -- Docmill's jobs that are no stages are judged by the registry: no live worker says that it runs them.
 SELECT j.id

@@ -159,6 +159,7 @@ class Arena:
         self._workers: list[Worker] = []
         self._accepted: dict[str, bytes] = {}
         self._contents: list[dict[str, bytes]] = []
+        self._removed: set[str] = set()
         self._last_fault = 0.0
         self._recovered: float | None = None
 
@@ -209,6 +210,12 @@ class Arena:
         for offer in offers:
             self._accepted.update(offer)
             self._contents.append(offer)
+
+    def removed(self, doc_ids: Iterable[str]) -> None:
+        """Note that the scenario has deleted these, so that they must not be there at the end."""
+        self._removed.update(doc_ids)
+        for doc_id in doc_ids:
+            self._accepted.pop(doc_id, None)
 
     def mark(self, name: str) -> str:
         """A file for the `once` of a fault."""
@@ -273,6 +280,9 @@ class Arena:
             reference = self._reference.of({doc_id: content for doc_id, content in offer.items() if content})
         with self.connect() as conn:
             findings = check_invariant(conn, set(self._accepted), reference)
+            back = conn.execute("SELECT doc_id FROM file_extractions WHERE doc_id = ANY(%s)", [list(self._removed - set(self._accepted))])
+            if found := [row[0] for row in back.fetchall()]:
+                findings.doubled["was deleted and has come back"] = found
             states: dict[str, int] = dict(conn.execute("SELECT state::text, count(*) FROM file_extractions GROUP BY 1").fetchall())
         line = {
             "scenario": scenario, "mode": self.mode, "did": did, "documents": len(self._accepted),

@@ -25,6 +25,11 @@ LOST = {
     "is complete but a stage left no event": """SELECT d.doc_id FROM file_extractions d WHERE d.state = 'complete' AND 7 <> (
         SELECT count(DISTINCT e.stage) FROM document_events e
         WHERE e.doc_id = d.doc_id AND e.version = d.version AND e.event IN ('stage_completed', 'completed'))""",
+    "is a duplicate of nothing that is complete": """SELECT d.doc_id FROM file_extractions d WHERE d.state = 'duplicate' AND NOT EXISTS (
+        SELECT FROM file_extractions o WHERE o.doc_id = d.duplicate_of AND o.state = 'complete' AND o.user_id = d.user_id
+            AND o.content_sha256 = d.content_sha256)""",
+    "was cancelled, and no event says so": """SELECT d.doc_id FROM file_extractions d WHERE d.state = 'cancelled' AND NOT EXISTS (
+        SELECT FROM document_events e WHERE e.doc_id = d.doc_id AND e.version = d.version AND e.event = 'cancelled')""",
 }
 DOUBLED = {
     "has two passages in one place": """SELECT doc_id FROM document_chunks GROUP BY doc_id, version, chunk_index HAVING count(*) > 1""",
@@ -33,7 +38,12 @@ DOUBLED = {
     "keeps markdown of a superseded version": """SELECT m.doc_id FROM document_markdown m JOIN file_extractions d USING (doc_id)
         WHERE m.version <> d.version AND m.version IS DISTINCT FROM d.served_version""",
     "ran a stage again whose result had been checkpointed": """SELECT DISTINCT doc_id FROM document_events
-        WHERE event IN ('stage_completed', 'completed') GROUP BY doc_id, version, stage HAVING count(*) > 1""",
+        WHERE event IN ('stage_completed', 'completed') AND id > coalesce((
+            SELECT max(x.id) FROM document_events x WHERE x.doc_id = document_events.doc_id AND x.event = 'deleted'), 0)
+        GROUP BY doc_id, version, stage HAVING count(*) > 1""",
+    "is a duplicate and has rows of its own": """SELECT d.doc_id FROM file_extractions d WHERE d.state = 'duplicate' AND (
+        d.served_version IS NOT NULL OR EXISTS (SELECT FROM document_chunks c WHERE c.doc_id = d.doc_id)
+        OR EXISTS (SELECT FROM document_markdown m WHERE m.doc_id = d.doc_id))""",
     "has two open dead letters": "SELECT doc_id FROM dead_letters WHERE resolved_at IS NULL GROUP BY doc_id HAVING count(*) > 1",
 }
 LEFT = {
@@ -41,6 +51,8 @@ LEFT = {
         SELECT FROM worker_registry w WHERE j.id = ANY(w.active_jobs) AND w.heartbeat_at > now() - interval '1 min')""",
     "a waiting job of a document that has ended": f"""SELECT j.id::text FROM procrastinate_jobs j JOIN file_extractions d
         ON d.doc_id = j.args->>'doc_id' WHERE j.status = 'todo' AND d.state IN {ENDED}""",
+    "a job of a document that is gone": """SELECT j.id::text FROM procrastinate_jobs j WHERE j.status IN ('todo', 'doing')
+        AND stage_queue(j.task_name) IS NOT NULL AND NOT EXISTS (SELECT FROM file_extractions d WHERE d.doc_id = j.args->>'doc_id')""",
     "a buffered passage": """SELECT DISTINCT b.doc_id FROM chunk_buffer b JOIN file_extractions d USING (doc_id)
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
     "a buffered vector": """SELECT DISTINCT b.doc_id FROM vector_buffer b JOIN file_extractions d USING (doc_id)

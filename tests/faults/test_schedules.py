@@ -1,4 +1,4 @@
-"""13: random schedules of submitting, running, crashing, stalling, retrying, cancelling and requeueing against the real schema.
+"""13: random schedules of submitting, running, crashing, stalling, retrying, cancelling, deleting and requeueing against the real schema.
 
 In one process, with plain stages, so that hypothesis can try and shrink thousands of interleavings. A crash is an exception that nothing
 catches: what the worker held stays as it lay, as after kill -9. Time passes only when a rule says so.
@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from jobs.database import make_pool
 from jobs.leases import LeaseKeeper
@@ -25,9 +25,9 @@ from models.settings import Settings
 from tests.faults.invariant import DOUBLED, LEFT, LOST
 from tests.integration.conftest import STAGE_NAMES, Bench
 
-DOCUMENTS = ["a", "b"]
+DOCUMENTS = ["a", "b", "c"]
 EMPTY = """TRUNCATE file_extractions, processing_jobs, document_markdown, document_chunks, chunk_buffer, vector_buffer, extraction_buffer,
-    document_events, dead_letters, run_summaries, alerts, worker_registry, procrastinate_jobs, procrastinate_events,
+    document_events, dead_letters, run_summaries, alerts, worker_registry, files_to_remove, procrastinate_jobs, procrastinate_events,
     procrastinate_periodic_defers CASCADE"""
 
 
@@ -36,7 +36,7 @@ class Killed(BaseException):
 
 
 class Schedule(RuleBasedStateMachine):
-    """Two documents, any number of workers."""
+    """Three documents with two contents, any number of workers."""
 
     conninfo: str
     base: Settings
@@ -48,6 +48,8 @@ class Schedule(RuleBasedStateMachine):
         self.conn.execute(EMPTY)
         self.paused: dict[int, tuple[asyncio.Task[None], asyncio.Event, Job]] = {}
         self.plan: tuple[str, str] | None = None
+        self.submitted: dict[str, str] = {}
+        self.policy = "reuse"
         self.runs: set[asyncio.Task[None]] = set()
         self.bench = self.loop.run(self._bench())
 
@@ -79,7 +81,9 @@ class Schedule(RuleBasedStateMachine):
                 await awake.wait()
 
     async def _run_job(self, job: Job, doc_id: str, handoff: str, checkpoint_seconds: float) -> None:
-        runner = self.bench.runner(handoff=handoff, checkpoint_seconds=checkpoint_seconds, retry_base_delay_seconds=0.0)
+        runner = self.bench.runner(
+            handoff=handoff, checkpoint_seconds=checkpoint_seconds, retry_base_delay_seconds=0.0, duplicate_policy=self.policy
+        )
         try:
             await runner.run(job, doc_id)
         except Killed:
@@ -95,6 +99,7 @@ class Schedule(RuleBasedStateMachine):
     @rule(doc_id=st.sampled_from(DOCUMENTS), content=st.sampled_from("12"))
     def submit(self, doc_id: str, content: str) -> None:
         self.bench.submit(doc_id, content)
+        self.submitted[doc_id] = content
 
     @rule(
         stage=st.sampled_from(STAGE_NAMES),
@@ -115,6 +120,10 @@ class Schedule(RuleBasedStateMachine):
 
         self.loop.run(go())
         self.plan = None
+
+    @initialize(policy=st.sampled_from(["reuse", "skip", "process"]))
+    def choose(self, policy: str) -> None:
+        self.policy = policy
 
     @precondition(lambda self: bool(self.paused))
     @rule(which=st.integers(0, 9))
@@ -137,14 +146,13 @@ class Schedule(RuleBasedStateMachine):
 
     @rule(doc_id=st.sampled_from(DOCUMENTS))
     def cancel(self, doc_id: str) -> None:
-        with self.conn.transaction():
-            row = self.conn.execute(
-                """UPDATE file_extractions SET state = 'cancelled', claim = claim + 1, lease_until = NULL, processing_completed_at = now()
-                WHERE doc_id = %s AND state IN ('queued', 'working', 'retrying') RETURNING doc_id""",
-                [doc_id],
-            ).fetchone()
-            if row is not None:
-                self.conn.execute("SELECT drop_waiting_jobs(%s)", [doc_id])
+        if self.conn.execute("SELECT FROM file_extractions WHERE doc_id = %s", [doc_id]).fetchone() is not None:
+            self.conn.execute("SELECT cancel_document(%s)", [doc_id])
+
+    @rule(doc_id=st.sampled_from(DOCUMENTS))
+    def delete(self, doc_id: str) -> None:
+        self.conn.execute("SELECT delete_document(%s)", [doc_id])
+        self.submitted.pop(doc_id, None)
 
     @rule(doc_id=st.sampled_from(DOCUMENTS))
     def requeue(self, doc_id: str) -> None:
@@ -184,6 +192,10 @@ class Schedule(RuleBasedStateMachine):
                 break
         for words, statement in {**LOST, **DOUBLED, **LEFT}.items():
             assert self.conn.execute(statement).fetchall() == [], words
+        there = self.conn.execute("SELECT doc_id, content_sha256 FROM file_extractions").fetchall()
+        assert dict(there) == {doc_id: content * 64 for doc_id, content in self.submitted.items()}, (
+            "what was deleted is gone, the rest is not"
+        )
         for doc_id, version, title in self.conn.execute(
             "SELECT doc_id, served_version, raw_extraction->>'title' FROM file_extractions WHERE served_version IS NOT NULL"
         ).fetchall():

@@ -80,7 +80,10 @@ class Bench:
 
         reading = Reading(self.pool)
         nothing: Any = None
-        tools = Tools(settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original)
+        tools = Tools(
+            settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original,
+            reading.original_text, reading.original_extraction,
+        )  # fmt: skip
         return Runner(
             settings=settings,
             pool=self.pool,
@@ -93,8 +96,11 @@ class Bench:
             stages={s.name: stage(s.name) for s in STAGES},
         )
 
-    def submit(self, doc_id: str = "a", content: str = "1") -> None:
-        self.conn.execute("SELECT submit_document('uploads/a', doc_id => %s, content_sha256 => %s)", [doc_id, content * 64])
+    def submit(self, doc_id: str = "a", content: str | None = None, user_id: str = "default") -> None:
+        """Submit content of the document's own, or what a hexadecimal digit stands for."""
+        sha256 = sha(doc_id) if content is None else content * 64
+        statement = "SELECT submit_document('uploads/a', doc_id => %s, content_sha256 => %s, user_id => %s)"
+        self.conn.execute(statement, [doc_id, sha256, user_id])
 
     def fetch(self) -> tuple[Job, str] | None:
         """Take the next waiting job as procrastinate's worker does, as if it were due already."""

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.adapters.storage import LocalStorage, safe_display_name
+from jobs.adapters.storage import LocalStorage, discard, safe_display_name
 from jobs.adapters.storage.faults import source_faults, storage_faults
 from models.errors import PermanentError, RetryableError, SubmitError
 
@@ -314,3 +314,48 @@ def test_any_name_becomes_one_that_postgres_can_hold(name: str) -> None:
     assert not set(shown) & set("/\\\0\n\r\u202e") and shown not in {".", ".."}
     shown.encode()
     assert safe_display_name(shown) == shown
+
+
+def test_a_file_is_discarded_with_its_empty_folder_unless_it_was_stored_lately(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    one, two = (storage.store_upload("a", content, 100).file_path for content in (b"one", b"two"))
+    assert not discard(storage, one, untouched_for=60)
+    assert discard(storage, one, untouched_for=0)
+    assert discard(storage, one, untouched_for=60), "what is gone is gone"
+    assert storage.read(two, 10) == b"two"
+    assert discard(storage, two, untouched_for=0)
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
+def test_storing_the_same_again_touches_the_file_that_is_kept(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    path = tmp_path / storage.store_upload("a", b"one", 100).file_path
+    os.utime(path, (1, 1))
+    number = path.stat().st_ino
+    storage.store_upload("a", b"one", 100)
+    assert path.stat().st_ino == number
+    assert not discard(storage, str(path.relative_to(tmp_path)), untouched_for=60)
+
+
+def test_a_file_that_is_stored_between_the_look_and_the_removal_is_there_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    name = storage.store_upload("a", b"one", 100).file_path
+    os.utime(tmp_path / name, (1, 1))
+    rename = Path.rename
+    for moment in ("before", "after"):
+
+        def interrupted(path: Path, target: Path, moment: str = moment) -> Path:
+            if moment == "before":
+                storage.store_upload("a", b"one", 100)
+            moved = rename(path, target)
+            if moment == "after":
+                storage.store_upload("a", b"one", 100)
+            return moved
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        discard(storage, name, untouched_for=60)
+        monkeypatch.undo()
+        assert storage.read(name, 10) == b"one"
+        os.utime(tmp_path / name, (1, 1))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
@@ -37,6 +39,9 @@ class Fingerprint:
 
     size: int
     sha256: str
+
+
+_TRIES = 3  # to put an upload into its folder
 
 
 class LocalStorage:
@@ -168,8 +173,15 @@ class LocalStorage:
             temporary, size, digest = self._write_temporary(read_blocks(source, name, max_bytes), durable=False)
             try:
                 folder = self.resolve(folder_name)
-                make_folder(folder)
-                _move_upload(temporary, folder / digest, size)
+                for attempt in range(_TRIES):
+                    make_folder(folder)
+                    try:
+                        _move_upload(temporary, folder / digest, size)
+                        break
+                    except FileNotFoundError:
+                        # Somebody has removed the empty folder in between.
+                        if attempt + 1 == _TRIES or folder.exists():
+                            raise
             finally:
                 temporary.unlink(missing_ok=True)
         return StoredUpload(f"{folder_name}/{digest}", size, digest)
@@ -203,9 +215,39 @@ class LocalStorage:
         return path, size, digest.hexdigest()
 
 
+def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bool:
+    """Remove a stored file unless somebody has stored it again within the last seconds; tell whether it is gone.
+
+    `store_upload` touches a file that it keeps. It may do so between a look and the removal, hence the second look, at a file that it can
+    no longer find: then it puts its own copy there.
+    """
+    path = storage.resolve(relative)
+    with storage_faults(storage.base, relative):
+        try:
+            if time.time() - regular(path.stat()).st_mtime < untouched_for:
+                return False
+            aside = storage.ensure_directory(storage.temp_dir) / f"{uuid4().hex}.part"
+            path.rename(aside)
+        except FileNotFoundError:
+            return True
+        if time.time() - aside.stat().st_mtime < untouched_for:
+            aside.replace(path)
+            return False
+        aside.unlink()
+        if path.parent.parent.name == PurePosixPath(storage.uploads_dir).name:
+            with suppress(OSError):  # others are in it
+                path.parent.rmdir()
+    return True
+
+
 def _move_upload(temporary: Path, target: Path, size: int) -> None:
     """Give a finished copy its name, its SHA-256, unless the same content is there already."""
-    if not holds(target, size, target.name):
+    try:
+        os.utime(target)  # so that nobody removes it as one that is no longer needed
+        kept = holds(target, size, target.name)
+    except (FileNotFoundError, PermissionError):
+        kept = False
+    if not kept:
         sync(temporary)
         temporary.replace(target)
     # Also when it was there: the one who put it there may not have come to this point yet.

@@ -1,0 +1,81 @@
+"""Removing the stored files of deleted documents and batches, once nobody can need them any more.
+
+The same content may be submitted again under the same doc_id, and so to the same path, at any moment. A file goes only if no row refers to
+it, no transaction is open that could have begun to before the file was noted, and nobody has stored it again within the last minutes: what
+has been stored but not yet been submitted, a row does not speak for. Whoever submits it from now on waits for the note's row, and finds
+either the file unnoted or no file, and then stores its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import PurePosixPath
+from typing import Any
+
+import psycopg
+from loguru import logger
+
+from jobs.adapters.storage import LocalStorage, discard
+from jobs.redaction import describe
+from models.errors import PermanentError, RetryableError
+from models.settings import Settings
+from sql import query
+
+MOST = 1000  # files in a pass
+UNTOUCHED_SECONDS = 300.0
+"""How long nobody may have stored a file for it to be removed: longer than one submission can take from its copy to its statement."""
+
+Connection = psycopg.Connection[Any]
+
+
+def remove_noted_files(settings: Settings, conn: Connection, *, doc_id: str | None = None, untouched_for: float = UNTOUCHED_SECONDS) -> int:
+    """Remove what may be removed of the noted files, or of one document's, and return how many; the others stay noted.
+
+    `conn` commits each statement.
+    """
+    storage = LocalStorage.from_settings(settings)
+    noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
+    paths = {path: None for path, _ in noted}
+    for path, owner in noted:
+        for older in _versions(storage, path, owner):
+            conn.execute(query("note_older_file"), {"path": older, "doc_id": owner})
+            paths[older] = None
+    return sum(_remove(storage, conn, path, untouched_for) for path in paths)
+
+
+def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) -> int:
+    """Do so for one document right after it was deleted, or for all; transactions that were open then get a moment to end."""
+    removed = remove_noted_files(settings, conn, doc_id=doc_id)
+    time.sleep(0.05)
+    while more := remove_noted_files(settings, conn, doc_id=doc_id):
+        removed += more
+    return removed
+
+
+def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]:
+    """Return the other files of a document's upload folder, which hold its earlier versions."""
+    folder = PurePosixPath(path).parent
+    if doc_id is None or folder != PurePosixPath(storage.uploads_dir) / hashlib.sha256(doc_id.encode()).hexdigest():
+        return []
+    try:
+        return [name for name in storage.list_files("*", str(folder)) if name != path]
+    except (PermanentError, RetryableError):
+        return []
+
+
+def _remove(storage: LocalStorage, conn: Connection, path: str, untouched_for: float) -> bool:
+    with conn.transaction():
+        row = conn.execute(query("judge_file"), {"path": path}).fetchone()
+        if row is None or row[0] != "free":
+            return False
+        try:
+            gone = discard(storage, path, untouched_for=untouched_for)
+        except PermanentError as error:
+            logger.warning("A deleted document's file is none that could be removed: {}", describe(error))
+            gone = True
+        except RetryableError as error:
+            logger.warning("A deleted document's file was not removed, trying again later: {}", describe(error))
+            gone = False
+        conn.execute(query("forget_file" if gone else "put_off_file"), {"path": path})
+        return gone

@@ -1,0 +1,45 @@
+-- Cancelling and deleting documents and batches, and removing the files of the deleted.
+
+-- name: batch_of_document
+SELECT d.batch_id FROM file_extractions AS d WHERE d.doc_id = %(doc_id)s;
+
+-- name: cancel_document
+SELECT cancel_document(%(doc_id)s, %(lock_timeout_ms)s) AS state;
+
+-- name: delete_document
+SELECT delete_document(%(doc_id)s, %(lock_timeout_ms)s) AS deleted;
+
+-- name: cancel_batch
+SELECT cancel_batch(%(batch_id)s) AS cancelled;
+
+-- name: mark_batch_cancelled
+SELECT mark_batch_cancelled(%(batch_id)s, %(lock_timeout_ms)s) AS marked;
+
+-- name: cancel_documents
+SELECT cancel_documents(%(batch_id)s, %(max_count)s) AS cancelled;
+
+-- name: delete_documents
+SELECT delete_documents(%(batch_id)s, %(max_count)s, %(lock_timeout_ms)s) AS deleted;
+
+-- name: delete_batch
+SELECT delete_batch(%(batch_id)s, %(lock_timeout_ms)s) AS deleted;
+
+-- name: noted_files
+SELECT n.path, n.doc_id
+FROM files_to_remove AS n
+WHERE %(doc_id)s::text IS NULL OR n.doc_id = %(doc_id)s
+ORDER BY n.noted_at
+LIMIT %(most)s;
+
+-- name: note_older_file
+INSERT INTO files_to_remove AS n (path, doc_id) VALUES (%(path)s, %(doc_id)s) ON CONFLICT (path) DO NOTHING;
+
+-- name: judge_file
+SELECT judge_file(%(path)s) AS verdict;
+
+-- name: put_off_file
+-- Behind all others, so that files that have to wait keep none from being looked at.
+UPDATE files_to_remove AS n SET noted_at = clock_timestamp() WHERE n.path = %(path)s;
+
+-- name: forget_file
+DELETE FROM files_to_remove AS n WHERE n.path = %(path)s;

@@ -1,0 +1,278 @@
+"""Equal content under several ids of one user: one is processed, the others wait for it and copy, or are skipped."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs.pipeline.claims import NotClaimed, claim_document
+from jobs.pipeline.work import Work
+from jobs.reconcile import Reconciler
+from jobs.stages import Tools, extract, parse
+from models.documents import Document, FileType
+from models.errors import ParseError
+from models.stages import State
+from tests.integration.conftest import STAGE_NAMES, Bench
+
+
+async def claim(bench: Bench, doc_id: str, *, serialise: bool = True) -> Work | NotClaimed:
+    async with bench.pool.connection() as conn:
+        return await claim_document(
+            conn, doc_id, job_id=1, worker="w:1", lease_seconds=60, reconcile_seconds=5, serialise=serialise
+        )  # fmt: skip
+
+
+async def claimed(bench: Bench, doc_id: str) -> Work:
+    work = await claim(bench, doc_id)
+    assert isinstance(work, Work)
+    return work
+
+
+def states(bench: Bench) -> dict[str, str]:
+    return dict(bench.all("SELECT doc_id, state FROM file_extractions ORDER BY id"))
+
+
+def end(bench: Bench, doc_id: str, state: str) -> None:
+    """End a claimed document as a checkpoint, a cancel or a failure does."""
+    bench.conn.execute(
+        """UPDATE file_extractions SET state = %s, lease_until = NULL, error_type = 'PERMANENT', error_message = 'm',
+            milestone = CASE WHEN %s = 'complete' THEN 'complete' ELSE milestone END,
+            served_version = CASE WHEN %s = 'complete' THEN version END, processing_completed_at = now() WHERE doc_id = %s""",
+        [state, state, state, doc_id],
+    )
+
+
+async def test_of_unfinished_equals_one_is_claimed_and_the_others_wait(bench: Bench) -> None:
+    for doc_id in "abc":
+        bench.submit(doc_id, "1")
+    await claimed(bench, "a")
+    for doc_id in "bc":
+        refused = await claim(bench, doc_id)
+        assert isinstance(refused, NotClaimed)
+        assert (refused.state, refused.waits_for) == (State.QUEUED, "a")
+        assert refused.wait_seconds is not None
+        assert 1 <= refused.wait_seconds <= 60
+    bench.conn.execute("UPDATE file_extractions SET processing_started_at = now() - interval '1 h' WHERE doc_id = 'a'")
+    refused = await claim(bench, "b")
+    assert isinstance(refused, NotClaimed)
+    assert refused.wait_seconds == 60
+
+
+async def test_two_equals_that_are_claimed_at_the_same_moment_do_not_both_begin(bench: Bench) -> None:
+    for doc_id in "abcdef":
+        bench.submit(doc_id, "1")
+    made = await asyncio.gather(*(claim(bench, doc_id) for doc_id in "abcdef"))
+    assert sum(isinstance(it, Work) for it in made) == 1
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE owns_content") == (1,)
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "deleted", "new version"])
+async def test_the_next_takes_over_when_the_one_that_is_processed_ends_without_completing(bench: Bench, state: str) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    await claimed(bench, "a")
+    match state:
+        case "deleted":
+            bench.conn.execute("SELECT delete_document('a')")
+        case "new version":
+            bench.submit("a", "2")
+        case _:
+            end(bench, "a", state)
+    await claimed(bench, "b")
+    assert bench.all("SELECT doc_id FROM file_extractions WHERE owns_content") == [("b",)]
+
+
+async def test_a_complete_original_lets_all_its_equals_go_at_once(bench: Bench) -> None:
+    for doc_id in "abc":
+        bench.submit(doc_id, "1")
+    await claimed(bench, "a")
+    end(bench, "a", "complete")
+    for doc_id in "bc":
+        await claimed(bench, doc_id)
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE owns_content") == (0,)
+
+
+async def test_the_end_of_the_one_that_is_processed_wakes_those_that_wait_and_no_others(bench: Bench) -> None:
+    for doc_id, content in (("a", "1"), ("b", "1"), ("c", "2")):
+        bench.submit(doc_id, content)
+    bench.submit("other user", "1", user_id="ann")
+    await claimed(bench, "a")
+    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() + interval '1 h'")
+    end(bench, "a", "complete")
+    woken = bench.all("SELECT args->>'doc_id' FROM procrastinate_jobs WHERE scheduled_at IS NULL")
+    assert woken == [("b",)]
+
+
+async def test_waiting_counts_as_no_attempt_and_ends_complete(bench: Bench) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    await claimed(bench, "a")
+    job = bench.all("SELECT id FROM procrastinate_jobs WHERE queueing_lock = 'validate:b'")
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE queueing_lock = 'validate:a'")
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    assert bench.calls == []
+    assert bench.one("SELECT state, retry_count, crash_count, requeue_count, claim FROM file_extractions WHERE doc_id = 'b'") == (
+        "queued", 0, 0, 0, 0,
+    )  # fmt: skip
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND id > %s AND scheduled_at > now()", job[0][0]) == (
+        1,
+    )
+    end(bench, "a", "failed")
+    await bench.drain()
+    assert states(bench) == {"a": "failed", "b": "complete"}
+
+
+async def test_equals_of_two_users_never_wait_for_each_other_nor_know_each_other(bench: Bench) -> None:
+    bench.submit("a", "1", user_id="ann")
+    bench.submit("b", "1", user_id="bob")
+    await claimed(bench, "a")
+    await claimed(bench, "b")
+    end(bench, "a", "complete")
+    end(bench, "b", "failed")
+    for doc_id in ("bob's first", "bob's second"):
+        bench.submit(doc_id, "1", user_id="bob")
+        await bench.drain(duplicate_policy="skip")
+    assert bench.all("SELECT doc_id, state, duplicate_of FROM file_extractions WHERE length(doc_id) > 1 ORDER BY id") == [
+        ("bob's first", "complete", None),
+        ("bob's second", "duplicate", "bob's first"),
+    ]
+
+
+async def test_policy_process_waits_for_nobody(bench: Bench) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    assert isinstance(await claim(bench, "a", serialise=False), Work)
+    assert isinstance(await claim(bench, "b", serialise=False), Work)
+
+
+@pytest.mark.parametrize("handoff", ["inline", "queue"])
+async def test_policy_skip_ends_as_a_duplicate_after_validate_without_rows(bench: Bench, handoff: str) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    await bench.drain(duplicate_policy="skip", handoff=handoff)
+    assert bench.all("SELECT doc_id, state, status, milestone, duplicate_of, served_version FROM file_extractions ORDER BY id") == [
+        ("a", "complete", "completed", "complete", None, 1),
+        ("b", "duplicate", "completed", "upload_validated", "a", None),
+    ]
+    assert bench.calls.count("parse") == 1
+    assert bench.calls.count("validate") == 2
+    assert bench.all("SELECT DISTINCT doc_id FROM document_chunks") == [("a",)]
+    assert bench.one("SELECT detail->>'duplicate_of' FROM document_events WHERE event = 'duplicate'") == ("a",)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')") == (0,)
+
+
+async def test_a_new_version_that_is_a_duplicate_takes_the_old_version_from_readers(bench: Bench) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "2")
+    await bench.drain()
+    bench.submit("b", "1")
+    await bench.drain(duplicate_policy="skip")
+    assert bench.one("SELECT state, version, served_version, raw_extraction FROM file_extractions WHERE doc_id = 'b'") == (
+        "duplicate", 2, None, None,
+    )  # fmt: skip
+    assert bench.all("SELECT DISTINCT doc_id FROM document_chunks") == [("a",)]
+    assert bench.all("SELECT doc_id FROM document_markdown") == [("a",)]
+
+
+@pytest.mark.parametrize("handoff", ["inline", "queue"])
+async def test_content_that_is_not_known_before_validate_is_serialised_after_it(bench: Bench, handoff: str) -> None:
+    statement = "SELECT submit_document('uploads/x', doc_id => %s)"
+    for doc_id in "ab":
+        bench.conn.execute(statement, [doc_id])
+    runner = bench.runner(duplicate_policy="skip", handoff=handoff)
+    plain = runner._stages["validate"]
+
+    async def validate(document: Document, tools: Tools) -> Document:
+        return replace(await plain(document, tools), content_sha256="1" * 64)
+
+    runner._stages["validate"] = validate
+    jobs = [bench.fetch(), bench.fetch()]
+    for job in jobs:
+        assert job is not None
+        await runner.run(*job)
+    assert bench.all("SELECT milestone, state FROM file_extractions") == [("upload_validated", "queued")] * 2
+    while job := bench.fetch():
+        await runner.run(*job)
+    assert states(bench) == {"a": "complete", "b": "duplicate"}
+    assert bench.calls.count("parse") == 1
+
+
+@pytest.mark.parametrize("gone", ["deleted", "new version"])
+async def test_duplicates_are_queued_again_when_their_original_is_gone_and_one_becomes_the_original(bench: Bench, gone: str) -> None:
+    for doc_id in "abc":
+        bench.submit(doc_id, "1")
+    await bench.drain(duplicate_policy="skip")
+    assert states(bench) == {"a": "complete", "b": "duplicate", "c": "duplicate"}
+    if gone == "deleted":
+        bench.conn.execute("SELECT delete_document('a')")
+        assert states(bench) == {"b": "queued", "c": "queued"}
+    else:
+        bench.submit("a", "2")
+        done = await Reconciler(bench.settings, bench.pool).pass_once()
+        assert done == {"requeued": 2}
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'requeued' AND detail->>'duplicate_of' = 'a'") == (2,)
+    await bench.drain(duplicate_policy="skip")
+    found = states(bench)
+    assert sorted([found["b"], found["c"]]) == ["complete", "duplicate"]
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+
+
+async def test_a_locked_duplicate_is_left_to_the_reconciler(bench: Bench, database: str) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    await bench.drain(duplicate_policy="skip")
+    with psycopg.connect(database) as other:
+        other.execute("SELECT FROM file_extractions WHERE doc_id = 'b' FOR UPDATE")
+        bench.conn.execute("SELECT delete_document('a')")
+        assert states(bench) == {"b": "duplicate"}
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {"requeued": 1}
+
+
+class Unused:
+    """A sandbox that nobody may ask."""
+
+    async def run(self, *_: Any, **__: Any) -> Any:
+        raise ParseError("it was asked")
+
+
+def real_tools(bench: Bench, **changes: Any) -> Tools:
+    return replace(bench.runner(**changes)._tools, sandbox=Unused())
+
+
+async def test_reuse_copies_text_and_extraction_of_the_original_and_nothing_of_another_user(bench: Bench) -> None:
+    bench.submit("a", "1")
+    await bench.drain()
+    bench.conn.execute(
+        """UPDATE file_extractions SET file_name = 'a.txt', raw_extraction = '{"extractor": {"name": "paid", "version": "9"}, "cost": 1}'"""
+    )
+    bench.submit("b", "1")
+    bench.submit("c", "1", user_id="ann")
+    b, c = (await claimed(bench, "b")).document, (await claimed(bench, "c")).document
+    tools = real_tools(bench)
+    known: dict[str, Any] = {"file_type": FileType.TEXT, "mime_type": "text/plain"}
+    copied = await parse.run(replace(b, **known), tools)
+    assert (copied.markdown, copied.parser, copied.reused_from, copied.duplicate_of) == ("text of a version 1", "plain 1", "a", "a")
+    checked = replace(copied, markdown_sha256=bench.one("SELECT markdown_sha256 FROM document_markdown")[0])
+    extracted = await extract.run(checked, tools)
+    assert (extracted.raw_extraction, extracted.reused_from) == ({"extractor": {"name": "paid", "version": "9"}, "cost": 1}, "a")
+    for document in (replace(c, **known), replace(b, file_type=FileType.TEXT, mime_type="text/csv")):
+        with pytest.raises((ParseError, FileNotFoundError)):
+            await parse.run(document, tools)
+    with pytest.raises(ParseError):
+        await extract.run(replace(checked, markdown_sha256="0" * 64), tools)
+    with pytest.raises((ParseError, FileNotFoundError)):
+        await parse.run(replace(b, **known), real_tools(bench, duplicate_policy="process"))
+
+
+async def test_every_stage_of_a_reusing_document_leaves_its_event(bench: Bench) -> None:
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    await bench.drain()
+    told = bench.all("SELECT stage FROM document_events WHERE doc_id = 'b' AND event IN ('stage_completed', 'completed') ORDER BY id")
+    assert [row[0] for row in told] == STAGE_NAMES

@@ -1,0 +1,485 @@
+"""Cancel and delete: they win over work in flight, leave an event, and what was deleted never comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import jobs
+from jobs.adapters.storage import LocalStorage
+from jobs.front import close_sync
+from jobs.leftovers import remove_noted_files
+from jobs.reconcile import Reconciler
+from models.documents import Document
+from models.errors import NotFound, SubmitConflict
+from models.settings import Settings, load_settings
+from models.stages import State
+from sql import migrate as migrations
+from tests.integration.conftest import STAGE_NAMES, Bench
+
+TABLES = ("file_extractions", "document_markdown", "document_chunks", "chunk_buffer", "vector_buffer", "extraction_buffer")
+
+
+@pytest.fixture(autouse=True)
+def front_door(settings: Settings) -> Iterator[None]:
+    load_settings.cache_clear()
+    yield
+    close_sync()
+    load_settings.cache_clear()
+
+
+def counts(bench: Bench) -> dict[str, int]:
+    return {table: found for table in TABLES if (found := bench.one(f"SELECT count(*) FROM {table}")[0])}
+
+
+def live_jobs(bench: Bench) -> int:
+    return int(bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')")[0])
+
+
+def batch(bench: Bench, *doc_ids: str, batch_id: str = "b", seal: bool = True) -> str:
+    run = bench.one("SELECT begin_batch(%s, 'default', NULL, 'c')", batch_id)[0]
+    for doc_id in doc_ids:
+        accept(bench, doc_id, batch_id, run)
+    if seal:
+        bench.conn.execute("SELECT seal_batch(%s, %s, %s)", [batch_id, run, len(doc_ids)])
+    return str(run)
+
+
+def accept(bench: Bench, doc_id: str, batch_id: str, run: str) -> str:
+    statement = """SELECT outcome FROM accept_document(%s, 'default', 'f', 'uploads/' || %s, NULL, 1,
+        encode(sha256(convert_to(%s, 'UTF8')), 'hex'), '{}', 0, 'c', %s, %s, 50)"""
+    return str(bench.one(statement, doc_id, doc_id, doc_id, batch_id, run)[0])
+
+
+def end_job(bench: Bench, job_id: int) -> None:
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE id = %s AND status = 'doing'", [job_id])
+
+
+def test_claims_go_on_above_those_that_were_given_before_the_migration(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = migrations._own()
+    with psycopg.connect(empty_database, autocommit=True) as conn:
+        monkeypatch.setattr(migrations, "_own", lambda: [path for path in every if path.name < "0007"])
+        migrations.migrate(conn)
+        conn.execute("SELECT submit_document('uploads/a', doc_id => 'a', content_sha256 => repeat('1', 64))")
+        conn.execute("UPDATE file_extractions SET state = 'working', claim = 41, lease_until = now()")
+        monkeypatch.undo()
+        migrations.migrate(conn)
+        conn.execute("UPDATE file_extractions SET claim = claim + 1")
+        conn.execute("SELECT submit_document('uploads/b', doc_id => 'b', content_sha256 => repeat('1', 64))")
+        conn.execute("UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() WHERE doc_id = 'b'")
+        assert conn.execute("SELECT claim FROM file_extractions ORDER BY id").fetchall() == [(42,), (43,)]
+
+
+# Cancel
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("handoff", ["inline", "queue"])
+async def test_a_document_cancelled_in_mid_stage_writes_nothing_more(bench: Bench, stage: str, handoff: str) -> None:
+    async def cancel(document: Document) -> None:
+        if document.version == 2:
+            assert bench.one("SELECT cancel_document('a')") == ("cancelled",)
+
+    bench.submit("a", "1")
+    await bench.drain()
+    bench.submit("a", "2")
+    bench.also[stage] = cancel
+    await bench.drain(handoff=handoff)
+    assert bench.one("SELECT state, status, version, served_version, lease_until FROM file_extractions") == (
+        "cancelled",
+        "failed",
+        2,
+        1,
+        None,
+    )
+    assert bench.one("SELECT raw_extraction->>'title' FROM file_extractions") == ("text of a version 1",)
+    assert bench.all("SELECT DISTINCT version FROM document_chunks") == [(1,)]
+    told = bench.all("SELECT event, stage FROM document_events WHERE event IN ('cancelled', 'fenced_off') ORDER BY id")
+    assert [event for event, _ in told] == ["cancelled", "fenced_off"]
+    assert live_jobs(bench) == 0
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+    bench.also.clear()
+    bench.submit("a", "2")
+    await bench.drain()
+    assert bench.one("SELECT state, version, served_version FROM file_extractions") == ("complete", 2, 2)
+
+
+async def test_a_waiting_document_is_cancelled_with_its_job_and_an_ended_one_stays_as_it_is(bench: Bench) -> None:
+    bench.submit("a")
+    assert jobs.cancel_document("a") is State.CANCELLED
+    assert live_jobs(bench) == 0
+    assert jobs.cancel_document("a") is State.CANCELLED
+    bench.submit("b")
+    await bench.drain()
+    assert await jobs.cancel_document_async("b") is State.COMPLETE
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'cancelled'") == (1,)
+    with pytest.raises(NotFound, match='"c"'):
+        jobs.cancel_document("c")
+
+
+async def test_cancel_and_delete_join_the_callers_transaction(bench: Bench, database: str) -> None:
+    bench.submit("a")
+    bench.submit("b")
+    with psycopg.connect(database) as mine:
+        jobs.cancel_document("a", connection=mine)
+        jobs.delete_document("b", connection=mine)
+        mine.rollback()
+    assert bench.all("SELECT doc_id, state FROM file_extractions ORDER BY id") == [("a", "queued"), ("b", "queued")]
+    async with await psycopg.AsyncConnection.connect(database) as theirs:
+        assert await jobs.cancel_document_async("a", connection=theirs) is State.CANCELLED
+        assert await jobs.delete_document_async("b", connection=theirs)
+    assert bench.all("SELECT doc_id, state FROM file_extractions") == [("a", "cancelled")]
+    assert live_jobs(bench) == 0
+
+
+async def test_a_document_that_a_transaction_holds_is_a_conflict_and_not_a_hang(
+    bench: Bench, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBMIT_LOCK_TIMEOUT_SECONDS", "0.05")
+    load_settings.cache_clear()
+    batch(bench, "a")
+    with psycopg.connect(database) as other:
+        other.execute("SELECT FROM file_extractions FOR UPDATE")
+        for attempt in (lambda: jobs.cancel_document("a"), lambda: jobs.delete_document("a"), lambda: jobs.delete_batch("b")):
+            with pytest.raises(SubmitConflict, match="holds"):
+                attempt()
+        assert bench.one("SELECT current_setting('lock_timeout')") == ("0",)
+
+
+async def test_a_cancelled_batch_takes_in_nothing_more_and_is_not_settled(bench: Bench) -> None:
+    run = batch(bench, "a", "b", "c", seal=False)
+    await bench.runner().run(*bench.fetch())  # type: ignore[misc]  # there is one
+    bench.conn.execute(
+        "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, file_path) VALUES ('b', %s, 'default', '', 'z')", [run]
+    )
+    assert jobs.cancel_batch("b") == 2
+    assert bench.all("SELECT doc_id, state FROM file_extractions ORDER BY id") == [
+        ("a", "complete"),
+        ("b", "cancelled"),
+        ("c", "cancelled"),
+    ]
+    assert bench.one("SELECT status, completed_at IS NULL FROM processing_jobs") == ("cancelled", False)
+    assert bench.one("SELECT state, ended_at IS NULL FROM batch_archives") == ("cancelled", False)
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="cancelled"):
+        accept(bench, "late", "b", run)
+    bench.conn.execute("SELECT seal_batch('b', %s, 3)", [run])
+    bench.conn.execute("SELECT settle_batch('b')")
+    assert bench.one("SELECT status FROM processing_jobs") == ("cancelled",)
+    assert jobs.cancel_batch("b") == 0
+    with pytest.raises(NotFound, match='"x"'):
+        jobs.cancel_batch("x")
+
+
+async def test_submitting_a_cancelled_batch_again_begins_a_run_that_goes_on_where_it_was_left(bench: Bench) -> None:
+    batch(bench, "a", "b")
+    assert bench.one("SELECT cancel_batch('b')") == (2,)
+    run = bench.one("SELECT begin_batch('b', 'default', NULL, 'c')")[0]
+    assert [accept(bench, doc_id, "b", run) for doc_id in "ab"] == ["resumed", "resumed"]
+    bench.conn.execute("SELECT seal_batch('b', %s, 2)", [run])
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+    await bench.drain()
+    assert bench.one("SELECT status FROM processing_jobs") == ("completed",)
+
+
+async def test_an_ended_batch_is_not_cancelled(bench: Bench) -> None:
+    batch(bench, "a")
+    await bench.drain()
+    assert jobs.cancel_batch("b") == 0
+    assert bench.one("SELECT status FROM processing_jobs") == ("completed",)
+
+
+async def test_a_document_that_was_held_or_submitted_while_its_batch_was_cancelled_is_cancelled_by_the_reconciler(
+    bench: Bench, database: str
+) -> None:
+    run = batch(bench, "held", "free", seal=False)
+    with psycopg.connect(database) as holder, psycopg.connect(database) as submitter:
+        holder.execute("SELECT FROM file_extractions WHERE doc_id = 'held' FOR UPDATE")
+        submitter.execute("SELECT accept_document('late','default','f','p',NULL,1,repeat('1',64),'{}',0,'c','b',%s,50)", [run])
+        assert bench.one("SELECT cancel_batch('b')") == (1,)
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {"cancelled": 2}
+    assert bench.all("SELECT DISTINCT state FROM file_extractions") == [("cancelled",)]
+    assert live_jobs(bench) == 0
+
+
+async def test_a_document_of_a_cancelled_batch_that_is_taken_up_by_itself_is_left_in_peace(bench: Bench) -> None:
+    batch(bench, "again", "failed")
+    bench.conn.execute(
+        "UPDATE file_extractions SET state = 'failed', error_type = 'PERMANENT', error_message = 'm' WHERE doc_id = 'failed'"
+    )
+    bench.conn.execute(
+        """INSERT INTO dead_letters (doc_id, version, user_id, correlation_id, stage, error_type, error_message)
+        VALUES ('failed', 1, 'default', 'c', 'validate', 'PERMANENT', 'm')"""
+    )
+    assert bench.one("SELECT cancel_batch('b')") == (1,)
+    bench.submit("again")
+    bench.conn.execute("SELECT requeue_document('failed')")
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+    await bench.drain()
+    assert bench.all("SELECT state FROM file_extractions") == [("complete",), ("complete",)]
+
+
+# Delete
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("handoff", ["inline", "queue"])
+async def test_a_document_deleted_in_mid_stage_is_gone_and_stays_gone(bench: Bench, stage: str, handoff: str) -> None:
+    async def delete(document: Document) -> None:
+        if document.version == 2:
+            assert bench.one("SELECT delete_document('a')") == (True,)
+
+    bench.submit("a", "1")
+    await bench.drain()
+    bench.submit("a", "2")
+    bench.also[stage] = delete
+    await bench.drain(handoff=handoff)
+    assert counts(bench) == {}
+    told = [event for (event,) in bench.all("SELECT event FROM document_events ORDER BY id DESC LIMIT 2")]
+    assert told == ["fenced_off", "deleted"]
+    assert live_jobs(bench) == 0
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'failed'") == (0,)
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+    assert counts(bench) == {}
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+async def test_a_late_worker_of_a_deleted_document_writes_nothing_to_the_one_that_has_its_name_now(bench: Bench, stage: str) -> None:
+    """Its claim number would come again if each row counted for itself."""
+    held, going_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(document: Document) -> None:
+        if not held.is_set():
+            held.set()
+            await going_on.wait()
+
+    bench.submit("a", "1")
+    bench.also[stage] = hold
+    found = bench.fetch()
+    assert found is not None
+    late = asyncio.create_task(bench.runner("late:1").run(*found))
+    await held.wait()
+    claim = bench.one("SELECT claim FROM file_extractions")[0]
+    assert bench.one("SELECT delete_document('a')") == (True,)
+    bench.submit("a", "2")
+    found = bench.fetch()
+    assert found is not None
+
+    async def wake(document: Document) -> None:
+        going_on.set()
+        await late
+
+    bench.also["finalize"] = wake
+    await bench.runner("second:1").run(*found)
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE claim = %s", claim) == (0,)
+    assert bench.one("SELECT state, version, content_sha256 FROM file_extractions") == ("complete", 1, "2" * 64)
+    assert bench.one("SELECT count(*) FROM document_chunks") == (5,)
+    fenced = bench.all("SELECT worker FROM document_events WHERE event = 'fenced_off'")
+    assert fenced == [("late:1",)]
+
+
+async def test_a_job_of_a_deleted_document_ends_well(bench: Bench) -> None:
+    bench.submit("a")
+    found = bench.fetch()
+    assert found is not None
+    assert jobs.delete_document("a")
+    await bench.runner().run(*found)
+    assert not jobs.delete_document("a")
+    assert bench.calls == []
+
+
+async def test_delete_resolves_the_dead_letter_and_keeps_the_audit_trail(bench: Bench) -> None:
+    bench.submit("a")
+    bench.conn.execute("UPDATE file_extractions SET state = 'failed', error_type = 'PERMANENT', error_message = 'm'")
+    bench.conn.execute(
+        """INSERT INTO dead_letters (doc_id, version, user_id, correlation_id, stage, error_type, error_message)
+        VALUES ('a', 1, 'default', 'c', 'validate', 'PERMANENT', 'm')"""
+    )
+    assert await jobs.delete_document_async("a")
+    assert bench.one("SELECT resolution FROM dead_letters") == ("deleted",)
+    assert bench.all("SELECT event, detail->>'role' FROM document_events ORDER BY id") == [("submitted", None), ("deleted", "postgres")]
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="deleted"):
+        bench.conn.execute("SELECT requeue_dead_letter(id) FROM dead_letters")
+
+
+async def test_a_submission_that_waits_for_a_delete_is_a_new_document(bench: Bench, database: str) -> None:
+    bench.submit("a", "1")
+    with psycopg.connect(database) as deleter:
+        deleter.execute("SELECT delete_document('a')")
+        thread = threading.Thread(target=lambda: submit_elsewhere(database))
+        thread.start()
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%submit_document%%'"
+        while bench.one(waiting) == (0,):  # noqa: ASYNC110 - another process's wait
+            await asyncio.sleep(0.01)
+    thread.join()
+    assert bench.one("SELECT version, state, content_sha256 FROM file_extractions") == (1, "queued", "1" * 64)
+    await bench.drain()
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
+def submit_elsewhere(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as conn:
+        conn.execute("SELECT submit_document('uploads/a', doc_id => 'a', content_sha256 => repeat('1', 64))")
+
+
+async def test_delete_batch_takes_documents_of_all_runs_archives_and_summaries(bench: Bench) -> None:
+    batch(bench, "old", "kept")
+    run = batch(bench, "kept", "new", seal=False)
+    bench.submit("other")
+    bench.conn.execute(
+        "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, file_path) VALUES ('b', %s, 'default', '', 'z')", [run]
+    )
+    bench.conn.execute(
+        """INSERT INTO run_summaries (run_id, batch_id, user_id, ui_json, nested_summary, file_count, success_count, error_count)
+        VALUES (%s, 'b', 'default', '{}', '{}', 0, 0, 0)""",
+        [run],
+    )
+    assert jobs.delete_batch("b") == 3
+    assert bench.all("SELECT doc_id FROM file_extractions") == [("other",)]
+    for table in ("processing_jobs", "batch_archives", "run_summaries"):
+        assert bench.one(f"SELECT count(*) FROM {table}") == (0,)
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="deleted"):
+        accept(bench, "late", "b", run)
+    assert jobs.delete_batch("b") is None
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+
+
+async def test_delete_batch_in_sql_is_one_transaction(bench: Bench) -> None:
+    batch(bench, "a", "b")
+    assert bench.one("SELECT delete_batch('b')") == (2,)
+    assert bench.one("SELECT delete_batch('b')") == (None,)
+    assert counts(bench) == {}
+
+
+async def test_the_batch_of_the_last_document_ends_when_that_is_cancelled_or_deleted(bench: Bench) -> None:
+    for number, end in enumerate((jobs.cancel_document, jobs.delete_document)):
+        batch(bench, f"done {number}", f"open {number}", batch_id=f"b{number}")
+        await bench.runner().run(*bench.fetch())  # type: ignore[misc]  # there is one
+        end(f"open {number}")
+        assert bench.one("SELECT status FROM processing_jobs WHERE batch_id = %s", f"b{number}") == ("completed_with_errors",)
+
+
+# Files
+
+
+def file_of(bench: Bench, doc_id: str) -> Path:
+    path: str = bench.one("SELECT file_path FROM file_extractions WHERE doc_id = %s", doc_id)[0]
+    return LocalStorage.from_settings(bench.settings).base / path
+
+
+def grow_old(path: Path) -> None:
+    long_ago = time.time() - 3600
+    os.utime(path, (long_ago, long_ago))
+
+
+async def test_delete_removes_the_files_of_all_versions_and_their_folder(bench: Bench) -> None:
+    paths = []
+    for content in (b"one", b"two"):
+        jobs.submit_document(content, doc_id="a")
+        paths.append(file_of(bench, "a"))
+    for path in paths:
+        grow_old(path)
+    assert jobs.delete_document("a")
+    assert not any(path.exists() for path in paths)
+    assert not paths[0].parent.exists()
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+
+async def test_a_file_that_was_stored_lately_stays_for_a_while(bench: Bench) -> None:
+    """Whoever stored it may be about to submit it: no row says so."""
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    assert jobs.delete_document("a")
+    assert path.exists()
+    grow_old(path)
+    assert remove_noted_files(bench.settings, bench.conn) == 1
+    assert not path.exists()
+
+
+async def test_a_file_that_is_stored_again_before_its_removal_is_kept(bench: Bench) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    bench.conn.execute("SELECT delete_document('a')")
+    grow_old(path)
+    LocalStorage.from_settings(bench.settings).store_upload("a", b"one", 1000)
+    assert remove_noted_files(bench.settings, bench.conn) == 0
+    assert path.read_bytes() == b"one"
+
+
+async def test_a_file_that_a_submission_has_referred_to_is_kept_whether_it_has_committed_or_not(bench: Bench, database: str) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    bench.conn.execute("SELECT delete_document('a')")
+    with psycopg.connect(database) as caller:
+        jobs.submit_document(b"one", doc_id="a", connection=caller)
+        grow_old(path)
+        assert remove_noted_files(bench.settings, bench.conn) == 0
+        assert path.exists()
+        caller.commit()
+    grow_old(path)
+    assert remove_noted_files(bench.settings, bench.conn) == 0
+    assert path.exists()
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+
+async def test_a_file_waits_for_transactions_that_may_have_begun_to_refer_to_it(bench: Bench, database: str) -> None:
+    """Two documents that share one file, as SQL callers may have it."""
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    grow_old(path)
+    with psycopg.connect(database) as caller:
+        caller.execute("SELECT submit_document((SELECT file_path FROM file_extractions WHERE doc_id = 'a'), doc_id => 'copy')")
+        bench.conn.execute("SELECT delete_document('a')")
+        assert remove_noted_files(bench.settings, bench.conn) == 0
+        caller.commit()
+    assert remove_noted_files(bench.settings, bench.conn) == 0
+    assert path.exists()
+    assert jobs.delete_document("copy")
+    assert not path.exists()
+
+
+async def test_a_submission_that_is_rolled_back_gives_the_file_up_again(bench: Bench, database: str) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    bench.conn.execute("SELECT delete_document('a')")
+    with psycopg.connect(database) as caller:
+        jobs.submit_document(b"one", doc_id="a", connection=caller)
+        caller.rollback()
+    grow_old(path)
+    assert remove_noted_files(bench.settings, bench.conn) == 1
+    assert not path.exists()
+
+
+async def test_deleting_and_submitting_the_same_at_once_never_loses_a_file_that_a_row_needs(bench: Bench) -> None:
+    stop = threading.Event()
+    storage = LocalStorage.from_settings(bench.settings)
+
+    def delete() -> None:
+        while not stop.is_set():
+            jobs.delete_document("a")
+
+    def remove() -> None:
+        with psycopg.connect(bench.conn.info.dsn, autocommit=True) as conn:
+            while not stop.is_set():
+                # A grace that is longer than it takes from a copy to its statement, and no longer than the test.
+                remove_noted_files(bench.settings, conn, untouched_for=0.5)
+
+    threads = [threading.Thread(target=delete), threading.Thread(target=remove), threading.Thread(target=remove)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(150):
+            jobs.submit_document(b"one", doc_id="a")
+            await asyncio.sleep(0.01)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    jobs.submit_document(b"one", doc_id="a")
+    assert storage.fingerprint(bench.one("SELECT file_path FROM file_extractions")[0]).size == 3
