@@ -9,12 +9,101 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.records import (
+        batch_statistics,
+        batch_statistics_async,
+        fail_batch,
+        fail_batch_async,
+        fail_document,
+        fail_document_async,
+        get_batch,
+        get_batch_async,
+        get_document,
+        get_document_async,
+        list_batch_documents,
+        list_batch_documents_async,
+        retry_document,
+        retry_document_async,
+        run_summary,
+        run_summary_async,
+        should_reprocess,
+        should_reprocess_async,
+        update_batch,
+        update_batch_async,
+        update_document,
+        update_document_async,
+    )
     from jobs.submit import submit_document, submit_document_async
+    from models.records import Advice, BatchRecord, BatchStatistics, DocumentRecord, Retry, RunSummary
     from models.submissions import Submission
 
-__all__ = ["Submission", "submit_document", "submit_document_async"]
+__all__ = [
+    "Advice",
+    "BatchRecord",
+    "BatchStatistics",
+    "DocumentRecord",
+    "Retry",
+    "RunSummary",
+    "Submission",
+    "batch_statistics",
+    "batch_statistics_async",
+    "fail_batch",
+    "fail_batch_async",
+    "fail_document",
+    "fail_document_async",
+    "get_batch",
+    "get_batch_async",
+    "get_document",
+    "get_document_async",
+    "list_batch_documents",
+    "list_batch_documents_async",
+    "retry_document",
+    "retry_document_async",
+    "run_summary",
+    "run_summary_async",
+    "should_reprocess",
+    "should_reprocess_async",
+    "submit_document",
+    "submit_document_async",
+    "update_batch",
+    "update_batch_async",
+    "update_document",
+    "update_document_async",
+]
 
-_HOMES = {"Submission": "models.submissions", "submit_document": "jobs.submit", "submit_document_async": "jobs.submit"}
+_HOMES = {
+    "Advice": "models.records",
+    "BatchRecord": "models.records",
+    "BatchStatistics": "models.records",
+    "DocumentRecord": "models.records",
+    "Retry": "models.records",
+    "RunSummary": "models.records",
+    "Submission": "models.submissions",
+    "batch_statistics": "jobs.records",
+    "batch_statistics_async": "jobs.records",
+    "fail_batch": "jobs.records",
+    "fail_batch_async": "jobs.records",
+    "fail_document": "jobs.records",
+    "fail_document_async": "jobs.records",
+    "get_batch": "jobs.records",
+    "get_batch_async": "jobs.records",
+    "get_document": "jobs.records",
+    "get_document_async": "jobs.records",
+    "list_batch_documents": "jobs.records",
+    "list_batch_documents_async": "jobs.records",
+    "retry_document": "jobs.records",
+    "retry_document_async": "jobs.records",
+    "run_summary": "jobs.records",
+    "run_summary_async": "jobs.records",
+    "should_reprocess": "jobs.records",
+    "should_reprocess_async": "jobs.records",
+    "submit_document": "jobs.submit",
+    "submit_document_async": "jobs.submit",
+    "update_batch": "jobs.records",
+    "update_batch_async": "jobs.records",
+    "update_document": "jobs.records",
+    "update_document_async": "jobs.records",
+}
 
 
 def __getattr__(name: str) -> Any:

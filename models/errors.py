@@ -85,5 +85,9 @@ class SubmitConflict(RetryableError):
     """Another transaction holds this document; nothing was stored. Try again after it ends."""
 
 
+class OperationRefused(PermanentError):
+    """The document or batch is not there, or in a state that does not allow what was asked; nothing was changed."""
+
+
 class ConfigurationError(PermanentError):
     """A setting or the environment is wrong. The message names the variable and what it may hold."""
