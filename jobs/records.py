@@ -1,7 +1,7 @@
 """Looking at documents and batches, and changing them by hand: R6's operations for application code. docs/operations-api.md lists them.
 
-Each function has an `_async` twin. `connection` joins the caller's transaction; without it each call is a transaction of its own. Asking for
-what is not there gives None; changing it raises OperationRefused, and SubmitConflict where another transaction holds it.
+Each function has an `_async` twin. `connection` joins the caller's transaction; without it each call is a transaction of its own.
+Asking for what is not there gives None; changing it raises OperationRefused, and SubmitConflict where another transaction holds it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ async def get_batch_async(batch_id: str, *, connection: Async = None) -> BatchRe
 def list_batch_documents(
     batch_id: str, *, state: State | None = None, after: str | None = None, limit: int = 100, connection: Sync = None
 ) -> list[DocumentRecord]:
-    """Return documents of a batch's current run in the order of doc_ids, at most `limit` (up to 1,000), from behind the doc_id `after` on."""
+    """Return documents of a batch's current run in the order of doc_ids from behind `after` on, at most `limit` (up to 1,000)."""
     return [_document(row) for row in _ask(connection, "list_batch_documents", **_page(batch_id, state, after, limit))]
 
 

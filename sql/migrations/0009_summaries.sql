@@ -378,15 +378,18 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION build_run_summary IS 'The summary of a batch as it stands now, also before it has ended; nothing is written.';
 
-CREATE FUNCTION run_summary(id text) RETURNS run_summaries LANGUAGE sql STABLE
-BEGIN ATOMIC
-    SELECT r.*
-    FROM run_summaries AS r
-    WHERE r.run_id = coalesce(
-        (SELECT b.run_id FROM processing_jobs AS b WHERE b.batch_id = run_summary.id),
-        CASE WHEN pg_input_is_valid(run_summary.id, 'uuid') THEN run_summary.id::uuid END
-    );
+CREATE FUNCTION run_summary(id text) RETURNS run_summaries LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    run uuid := (SELECT b.run_id FROM processing_jobs AS b WHERE b.batch_id = run_summary.id);
+    found_summary run_summaries;
+BEGIN
+    IF run IS NULL AND pg_input_is_valid(run_summary.id, 'uuid') THEN
+        run := run_summary.id::uuid;
+    END IF;
+    SELECT r.* INTO found_summary FROM run_summaries AS r WHERE r.run_id = run;
+    RETURN found_summary;
 END;
+$$;
 COMMENT ON FUNCTION run_summary IS 'The summary of a batch''s current run, by batch_id, or of any run, by run_id; null before it has ended.';
 
 CREATE FUNCTION keep_summary(
