@@ -46,9 +46,12 @@ COMMENT ON FUNCTION run_is_open IS 'Whether a document or an archive of a run ha
 
 CREATE FUNCTION path_in_batch(source_path text, batch_source_path text, file_name text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE
+    -- An entry of the zip that is the batch.
+    WHEN source_path <> '' AND source_path NOT LIKE '/%' THEN source_path
     WHEN starts_with(source_path, rtrim(batch_source_path, '/') || '/') AND length(source_path) > length(rtrim(batch_source_path, '/')) + 1
         THEN substr(source_path, length(rtrim(batch_source_path, '/')) + 2)
-    ELSE file_name
+    -- An entry of a zip in a list.
+    ELSE coalesce(substring(source_path FROM '(?i)/([^/]+\.zip/.+)$'), file_name)
 END;
 COMMENT ON FUNCTION path_in_batch IS 'Path of a file inside the folder or zip that is its batch; its name where it lies in neither.';
 
@@ -659,7 +662,7 @@ BEGIN
             WHERE l.doc_id = d.doc_id AND l.resolved_at IS NULL AND l.context ? 'lone_crash_count'), FALSE,
             format('its worker died of it: %s', d.error_message)),
         (6, d.state = 'failed' AND retries_left = 0, FALSE, format('its retries are used up: %s', d.error_message)),
-        (7, d.state = 'failed', TRUE, format('its error may pass and %s retries are left: %s', retries_left, d.error_message)),
+        (7, d.state = 'failed', TRUE, format('its error may pass (retries left: %s): %s', retries_left, d.error_message)),
         (8, d.state = 'retrying', TRUE, format('its error may pass; it is tried again by itself: %s', d.error_message)),
         (9, d.state = 'working' AND d.lease_until < now(), TRUE, 'its worker is dead; it is taken up again by itself'),
         (10, d.state = 'working' AND d.updated_at < now() - make_interval(secs => deadline_seconds), TRUE,

@@ -246,7 +246,7 @@ async def test_a_permanent_error_is_not_reprocessed_and_one_that_can_pass_is_whi
     await bench.drain()
     assert await reprocess(bench) == (False, "its retries are used up: busy")
     bench.conn.execute("UPDATE file_extractions SET retry_count = 2")
-    assert await reprocess(bench) == (True, "its error may pass and 1 retries are left: busy")
+    assert await reprocess(bench) == (True, "its error may pass (retries left: 1): busy")
     bench.conn.execute("SELECT discard_dead_letter(id) FROM dead_letters")
     assert await reprocess(bench) == (False, "it failed and was put away")
     bench.submit(content="2")
