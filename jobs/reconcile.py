@@ -21,7 +21,7 @@ from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
 SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
-WINDOW = 2000  # waiting documents that a pass looks at
+WINDOW = 2000  # waiting documents, and batches with some, that a pass looks at
 
 
 class Reconciler:
@@ -33,6 +33,7 @@ class Reconciler:
         self._awake_since = self._last_pass = clock.seconds()
         self._disturbed_at: float | None = None
         self._after = 0
+        self._after_batch = ""
 
     async def run(self) -> None:
         """Repair for ever; a pass that fails is logged and the next one tries again."""
@@ -64,11 +65,17 @@ class Reconciler:
             await self._fail_stalled(done, now)
             await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
-        for row in await self._rows("find_batches_to_reopen", most=MOST):
-            await self._repair(done, "reopen_batch", batch_id=row["batch_id"])
+        await self._reopen(done)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done
+
+    async def _reopen(self, done: dict[str, int]) -> None:
+        seen = await self._rows("find_batches_to_reopen", after=self._after_batch, window=WINDOW)
+        for row in seen:
+            if row["reopen"]:
+                await self._repair(done, "reopen_batch", batch_id=row["batch_id"])
+        self._after_batch = seen[-1]["batch_id"] if len(seen) == WINDOW else ""
 
     def _disturb(self, now: float) -> None:
         self._awake_since = self._disturbed_at = now
