@@ -21,7 +21,7 @@ from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
 SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
-WINDOW = 2000  # waiting documents, and batches with some, that a pass looks at
+WINDOW = 2000  # waiting documents that a pass looks at
 
 
 class Reconciler:
