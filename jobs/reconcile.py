@@ -35,6 +35,8 @@ class Reconciler:
         self._pool = pool
         self._awake_since = self._last_pass = clock.seconds()
         self._after = self._after_duplicate = 0
+        self._disturbed_at: float | None = None
+        self._after_batch = ""
 
     async def run(self) -> None:
         """Repair for ever; a pass that fails is logged and the next one tries again."""
@@ -42,7 +44,7 @@ class Reconciler:
             try:
                 await self.pass_once()
             except (psycopg.Error, OSError) as error:
-                self._awake_since = clock.seconds()  # nobody could renew or beat meanwhile
+                self._disturb(clock.seconds())  # nobody could renew or beat meanwhile
                 logger.warning("A pass of the reconciler failed: {}", describe(error))
             await asyncio.sleep(self._settings.reconcile_seconds)
 
@@ -52,7 +54,7 @@ class Reconciler:
         done: dict[str, int] = {}
         now = clock.seconds()
         if now - self._last_pass > lease / 2 + self._settings.reconcile_seconds:
-            self._awake_since = now  # this process was paused, or the database away
+            self._disturb(now)  # this process was paused, or the database away
         self._last_pass = now
         # One lease length after waking up every worker that lives has renewed what it holds.
         if now - self._awake_since >= lease:
@@ -63,14 +65,33 @@ class Reconciler:
                 await self._repair(done, "end_abandoned_job", job_id=row["id"], grace_seconds=lease)
             for row in await self._rows("find_dead_side_jobs", grace_seconds=lease, most=MOST, tasks=SIDE_TASKS):
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
+            await self._fail_stalled(done, now)
             await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
         await self._requeue_duplicates(done)
         for row in await self._rows("find_stragglers", most=MOST):
             await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
+        await self._reopen(done)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done
+
+    async def _reopen(self, done: dict[str, int]) -> None:
+        seen = await self._rows("find_batches_to_reopen", after=self._after_batch, window=WINDOW)
+        for row in seen:
+            if row["reopen"]:
+                await self._repair(done, "reopen_batch", batch_id=row["batch_id"])
+        self._after_batch = seen[-1]["batch_id"] if len(seen) == WINDOW else ""
+
+    def _disturb(self, now: float) -> None:
+        self._awake_since = self._disturbed_at = now
+
+    async def _fail_stalled(self, done: dict[str, int], now: float) -> None:
+        """Fail batches that got no further for too long. Time in which this process was paused or the database away does not count."""
+        undisturbed = float("inf") if self._disturbed_at is None else now - self._disturbed_at
+        limits = {"timeout_seconds": self._settings.batch_processing_timeout, "undisturbed_seconds": undisturbed}
+        for row in await self._rows("find_stalled_batches", most=MOST, **limits):
+            await self._repair(done, "fail_stalled_batch", batch_id=row["batch_id"], **limits)
 
     async def _requeue_lost(self, done: dict[str, int]) -> None:
         seen = await self._rows("find_lost_documents", after=self._after, window=WINDOW)

@@ -89,5 +89,9 @@ class NotFound(PermanentError):
     """There is no document or batch of that name."""
 
 
+class OperationRefused(PermanentError):
+    """The document or batch is not there, or in a state that does not allow what was asked; nothing was changed."""
+
+
 class ConfigurationError(PermanentError):
     """A setting or the environment is wrong. The message names the variable and what it may hold."""

@@ -71,6 +71,21 @@ def status(
 
 
 @app.command(epilog=EXIT_CODES)
+def summary(
+    batch: Annotated[str, typer.Argument(metavar="BATCH", help="batch_id or the beginning of one, or a run_id.")],
+    *,
+    nested: Annotated[
+        bool, typer.Option("--nested", help="Folders, their files and the sections of these, rather than the files.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what became of a batch: totals, files and timeline. With --json it is the document that front ends get."""
+    from jobs.cli.summary import run  # noqa: PLC0415
+
+    raise typer.Exit(run(batch, nested=nested, json=json))
+
+
+@app.command(epilog=EXIT_CODES)
 def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     *,

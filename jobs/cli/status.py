@@ -132,8 +132,9 @@ def _details(event: Row) -> str:
 async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     row = (await rows(settings, "show_batch", batch_id=batch_id))[0]
     documents = await rows(settings, "documents_of_batch", batch_id=batch_id)
+    archives = await rows(settings, "archives_of_batch", batch_id=batch_id)
     if json:
-        print_json({**row, "documents": documents})
+        print_json({**row, "archives": archives, "documents": documents})
         return ExitCode.OK
     say(f"Batch {batch_id}", style="bold")
     facts = {
@@ -151,6 +152,8 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     for name, value in facts.items():
         if value not in (None, ""):
             say(f"  {name:<13}", value)
+    if archives:
+        _print_archives(archives)
     columns = ["file", "type", "pages", "passages", "status", "time", "error"]
     cells = [
         [d["source_path"] or d["file_name"], d["file_type"], d["page_count"], d["chunk_count"], d["status"], _span(d), d["error_message"]]
@@ -158,6 +161,15 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     ]
     table("", columns, cells, numbers=["pages", "passages", "time"])
     return ExitCode.OK
+
+
+def _print_archives(archives: list[Row]) -> None:
+    columns = ["archive", "state", "files", "unpacked", "skipped", "error"]
+    cells = [
+        [a["entry_path"] or "(the batch)", a["state"], a["entry_count"], a["unpacked_count"], a["skipped_count"], a["error_message"]]
+        for a in archives
+    ]
+    table("Archives", columns, cells, numbers=columns[2:5])
 
 
 def _span(document: Row) -> str:

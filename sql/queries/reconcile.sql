@@ -95,14 +95,68 @@ WHERE NOT EXISTS (
 );
 
 -- name: find_unsettled_batches
+-- Those that somebody holds in an open transaction are passed over: waiting for each would keep the reconciler from everything else.
 SELECT b.batch_id
 FROM processing_jobs AS b
-WHERE b.status IN ('pending', 'processing') AND b.sealed_at IS NOT NULL
+WHERE b.settled_at IS NULL AND (b.sealed_at IS NOT NULL OR b.status = 'cancelled' OR b.given_up)
+    -- As may_settle says it, which would cost more with many batches.
     AND NOT EXISTS (
         SELECT FROM file_extractions AS d
-        WHERE d.batch_id = b.batch_id AND d.state IN ('queued', 'working', 'retrying')
+        WHERE d.batch_id = b.batch_id AND d.run_id = b.run_id AND d.state IN ('queued', 'working', 'retrying')
     )
+    AND NOT EXISTS (SELECT FROM batch_archives AS a WHERE a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking'))
+LIMIT %(most)s
+FOR NO KEY UPDATE OF b SKIP LOCKED;
+
+-- name: find_stalled_batches
+WITH working AS (
+    SELECT d.run_id
+    FROM file_extractions AS d
+    WHERE d.state = 'working' AND d.run_id IS NOT NULL
+    GROUP BY d.run_id
+    HAVING max(d.updated_at) < now() - make_interval(secs => %(timeout_seconds)s)
+    UNION
+    SELECT a.run_id
+    FROM batch_archives AS a
+    WHERE a.state = 'unpacking' AND a.updated_at < now() - make_interval(secs => %(timeout_seconds)s)
+)
+SELECT b.batch_id
+FROM processing_jobs AS b
+WHERE b.settled_at IS NULL AND b.completed_at IS NULL AND b.updated_at < now() - make_interval(secs => %(timeout_seconds)s)
+    AND (b.sealed_at IS NULL OR b.run_id IN (SELECT w.run_id FROM working AS w))
+    AND stall_of(b, %(timeout_seconds)s, %(undisturbed_seconds)s) IS NOT NULL
 LIMIT %(most)s;
+
+-- name: fail_stalled_batch
+SELECT fail_stalled_batch(%(batch_id)s, %(timeout_seconds)s, %(undisturbed_seconds)s) AS outcome;
+
+-- name: find_batches_to_reopen
+-- Ended batches of which a document goes on again and nobody said so. From batch to batch of the unfinished documents, not from document to
+-- document, and a window of them, so that a pass costs the same whatever the backlog; the next pass goes on behind it.
+WITH RECURSIVE unfinished (batch_id, place) AS (
+    (SELECT d.batch_id, 1 FROM file_extractions AS d
+        WHERE d.batch_id > %(after)s AND d.state IN ('queued', 'working', 'retrying') ORDER BY d.batch_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT d.batch_id FROM file_extractions AS d
+        WHERE d.batch_id > u.batch_id AND d.state IN ('queued', 'working', 'retrying') ORDER BY d.batch_id LIMIT 1), u.place + 1
+    FROM unfinished AS u
+    WHERE u.batch_id IS NOT NULL AND u.place < %(window)s
+), free AS (
+    SELECT b.batch_id
+    FROM processing_jobs AS b
+    WHERE b.batch_id IN (SELECT u.batch_id FROM unfinished AS u)
+        AND b.settled_at IS NOT NULL AND b.sealed_at IS NOT NULL AND b.status <> 'cancelled' AND NOT b.given_up
+        AND run_is_open(b.batch_id, b.run_id)
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+SELECT u.batch_id, f.batch_id IS NOT NULL AS reopen
+FROM unfinished AS u
+LEFT JOIN free AS f ON f.batch_id = u.batch_id
+WHERE u.batch_id IS NOT NULL
+ORDER BY u.place;
+
+-- name: reopen_batch
+SELECT reopen_batch(%(batch_id)s) AS outcome;
 
 -- name: beat
 -- The registry's heartbeat; a row that somebody removed comes back.

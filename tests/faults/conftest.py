@@ -36,6 +36,11 @@ SHORT = {
         "test_a_submission_while_the_document_waits_for_its_retry[inline]",
         "test_an_open_transaction_on_one_document_harms_no_other[inline-commit]",
     ],
+    "test_batches": [
+        "test_last_documents_that_end_in_the_same_moment_end_their_batch_once[inline]",
+        "test_a_worker_killed_between_a_last_document_and_its_batch_leaves_no_batch_open[queue]",
+        "test_a_batch_submitted_in_a_callers_long_transaction_stops_no_worker[inline-rollback]",
+    ],
     "test_shutdown": [
         "test_a_stopped_worker_finishes_or_hands_on_what_it_has_and_blames_nobody[inline-grace_exceeded]",
         "test_a_second_signal_leaves_at_once[queue]",

@@ -1,0 +1,203 @@
+"""How batches end, and what their summaries tell."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.integration.batches import BATCH, accept, add_archive, at_once, batch_of, begin, reconciler, refuse, seal, summary
+from tests.integration.conftest import Bench
+
+
+async def test_the_last_document_ends_the_batch_and_writes_its_summary(bench: Bench) -> None:
+    run = begin(bench.conn)
+    accept(bench.conn, run, "a", "x")
+    accept(bench.conn, run, "c", folder="/data/in/deep/er")
+    seal(bench.conn, run, 3)
+    bench.also["parse"] = refuse("x")
+    await bench.drain()
+    assert bench.one(BATCH) == ("completed_with_errors", True, None, 3)
+    ui, nested = summary(bench)
+    assert ui["batch"]["status_text"] == "completed with errors"
+    assert ui["totals"]["by_error_type"] == {"PERMANENT": 1}
+    assert [(c["path"], c["outcome"], c["error_message"], c["can_be_retried"]) for c in ui["files"]] == [
+        ("a.txt", "succeeded", None, None),
+        ("deep/er/c.txt", "succeeded", None, None),
+        ("x.txt", "failed", "x.txt: no", False),
+    ]
+    assert ui["files"][0]["key_fields"]["language"] == "en"
+    assert [moment["event"] for moment in ui["timeline"]] == ["submitted", "sealed", "first_work", "ended"]
+    assert [(f["path"], f["parent"], f["files_here"], f["files_below"]) for f in nested["folders"]] == [
+        ("", None, 2, 3),
+        ("deep", "", 0, 1),
+        ("deep/er", "deep", 1, 1),
+    ]
+    section = nested["folders"][2]["files"][0]["sections"]
+    assert section == [{"heading": None, "heading_path": [], "passages": 5, "page_start": None, "page_end": None}]
+
+
+@pytest.mark.parametrize(
+    ("archives", "documents", "wanted"),
+    [
+        ([("", "failed", "in.zip is no zip.")], [], ("failed", True, "in.zip is no zip.", 1)),
+        ([("x.zip/", "failed", "x.zip is encrypted.")], [], ("failed", True, "x.zip is encrypted.", 1)),
+        ([("x.zip/", "failed", "x.zip is encrypted.")], ["a"], ("completed_with_errors", True, None, 2)),
+        ([("", "failed", "in.zip ends in the middle.")], ["a"], ("completed_with_errors", True, "in.zip ends in the middle.", 2)),
+        ([("", "unpacked", None), ("y.zip/", "failed", "no")], ["a", "b"], ("completed_with_errors", True, None, 3)),
+        ([("", "unpacked", None)], ["a"], ("completed", True, None, 1)),
+        ([], [], ("completed", True, None, 0)),
+    ],
+)
+async def test_archives_that_failed_count_as_files(bench: Bench, archives: Any, documents: list[str], wanted: Any) -> None:
+    run = begin(bench.conn)
+    for archive in archives:
+        add_archive(bench.conn, run, *archive)
+    accept(bench.conn, run, *documents)
+    seal(bench.conn, run, len(documents))
+    await bench.drain()
+    assert bench.one(BATCH) == wanted
+    summary(bench)
+
+
+@pytest.mark.parametrize("state", ["waiting", "unpacking"])
+async def test_a_batch_does_not_end_before_its_archives(bench: Bench, state: str) -> None:
+    run = begin(bench.conn)
+    add_archive(bench.conn, run, "", state)
+    accept(bench.conn, run, "a")
+    seal(bench.conn, run, 0)
+    await bench.drain()
+    assert bench.one("SELECT settle_batch('b')") == (None,)
+    assert bench.one(BATCH)[:2] == ("processing", False)
+    bench.conn.execute("UPDATE batch_archives SET state = 'unpacked', ended_at = now(), unpacked_count = 1")
+    assert bench.one("SELECT settle_batch('b')") == ("completed",)
+    ui, _ = summary(bench)
+    assert "unpacked" in [moment["event"] for moment in ui["timeline"]]
+
+
+async def test_a_batch_of_which_every_document_failed_or_was_cancelled_has_failed(bench: Bench) -> None:
+    batch_of(bench, "a", "c")
+    bench.also["parse"] = refuse("a", "c")
+    await bench.drain()
+    assert bench.one(BATCH) == ("failed", True, "every document of the batch failed", 2)
+    bench.conn.execute("UPDATE file_extractions SET state = 'cancelled'")
+    bench.conn.execute("SELECT settle_batch('b')")
+    assert bench.one(BATCH)[2] == "every file of the batch was cancelled"
+    assert summary(bench)[0]["totals"]["cancelled"] == 2
+
+
+async def test_a_document_of_an_older_run_holds_up_no_batch(bench: Bench) -> None:
+    old = begin(bench.conn)
+    accept(bench.conn, old, "gone")
+    run = begin(bench.conn)
+    assert run != old
+    accept(bench.conn, run, "a")
+    bench.conn.execute("DELETE FROM procrastinate_jobs WHERE args ->> 'doc_id' = 'gone'")
+    seal(bench.conn, run, 1)
+    await bench.drain()
+    assert bench.one(BATCH)[0] == "completed"
+    assert [card["doc_id"] for card in summary(bench)[0]["files"]] == ["a"]
+
+
+async def test_a_cancelled_batch_stays_cancelled_and_has_a_summary_too(bench: Bench) -> None:
+    batch_of(bench, "a", "c")
+    bench.conn.execute("UPDATE processing_jobs SET status = 'cancelled', completed_at = now()")
+    await bench.drain()
+    assert bench.one("SELECT settle_batch('b')") == (None,)
+    assert bench.one(BATCH)[0] == "cancelled"
+    assert summary(bench)[0]["batch"]["status"] == "cancelled"
+
+
+async def test_last_documents_that_end_at_once_write_one_summary(bench: Bench, database: str) -> None:
+    batch_of(bench, *"acdefg")
+    bench.also["finalize"] = refuse("g")
+    await bench.drain()
+    for _ in range(20):
+        bench.conn.execute("UPDATE processing_jobs SET status = 'processing', completed_at = NULL")
+        bench.conn.execute("DELETE FROM run_summaries")
+        answers = at_once(database, *["SELECT settle_batch('b')"] * 6)
+        assert set(answers) == {"completed_with_errors"}
+        assert bench.one(BATCH) == ("completed_with_errors", True, None, 6)
+        assert bench.one("SELECT count(*) FROM run_summaries") == (1,)
+
+
+async def test_two_documents_that_end_in_the_same_moment_leave_no_batch_open(bench: Bench, database: str) -> None:
+    batch_of(bench, "a", "c")
+    bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() + interval '1 min'")
+    end = """UPDATE file_extractions SET milestone = 'complete', state = 'complete', lease_until = NULL, served_version = 1
+        WHERE doc_id = %s"""
+    gate = threading.Barrier(2)
+
+    def finish(doc_id: str) -> None:
+        with psycopg.connect(database, autocommit=True) as conn:
+            conn.execute("BEGIN")
+            conn.execute(end, [doc_id])
+            gate.wait()
+            conn.execute("COMMIT")
+            conn.execute("SELECT settle_batch('b')")
+
+    threads = [threading.Thread(target=finish, args=(doc_id,)) for doc_id in ("a", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bench.one(BATCH)[:2] == ("completed", True)
+    summary(bench)
+
+
+async def test_a_batch_that_a_long_transaction_holds_stops_nobody_and_is_settled_afterwards(bench: Bench, database: str) -> None:
+    batch_of(bench, "a")
+    with psycopg.connect(database) as caller:
+        begin(caller)  # the batch submitted again inside of a transaction of the caller's
+        await bench.drain()  # comes back: the worker does not wait for the caller
+        assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+        assert await reconciler(bench).pass_once() == {}
+        assert bench.one(BATCH)[:2] == ("processing", False)
+        caller.rollback()
+    assert await reconciler(bench).pass_once() == {"completed": 1}
+    summary(bench)
+
+
+async def test_settling_never_writes_the_summary_of_a_run_that_was_begun_anew(bench: Bench, database: str) -> None:
+    for _ in range(10):
+        run = batch_of(bench, "a")
+        await bench.drain()
+        bench.conn.execute("DELETE FROM run_summaries")
+        bench.conn.execute("UPDATE processing_jobs SET status = 'processing', completed_at = NULL")
+        at_once(database, "SELECT settle_batch('b')", "SELECT begin_batch('b', 'ann', NULL, 'corr')")
+        now = bench.one("SELECT run_id FROM processing_jobs")[0]
+        assert now != run
+        assert bench.one(BATCH)[:2] == ("pending", False)
+        assert bench.all("SELECT run_id FROM run_summaries WHERE run_id <> %s", run) == []
+
+
+async def test_a_late_retry_updates_status_and_summary(bench: Bench) -> None:
+    batch_of(bench, "a", "x")
+    bench.also["parse"] = refuse("x")
+    await bench.drain()
+    assert summary(bench)[0]["totals"]["failed"] == 1
+    first = bench.one("SELECT created_at FROM run_summaries")
+    bench.also.clear()
+    bench.conn.execute("SELECT requeue_document('x')")
+    assert await reconciler(bench).pass_once() == {"processing": 1}, "an ended batch goes on by itself once a document of it does"
+    assert bench.one(BATCH)[:2] == ("processing", False)
+    await bench.drain()
+    assert bench.one(BATCH) == ("completed", True, None, 2)
+    assert summary(bench)[0]["totals"]["succeeded"] == 2
+    assert bench.one("SELECT created_at FROM run_summaries") == first
+
+
+async def test_requeueing_while_settling_ends_with_the_last_word_about_each_document(bench: Bench, database: str) -> None:
+    batch_of(bench, "a", "x")
+    bench.also["parse"] = refuse("x")
+    for _ in range(10):
+        await bench.drain()
+        bench.conn.execute("UPDATE processing_jobs SET status = 'processing', completed_at = NULL")
+        at_once(database, "SELECT settle_batch('b')", "SELECT requeue_document('x')", "SELECT reopen_batch('b')")
+        await reconciler(bench).pass_once()
+        assert bench.one(BATCH)[:2] == ("processing", False), "x goes on, and so does its batch"
+    await bench.drain()
+    assert bench.one(BATCH)[0] == "completed_with_errors"
+    assert summary(bench)[0]["totals"] | {"succeeded": 1, "failed": 1, "unfinished": 0} == summary(bench)[0]["totals"]
