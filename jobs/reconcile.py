@@ -20,7 +20,7 @@ from models.settings import Settings
 from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
-SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
+SIDE_TASKS = ["look_after_vector_index", "unpack"]  # docmill's tasks that are no stages; an application's own are none of our business
 WINDOW = 2000  # waiting documents that a pass looks at
 
 
@@ -62,6 +62,8 @@ class Reconciler:
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
             await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
+        for row in await self._rows("find_lost_archives", most=MOST):
+            await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done
@@ -86,7 +88,7 @@ class Reconciler:
         await faults.at(f"after_repair:{name}", params.get("doc_id", ""))
         outcome = next(iter(found[0].values()), None) if found else None
         if outcome is not None:
-            logger.warning("{}: {} {}", name, params.get("doc_id") or params.get("job_id") or params.get("batch_id"), outcome)
+            logger.warning("{}: {} {}", name, next(iter(params.values())), outcome)
             key = outcome if isinstance(outcome, str) else name
             done[key] = done.get(key, 0) + 1
 
