@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zipfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -58,7 +58,7 @@ class Bench:
         settings = self.settings.model_copy(update=changes)
         return Unpacker(settings=settings, pool=self.pool, sandbox=self, stopping=lambda: self.stopping)
 
-    def zip(self, files: dict[str, bytes | str] | bytes, name: str = "batch.zip") -> Path:
+    def zip(self, files: Mapping[str, bytes | str] | bytes, name: str = "batch.zip") -> Path:
         path = self.folder / name
         path.write_bytes(files if isinstance(files, bytes) else zip_bytes(files))
         return path
@@ -80,7 +80,8 @@ class Bench:
     def finish(self) -> None:
         """End every document well, as the pipeline would."""
         self.conn.execute(
-            "UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() + interval '1 min' WHERE state = 'queued'"
+            """UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() + interval '1 min'
+                WHERE state = 'queued'"""
         )
         self.conn.execute(
             """UPDATE file_extractions SET milestone = 'complete', state = 'complete', lease_until = NULL, served_version = version
