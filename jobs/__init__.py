@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.batch import submit_batch, submit_batch_async
     from jobs.records import (
         batch_statistics,
         batch_statistics_async,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
         Retry,
         RunSummary,
     )
-    from models.submissions import Submission
+    from models.submissions import Submission, SubmittedBatch
 
 __all__ = [
     "Advice",
@@ -62,6 +63,7 @@ __all__ = [
     "Retry",
     "RunSummary",
     "Submission",
+    "SubmittedBatch",
     "batch_statistics",
     "batch_statistics_async",
     "cancel_batch",
@@ -88,6 +90,8 @@ __all__ = [
     "run_summary_async",
     "should_reprocess",
     "should_reprocess_async",
+    "submit_batch",
+    "submit_batch_async",
     "submit_document",
     "submit_document_async",
     "update_batch",
@@ -104,6 +108,7 @@ _HOMES = {
     "Retry": "models.records",
     "RunSummary": "models.records",
     "Submission": "models.submissions",
+    "SubmittedBatch": "models.submissions",
     "batch_statistics": "jobs.records",
     "batch_statistics_async": "jobs.records",
     "cancel_batch": "jobs.removal",
@@ -130,6 +135,8 @@ _HOMES = {
     "run_summary_async": "jobs.records",
     "should_reprocess": "jobs.records",
     "should_reprocess_async": "jobs.records",
+    "submit_batch": "jobs.batch",
+    "submit_batch_async": "jobs.batch",
     "submit_document": "jobs.submit",
     "submit_document_async": "jobs.submit",
     "update_batch": "jobs.records",

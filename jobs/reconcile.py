@@ -23,6 +23,7 @@ MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one go
 SIDE_TASKS = [
     "look_after_vector_index",
     "remove_noted_files",
+    "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
 WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
 
@@ -72,6 +73,8 @@ class Reconciler:
         for row in await self._rows("find_stragglers", most=MOST):
             await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
         await self._reopen(done)
+        for row in await self._rows("find_lost_archives", most=MOST):
+            await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done
@@ -120,7 +123,7 @@ class Reconciler:
         await faults.at(f"after_repair:{name}", params.get("doc_id", ""))
         outcome = next(iter(found[0].values()), None) if found else None
         if outcome is not None:
-            logger.warning("{}: {} {}", name, params.get("doc_id") or params.get("job_id") or params.get("batch_id"), outcome)
+            logger.warning("{}: {} {}", name, next(iter(params.values())), outcome)
             key = outcome if isinstance(outcome, str) else name
             done[key] = done.get(key, 0) + 1
 

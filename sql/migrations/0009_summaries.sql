@@ -467,12 +467,15 @@ COMMENT ON FUNCTION settle_batch IS
 CREATE OR REPLACE FUNCTION seal_batch(batch_id text, run_id uuid, total_files integer) RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE processing_jobs AS b
-    SET sealed_at = now(), total_files = seal_batch.total_files, updated_at = now(),
+    SET sealed_at = now(), total_files = seal_batch.total_files, direct_files = seal_batch.total_files, updated_at = now(),
         -- A submitter that had been given up comes back; what a person failed stays failed.
         status = CASE WHEN b.given_up THEN b.status ELSE 'processing' END,
         completed_at = CASE WHEN b.given_up THEN b.completed_at END,
         error_message = CASE WHEN b.given_up THEN b.error_message END
     WHERE b.batch_id = seal_batch.batch_id AND b.run_id = seal_batch.run_id AND b.sealed_at IS NULL AND b.status <> 'cancelled';
+    IF EXISTS (SELECT FROM batch_archives AS a WHERE a.run_id = seal_batch.run_id) THEN
+        PERFORM count_batch_files(seal_batch.batch_id, seal_batch.run_id);
+    END IF;
     RETURN settle_batch(seal_batch.batch_id);
 END;
 $$;

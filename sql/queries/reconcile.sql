@@ -158,6 +158,16 @@ ORDER BY u.place;
 -- name: reopen_batch
 SELECT reopen_batch(%(batch_id)s) AS outcome;
 
+-- name: find_lost_archives
+SELECT a.id
+FROM batch_archives AS a
+WHERE a.state IN ('waiting', 'unpacking') AND NOT is_being_unpacked(a.id)
+ORDER BY a.id
+LIMIT %(most)s;
+
+-- name: requeue_lost_archive
+SELECT requeue_lost_archive(%(archive_id)s, %(max_requeues)s) AS outcome;
+
 -- name: beat
 -- The registry's heartbeat; a row that somebody removed comes back.
 INSERT INTO worker_registry AS w (

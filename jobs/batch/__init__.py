@@ -1,0 +1,9 @@
+"""Batches: submitting folders, lists and zip archives, and unpacking the archives."""
+
+from jobs.batch.folders import is_zip
+from jobs.batch.front import submit_batch, submit_batch_async, submit_file, submit_folder
+from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener
+
+__all__ = [
+    "BatchSubmission", "Entry", "FileResult", "Listener", "is_zip", "submit_batch", "submit_batch_async", "submit_file", "submit_folder",
+]  # fmt: skip
