@@ -45,8 +45,8 @@ def batch_of(bench: Bench, *doc_ids: str) -> UUID:
 
 def add_archive(conn: psycopg.Connection, run: UUID, entry_path: str, state: str, error: str | None = None) -> None:
     conn.execute(
-        """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, file_path, state, error_message, ended_at)
-            VALUES ('b', %s, 'ann', %s, 'uploads/z', %s, %s, CASE WHEN %s IN ('failed', 'unpacked', 'cancelled') THEN now() END)""",
+        """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message, ended_at)
+            VALUES ('b', %s, 'ann', %s, '', 'uploads/z', %s, %s, CASE WHEN %s IN ('failed', 'unpacked', 'cancelled') THEN now() END)""",
         [run, entry_path, state, error, state],
     )
 
