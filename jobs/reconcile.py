@@ -64,8 +64,8 @@ class Reconciler:
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
             await self._fail_stalled(done, now)
             await self._rows("forget_dead_workers")
-        await self._requeue_lost(done)
         await self._reopen(done)
+        await self._requeue_lost(done)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done

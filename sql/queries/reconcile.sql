@@ -86,6 +86,24 @@ WHERE b.settled_at IS NULL AND (b.sealed_at IS NOT NULL OR b.status = 'cancelled
 LIMIT %(most)s
 FOR NO KEY UPDATE OF b SKIP LOCKED;
 
+-- name: beat
+-- The registry's heartbeat; a row that somebody removed comes back.
+INSERT INTO worker_registry AS w (
+    worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, version
+) VALUES (
+    %(worker)s, %(host)s, %(pid)s, %(queues)s, %(concurrency)s, %(stopping)s, %(active_jobs)s, %(documents)s, %(memory_mb)s,
+    %(cpu_seconds)s, %(version)s
+)
+ON CONFLICT (worker) DO UPDATE
+SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.active_jobs, documents = EXCLUDED.documents,
+    memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, queues = EXCLUDED.queues, concurrency = EXCLUDED.concurrency;
+
+-- name: sign_off
+DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
+
+-- name: forget_dead_workers
+DELETE FROM worker_registry AS w WHERE w.heartbeat_at < now() - interval '7 days' RETURNING w.worker;
+
 -- name: find_stalled_batches
 WITH working AS (
     SELECT d.run_id
@@ -135,21 +153,3 @@ ORDER BY u.place;
 
 -- name: reopen_batch
 SELECT reopen_batch(%(batch_id)s) AS outcome;
-
--- name: beat
--- The registry's heartbeat; a row that somebody removed comes back.
-INSERT INTO worker_registry AS w (
-    worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, version
-) VALUES (
-    %(worker)s, %(host)s, %(pid)s, %(queues)s, %(concurrency)s, %(stopping)s, %(active_jobs)s, %(documents)s, %(memory_mb)s,
-    %(cpu_seconds)s, %(version)s
-)
-ON CONFLICT (worker) DO UPDATE
-SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.active_jobs, documents = EXCLUDED.documents,
-    memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, queues = EXCLUDED.queues, concurrency = EXCLUDED.concurrency;
-
--- name: sign_off
-DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
-
--- name: forget_dead_workers
-DELETE FROM worker_registry AS w WHERE w.heartbeat_at < now() - interval '7 days' RETURNING w.worker;
