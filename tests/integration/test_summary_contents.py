@@ -15,8 +15,8 @@ from tests.integration.batches import BATCH, accept, add_archive, batch_of, begi
 from tests.integration.conftest import Bench
 from tests.summaries import check, shape
 
-COMPLETE = """UPDATE file_extractions SET state = 'complete', milestone = 'complete', served_version = 1, lease_until = NULL, chunk_count = 0,
-    raw_extraction = %s, processing_started_at = now(), processing_completed_at = clock_timestamp()"""
+COMPLETE = """UPDATE file_extractions SET state = 'complete', milestone = 'complete', served_version = 1, lease_until = NULL,
+    chunk_count = 0, raw_extraction = %s, processing_started_at = now(), processing_completed_at = clock_timestamp()"""
 
 
 def completed(bench: Bench, extraction: Any = None, *doc_ids: str) -> None:
