@@ -264,7 +264,7 @@ BEGIN ATOMIC
             sum(CASE WHEN f.outcome = 'succeeded' THEN f.passages ELSE 0 END)
                 OVER (ORDER BY f.outcome = 'succeeded', f.path COLLATE "C", f.doc_id ROWS UNBOUNDED PRECEDING) AS passages_so_far,
             -- So many sections a file that all together stay bounded.
-            least(100, 50000 / count(*) OVER ()) AS sections
+            least(100, 50000 / greatest(1, least(most, count(*) OVER ()))) AS sections
         FROM run_files(batch) AS f
     ), leaves AS (
         SELECT f.folders, f.path, f.doc_id, jsonb_build_object(
