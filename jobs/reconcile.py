@@ -68,11 +68,11 @@ class Reconciler:
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
             await self._fail_stalled(done, now)
             await self._rows("forget_dead_workers")
+        await self._reopen(done)
         await self._requeue_lost(done)
         await self._requeue_duplicates(done)
         for row in await self._rows("find_stragglers", most=MOST):
             await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
-        await self._reopen(done)
         for row in await self._rows("find_lost_archives", most=MOST):
             await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
         for row in await self._rows("find_unsettled_batches", most=MOST):

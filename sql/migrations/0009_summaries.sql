@@ -264,7 +264,7 @@ BEGIN ATOMIC
             sum(CASE WHEN f.outcome = 'succeeded' THEN f.passages ELSE 0 END)
                 OVER (ORDER BY f.outcome = 'succeeded', f.path COLLATE "C", f.doc_id ROWS UNBOUNDED PRECEDING) AS passages_so_far,
             -- So many sections a file that all together stay bounded.
-            least(100, 50000 / count(*) OVER ()) AS sections
+            least(100, 50000 / greatest(1, least(most, count(*) OVER ()))) AS sections
         FROM run_files(batch) AS f
     ), leaves AS (
         SELECT f.folders, f.path, f.doc_id, jsonb_build_object(
@@ -755,26 +755,40 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION batch_statistics IS 'The current run of a batch in figures: its documents by state, its archives, pages, passages, retries, times. bytes: of the uploads.';
 
-CREATE FUNCTION forget_in_summaries(doc_id text) RETURNS integer LANGUAGE plpgsql AS $$
--- For the deletion of a document: a summary holds its name, its errors and what was extracted from it. The totals stay as they were.
+CREATE FUNCTION without_deleted(part jsonb) RETURNS jsonb LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT part || jsonb_build_object(
+        'files', coalesce(jsonb_agg(f.file ORDER BY f.place) FILTER (WHERE f.stays), '[]'),
+        'files_omitted', (part ->> 'files_omitted')::integer + count(*) FILTER (WHERE NOT f.stays)
+    )
+    FROM (
+        SELECT e.file, e.place, e.file ->> 'doc_id' IS NULL OR d.id IS NOT NULL AS stays
+        FROM jsonb_array_elements(part -> 'files') WITH ORDINALITY AS e (file, place)
+        LEFT JOIN file_extractions AS d ON d.doc_id = e.file ->> 'doc_id'
+    ) AS f;
+END;
+COMMENT ON FUNCTION without_deleted IS 'A part of a summary that has files and files_omitted, without the files whose document is gone.';
+
+CREATE FUNCTION forget_deleted_documents(batch_id text) RETURNS integer LANGUAGE plpgsql AS $$
+-- A summary holds names, errors and what was extracted: what is deleted must go from there too. The totals stay as they were.
 DECLARE
     changed integer;
 BEGIN
     UPDATE run_summaries AS r
-    SET ui_json = jsonb_set(r.ui_json, '{files}', jsonb_path_query_array(
-            r.ui_json, '$.files[*] ? (@.doc_id == null || @.doc_id != $doc)', jsonb_build_object('doc', forget_in_summaries.doc_id))),
-        nested_summary = jsonb_set(r.nested_summary, '{folders}', (
-            SELECT coalesce(jsonb_agg(jsonb_set(f.folder, '{files}', jsonb_path_query_array(
-                f.folder, '$.files[*] ? (@.doc_id == null || @.doc_id != $doc)', jsonb_build_object('doc', forget_in_summaries.doc_id)))
-                ORDER BY f.place), '[]')
+    SET ui_json = without_deleted(r.ui_json), updated_at = now(),
+        nested_summary = r.nested_summary || jsonb_build_object('folders', (
+            SELECT coalesce(jsonb_agg(without_deleted(f.folder) ORDER BY f.place), '[]')
             FROM jsonb_array_elements(r.nested_summary -> 'folders') WITH ORDINALITY AS f (folder, place)
-        )), updated_at = now()
-    WHERE r.batch_id IN (SELECT e.batch_id FROM document_events AS e WHERE e.doc_id = forget_in_summaries.doc_id)
-        AND jsonb_path_exists(r.ui_json, '$.files[*] ? (@.doc_id == $doc)', jsonb_build_object('doc', forget_in_summaries.doc_id));
+        ))
+    WHERE r.batch_id = forget_deleted_documents.batch_id AND EXISTS (
+        SELECT FROM jsonb_array_elements(r.ui_json -> 'files') AS e
+        WHERE NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = e ->> 'doc_id') AND e ->> 'doc_id' IS NOT NULL
+    );
     GET DIAGNOSTICS changed = ROW_COUNT;
     RETURN changed;
 END;
 $$;
-COMMENT ON FUNCTION forget_in_summaries IS 'Takes a document''s card out of the summaries of all runs it was in and returns how many those were.';
+COMMENT ON FUNCTION forget_deleted_documents IS
+    'Takes the cards of deleted documents out of the summaries of all runs of a batch and returns how many changed. Call it after deletions, as a transaction of its own.';
 
 CALL pin_search_path();

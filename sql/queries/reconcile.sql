@@ -108,6 +108,24 @@ WHERE b.settled_at IS NULL AND (b.sealed_at IS NOT NULL OR b.status = 'cancelled
 LIMIT %(most)s
 FOR NO KEY UPDATE OF b SKIP LOCKED;
 
+-- name: beat
+-- The registry's heartbeat; a row that somebody removed comes back.
+INSERT INTO worker_registry AS w (
+    worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, version
+) VALUES (
+    %(worker)s, %(host)s, %(pid)s, %(queues)s, %(concurrency)s, %(stopping)s, %(active_jobs)s, %(documents)s, %(memory_mb)s,
+    %(cpu_seconds)s, %(version)s
+)
+ON CONFLICT (worker) DO UPDATE
+SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.active_jobs, documents = EXCLUDED.documents,
+    memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, queues = EXCLUDED.queues, concurrency = EXCLUDED.concurrency;
+
+-- name: sign_off
+DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
+
+-- name: forget_dead_workers
+DELETE FROM worker_registry AS w WHERE w.heartbeat_at < now() - interval '7 days' RETURNING w.worker;
+
 -- name: find_stalled_batches
 WITH working AS (
     SELECT d.run_id
@@ -167,21 +185,3 @@ LIMIT %(most)s;
 
 -- name: requeue_lost_archive
 SELECT requeue_lost_archive(%(archive_id)s, %(max_requeues)s) AS outcome;
-
--- name: beat
--- The registry's heartbeat; a row that somebody removed comes back.
-INSERT INTO worker_registry AS w (
-    worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, version
-) VALUES (
-    %(worker)s, %(host)s, %(pid)s, %(queues)s, %(concurrency)s, %(stopping)s, %(active_jobs)s, %(documents)s, %(memory_mb)s,
-    %(cpu_seconds)s, %(version)s
-)
-ON CONFLICT (worker) DO UPDATE
-SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.active_jobs, documents = EXCLUDED.documents,
-    memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, queues = EXCLUDED.queues, concurrency = EXCLUDED.concurrency;
-
--- name: sign_off
-DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
-
--- name: forget_dead_workers
-DELETE FROM worker_registry AS w WHERE w.heartbeat_at < now() - interval '7 days' RETURNING w.worker;
