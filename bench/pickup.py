@@ -14,7 +14,7 @@ import psycopg
 
 from bench.running import bench_server, fresh_settings, wait_until_ended, workers
 
-SUBMIT = "SELECT submit_document('missing', doc_id => %s, content_sha256 => repeat('0', 64)), clock_timestamp()"
+SUBMIT = "SELECT submit_document('missing', doc_id => %s, content_sha256 => repeat(md5(gen_random_uuid()::text), 2)), clock_timestamp()"
 CLAIMED = "SELECT processing_started_at, state FROM file_extractions WHERE doc_id = %s"
 
 

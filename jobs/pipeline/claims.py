@@ -72,7 +72,7 @@ async def claim_document(
         if refused.state not in (State.QUEUED, State.RETRYING) or (refused.wait_seconds or 0) > 1:
             return refused
         if serialise and (owner := await one(conn, "look_at_owner", {"doc_id": doc_id})) is not None:
-            # Looked for again at ever longer intervals, should its end not wake this one.
+            # Looks again at ever longer intervals, should the other one's end not wake it.
             return replace(refused, wait_seconds=min(_LONGEST_WAIT, max(1.0, owner["seconds"] or 0.0)), waits_for=owner["doc_id"])
     return refused
 
@@ -113,6 +113,7 @@ def _work(row: DictRow, job_id: int) -> Work:
         served_version=row["served_version"],
         retry_count=row["retry_count"],
         suspect=row["crash_count"] > 0,
+        may_parse=row["may_parse"],
     )
 
 

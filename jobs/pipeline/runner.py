@@ -231,8 +231,8 @@ class Runner:
         if following is None:
             await self._endings.complete(work, lease)
             return None
-        equals_unknown = self._settings.duplicate_policy != "process" and work.has_learned_content()
-        if self._settings.handoff == "queue" or equals_unknown or self._stopping() or not self._listens(job.queues, following):
+        waits = following.name == "parse" and not work.may_parse
+        if self._settings.handoff == "queue" or waits or self._stopping() or not self._listens(job.queues, following):
             await self._endings.leave(work, lease, following)
             return None
         if work.suspect or elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:

@@ -41,6 +41,8 @@ class Work:
     events: list[StageEvent] = field(default_factory=list)
     suspect: bool = False
     """A worker has crashed with this document in hand: it runs alone, with a checkpoint after each stage."""
+    may_parse: bool = True
+    """Parse need not wait for an equal document. Where it must, or the content was not known yet, the document is claimed anew for it."""
     ended: bool = False
     """A checkpoint has ended the work on it here."""
     fenced: bool = False
@@ -49,10 +51,6 @@ class Work:
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""
         return self.retry_count if milestone == self.saved.milestone else 0
-
-    def has_learned_content(self) -> bool:
-        """Say whether the document's hash has been found out since the last checkpoint: when it was claimed, its equals were not known."""
-        return self.saved.content_sha256 is None and self.document.content_sha256 is not None
 
     def carried_bytes(self) -> int:
         """About how much memory the results take that are not durable yet."""

@@ -184,15 +184,24 @@ END;
 $$;
 
 CREATE FUNCTION wake_equals() RETURNS trigger LANGUAGE plpgsql AS $$
--- Jobs that somebody holds are passed over rather than waited for: this transaction holds another document. They look again by themselves.
+-- All of them when there is something to copy; else the next one, so that many that fail one after another do not wake each other for
+-- nothing. Jobs that somebody holds are passed over rather than waited for: this transaction holds another document. They look again by
+-- themselves.
+DECLARE
+    most integer := 1;
 BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        most := CASE WHEN NEW.state NOT IN ('complete', 'duplicate') THEN 1 END;
+    END IF;
     UPDATE procrastinate_jobs AS j SET scheduled_at = NULL
     FROM (
         SELECT w.id
         FROM file_extractions AS e
         JOIN procrastinate_jobs AS w ON w.status = 'todo' AND w.queueing_lock = due_stage(e.milestone) || ':' || e.doc_id
         WHERE e.user_id = OLD.user_id AND e.content_sha256 = OLD.content_sha256 AND e.id <> OLD.id
-            AND e.state = 'queued' AND e.milestone <= 'upload_validated' AND w.scheduled_at > now()
+            AND e.state = 'queued' AND e.milestone = 'upload_validated' AND w.scheduled_at > now()
+        ORDER BY e.id
+        LIMIT most
         FOR UPDATE OF w SKIP LOCKED
     ) AS waiting
     WHERE j.id = waiting.id;

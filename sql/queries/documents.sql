@@ -3,7 +3,7 @@
 -- name: claim_document
 -- The fencing token is a new one with every claim. A row that somebody's open transaction holds is skipped, not waited for. An expired lease
 -- is for the reconciler to judge. `serialise`: of equals that nobody has completed yet one owns the content, the others are not claimed
--- before it has ended; two that would become the owner at once meet at the unique index.
+-- for parse before it has ended; two that would become the owner at once meet at the unique index.
 UPDATE file_extractions AS d
 SET state = 'working',
     claim = d.claim + 1,
@@ -29,7 +29,7 @@ FROM (
     SELECT f.id
     FROM file_extractions AS f
     WHERE f.doc_id = %(doc_id)s AND f.state IN ('queued', 'retrying') AND coalesce(f.not_before, now()) <= now()
-        AND (NOT %(serialise)s OR f.owns_content OR f.milestone > 'upload_validated' OR NOT EXISTS (
+        AND (NOT %(serialise)s OR f.owns_content OR f.milestone <> 'upload_validated' OR NOT EXISTS (
             SELECT FROM file_extractions AS o
             WHERE o.user_id = f.user_id AND o.content_sha256 = f.content_sha256 AND o.owns_content
         ))
@@ -38,7 +38,11 @@ FROM (
 WHERE d.id = free.id
 RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correlation_id, d.file_name, d.file_path, d.metadata,
     d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count,
-    d.crash_count, d.claim;
+    d.crash_count, d.claim,
+    NOT %(serialise)s OR d.owns_content OR d.milestone <> 'uploaded' OR EXISTS (
+        SELECT FROM file_extractions AS o
+        WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.state = 'complete'
+    ) AS may_parse;
 
 -- name: claim_alone
 -- Says that the document has its worker to itself from now on, so that the next crash is its own.
@@ -52,11 +56,11 @@ FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 
 -- name: look_at_owner
--- The equal document that this one waits for, and for how long that has been worked on.
-SELECT o.doc_id, extract(epoch FROM now() - o.processing_started_at)::float8 AS seconds
+-- The equal document that this one waits for, and for how long it has waited.
+SELECT o.doc_id, extract(epoch FROM now() - d.updated_at)::float8 AS seconds
 FROM file_extractions AS d
 JOIN file_extractions AS o ON o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.owns_content AND o.id <> d.id
-WHERE d.doc_id = %(doc_id)s AND d.milestone <= 'upload_validated';
+WHERE d.doc_id = %(doc_id)s AND d.milestone = 'upload_validated';
 
 -- name: was_deleted
 SELECT EXISTS (

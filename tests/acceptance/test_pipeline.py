@@ -156,6 +156,13 @@ def test_equal_content_is_known_as_a_duplicate_and_embeds_nothing_again(conn: ps
     by_id = {row[0]: row[1:] for row in rows}
     assert by_id["later"] == ("complete", "first", 0, 1) or by_id["later"] == ("complete", "twin at the same time", 0, 1)
     assert by_id["another user's"] == ("complete", None, 1, 1)
+    assert sorted(by_id[doc_id][2] for doc_id in ("first", "twin at the same time")) == [0, 1], "of two at once one is worked on"
+    reused = conn.execute("SELECT doc_id, stage FROM document_events WHERE detail ? 'reused_from' ORDER BY doc_id, stage").fetchall()
+    copies = sorted({"later", *(doc_id for doc_id in ("first", "twin at the same time") if by_id[doc_id][2] == 0)})
+    assert reused == [(doc_id, stage) for doc_id in copies for stage in ("extract", "parse")]
+    same = "SELECT count(DISTINCT (markdown, page_map, parser, markdown_sha256)), count(*) FROM document_markdown"
+    assert conn.execute(same).fetchone() == (1, 4)
+    assert conn.execute("SELECT count(DISTINCT raw_extraction) FROM file_extractions").fetchone() == (1,)
     assert {row[1] for row in rows} == {"complete"}
     assert conn.execute("SELECT count(*), count(DISTINCT doc_id) FROM document_chunks").fetchone() == (4, 4)
 

@@ -41,6 +41,15 @@ SHORT = {
         "test_a_worker_killed_between_a_last_document_and_its_batch_leaves_no_batch_open[queue]",
         "test_a_batch_submitted_in_a_callers_long_transaction_stops_no_worker[inline-rollback]",
     ],
+    "test_removal": [
+        "test_a_deed_while_each_stage_runs_wins[inline-cancel]",
+        "test_a_deed_while_each_stage_runs_wins[queue-delete and submit]",
+        "test_a_late_worker_of_a_deleted_document_writes_nothing_to_its_successor[inline]",
+        "test_the_original_of_duplicates_is_deleted_under_load[inline-skip]",
+        "test_equals_at_once_are_parsed_once_whatever_happens_to_the_first[queue-reuse]",
+        "test_a_batch_is_cancelled_and_deleted_under_load[queue]",
+        "test_a_storm_of_submissions_cancels_and_deletes_ends_with_what_was_submitted_last[inline]",
+    ],
     "test_shutdown": [
         "test_a_stopped_worker_finishes_or_hands_on_what_it_has_and_blames_nobody[inline-grace_exceeded]",
         "test_a_second_signal_leaves_at_once[queue]",

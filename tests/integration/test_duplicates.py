@@ -26,6 +26,19 @@ async def claim(bench: Bench, doc_id: str, *, serialise: bool = True) -> Work | 
         )  # fmt: skip
 
 
+def submit_validated(bench: Bench, *doc_ids: str, content: str = "1", user_id: str = "default") -> None:
+    """Submit equals that have come as far as parse, where they wait."""
+    for doc_id in doc_ids:
+        bench.submit(doc_id, content, user_id)
+        bench.conn.execute(
+            "UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() WHERE doc_id = %s", [doc_id]
+        )
+        bench.conn.execute(
+            "UPDATE file_extractions SET state = 'queued', milestone = 'upload_validated', lease_until = NULL WHERE doc_id = %s", [doc_id]
+        )
+        bench.conn.execute("SELECT drop_waiting_jobs(%s), defer_stage(%s, 'parse', 0)", [doc_id, doc_id])
+
+
 async def claimed(bench: Bench, doc_id: str) -> Work:
     work = await claim(bench, doc_id)
     assert isinstance(work, Work)
@@ -46,25 +59,38 @@ def end(bench: Bench, doc_id: str, state: str) -> None:
     )
 
 
-async def test_of_unfinished_equals_one_is_claimed_and_the_others_wait(bench: Bench) -> None:
-    for doc_id in "abc":
-        bench.submit(doc_id, "1")
+async def test_of_unfinished_equals_one_is_parsed_and_the_others_wait_ever_longer(bench: Bench) -> None:
+    submit_validated(bench, *"abc")
     await claimed(bench, "a")
-    for doc_id in "bc":
-        refused = await claim(bench, doc_id)
-        assert isinstance(refused, NotClaimed)
-        assert (refused.state, refused.waits_for) == (State.QUEUED, "a")
-        assert refused.wait_seconds is not None
-        assert 1 <= refused.wait_seconds <= 60
-    bench.conn.execute("UPDATE file_extractions SET processing_started_at = now() - interval '1 h' WHERE doc_id = 'a'")
-    refused = await claim(bench, "b")
-    assert isinstance(refused, NotClaimed)
-    assert refused.wait_seconds == 60
+    for waited, wait in (("0 s", 1), ("20 s", 20), ("1 h", 60)):
+        bench.conn.execute("UPDATE file_extractions SET updated_at = now() - %s::interval WHERE doc_id <> 'a'", [waited])
+        for doc_id in "bc":
+            refused = await claim(bench, doc_id)
+            assert isinstance(refused, NotClaimed)
+            assert (refused.state, refused.waits_for) == (State.QUEUED, "a")
+            assert refused.wait_seconds is not None
+            assert wait <= refused.wait_seconds < wait + 5
+
+
+async def test_equals_are_validated_without_waiting_and_not_carried_on_to_parse(bench: Bench) -> None:
+    """A thousand empty files fail side by side."""
+    bench.submit("a", "1")
+    bench.submit("b", "1")
+    assert (await claimed(bench, "a")).may_parse
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE queueing_lock = 'validate:a'")
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    assert bench.calls == ["validate"]
+    assert bench.one("SELECT milestone, state, owns_content FROM file_extractions WHERE doc_id = 'b'") == (
+        "upload_validated",
+        "queued",
+        False,
+    )
 
 
 async def test_two_equals_that_are_claimed_at_the_same_moment_do_not_both_begin(bench: Bench) -> None:
-    for doc_id in "abcdef":
-        bench.submit(doc_id, "1")
+    submit_validated(bench, *"abcdef")
     made = await asyncio.gather(*(claim(bench, doc_id) for doc_id in "abcdef"))
     assert sum(isinstance(it, Work) for it in made) == 1
     assert bench.one("SELECT count(*) FROM file_extractions WHERE owns_content") == (1,)
@@ -72,8 +98,7 @@ async def test_two_equals_that_are_claimed_at_the_same_moment_do_not_both_begin(
 
 @pytest.mark.parametrize("state", ["failed", "cancelled", "deleted", "new version"])
 async def test_the_next_takes_over_when_the_one_that_is_processed_ends_without_completing(bench: Bench, state: str) -> None:
-    bench.submit("a", "1")
-    bench.submit("b", "1")
+    submit_validated(bench, "a", "b")
     await claimed(bench, "a")
     match state:
         case "deleted":
@@ -87,8 +112,7 @@ async def test_the_next_takes_over_when_the_one_that_is_processed_ends_without_c
 
 
 async def test_a_complete_original_lets_all_its_equals_go_at_once(bench: Bench) -> None:
-    for doc_id in "abc":
-        bench.submit(doc_id, "1")
+    submit_validated(bench, *"abc")
     await claimed(bench, "a")
     end(bench, "a", "complete")
     for doc_id in "bc":
@@ -96,31 +120,29 @@ async def test_a_complete_original_lets_all_its_equals_go_at_once(bench: Bench) 
     assert bench.one("SELECT count(*) FROM file_extractions WHERE owns_content") == (0,)
 
 
-async def test_the_end_of_the_one_that_is_processed_wakes_those_that_wait_and_no_others(bench: Bench) -> None:
-    for doc_id, content in (("a", "1"), ("b", "1"), ("c", "2")):
-        bench.submit(doc_id, content)
-    bench.submit("other user", "1", user_id="ann")
+@pytest.mark.parametrize(("state", "woken"), [("complete", ["b", "c"]), ("failed", ["b"])])
+async def test_the_end_of_the_one_that_is_processed_wakes_those_that_wait_or_the_next(bench: Bench, state: str, woken: list[str]) -> None:
+    submit_validated(bench, *"abc")
+    submit_validated(bench, "other content", content="2")
+    submit_validated(bench, "other user", user_id="ann")
     await claimed(bench, "a")
-    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() + interval '1 h'")
-    end(bench, "a", "complete")
-    woken = bench.all("SELECT args->>'doc_id' FROM procrastinate_jobs WHERE scheduled_at IS NULL")
-    assert woken == [("b",)]
+    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() + interval '1 h' WHERE status = 'todo'")
+    end(bench, "a", state)
+    waiting = bench.all("SELECT args->>'doc_id' FROM procrastinate_jobs WHERE scheduled_at IS NULL AND status = 'todo' ORDER BY id")
+    assert [row[0] for row in waiting] == woken
 
 
 async def test_waiting_counts_as_no_attempt_and_ends_complete(bench: Bench) -> None:
-    bench.submit("a", "1")
-    bench.submit("b", "1")
+    submit_validated(bench, "a", "b")
     await claimed(bench, "a")
-    job = bench.all("SELECT id FROM procrastinate_jobs WHERE queueing_lock = 'validate:b'")
-    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE queueing_lock = 'validate:a'")
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE queueing_lock = 'parse:a'")
     found = bench.fetch()
     assert found is not None
     await bench.runner().run(*found)
     assert bench.calls == []
-    assert bench.one("SELECT state, retry_count, crash_count, requeue_count, claim FROM file_extractions WHERE doc_id = 'b'") == (
-        "queued", 0, 0, 0, 0,
-    )  # fmt: skip
-    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND id > %s AND scheduled_at > now()", job[0][0]) == (
+    counts = "SELECT state, retry_count, crash_count, requeue_count, owns_content FROM file_extractions WHERE doc_id = 'b'"
+    assert bench.one(counts) == ("queued", 0, 0, 0, False)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND id > %s AND scheduled_at > now()", found[0].id) == (
         1,
     )
     end(bench, "a", "failed")
@@ -129,8 +151,8 @@ async def test_waiting_counts_as_no_attempt_and_ends_complete(bench: Bench) -> N
 
 
 async def test_equals_of_two_users_never_wait_for_each_other_nor_know_each_other(bench: Bench) -> None:
-    bench.submit("a", "1", user_id="ann")
-    bench.submit("b", "1", user_id="bob")
+    submit_validated(bench, "a", user_id="ann")
+    submit_validated(bench, "b", user_id="bob")
     await claimed(bench, "a")
     await claimed(bench, "b")
     end(bench, "a", "complete")
@@ -145,8 +167,7 @@ async def test_equals_of_two_users_never_wait_for_each_other_nor_know_each_other
 
 
 async def test_policy_process_waits_for_nobody(bench: Bench) -> None:
-    bench.submit("a", "1")
-    bench.submit("b", "1")
+    submit_validated(bench, "a", "b")
     assert isinstance(await claim(bench, "a", serialise=False), Work)
     assert isinstance(await claim(bench, "b", serialise=False), Work)
 
