@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import psycopg
 from loguru import logger
@@ -40,7 +39,7 @@ class Acceptance:
     def __init__(self, pool: AsyncConnectionPool[Connection], archive: Archive) -> None:
         self._pool = pool
         self._archive = archive
-        self._known: dict[str, Mapping[str, Any]] = {}
+        self._known: dict[str, tuple[str | None, str]] = {}  # of archives of any size, so no more than is needed: content and state
         self.done: set[str] = set()
         """Paths of the entries that are in the run."""
         self.held = 0
@@ -55,7 +54,7 @@ class Acceptance:
             for start in range(0, len(ids), _LOOK_AT):
                 params = {"doc_ids": ids[start : start + _LOOK_AT], "user_id": archive.user_id}
                 for row in await rows(conn, "find_known_documents", params):
-                    self._known[row["doc_id"]] = row
+                    self._known[row["doc_id"]] = row["content_sha256"], row["state"]
                     if row["run_id"] == archive.run_id:
                         self.done.add(paths[row["doc_id"]])
             inner = await rows(conn, "find_inner_archives", {"archive_id": archive.id})
@@ -63,8 +62,8 @@ class Acceptance:
 
     def is_unchanged(self, path: str, sha256: str | None) -> bool:
         """Say whether an entry's document is known with this content and needs no work."""
-        row = self._known.get(self._archive.doc_id(path))
-        return row is not None and row["content_sha256"] == sha256 and row["state"] != State.CANCELLED
+        content, state = self._known.get(self._archive.doc_id(path), (None, ""))
+        return content is not None and content == sha256 and state != State.CANCELLED
 
     async def add_archive(self, path: str, stored: StoredUpload) -> None:
         """Take an archive inside of the archive into the run. Raises Superseded, BatchHeld."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import stat
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,13 +12,12 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from jobs.adapters.sniff import sniff
+from jobs.adapters.archives import is_archive
 from jobs.adapters.storage import LocalStorage, storable_text
 from jobs.adapters.storage.sources import read_blocks
 from jobs.batch.steps import Ask, Steps
 from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener, Whole, archive_upload_id, look_at_batch, refused_batch
 from jobs.submit import Place, prepare, refused, submission
-from models.documents import FileType
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from models.stages import State
@@ -29,12 +27,7 @@ from models.submissions import Submission
 def is_zip(path: Path) -> bool:
     """Say whether a file is a zip archive by its content, and no document as those of Office programs are; False if it cannot be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return False  # opening a pipe could make us wait for ever
-        with path.open("rb") as file:
-            if file.read(2) != b"PK" and path.suffix.lower() != ".zip":
-                return False
-        return sniff(path, path.name).file_type is FileType.ZIP
+        return is_archive(path, path.name)
     except OSError:
         return False
 

@@ -32,6 +32,8 @@ from models.settings import Settings
 
 DEPTH = 2
 """How deep archives may lie in one another; the outermost one is 1."""
+CRASHES = 3
+"""How many times MAX_CRASHES beginnings may break off without progress. What the worker does besides may be to blame, not the archive."""
 HELD_SECONDS = 5.0
 """After how long an archive is gone on with when somebody's open transaction is in the way."""
 STORING = 8
@@ -53,7 +55,7 @@ class Unpacker:
 
     async def run(self, archive_id: int) -> None:
         """Unpack an archive, or go on with one. Returns well however it fares; only the database's errors and a cancellation come out."""
-        began = await self._one("begin_unpacking", archive_id=archive_id, max_attempts=self._settings.max_crashes)
+        began = await self._one("begin_unpacking", archive_id=archive_id, max_attempts=CRASHES * self._settings.max_crashes)
         row = await self._one("look_at_archive", archive_id=archive_id)
         if row is None or began is None:
             return

@@ -11,7 +11,7 @@ from jobs.cli.waiting import OPEN_ARCHIVE
 from models.errors import PermanentError
 from models.settings import Settings
 from models.stages import State
-from models.submissions import Submission
+from models.submissions import Outcome, Submission
 
 
 async def open_archives(settings: Settings, batches: Sequence[BatchSubmission]) -> int:
@@ -44,9 +44,8 @@ def _documents(batch: BatchSubmission, archives: Sequence[Row], documents: Seque
         if row["doc_id"] not in known:
             name = row["source_path"] or row["file_name"]
             name = f"{batch.archives[0]}/{name}" if whole else name.removeprefix(root)
-            submission = Submission(
-                row["doc_id"], row["outcome"] or "unchanged", row["version"], State(row["state"]), row["correlation_id"]
-            )
+            outcome: Outcome = "unchanged" if batch.run_id is None or row["outcome"] is None else row["outcome"]
+            submission = Submission(row["doc_id"], outcome, row["version"], State(row["state"]), row["correlation_id"])
             yield FileResult(name, submission)
 
 

@@ -188,7 +188,7 @@ BEGIN
     END IF;
     IF archive.attempts >= max_attempts THEN
         PERFORM end_archive(archive_id, 'failed', format(
-            'Unpacking was begun %s times and broke off each time without getting on (MAX_CRASHES).%s',
+            'Unpacking was begun %s times and broke off each time without getting on (a multiple of MAX_CRASHES).%s',
             archive.attempts, coalesce(' Last: ' || archive.error_message, '')));
         RETURN 'failed';
     END IF;

@@ -61,7 +61,7 @@ def test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_r
     batch = write(arena, outer, inner)
     faults = [f"kill@unpack_{point};doc=b;once={arena.mark(point)}" for point in POINTS]
     arena.reconciler()
-    workers = [arena.worker(faults=faults, restart=True, MAX_CRASHES="20") for _ in range(2)]
+    workers = [arena.worker(faults=faults, restart=True) for _ in range(2)]
     submit_batch(batch, batch_id="b")
     settle(arena, 200)
     assert len(arena.marks()) == len(POINTS), "a fault point was never reached"

@@ -17,7 +17,7 @@ from jobs import submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.batch import archive as archive_module
-from jobs.batch.unpacking import Unpacker
+from jobs.batch.unpacking import CRASHES, Unpacker
 from jobs.database import make_pool
 from jobs.front import close_sync
 from jobs.pipeline.claims import Connection
@@ -234,10 +234,10 @@ async def test_an_archive_that_breaks_its_worker_again_and_again_is_failed(bench
         raise Interrupted
 
     bench.before_call = die
-    for _ in range(3):
+    for _ in range(CRASHES):
         with pytest.raises(Interrupted):
-            await bench.unpacker().run(archive)
-    await bench.unpacker().run(archive)
+            await bench.unpacker(max_crashes=1).run(archive)
+    await bench.unpacker(max_crashes=1).run(archive)
     state, message = bench.one("SELECT state, error_message FROM batch_archives")
     assert state == "failed"
     assert "MAX_CRASHES" in message

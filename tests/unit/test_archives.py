@@ -232,6 +232,11 @@ def test_something_before_or_behind_the_archive_does_no_harm(content: bytes, tmp
     assert unpacked(tmp_path, content)["a.txt"].reason is None
 
 
+def test_what_is_damaged_is_an_archive_only_where_it_is_called_one(tmp_path: Path) -> None:
+    found = unpacked(tmp_path, zip_bytes({"cut.zip": GOOD[:60], "cut.docx": GOOD[:60], "renamed.bin": GOOD}))
+    assert {path: result.is_archive for path, result in found.items()} == {"cut.zip": True, "cut.docx": False, "renamed.bin": True}
+
+
 def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "made.zip", "w") as made, made.open("a.txt", "w", force_zip64=True) as entry:
         entry.write(b"text")

@@ -3,6 +3,17 @@
 from jobs.adapters.archives.extraction import unpack_members
 from jobs.adapters.archives.listing import list_archive
 from jobs.adapters.archives.members import ArchiveLimits, Listing, Member, Unpacked
+from jobs.adapters.archives.recognition import is_archive
 from jobs.adapters.archives.workspace import remove_leftovers, workspace
 
-__all__ = ["ArchiveLimits", "Listing", "Member", "Unpacked", "list_archive", "remove_leftovers", "unpack_members", "workspace"]
+__all__ = [
+    "ArchiveLimits",
+    "Listing",
+    "Member",
+    "Unpacked",
+    "is_archive",
+    "list_archive",
+    "remove_leftovers",
+    "unpack_members",
+    "workspace",
+]

@@ -66,6 +66,15 @@ def read_directory(file: BinaryIO, most: int) -> tuple[Directory, list[Directory
     return directory, entries
 
 
+def has_directory(file: BinaryIO) -> bool:
+    """Say whether a file ends as an archive does."""
+    try:
+        _find_directory(file)
+    except (PermanentError, struct.error):
+        return False
+    return True
+
+
 def _find_directory(file: BinaryIO) -> Directory:
     length = file.seek(0, 2)
     tail_start = max(0, length - _END.size - _LONGEST_COMMENT - _BEHIND_THE_END)

@@ -14,10 +14,9 @@ from typing import BinaryIO
 
 from jobs.adapters.archives.listing import largest, limit_name
 from jobs.adapters.archives.members import ArchiveLimits, Member, Unpacked
-from jobs.adapters.sniff import sniff
+from jobs.adapters.archives.recognition import is_archive
 from jobs.adapters.storage.durable import FILE_MODE
 from jobs.adapters.storage.faults import storage_faults
-from models.documents import FileType
 from models.errors import PermanentError
 
 BLOCK = 1 << 20
@@ -59,23 +58,16 @@ def _unpack(file: BinaryIO, member: Member, target: Path, limits: ArchiveLimits)
         raise PermanentError(f"it ends after {size:,} of the {member.size:,} bytes that the archive declares")
     if crc != member.crc:
         raise PermanentError("it is damaged: its checksum (CRC-32) is wrong")
-    is_archive = _is_archive(target, member.path)
-    if not is_archive and size > limits.file_bytes:
+    found_archive = is_archive(target, member.path)
+    if not found_archive and size > limits.file_bytes:
         raise PermanentError(f"unpacked it has {size:,} bytes, more than the {limits.file_bytes:,} that MAX_FILE_SIZE_MB allows")
     if size > largest(member.path, limits):
         raise PermanentError(f"unpacked it has {size:,} bytes, more than {limit_name(member.path)} allows")
-    return Unpacked(member.path, target.name, size, digest.hexdigest(), is_archive)
+    return Unpacked(member.path, target.name, size, digest.hexdigest(), found_archive)
 
 
 def _opener(path: str, flags: int) -> int:
     return os.open(path, flags, FILE_MODE)
-
-
-def _is_archive(path: Path, name: str) -> bool:
-    """Say whether a file is an archive by its content, and none that is a document, as those of Office programs are."""
-    with path.open("rb") as file:
-        may_be = file.read(2) == b"PK" or name.lower().endswith(".zip")
-    return may_be and sniff(path, name).file_type is FileType.ZIP
 
 
 def _go_to_data(file: BinaryIO, member: Member) -> None:
