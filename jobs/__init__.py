@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jobs.submit import submit_document, submit_document_async
+    from jobs.sync import sync_folder, sync_folder_async
     from models.submissions import Submission
 
-__all__ = ["Submission", "submit_document", "submit_document_async"]
+__all__ = ["Submission", "submit_document", "submit_document_async", "sync_folder", "sync_folder_async"]
 
-_HOMES = {"Submission": "models.submissions", "submit_document": "jobs.submit", "submit_document_async": "jobs.submit"}
+_HOMES = {
+    "Submission": "models.submissions",
+    "submit_document": "jobs.submit",
+    "submit_document_async": "jobs.submit",
+    "sync_folder": "jobs.sync",
+    "sync_folder_async": "jobs.sync",
+}
 
 
 def __getattr__(name: str) -> Any:

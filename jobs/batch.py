@@ -14,7 +14,7 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from jobs.adapters.folders import list_folder
+from jobs.adapters.folders import Listing, list_folder
 from jobs.adapters.storage import storable_path
 from jobs.adapters.storage.sources import read_blocks
 from jobs.front import async_connection
@@ -46,6 +46,8 @@ class FileResult:
     name: str
     submission: Submission | None = None
     error: DocmillError | None = None
+    content_sha256: str | None = None
+    """Of what was read and submitted; None where nothing was read."""
 
 
 @dataclass(slots=True)
@@ -85,15 +87,22 @@ async def submit_folder(
     priority: int = 0,
     metadata: Mapping[str, Any] | None = None,
     on_file: Listener | None = None,
+    listing: Listing | None = None,
+    digests: Mapping[str, str] | None = None,
+    resume: bool = True,
 ) -> BatchSubmission:
     """Submit all files of a folder as one batch named by user and absolute path, and return what became of each, sorted by path.
 
     Hidden and system files are skipped. A file that is refused keeps no other from going on. A folder of which nothing has changed since
     its last run writes nothing. `on_file` is told of each file as it is done. Raises SubmitError if the folder cannot be listed.
+
+    For whoever has looked at the folder already: `listing`, what lies in it; `digests`, SHA-256 by name of files that need not be read to
+    see whether they have changed. Not `resume`: a cancelled document stays so until its content changes.
     """
     check_name("user_id", user_id)
     root = absolute_path(folder)
-    listing = await asyncio.to_thread(list_folder, root, leave_out=settings.storage_base_path)
+    if listing is None:
+        listing = await asyncio.to_thread(list_folder, root, leave_out=settings.storage_base_path)
     entries = [Entry(name, path_doc_id(user_id, root / name), root / name, storable_path(root / name)) for name in listing.files]
     run = _Run(
         settings,
@@ -103,6 +112,8 @@ async def submit_folder(
         priority=priority,
         metadata=metadata or {},
         on_file=on_file,
+        digests=digests or {},
+        resume=resume,
     )
     made = await run.submit(entries)
     for name, error in listing.unreadable:
@@ -126,6 +137,8 @@ class _Run:
         priority: int,
         metadata: Mapping[str, Any],
         on_file: Listener | None,
+        digests: Mapping[str, str],
+        resume: bool,
     ) -> None:
         self._settings = settings
         self._user_id = user_id
@@ -135,6 +148,8 @@ class _Run:
         self._tell = on_file or (lambda _: None)
         self._correlation_id = str(uuid.uuid4())
         self._made = made
+        self._digests = digests
+        self._resume = resume
 
     async def submit(self, entries: Sequence[Entry]) -> BatchSubmission:
         """Submit the entries in order, then make sure that the batch's run holds just the accepted ones, and seal it."""
@@ -154,7 +169,8 @@ class _Run:
 
     async def _submit_one(self, entry: Entry, known: Mapping[str, Any] | None) -> FileResult:
         try:
-            if known is not None and known["state"] != State.CANCELLED and await self._is_unchanged(entry, known):
+            standing = known is not None and (known["state"] != State.CANCELLED or not self._resume)
+            if known is not None and standing and await self._is_unchanged(entry, known):
                 kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
                 return FileResult(entry.name, kept)
             place = Place(self._user_id, self._made.batch_id, None, entry.source_path)
@@ -169,7 +185,7 @@ class _Run:
                 correlation_id=self._correlation_id,
             )
             params["run_id"] = self._made.run_id or await self._begin()
-            return FileResult(entry.name, await _accept(self._settings, params))
+            return FileResult(entry.name, await _accept(self._settings, params), content_sha256=params["content_sha256"])
         except ConfigurationError:
             raise
         except DocmillError as error:
@@ -182,7 +198,8 @@ class _Run:
                 made.update(block)
             return made.hexdigest()
 
-        return bool(await asyncio.to_thread(digest) == known["content_sha256"])
+        found = self._digests.get(entry.name) or await asyncio.to_thread(digest)
+        return bool(found == known["content_sha256"])
 
     def _stands(self, batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
         """Say whether the batch's last run was sealed and holds just these documents."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,11 +37,12 @@ class Options:
 
 
 @dataclass(slots=True)
-class _Ingest:
+class Ingest:
     """One call of the command, from the first file to the end."""
 
     settings: Settings
     options: Options
+    paths: Sequence[Path]
     display: Display
     worker: OwnWorker
     files: list[FileResult] = field(default_factory=list)
@@ -55,8 +56,9 @@ class _Ingest:
         if due and self.options.wait and self.options.worker:
             self.worker.start()
 
-    async def submit(self, paths: Sequence[Path]) -> None:
-        for path in paths:
+    async def submit(self) -> None:
+        """Submit everything."""
+        for path in self.paths:
             if not await asyncio.to_thread(path.is_dir):
                 self.submitted(await submit_file(self.settings, path, user_id=self.options.user, priority=self.options.priority))
                 continue
@@ -84,7 +86,22 @@ class _Ingest:
             complain("No worker is running: start one with `docmill worker`, or leave out --no-worker.", prefix="")
         await wait_for_documents(self.settings, doc_ids, self.worker if self.options.worker else None, self.display)
 
+    def print(self, report: Report) -> ExitCode:
+        """Print what became of the documents and return the exit code."""
+        if self.options.json:
+            print_json(as_json(report))
+        else:
+            print_report(report)
+            self.point_out_workers(report)
+        return report.exit_code(waited=self.options.wait)
+
+    def point_out_workers(self, report: Report) -> None:
+        """Say who works on documents that nobody waited for."""
+        if not self.options.wait and report.unfinished():
+            say("The documents are queued: `docmill worker` works on them, `docmill status` shows them.", console=aside())
+
     async def report(self, seconds: float) -> Report:
+        """Return what became of the documents so far."""
         found = {row["doc_id"]: row for row in await rows(self.settings, "documents_by_id", doc_ids=self.doc_ids())}
         return Report(self.files, found, self.batches, seconds)
 
@@ -93,25 +110,31 @@ def run(paths: Sequence[Path], options: Options) -> ExitCode:
     """Submit the paths and do as the options say."""
     settings = load_settings()
     quiet_logs(settings)
+    check_options(options)
+    return run_async(carry_out(lambda display: Ingest(settings, options, paths, display, OwnWorker(settings))))
+
+
+def check_options(options: Options) -> None:
+    """Raise a usage error for a user or a priority that no document can have."""
     try:
         check_name("user_id", options.user)
     except SubmitError as error:
         raise typer.BadParameter(str(error), param_hint="--user") from error
     if not -(2**31) <= options.priority < 2**31:
         raise typer.BadParameter("must be a whole number of 32 bits.", param_hint="--priority")
-    return run_async(_ingest(settings, paths, options))
 
 
-async def _ingest(settings: Settings, paths: Sequence[Path], options: Options) -> ExitCode:
+async def carry_out(make: Callable[[Display], Ingest]) -> ExitCode:
+    """Submit, see through and report; a signal in between ends it well."""
     started = time.monotonic()
     main = asyncio.current_task()
     assert main is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)  # SIGINT cancels the main task anyway
     with Display() as display:
-        call = _Ingest(settings, options, display, OwnWorker(settings))
+        call = make(display)
         try:
-            await call.submit(paths)
-            if options.wait:
+            await call.submit()
+            if call.options.wait:
                 await call.see_through()
         except asyncio.CancelledError:
             main.uncancel()
@@ -119,16 +142,10 @@ async def _ingest(settings: Settings, paths: Sequence[Path], options: Options) -
         finally:
             await call.worker.stop()
         report = await call.report(time.monotonic() - started)
-    if options.json:
-        print_json(as_json(report))
-    else:
-        print_report(report)
-        if not options.wait and report.unfinished():
-            say("The documents are queued: `docmill worker` works on them, `docmill status` shows them.", console=aside())
-    return report.exit_code(waited=options.wait)
+    return call.print(report)
 
 
-async def _interrupted(call: _Ingest) -> ExitCode:
+async def _interrupted(call: Ingest) -> ExitCode:
     if call.worker.task is not None:
         say("Stopping: work in hand comes to a good end first. Ctrl-C again leaves at once.", console=aside())
         await call.worker.stop()
