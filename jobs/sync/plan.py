@@ -190,10 +190,8 @@ def _place(plan: Plan, document: Stored, successors: Sequence[tuple[Found, Store
 
 
 def _serves(other: Stored | None, document: Stored) -> bool:
-    """Say whether another document answers for the same content, or waits for this one's deletion to do so."""
-    if other is None or other.content_sha256 != document.content_sha256:
-        return False
-    return other.state is State.COMPLETE or (other.state is State.DUPLICATE and other.duplicate_of == document.doc_id)
+    """Say whether another document answers for the same content by itself. A duplicate does not: it may be one of this very document."""
+    return other is not None and other.content_sha256 == document.content_sha256 and other.state is State.COMPLETE
 
 
 def _place_entry(

@@ -48,6 +48,15 @@ CREATE FUNCTION is_replaced(old file_extractions) RETURNS boolean LANGUAGE sql S
 $$;
 COMMENT ON FUNCTION is_replaced IS 'Whether the document that takes this one''s place holds the same content and is complete, or is a duplicate of a third one that is and stays.';
 
+CREATE OR REPLACE FUNCTION has_original(d file_extractions) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (
+        SELECT FROM file_extractions AS o
+        WHERE o.doc_id = d.duplicate_of AND o.state = 'complete' AND o.user_id = d.user_id AND o.content_sha256 = d.content_sha256
+            AND o.replaced_by IS NULL
+    );
+$$;
+COMMENT ON FUNCTION has_original IS 'Whether the document that this one is a duplicate of is complete with the same content, and stays.';
+
 CREATE FUNCTION delete_replaced_document(doc_id text) RETURNS text LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE

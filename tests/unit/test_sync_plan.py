@@ -66,14 +66,9 @@ def test_a_copy_that_is_complete_already_lets_the_missing_one_go_at_once() -> No
 
 def test_a_copy_that_is_not_complete_yet_or_has_failed_does_not() -> None:
     for state in (State.QUEUED, State.WORKING, State.RETRYING, State.FAILED, State.CANCELLED, State.DUPLICATE):
-        plan = make_plan([stored("a", "x"), stored("b", "x", state=state, duplicate_of="third")], found(b="x"))
+        plan = make_plan([stored("a", "x"), stored("b", "x", state=state, duplicate_of="id:a")], found(b="x"))
         assert [move.name for move in plan.moved] == ["b"], state
         assert plan.vanished == []
-
-
-def test_a_duplicate_of_the_missing_one_waits_for_nothing_but_its_deletion() -> None:
-    plan = make_plan([stored("a", "x"), stored("b", "x", state=State.DUPLICATE, duplicate_of="id:a")], found(b="x"))
-    assert [document.name for document in plan.vanished] == ["a"]
 
 
 def test_a_moved_document_that_no_search_sees_goes_at_once() -> None:
