@@ -121,6 +121,7 @@ class FolderSync:
             if not self._options.dry_run:
                 await self._memory.keep(plan.restored)
                 await self._mark_moved(result, seen)
+                await faults.at("sync_marked")
                 await self._submit(result, seen, found, memory)
                 await faults.at("sync_submitted")
                 await self._remember(result, seen, found, memory)
@@ -236,5 +237,5 @@ class FolderSync:
 
     async def finish_moves(self, result: SyncResult) -> None:
         """Delete the old documents of moved files whose new ones are complete by now; any worker's reconciler does the others."""
-        done = set(await self._memory.finish_replacing(move.old.doc_id for move in result.moved))
+        done = await self._memory.finish_replacing([move.old.doc_id for move in result.moved])
         result.deleted += [move.old for move in result.moved if move.old.doc_id in done]

@@ -102,9 +102,12 @@ class FolderMemory:
         found = await self._guarded("delete_vanished_document", _as_planned(old))
         return bool(found and found[0]["deleted"])
 
-    async def finish_replacing(self, doc_ids: Iterable[str]) -> list[str]:
-        """Delete those documents whose successor is complete by now, as any reconciler would, and return them."""
-        return [doc_id for doc_id in doc_ids if (await self._ask("delete_replaced_document", {"doc_id": doc_id}))[0]["outcome"]]
+    async def finish_replacing(self, doc_ids: Sequence[str]) -> set[str]:
+        """Delete those documents whose successor is complete by now, as any reconciler would; return all that are gone."""
+        for doc_id in doc_ids:
+            await self._ask("delete_replaced_document", {"doc_id": doc_id})
+        left = await self._ask("find_files_by_id", {"doc_ids": list(doc_ids), "user_id": self._user_id})
+        return set(doc_ids) - {row["doc_id"] for row in left}
 
     async def settle(self, batch_ids: Iterable[str]) -> None:
         """End batches whose last unfinished document has just been deleted."""

@@ -12,11 +12,14 @@ from typing import Any
 import psycopg
 import pytest
 
+from jobs.adapters.folders import list_folder
+from jobs.adapters.storage.sources import read_blocks
 from jobs.batch import submit_folder
 from jobs.front import close_async
 from jobs.reconcile import Reconciler
 from jobs.submit import path_doc_id
 from jobs.sync.folder import FolderSync, SyncOptions, SyncResult
+from jobs.sync.looking import Look, digest_files, look_at_folder
 from jobs.sync.memory import folder_lock
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from tests.deletion import provide_deletion
@@ -221,10 +224,12 @@ async def test_a_file_is_read_again_only_if_it_looks_different_or_was_changed_ju
     front: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    from jobs.sync import folder as module
 
-    real = module.digest_files
-    monkeypatch.setattr(module, "digest_files", lambda root, looks, limit: read.extend(looks) or real(root, looks, limit))
+    def note(root: Path, looks: dict[str, Look], limit: int) -> dict[str, str | None]:
+        read.extend(looks)
+        return digest_files(root, looks, limit)
+
+    monkeypatch.setattr("jobs.sync.folder.digest_files", note)
     monkeypatch.setattr("jobs.sync.looking.RACY_NS", 10**12)
     await synced(front, folder)
     await sync(front, folder)
@@ -258,11 +263,11 @@ async def test_an_empty_folder_deletes_nothing_unless_it_is_meant(front: Bench, 
     shutil.rmtree(folder)
     with pytest.raises(SubmitError, match="does not exist"):
         await sync(front, folder)
-    folder.mkdir()
+    os.mkdir(folder)  # noqa: PTH102
     (folder / ".DS_Store").write_text("x")
     before = written(front.conn)
     for options in ({}, {"dry_run": True}):
-        with pytest.raises(SubmitError, match="is empty, but 3 documents are stored.*--allow-empty"):
+        with pytest.raises(SubmitError, match=r"is empty, but 3 documents are stored.*--allow-empty"):
             await sync(front, folder, **options)
     assert written(front.conn) == before
     done = await sync(front, folder, allow_empty=True)
@@ -289,17 +294,14 @@ async def test_a_folder_that_goes_away_or_is_replaced_while_it_is_listed_deletes
 ) -> None:
     await synced(front, folder)
     (folder / "a.txt").unlink()
-    from jobs.sync import looking
-
-    real = looking.list_folder
 
     def replaced(root: Path, **options: Any) -> Any:
-        made = real(root, **options)
+        made = list_folder(root, **options)
         shutil.move(root, root.with_name("elsewhere"))
         root.mkdir()
         return made
 
-    monkeypatch.setattr(looking, "list_folder", replaced)
+    monkeypatch.setattr("jobs.sync.looking.list_folder", replaced)
     before = written(front.conn)
     with pytest.raises(RetryableError, match="went away or was replaced"):
         await sync(front, folder)
@@ -312,14 +314,13 @@ async def test_a_folder_that_goes_away_after_the_listing_deletes_nothing(
     await synced(front, folder)
     (folder / "a.txt").unlink()
     (folder / "b.txt").rename(folder / "z.txt")
-    from jobs.sync import folder as module
 
     async def vanish(*arguments: Any, **options: Any) -> Any:
         made = await submit_folder(*arguments, **options)
         shutil.move(folder, folder.with_name("elsewhere"))
         return made
 
-    monkeypatch.setattr(module, "submit_folder", vanish)
+    monkeypatch.setattr("jobs.sync.folder.submit_folder", vanish)
     result = await sync(front, folder)
     assert (result.deleted, [kept.name for kept in result.kept]) == ([], ["a.txt"])
     assert "went away" in result.kept[0].reason
@@ -372,14 +373,13 @@ async def test_what_is_there_but_not_listed_any_more_stays(front: Bench, folder:
 async def test_a_file_that_comes_back_right_before_its_deletion_stays(front: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await synced(front, folder)
     (folder / "a.txt").unlink()
-    from jobs.sync import folder as module
 
     async def restore(*arguments: Any, **options: Any) -> Any:
         made = await submit_folder(*arguments, **options)
         put(folder / "a.txt", "text of a.txt")
         return made
 
-    monkeypatch.setattr(module, "submit_folder", restore)
+    monkeypatch.setattr("jobs.sync.folder.submit_folder", restore)
     assert (await sync(front, folder)).deleted == []
     monkeypatch.undo()
     assert set((await sync(front, folder)).plan.unchanged) == {"a.txt", "b.txt", "sub/c.txt"}
@@ -390,14 +390,13 @@ async def test_a_document_that_was_submitted_again_since_it_was_looked_at_is_not
 ) -> None:
     await synced(front, folder)
     (folder / "a.txt").unlink()
-    from jobs.sync import folder as module
 
     async def meanwhile(*arguments: Any, **options: Any) -> Any:
         made = await submit_folder(*arguments, **options)
         front.conn.execute("UPDATE file_extractions SET run_id = gen_random_uuid() WHERE file_name = 'a.txt'")
         return made
 
-    monkeypatch.setattr(module, "submit_folder", meanwhile)
+    monkeypatch.setattr("jobs.sync.folder.submit_folder", meanwhile)
     assert (await sync(front, folder)).deleted == []
     assert "a.txt" in names(front, folder)
 
@@ -490,17 +489,14 @@ async def test_a_file_that_is_written_while_it_is_read_is_left_for_the_next_time
     await synced(front, folder)
     put(folder / "a.txt", "text of A.txt")  # the same size, so it has to be read
     put(folder / "new.txt", "new")
-    from jobs.sync import looking
-
-    real = looking.read_blocks
 
     def grow(path: Path, *arguments: Any) -> Any:
-        for block in real(path, *arguments):
+        for block in read_blocks(path, *arguments):
             with path.open("a") as file:
                 file.write("more")
             yield block
 
-    monkeypatch.setattr(looking, "read_blocks", grow)
+    monkeypatch.setattr("jobs.sync.looking.read_blocks", grow)
     result = await sync(front, folder, checksum=True)
     assert result.plan.busy == ["a.txt", "b.txt", "sub/c.txt"]
     assert result.batch is not None
@@ -516,12 +512,10 @@ async def test_a_file_that_moves_while_its_folder_is_listed_is_not_taken_for_del
 ) -> None:
     (folder / "early").mkdir()
     await synced(front, folder)
-    from jobs.sync import folder as module
-
-    real, calls = module.look_at_folder, []
+    calls: list[int] = []
 
     def unlucky(root: Path, leave_out: Path) -> Any:
-        seen = real(root, leave_out)
+        seen = look_at_folder(root, leave_out)
         if not calls:  # seen neither where it went nor where it was
             seen.listing.files.remove("a.txt")
             del seen.looks["a.txt"]
@@ -529,7 +523,7 @@ async def test_a_file_that_moves_while_its_folder_is_listed_is_not_taken_for_del
         calls.append(1)
         return seen
 
-    monkeypatch.setattr(module, "look_at_folder", unlucky)
+    monkeypatch.setattr("jobs.sync.folder.look_at_folder", unlucky)
     result = await sync(front, folder)
     assert shown(result)[2:] == ([("a.txt", "early/a.txt")], [])
 
