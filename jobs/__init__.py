@@ -9,14 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jobs.batch import submit_batch, submit_batch_async
     from jobs.submit import submit_document, submit_document_async
     from jobs.sync import sync_folder, sync_folder_async
-    from models.submissions import Submission
+    from models.submissions import Submission, SubmittedBatch
 
-__all__ = ["Submission", "submit_document", "submit_document_async", "sync_folder", "sync_folder_async"]
+__all__ = [
+    "Submission",
+    "SubmittedBatch",
+    "submit_batch",
+    "submit_batch_async",
+    "submit_document",
+    "submit_document_async",
+    "sync_folder",
+    "sync_folder_async",
+]
 
 _HOMES = {
     "Submission": "models.submissions",
+    "SubmittedBatch": "models.submissions",
+    "submit_batch": "jobs.batch",
+    "submit_batch_async": "jobs.batch",
     "submit_document": "jobs.submit",
     "submit_document_async": "jobs.submit",
     "sync_folder": "jobs.sync",

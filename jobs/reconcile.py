@@ -20,7 +20,7 @@ from models.settings import Settings
 from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
-SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
+SIDE_TASKS = ["look_after_vector_index", "unpack"]  # docmill's tasks that are no stages; an application's own are none of our business
 EXPECTED = {"delete_replaced_document"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents that a pass looks at
 
@@ -63,6 +63,8 @@ class Reconciler:
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
             await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
+        for row in await self._rows("find_lost_archives", most=MOST):
+            await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
         for row in await self._rows("find_replaced_documents", most=MOST):
             await self._repair(done, "delete_replaced_document", doc_id=row["doc_id"])
         for row in await self._rows("find_unsettled_batches", most=MOST):
@@ -89,7 +91,7 @@ class Reconciler:
         await faults.at(f"after_repair:{name}", params.get("doc_id", ""))
         outcome = next(iter(found[0].values()), None) if found else None
         if outcome is not None:
-            logger.log("INFO" if name in EXPECTED else "WARNING", "{}: {} {}", name, params.get("doc_id") or params.get("job_id") or params.get("batch_id"), outcome)
+            logger.log("INFO" if name in EXPECTED else "WARNING", "{}: {} {}", name, next(iter(params.values())), outcome)
             key = outcome if isinstance(outcome, str) else name
             done[key] = done.get(key, 0) + 1
 

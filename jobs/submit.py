@@ -72,7 +72,8 @@ def check_name(kind: str, value: str) -> str:
     return value
 
 
-def _metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
+def check_metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
+    """Return a submitter's own data as Postgres takes it; SubmitError if it is no JSON object that Postgres can hold."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise SubmitError(f"metadata must be a mapping, not {type(metadata).__name__}.")
     try:
@@ -83,6 +84,13 @@ def _metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
     if "\\u0000" in text:
         raise SubmitError("metadata must not hold NUL characters: Postgres cannot store them.")
     return Jsonb(json.loads(text))
+
+
+def check_priority(priority: int) -> int:
+    """Return a priority if it is a whole number of 32 bits."""
+    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise SubmitError(f"priority {priority!r} must be a whole number of 32 bits.")
+    return priority
 
 
 def _hash_stream(file: BinaryIO) -> tuple[BinaryIO, str]:
@@ -119,9 +127,8 @@ def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[
     doc_id, file_name = options.get("doc_id"), options.get("file_name")
     priority, correlation_id = options.get("priority", 0), options.get("correlation_id")
     check_name("user_id", place.user_id)
-    metadata = _metadata(options.get("metadata"))
-    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
-        raise SubmitError(f"priority {priority!r} must be a whole number of 32 bits.")
+    metadata = check_metadata(options.get("metadata"))
+    check_priority(priority)
     source: Path | bytes | BinaryIO
     if isinstance(file, bytes | bytearray | memoryview):
         source = bytes(file)

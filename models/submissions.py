@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from uuid import UUID
 
 from models.stages import State
 
@@ -36,3 +37,39 @@ class Submission(str):
     def __repr__(self) -> str:
         """Show all parts."""
         return f"Submission({str(self)!r}, outcome={self.outcome!r}, version={self.version}, state={self.state.value!r})"
+
+
+BatchOutcome = Literal["accepted", "unchanged", "new_run"]
+
+
+class SubmittedBatch(str):
+    """The batch_id, as a string, that also says what became of the submission.
+
+    `outcome`: `accepted` (a new batch), `unchanged` (nothing has changed since its last run: nothing happened), or `new_run`. `run_id`: the
+    run that the batch is in now. `refused`: the files of a folder or list that were kept out, with the reason; those in archives that are
+    kept out become failed documents. `archives`: how many zip archives are still to be unpacked by workers or have been.
+    """
+
+    __slots__ = ("archives", "outcome", "refused", "run_id")
+
+    outcome: BatchOutcome
+    run_id: UUID | None
+    refused: tuple[tuple[str, str], ...]
+    archives: int
+
+    def __new__(
+        cls, batch_id: str, outcome: BatchOutcome, run_id: UUID | None, *, archives: int = 0, refused: tuple[tuple[str, str], ...] = ()
+    ) -> SubmittedBatch:
+        """Make a submission's answer."""
+        made = super().__new__(cls, batch_id)
+        made.outcome, made.run_id, made.archives, made.refused = outcome, run_id, archives, refused
+        return made
+
+    @property
+    def batch_id(self) -> str:
+        """The batch's id as a plain string."""
+        return str(self)
+
+    def __repr__(self) -> str:
+        """Show all parts."""
+        return f"SubmittedBatch({str(self)!r}, outcome={self.outcome!r}, run_id={self.run_id}, archives={self.archives})"

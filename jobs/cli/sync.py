@@ -55,8 +55,13 @@ class _Sync(Ingest):
 
     async def see_through(self) -> None:
         await Ingest.see_through(self)
-        if self.sync is not None and self.result is not None:
-            await self.sync.finish_moves(self.result)
+        if self.sync is None or self.result is None:
+            return
+        await self.sync.finish_moves(self.result)
+        if self.result.plan.unpacking:  # what they no longer hold is known now
+            again = await FolderSync(self.settings, self.paths[0], self.options.for_sync()).run()
+            self.result.deleted += again.deleted
+            self.result.kept = again.kept
 
     def print(self, report: Report) -> ExitCode:
         assert self.result is not None

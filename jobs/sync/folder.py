@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs import faults
 from jobs.adapters.folders import Listing
-from jobs.batch import BatchSubmission, FileResult, Listener, submit_folder
+from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
 from jobs.submit import absolute_path, check_name, path_doc_id
 from jobs.sync.looking import (
     FolderLook,
@@ -63,7 +63,7 @@ class SyncResult:
 
     def is_unsettled(self) -> bool:
         """Say whether something was left for the next time."""
-        return bool(self.plan.busy or self.plan.waiting)
+        return bool(self.plan.busy or self.plan.waiting or self.plan.unpacking)
 
 
 class FolderSync:
@@ -84,6 +84,7 @@ class FolderSync:
         check_name("user_id", options.user_id)
         self.root = absolute_path(folder)
         self._settings, self._options, self._on_file, self._is_settled = settings, options, on_file, is_settled
+        self._most_bytes = max(settings.max_file_size_mb, settings.max_archive_mb) * 1_000_000
         self._memory = FolderMemory(settings, self.root, options.user_id)
 
     @asynccontextmanager
@@ -107,16 +108,14 @@ class FolderSync:
                 # is missing from both is missing.
                 before = {document.name for document in gone}
                 seen, ids, memory = await self._look()
-                memory.stored = [
-                    document for document in memory.stored if document.name in ids or document.name in before or document.entry
-                ]
+                memory.stored = [document for document in memory.stored if document.name in ids or document.name in before]
             self._refuse_empty(seen, memory)
             found = await self._read(seen, ids, memory)
             unsettled = {
                 document.name for document in memory.stored if document.name not in ids and not self._is_settled(document.name, None)
             }
             unreadable = [name for name, _ in seen.listing.unreadable]
-            plan = make_plan(memory.stored, found, unreadable, memory.archives, unsettled)
+            plan = make_plan(memory.stored, found, unreadable, memory.archives, unsettled=unsettled, entry_id=self._memory.entry_id)
             result = SyncResult(self.root, self._memory.batch_id, plan, kept=list(plan.kept))
             if not self._options.dry_run:
                 await self._memory.keep(plan.restored)
@@ -151,7 +150,7 @@ class FolderSync:
             busy = look is not None and not known and not self._is_settled(name, look)
             found[name] = Found(name, ids[name], -1 if look is None else look.size, sha256 if known else None, busy)
         for turn in chunks(worth_reading(memory.stored, found, memory.archives), seen.looks):
-            digests = await asyncio.to_thread(digest_files, self.root, turn, self._settings.max_file_size_mb * 1_000_000)
+            digests = await asyncio.to_thread(digest_files, self.root, turn, self._most_bytes)
             for name, digest in digests.items():
                 found[name] = replace(found[name], sha256=digest, busy=digest is None)
         return found
@@ -184,8 +183,7 @@ class FolderSync:
             metadata=self._options.metadata,
             on_file=self._on_file,
             listing=listing,
-            digests=digests,
-            resume=False,
+            looked=Looked(digests, resume=False),
         )
         for name in result.plan.busy:
             busy = FileResult(name, error=RetryableError(f"File {name!r} is being written: the next sync takes it."))

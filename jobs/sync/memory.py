@@ -13,10 +13,10 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from jobs.adapters.storage import storable_path
+from jobs.adapters.storage import storable_path, storable_text
 from jobs.database import connect_options, conninfo_of
 from jobs.front import async_connection
-from jobs.submit import path_doc_id, refused
+from jobs.submit import derive_doc_id, path_doc_id, refused
 from jobs.sync.plan import Archive, Stored
 from models.errors import SubmitConflict
 from models.settings import Settings
@@ -50,7 +50,7 @@ class FolderMemory:
         """Return what is stored. `doc_ids`: name -> doc_id of the files that lie in the folder now."""
         params = {"user_id": self._user_id, "batch_id": self.batch_id, "below": self._below}
         rows = await self._ask("find_stored_files", params)
-        memory = Memory(archives=_archives(await self._ask("find_archives", params)))
+        memory = Memory(archives=_archives(await self._ask("find_archives", params), {storable_text(name): name for name in doc_ids}))
         names = {doc_id: name for name, doc_id in doc_ids.items()}
         for row in rows:
             document = self._document(row, names, memory.archives)
@@ -71,11 +71,15 @@ class FolderMemory:
             if path_doc_id(self._user_id, self._root / name) == row["doc_id"]:
                 # Not a document of a list or of a batch with a name of its own: these are not the folder's.
                 return _stored(row, name) if row["batch_id"] == path_doc_id(self._user_id, Path(unescaped(row["folder"]))) else None
-        if row["batch_id"] == self.batch_id:
-            for archive in archives:
-                if inside.startswith(f"{storable_path(Path(archive))}/"):
-                    return _stored(row, archive, entry=inside)
+        if row["batch_id"] == self.batch_id and row["doc_id"] == self.entry_id(inside):
+            for archive in archives.values():
+                if inside.startswith(f"{archive.shown}/"):
+                    return _stored(row, archive.name, entry=inside)
         return None
+
+    def entry_id(self, path: str) -> str:
+        """Return the doc_id of what lies in an archive, by its path in the folder."""
+        return derive_doc_id(self._user_id, f"{self.batch_id}\n{path}")
 
     async def remember(self, seen: Sequence[tuple[str, str, str]]) -> None:
         """Store what files looked like when they were read: doc_id, look, SHA-256. Nothing where the folder is no batch yet."""
@@ -158,15 +162,18 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
     )
 
 
-def _archives(rows: Sequence[Row]) -> dict[str, Archive]:
-    """Return the archives that lie in no other, each current if the present run has unpacked it with all archives inside."""
+def _archives(rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archive]:
+    """Return the archives that lie in no other. `listed`: the names of the files that are there now, by how they are shown."""
     made: dict[str, Archive] = {}
     for row in sorted(rows, key=lambda row: len(row["entry_path"])):
         path = row["entry_path"]
-        if path == "" or any(path.startswith(f"{name}/") for name in made):
+        if path == "" or any(path.startswith(f"{archive.shown}/") for archive in made.values()):
             continue
-        whole = not any(other["unfinished"] for other in rows if other["entry_path"].startswith(path))
-        made[path.rstrip("/")] = Archive(path.rstrip("/"), row["run_id"], row["content_sha256"], row["finished"] and whole)
+        parts = [other for other in rows if other["entry_path"].startswith(path)]
+        current = row["finished"] and not any(part["unfinished"] for part in parts)
+        shown = path.rstrip("/")
+        name = listed.get(shown) or unescaped(shown)
+        made[name] = Archive(name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, any(part["open"] for part in parts))
     return made
 
 

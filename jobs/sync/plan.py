@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from jobs.adapters.storage import storable_text
 from models.stages import State
 
 
@@ -56,12 +57,18 @@ class Archive:
     """An archive of the folder that has been unpacked before."""
 
     name: str
+    shown: str
+    """Its name as the paths of its entries begin."""
     run_id: uuid.UUID
     """The batch's present run."""
     content_sha256: str | None
-    """What that run was given; None where the archive is not in it."""
+    """What it held when it was last submitted."""
+    in_run: bool
+    """Whether the present run has it."""
     current: bool
     """Whether that run has unpacked it whole, archives inside of it included: what is not in the run is no longer in the archive."""
+    open: bool = False
+    """Whether that run is still unpacking it, or an archive inside of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,8 @@ class Plan:
     restored: list[str] = field(default_factory=list)
     """doc_ids of documents that were about to be replaced and whose file is there again."""
     kept: list[Kept] = field(default_factory=list)
+    unpacking: list[str] = field(default_factory=list)
+    """Archives that are being unpacked, or will be: what they no longer hold is deleted by a sync after that."""
 
 
 def is_below(name: str, folders: Iterable[str]) -> bool:
@@ -106,9 +115,14 @@ def is_below(name: str, folders: Iterable[str]) -> bool:
     return any(name.startswith(f"{folder}/") for folder in folders)
 
 
+def is_named_zip(file: Found) -> bool:
+    """Say whether a file's name promises an archive."""
+    return file.name.lower().endswith(".zip")
+
+
 def missing(stored: Iterable[Stored], found: Collection[str]) -> list[Stored]:
-    """Return the stored files, not those out of archives, that the listing does not hold."""
-    return [document for document in stored if document.entry is None and document.name not in found]
+    """Return the documents whose file, or whose archive, the listing does not hold."""
+    return [document for document in stored if document.name not in found]
 
 
 def worth_reading(stored: Sequence[Stored], found: Mapping[str, Found], archives: Mapping[str, Archive]) -> list[str]:
@@ -119,15 +133,15 @@ def worth_reading(stored: Sequence[Stored], found: Mapping[str, Found], archives
     """
     sizes = {document.doc_id: document.file_size for document in stored if document.entry is None}
     gone = {document.file_size for document in missing(stored, found)}
-    return [
-        file.name
-        for file in found.values()
-        if not file.busy
-        and file.sha256 is None
-        and (
-            file.size in gone or None in gone or file.name in archives or (file.doc_id in sizes and sizes[file.doc_id] in {file.size, None})
-        )
-    ]
+    zips_matter = any(name not in found for name in archives)
+
+    def decides(file: Found) -> bool:
+        if file.busy or file.sha256 is not None:
+            return False
+        may_have_changed = file.name in archives or (file.doc_id in sizes and sizes[file.doc_id] in {file.size, None})
+        return may_have_changed or file.size in gone or None in gone or (zips_matter and is_named_zip(file))
+
+    return [file.name for file in found.values() if decides(file)]
 
 
 def make_plan(
@@ -135,58 +149,81 @@ def make_plan(
     found: Mapping[str, Found],
     unreadable: Collection[str] = (),
     archives: Mapping[str, Archive] | None = None,
+    *,
     unsettled: Collection[str] = (),
+    entry_id: Callable[[str], str] = str,
 ) -> Plan:
     """Return what has to be done.
 
     `found` by name, in the order of the listing; `unreadable`: folders inside that could not be listed; `unsettled`: names of files that
-    have been missing for too short a time.
+    have been missing for too short a time; `entry_id`: doc_id of what lies at a path in an archive.
     """
     archives = archives or {}
     plan = Plan()
-    known = {document.doc_id: document for document in stored if document.entry is None}
+    by_id = {document.doc_id: document for document in stored}
+    for file in found.values():
+        _place_file(plan, file, by_id.get(file.doc_id), archives.get(file.name))
+    plan.unpacking = [name for name, archive in archives.items() if name in found and (archive.open or name in plan.changed)]
+    plan.restored = [document.doc_id for document in stored if document.name in found and document.replaced_by is not None]
     holders: dict[str | None, list[Found]] = {}
     for file in found.values():
-        document = known.get(file.doc_id)
-        if file.busy:
-            plan.busy.append(file.name)
-        elif document is None and file.name not in archives:
-            plan.new.append(file.name)
-        elif file.sha256 is None or file.sha256 != _stored_content(document, archives.get(file.name)):
-            plan.changed.append(file.name)
-        else:
-            plan.unchanged.append(file.name)
-        if document is not None and document.replaced_by is not None:
-            plan.restored.append(document.doc_id)
         if file.sha256 is not None and not file.busy:
             holders.setdefault(file.sha256, []).append(file)
     written = {file.size for file in found.values() if file.busy}
-    for document in sorted(missing(stored, found), key=lambda document: document.name.split("/")):
-        if document.name in unsettled or document.file_size in written:
-            plan.waiting.append(document.name)
-            continue
-        successors = [(file, known.get(file.doc_id)) for file in holders.get(document.content_sha256, ())]
-        _place(plan, document, successors, unreadable)
-    for document in sorted((document for document in stored if document.entry is not None), key=lambda document: document.shown.split("/")):
-        if document.name not in unsettled:
-            _place_entry(plan, document, found, unreadable, archives)
+    zip_is_written = any(file.busy and is_named_zip(file) for file in found.values())
+    for document in sorted(stored, key=lambda document: document.shown.split("/")):
+        if document.name in found:
+            if document.entry is not None and _has_lost(archives.get(document.name), document) and not found[document.name].busy:
+                plan.vanished.append(document)
+        elif is_below(document.name, unreadable):
+            plan.kept.append(Kept(document.shown, "the folder that it lay in cannot be read"))
+        elif document.name in unsettled or document.file_size in written or (zip_is_written and document.entry is not None):
+            plan.waiting.append(document.shown)
+        else:
+            successors = _in_moved_archive(document, archives, holders, entry_id)
+            successors += [(file.name, file.doc_id) for file in holders.get(document.content_sha256, ())]
+            _place_missing(plan, document, successors, by_id)
     return plan
 
 
-def _stored_content(document: Stored | None, archive: Archive | None) -> str | None:
-    return archive.content_sha256 if archive is not None else document.content_sha256 if document is not None else None
-
-
-def _place(plan: Plan, document: Stored, successors: Sequence[tuple[Found, Stored | None]], unreadable: Collection[str]) -> None:
-    """A missing file has vanished or was moved. `successors`: the files that hold its content now, each with what is stored of it."""
-    if is_below(document.name, unreadable):
-        plan.kept.append(Kept(document.name, "the folder that it lay in cannot be read"))
-    elif document.served and successors and not any(_serves(other, document) for _, other in successors):
-        best = min(successors, key=lambda pair: pair[0].name.rsplit("/", 1)[-1] != document.name.rsplit("/", 1)[-1])[0]
-        plan.moved.append(Move(document, best.name, best.doc_id))
+def _place_file(plan: Plan, file: Found, document: Stored | None, archive: Archive | None) -> None:
+    if file.busy:
+        plan.busy.append(file.name)
+    elif document is None and archive is None:
+        plan.new.append(file.name)
+    elif file.sha256 is None or file.sha256 != _stored_content(document, archive):
+        plan.changed.append(file.name)
     else:
+        plan.unchanged.append(file.name)
+
+
+def _stored_content(document: Stored | None, archive: Archive | None) -> str | None:
+    if archive is not None:
+        return archive.content_sha256 if archive.in_run else None
+    return document.content_sha256 if document is not None else None
+
+
+def _in_moved_archive(
+    document: Stored, archives: Mapping[str, Archive], holders: Mapping[str | None, Sequence[Found]], entry_id: Callable[[str], str]
+) -> list[tuple[str, str]]:
+    """Return name and doc_id of the document in each place that the archive of an entry was moved to."""
+    archive = archives.get(document.name)
+    if document.entry is None or archive is None or archive.content_sha256 is None:
+        return []
+    inside = document.entry.removeprefix(archive.shown)
+    places = [storable_text(file.name) + inside for file in holders.get(archive.content_sha256, ())]
+    return [(place, entry_id(place)) for place in places]
+
+
+def _place_missing(plan: Plan, document: Stored, successors: Sequence[tuple[str, str]], by_id: Mapping[str, Stored]) -> None:
+    """A missing document has vanished or was moved. `successors`: name and doc_id of those that hold its content now, or will."""
+    if not document.served or not successors or any(_serves(by_id.get(doc_id), document) for _, doc_id in successors):
         # Never served, or its content is found elsewhere already: nobody's search misses it.
         plan.vanished.append(document)
+        return
+    name = document.shown.rsplit("/", 1)[-1]
+    place, doc_id = min(successors, key=lambda pair: pair[0].rsplit("/", 1)[-1] != name)
+    plan.moved.append(Move(document, place, doc_id))
 
 
 def _serves(other: Stored | None, document: Stored) -> bool:
@@ -194,16 +231,6 @@ def _serves(other: Stored | None, document: Stored) -> bool:
     return other is not None and other.content_sha256 == document.content_sha256 and other.state is State.COMPLETE
 
 
-def _place_entry(
-    plan: Plan, document: Stored, found: Mapping[str, Found], unreadable: Collection[str], archives: Mapping[str, Archive]
-) -> None:
-    """A document out of an archive goes with the archive, or when the archive's present content, once unpacked, no longer has it."""
-    archive = archives.get(document.name)
-    if is_below(document.name, unreadable):
-        plan.kept.append(Kept(document.shown, "the folder that its archive lay in cannot be read"))
-    elif document.name not in found or (archive is not None and _has_lost(archive, document) and not found[document.name].busy):
-        plan.vanished.append(document)
-
-
-def _has_lost(archive: Archive, document: Stored) -> bool:
-    return archive.current and document.run_id != archive.run_id
+def _has_lost(archive: Archive | None, document: Stored) -> bool:
+    """Say whether an archive that is there no longer holds an entry."""
+    return archive is not None and archive.current and document.run_id not in {archive.run_id, None}

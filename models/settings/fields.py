@@ -109,6 +109,16 @@ class Settings(BaseSettings):
     submit_lock_timeout_seconds: Annotated[float, Interval(ge=0.01, le=300)] = 5
     """Seconds that a submission waits for somebody else's open transaction on the same document."""
 
+    # Zip archives
+    max_archive_mb: Annotated[int, Interval(ge=1, le=1_000_000)] = 10_000
+    """Largest zip archive that is accepted, in MB of 1,000,000 bytes. MAX_FILE_SIZE_MB limits each file inside."""
+    max_archive_unpacked_mb: Annotated[int, Interval(ge=1, le=10_000_000)] = 20_000
+    """Most that an archive may hold when unpacked, archives inside of it included, in MB of 1,000,000 bytes."""
+    max_archive_entries: Annotated[int, Interval(ge=1, le=1_000_000)] = 50_000
+    """Most files that an archive may hold, archives inside of it included."""
+    max_archive_ratio: Annotated[int, Interval(ge=2, le=100_000)] = 250
+    """How many times as large as in the archive a file of more than 1 MB may be when unpacked."""
+
     # Parsing and chunking
     max_file_size_mb: Annotated[int, Interval(ge=1, le=100_000)] = 100
     """Largest file that is accepted, in MB of 1,000,000 bytes."""

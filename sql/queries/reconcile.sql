@@ -80,7 +80,18 @@ WHERE b.status IN ('pending', 'processing') AND b.sealed_at IS NOT NULL
         SELECT FROM file_extractions AS d
         WHERE d.batch_id = b.batch_id AND d.state IN ('queued', 'working', 'retrying')
     )
+    AND NOT EXISTS (SELECT FROM batch_archives AS a WHERE a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking'))
 LIMIT %(most)s;
+
+-- name: find_lost_archives
+SELECT a.id
+FROM batch_archives AS a
+WHERE a.state IN ('waiting', 'unpacking') AND NOT is_being_unpacked(a.id)
+ORDER BY a.id
+LIMIT %(most)s;
+
+-- name: requeue_lost_archive
+SELECT requeue_lost_archive(%(archive_id)s, %(max_requeues)s) AS outcome;
 
 -- name: beat
 -- The registry's heartbeat; a row that somebody removed comes back.

@@ -17,11 +17,12 @@ FROM file_extractions AS d
 WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 
 -- name: find_archives
--- Archives of the folder, those inside of archives included. `finished`: the batch's present run is sealed and has unpacked it whole;
--- `unfinished`: the present run has not unpacked it, or not yet.
-SELECT a.entry_path, b.run_id, max(a.content_sha256) FILTER (WHERE a.run_id = b.run_id) AS content_sha256,
+-- Archives of the folder, those inside of archives included, with what they last held. `in_run`: whether the batch's present run has them;
+-- `finished`: it is sealed and has unpacked them; `unfinished`: it has not, or not yet; `open`: not yet.
+SELECT a.entry_path, b.run_id, (array_agg(a.content_sha256 ORDER BY a.id DESC))[1] AS content_sha256, bool_or(a.run_id = b.run_id) AS in_run,
     b.sealed_at IS NOT NULL AND bool_or(a.run_id = b.run_id AND a.state = 'unpacked') AS finished,
-    bool_or(a.run_id = b.run_id AND a.state <> 'unpacked') AS unfinished
+    bool_or(a.run_id = b.run_id AND a.state <> 'unpacked') AS unfinished,
+    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.batch_id = %(batch_id)s AND b.user_id = %(user_id)s

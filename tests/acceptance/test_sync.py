@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,3 +207,41 @@ def test_a_share_without_events_is_looked_at_again_and_again(folder: Path, conn:
         wait_for(lambda: len(states(conn, folder)) == 3, "the first pass", 60, process)
         put(folder / "new.md", 3)
         wait_for(lambda: "new.md" in states(conn, folder), "the new file", 60, process)
+
+
+def archive(path: Path, **entries: int) -> None:
+    with zipfile.ZipFile(path, "w") as made:
+        for name, number in entries.items():
+            made.writestr(f"in/{name}.md", f"# Entry {number}\n\nValve {number} of the plant leaks at {number} bar.\n")
+
+
+def test_what_lies_in_archives_follows_their_content_their_moves_and_their_end(
+    folder: Path, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    log = tmp_path / "watch.log"
+    archive(folder / "z.zip", one=1, two=2)
+    files = ("a.md", "b.md", "sub/c.md")
+    with worker(tmp_path / "worker.log"), watching(folder, log) as process:
+
+        def until(what: str, *names: str) -> None:
+            wait_for(lambda: states(conn, folder) == complete(*files, *names), f"{what}; see {log}", 60, process)
+
+        until("the entries", "z.zip/in/one.md", "z.zip/in/two.md")
+        archive(tmp_path / "next.zip", two=2, three=3)
+        (tmp_path / "next.zip").replace(folder / "z.zip")
+        until("an entry less and one more", "z.zip/in/three.md", "z.zip/in/two.md")
+        (folder / "z.zip").rename(folder / "sub" / "moved.zip")
+        until("the moved archive", "sub/moved.zip/in/three.md", "sub/moved.zip/in/two.md")
+        (folder / "new.md").write_text("A file beside it makes a new run, and the archive is as it was.")
+        files += ("new.md",)
+        until("a new run", "sub/moved.zip/in/three.md", "sub/moved.zip/in/two.md")
+        (folder / "sub" / "moved.zip").unlink()
+        until("the end of the archive")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    embedded = conn.execute(
+        """SELECT e.doc_id, (e.detail->>'embedded')::int FROM document_events e
+        JOIN document_events r ON r.event = 'replaced' AND r.detail->>'replaced_by' = e.doc_id WHERE e.stage = 'embed'"""
+    ).fetchall()
+    assert len(embedded) == 2
+    assert {count for _, count in embedded} == {0}, "what was moved is not embedded again"

@@ -109,14 +109,19 @@ def entry(name: str, inside: str, run_id: uuid.UUID) -> Stored:
     return replace(stored(f"{name}/{inside}"), name=name, entry=f"{name}/{inside}", run_id=run_id)
 
 
+def archive(name: str, *, current: bool = True, in_run: bool = True) -> dict[str, Archive]:
+    return {name: Archive(name, name, RUN, name, in_run, current)}
+
+
 def test_documents_out_of_an_archive_stay_as_long_as_it_is_there_and_may_hold_them() -> None:
     documents = [entry("z.zip", "kept", RUN), entry("z.zip", "gone", OLD_RUN)]
-    for archives in ({}, {"z.zip": Archive("z.zip", RUN, "z.zip", current=False)}):
+    for archives in ({}, archive("z.zip", current=False)):
         assert make_plan(documents, found("z.zip"), (), archives).vanished == []
-    plan = make_plan(documents, found("z.zip"), (), {"z.zip": Archive("z.zip", RUN, "z.zip", current=True)})
+    plan = make_plan(documents, found("z.zip"), (), archive("z.zip"))
     assert [document.entry for document in plan.vanished] == ["z.zip/gone"]
     assert (plan.unchanged, plan.new) == (["z.zip"], [])
-    assert make_plan(documents, found(**{"z.zip": "other"}), (), {"z.zip": Archive("z.zip", RUN, "z.zip", True)}).changed == ["z.zip"]
+    assert make_plan(documents, found(**{"z.zip": "other"}), (), archive("z.zip")).changed == ["z.zip"]
+    assert make_plan(documents, found("z.zip"), (), archive("z.zip", in_run=False)).changed == ["z.zip"]
 
 
 def test_documents_out_of_an_archive_go_with_it_but_not_with_an_unreadable_folder() -> None:
@@ -124,3 +129,27 @@ def test_documents_out_of_an_archive_go_with_it_but_not_with_an_unreadable_folde
     plan = make_plan(documents, {}, ["in"])
     assert [document.entry for document in plan.vanished] == ["z.zip/a"]
     assert [kept.name for kept in plan.kept] == ["in/z.zip/a"]
+
+
+def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archive_where_it_is_now() -> None:
+    documents = [entry("z.zip", "deep/a", RUN)]
+    assert worth_reading(documents, found(**{"new/y.zip": None, "note": None}), archive("z.zip")) == ["new/y.zip"]
+    plan = make_plan(documents, found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
+    assert [(move.name, move.doc_id) for move in plan.moved] == [("new/y.zip/deep/a", "entry:new/y.zip/deep/a")]
+    assert plan.vanished == []
+    there = replace(
+        documents[0],
+        doc_id="entry:new/y.zip/deep/a",
+        name="new/y.zip",
+        entry="new/y.zip/deep/a",
+        content_sha256=documents[0].content_sha256,
+    )
+    plan = make_plan([*documents, there], found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
+    assert [document.entry for document in plan.vanished] == ["z.zip/deep/a"]
+    busy = {"y.zip": Found("y.zip", "id:y.zip", 9, None, busy=True)}
+    assert make_plan(documents, busy, (), archive("z.zip")).waiting == ["z.zip/deep/a"]
+
+
+def test_a_document_out_of_an_archive_that_lies_beside_it_unpacked_was_moved_there() -> None:
+    plan = make_plan([entry("z.zip", "a", RUN)], found(a="z.zip/a"), (), archive("z.zip"))
+    assert [(move.old.entry, move.name) for move in plan.moved] == [("z.zip/a", "a")]

@@ -1,6 +1,6 @@
 """Files below the storage base path: nothing that a caller names can lead out of it, and nothing half-written is ever seen."""
 
 from jobs.adapters.storage.local import Fingerprint, LocalStorage, StoredUpload
-from jobs.adapters.storage.names import safe_display_name, storable_path
+from jobs.adapters.storage.names import safe_display_name, storable_path, storable_text
 
-__all__ = ["Fingerprint", "LocalStorage", "StoredUpload", "safe_display_name", "storable_path"]
+__all__ = ["Fingerprint", "LocalStorage", "StoredUpload", "safe_display_name", "storable_path", "storable_text"]

@@ -155,17 +155,19 @@ class LocalStorage:
             regular(path.stat())
             return sniff(path, file_name or path.name).file_type
 
-    def store_upload(self, doc_id: str, source: Path | bytes | BinaryIO, max_bytes: int, name: str = "") -> StoredUpload:
+    def store_upload(
+        self, doc_id: str, source: Path | bytes | BinaryIO, max_bytes: int, name: str = "", limit_name: str = "MAX_FILE_SIZE_MB"
+    ) -> StoredUpload:
         """Copy a submitted file to `uploads/<SHA-256 of doc_id>/<SHA-256 of content>`, durably and in flat memory.
 
-        The same content is kept once. An open file is read from where it stands. `name` is what errors call it. SubmitError: missing, not a
-        regular file, unreadable, larger than `max_bytes`. RetryableError: it changed meanwhile, or the storage is full, read-only or
-        failing. After an error nothing is left behind.
+        The same content is kept once. An open file is read from where it stands. `name` is what errors call it, `limit_name` what sets
+        `max_bytes`. SubmitError: missing, not a regular file, unreadable, larger than `max_bytes`. RetryableError: it changed meanwhile, or
+        the storage is full, read-only or failing. After an error nothing is left behind.
         """
         name = name or (str(source) if isinstance(source, Path) else "upload")
         folder_name = f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
         with storage_faults(self.base, folder_name):
-            temporary, size, digest = self._write_temporary(read_blocks(source, name, max_bytes), durable=False)
+            temporary, size, digest = self._write_temporary(read_blocks(source, name, max_bytes, limit_name), durable=False)
             try:
                 folder = self.resolve(folder_name)
                 make_folder(folder)
@@ -173,6 +175,16 @@ class LocalStorage:
             finally:
                 temporary.unlink(missing_ok=True)
         return StoredUpload(f"{folder_name}/{digest}", size, digest)
+
+    def take_upload(self, doc_id: str, finished: Path, size: int, sha256: str) -> StoredUpload:
+        """Move a finished file of known content from the temp folder to where `store_upload` would have copied it, durably."""
+        folder_name = f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
+        with storage_faults(self.base, folder_name):
+            folder = self.resolve(folder_name)
+            make_folder(folder)
+            _move_upload(finished, folder / sha256, size)
+            finished.unlink(missing_ok=True)
+        return StoredUpload(f"{folder_name}/{sha256}", size, sha256)
 
     async def store_upload_async(self, doc_id: str, source: Path | bytes | BinaryIO, max_bytes: int, name: str = "") -> StoredUpload:
         """Do as `store_upload` does, in a thread."""

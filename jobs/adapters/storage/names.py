@@ -32,5 +32,10 @@ def safe_display_name(name: str) -> str:
 
 def storable_path(path: Path) -> str:
     """Return a path as text that Postgres can hold and terminals can show: bytes that are no UTF-8 and control characters are escaped."""
-    text = str(path).encode("utf-8", "backslashreplace").decode()
+    return storable_text(str(path))
+
+
+def storable_text(text: str) -> str:
+    """Do as `storable_path` does, for text that is no path of this system."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

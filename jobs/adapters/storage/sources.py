@@ -14,31 +14,33 @@ from models.errors import RetryableError, SubmitError
 BLOCK = 1 << 20
 
 
-def read_blocks(source: Path | bytes | BinaryIO, name: str, max_bytes: int) -> Iterator[bytes | memoryview]:
-    """Yield the content in blocks of at most 1 MiB, each valid until the next one is asked for.
+def read_blocks(
+    source: Path | bytes | BinaryIO, name: str, max_bytes: int, limit_name: str = "MAX_FILE_SIZE_MB"
+) -> Iterator[bytes | memoryview]:
+    """Yield the content in blocks of at most 1 MiB, each valid until the next one is asked for. `limit_name`: what sets `max_bytes`.
 
     An empty file is no error here: validate fails it, so that it stands in the tables with a reason like any other bad file.
     SubmitError: missing, not a regular file, not readable, or larger than `max_bytes`.
     RetryableError: changed while it was being read, or a failing disk.
     """
     total = 0
-    for block in _blocks(source, name, max_bytes):
+    for block in _blocks(source, name, max_bytes, limit_name):
         total += len(block)
-        _refuse_too_large(name, total, max_bytes)
+        _refuse_too_large(name, total, max_bytes, limit_name)
         yield block
 
 
-def _refuse_too_large(name: str, size: int, max_bytes: int) -> None:
+def _refuse_too_large(name: str, size: int, max_bytes: int, limit_name: str) -> None:
     if size > max_bytes:
-        raise SubmitError(f"File {name!r} is larger than the {max_bytes:,} bytes that MAX_FILE_SIZE_MB allows.")
+        raise SubmitError(f"File {name!r} is larger than the {max_bytes:,} bytes that {limit_name} allows.")
 
 
-def _blocks(source: Path | bytes | BinaryIO, name: str, max_bytes: int) -> Iterator[bytes | memoryview]:
+def _blocks(source: Path | bytes | BinaryIO, name: str, max_bytes: int, limit_name: str) -> Iterator[bytes | memoryview]:
     if isinstance(source, bytes):
         view = memoryview(source)
         yield from (view[start : start + BLOCK] for start in range(0, len(view), BLOCK))
     elif isinstance(source, Path):
-        yield from _file_blocks(source, name, max_bytes)
+        yield from _file_blocks(source, name, max_bytes, limit_name)
     else:
         yield from _stream_blocks(source, name)
 
@@ -55,7 +57,7 @@ def _stream_blocks(source: BinaryIO, name: str) -> Iterator[bytes]:
         yield block
 
 
-def _file_blocks(path: Path, name: str, max_bytes: int) -> Iterator[memoryview]:
+def _file_blocks(path: Path, name: str, max_bytes: int, limit_name: str) -> Iterator[memoryview]:
     """Read a regular file and make sure that it stayed the same meanwhile."""
     with source_faults(name):
         # Looked at before it is opened, because opening can have effects (a tape rewinds), and after, because it may have been swapped.
@@ -64,7 +66,7 @@ def _file_blocks(path: Path, name: str, max_bytes: int) -> Iterator[memoryview]:
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - Path.open takes no descriptor
         before = os.fstat(descriptor)
         _refuse_irregular(name, before.st_mode)
-        _refuse_too_large(name, before.st_size, max_bytes)
+        _refuse_too_large(name, before.st_size, max_bytes, limit_name)
         buffer = memoryview(bytearray(min(BLOCK, before.st_size + 1)))
         total = 0
         while total <= before.st_size:  # no further: a file that is being appended to might have no end

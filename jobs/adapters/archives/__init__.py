@@ -1,0 +1,8 @@
+"""Zip archives: listing and unpacking them. What reads an archive's bytes runs in a sandbox child; the rest runs in the worker."""
+
+from jobs.adapters.archives.extraction import unpack_members
+from jobs.adapters.archives.listing import list_archive
+from jobs.adapters.archives.members import ArchiveLimits, Listing, Member, Unpacked
+from jobs.adapters.archives.workspace import remove_leftovers, workspace
+
+__all__ = ["ArchiveLimits", "Listing", "Member", "Unpacked", "list_archive", "remove_leftovers", "unpack_members", "workspace"]

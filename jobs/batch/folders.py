@@ -1,0 +1,207 @@
+"""Submitting files together: a folder or a list is one batch, and submitting it again does only what has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from jobs.adapters.sniff import sniff
+from jobs.adapters.storage import LocalStorage, storable_text
+from jobs.adapters.storage.sources import read_blocks
+from jobs.batch.steps import Ask, Steps
+from jobs.batch.submission import (
+    BatchSubmission,
+    Entry,
+    FileResult,
+    Listener,
+    Looked,
+    Whole,
+    archive_upload_id,
+    look_at_batch,
+    refused_batch,
+)
+from jobs.submit import Place, prepare, refused, submission
+from models.documents import FileType
+from models.errors import ConfigurationError, DocmillError
+from models.settings import Settings
+from models.stages import State
+from models.submissions import Submission
+
+
+def is_zip(path: Path) -> bool:
+    """Say whether a file is a zip archive by its content, and no document as those of Office programs are; False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK" and path.suffix.lower() != ".zip":
+                return False
+        return sniff(path, path.name).file_type is FileType.ZIP
+    except OSError:
+        return False
+
+
+class FolderRun:
+    """One submission of a batch. The run is begun with the first file that changes anything, not before."""
+
+    def __init__(self, settings: Settings, whole: Whole, on_file: Listener | None = None, looked: Looked | None = None) -> None:
+        self._settings = settings
+        self._looked = looked or Looked()
+        self._whole = whole
+        self.tell = on_file or (lambda _: None)
+        self._storage = LocalStorage.from_settings(settings)
+        self.made = BatchSubmission(whole.batch_id)
+
+    def submit(self, entries: Sequence[Entry]) -> Steps[BatchSubmission]:
+        """Submit the entries in order, then make sure that the batch's run holds just the accepted ones, and seal it."""
+        made = self.made
+        params = {"doc_ids": [entry.doc_id for entry in entries], "user_id": self._whole.user_id, "batch_id": made.batch_id}
+        known = {row["doc_id"]: row for row in (yield Ask("find_known_documents", params))}
+        batch = yield from look_at_batch(made.batch_id, self._whole.user_id)
+        before = {row["entry_path"]: row["content_sha256"] for row in (yield Ask("direct_archives", params))}
+        made.known, made.standing = batch is not None, batch["run_id"] if batch is not None else None
+        archives: dict[str, tuple[Entry, str]] = {}
+        for entry in entries:
+            kept = self._kept(entry, known.get(entry.doc_id))
+            if kept is not None:
+                made.files.append(kept)
+                self.tell(kept)
+            elif (yield partial(is_zip, entry.path)):
+                yield from self._look_at_archive(entry, archives)
+            else:
+                made.files.append((yield from self._submit_one(entry, known.get(entry.doc_id))))
+                self.tell(made.files[-1])
+        accepted = [result.submission.doc_id for result in made.files if result.submission is not None]
+        made.archives = list(archives)
+        there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
+        if (
+            (accepted or archives)
+            and made.run_id is None
+            and not (self._stands(batch, [known[doc_id] for doc_id in accepted]) and before == there)
+        ):
+            yield from self._begin()
+        if made.run_id is not None:
+            yield from self._add_archives(archives)
+            yield from self._seal(accepted)
+        return made
+
+    def _kept(self, entry: Entry, known: Mapping[str, Any] | None) -> FileResult | None:
+        """Return the result of a document that is known to be unchanged without reading its file; None if that is not known."""
+        digest = self._looked.digests.get(entry.name)
+        if known is None or digest is None or digest != known["content_sha256"] or entry.name.lower().endswith(".zip"):
+            return None  # what became a failed document once may be an archive
+        return None if known["state"] == State.CANCELLED and self._looked.resume else _unchanged(entry, known)
+
+    def _look_at_archive(self, entry: Entry, archives: dict[str, tuple[Entry, str]]) -> Steps[None]:
+        most = self._settings.max_archive_mb * 1_000_000
+
+        def digest() -> str:
+            made = hashlib.sha256()
+            for block in read_blocks(entry.path, str(entry.path), most, "MAX_ARCHIVE_MB"):
+                made.update(block)
+            return made.hexdigest()
+
+        try:
+            archives[storable_text(entry.name)] = entry, self._looked.digests.get(entry.name) or (yield digest)
+        except DocmillError as error:
+            self.made.files.append(FileResult(entry.name, error=error))
+            self.tell(self.made.files[-1])
+
+    def _submit_one(self, entry: Entry, known: Mapping[str, Any] | None) -> Steps[FileResult]:
+        whole = self._whole
+        try:
+            if known is not None and known["state"] != State.CANCELLED and (yield lambda: self._is_unchanged(entry, known)):
+                return _unchanged(entry, known)
+            place = Place(whole.user_id, whole.batch_id, None, entry.source_path)
+            # The file is stored before the run is begun: one that is refused begins none.
+            params = yield lambda: prepare(
+                self._settings, entry.path, place=place, doc_id=entry.doc_id, priority=whole.priority, correlation_id=whole.correlation_id
+            )
+            params["run_id"] = self.made.run_id or (yield from self._begin())
+            return FileResult(entry.name, (yield from accept(params)), content_sha256=params["content_sha256"])
+        except ConfigurationError:
+            raise
+        except DocmillError as error:
+            return FileResult(entry.name, error=error)
+
+    def _is_unchanged(self, entry: Entry, known: Mapping[str, Any]) -> bool:
+        made = hashlib.sha256()
+        for block in read_blocks(entry.path, str(entry.path), self._settings.max_file_size_mb * 1_000_000):
+            made.update(block)
+        return bool(made.hexdigest() == known["content_sha256"])
+
+    def _stands(self, batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
+        """Say whether the batch's last run was sealed and holds just these documents, those in archives aside."""
+        if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents):
+            return False
+        return all(document["run_id"] == batch["run_id"] for document in documents)
+
+    def _begin(self) -> Steps[uuid.UUID]:
+        whole = self._whole
+        params = {
+            "batch_id": whole.batch_id,
+            "user_id": whole.user_id,
+            "source_path": whole.source_path,
+            "correlation_id": whole.correlation_id,
+            "metadata": whole.metadata or Jsonb({}),
+        }
+        try:
+            run_id: uuid.UUID = (yield Ask("begin_batch", params))[0]["run_id"]
+        except psycopg.Error as error:
+            raise refused_batch(error, whole.batch_id) from error
+        self.made.run_id = run_id
+        return run_id
+
+    def _add_archives(self, archives: Mapping[str, tuple[Entry, str]]) -> Steps[None]:
+        whole = self._whole
+        for name, (entry, _) in archives.items():
+            upload_id, most = archive_upload_id(whole.batch_id, f"{name}/"), self._settings.max_archive_mb * 1_000_000
+            stored = yield partial(self._storage.store_upload, upload_id, entry.path, most, str(entry.path), "MAX_ARCHIVE_MB")
+            params = {
+                "batch_id": whole.batch_id, "run_id": self.made.run_id, "user_id": whole.user_id, "entry_path": f"{name}/",
+                "source_prefix": f"{entry.source_path}/", "file_path": stored.file_path, "content_sha256": stored.sha256,
+                "priority": whole.priority, "parent_id": None, "lock_timeout_ms": self._lock_timeout_ms,
+            }  # fmt: skip
+            try:
+                yield Ask("add_archive", params)
+            except psycopg.Error as error:
+                raise refused_batch(error, whole.batch_id) from error
+
+    def _seal(self, doc_ids: Sequence[str]) -> Steps[None]:
+        whole = self._whole
+        params = {
+            "batch_id": whole.batch_id,
+            "run_id": self.made.run_id,
+            "user_id": whole.user_id,
+            "doc_ids": list(doc_ids),
+            "total_files": len(doc_ids),
+            "lock_timeout_ms": self._lock_timeout_ms,
+        }
+        try:
+            yield Ask("adopt_documents", params)
+            # After the documents have been let go: sealing locks the batch.
+            yield Ask("seal_batch", params)
+        except psycopg.Error as error:
+            raise refused_batch(error, whole.batch_id) from error
+
+    @property
+    def _lock_timeout_ms(self) -> int:
+        return int(self._settings.submit_lock_timeout_seconds * 1000)
+
+
+def _unchanged(entry: Entry, known: Mapping[str, Any]) -> FileResult:
+    kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
+    return FileResult(entry.name, kept)
+
+
+def accept(params: Mapping[str, Any]) -> Steps[Submission]:
+    """Accept a document whose file has been stored."""
+    try:
+        return submission(params, next(iter((yield Ask("accept_document", params))), None))
+    except psycopg.Error as error:
+        raise refused(error, params["doc_id"]) from error

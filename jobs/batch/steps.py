@@ -1,0 +1,83 @@
+"""Work on the database that is written once and runs over any connection: blocking or not, ours or a caller's.
+
+What is to be done is a generator. It yields questions (named queries) and pieces of blocking work, and is sent the answers; an error of
+either is thrown into it where it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.rows import dict_row
+
+from jobs.front import async_connection, sync_connection
+from models.settings import Settings
+from sql import query
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A named query; its answer is the list of rows, as dictionaries."""
+
+    name: str
+    params: Mapping[str, Any]
+
+
+Steps = Generator[Ask | Callable[[], Any], Any, T]
+
+
+def run_steps(steps: Steps[T], settings: Settings, connection: psycopg.Connection[Any] | None) -> T:
+    """Run the steps. Over a caller's connection each statement has a savepoint: one that is refused leaves the transaction whole."""
+
+    def answer(step: Ask | Callable[[], Any]) -> Any:
+        if not isinstance(step, Ask):
+            return step()
+        with sync_connection(settings, connection) as conn, nullcontext() if connection is None else conn.transaction():
+            return conn.cursor(row_factory=dict_row).execute(query(step.name), step.params).fetchall()
+
+    try:
+        step = next(steps)
+        while True:
+            try:
+                found = answer(step)
+            except Exception as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(found)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        steps.close()
+
+
+async def run_steps_async(steps: Steps[T], settings: Settings, connection: psycopg.AsyncConnection[Any] | None) -> T:
+    """Do as `run_steps` does; blocking work is done in a thread."""
+
+    async def answer(step: Ask | Callable[[], Any]) -> Any:
+        if not isinstance(step, Ask):
+            return await asyncio.to_thread(step)
+        async with async_connection(settings, connection) as conn, nullcontext() if connection is None else conn.transaction():
+            return await (await conn.cursor(row_factory=dict_row).execute(query(step.name), step.params)).fetchall()
+
+    try:
+        step = next(steps)
+        while True:
+            try:
+                found = await answer(step)
+            except Exception as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(found)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        steps.close()

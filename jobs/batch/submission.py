@@ -1,0 +1,110 @@
+"""What a batch is submitted as: its files, what became of each, and what is asked before anything is written."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from jobs.batch.steps import Ask, Steps
+from models.errors import DocmillError, SubmitConflict, SubmitError
+from models.submissions import Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of a batch, wherever it came from."""
+
+    name: str
+    """Path inside the folder or archive, for people."""
+    doc_id: str
+    path: Path
+    """Where its bytes can be read now."""
+    source_path: str
+    """Where the submitter has it; stored for people, never opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileResult:
+    """What became of one file: a submission, or the error that kept it out."""
+
+    name: str
+    submission: Submission | None = None
+    error: DocmillError | None = None
+    content_sha256: str | None = None
+    """Of what was read and submitted; None where nothing was read."""
+
+
+@dataclass(slots=True)
+class BatchSubmission:
+    """What became of a batch."""
+
+    batch_id: str
+    run_id: uuid.UUID | None = None
+    """The run that was begun; None when there was nothing to change."""
+    files: list[FileResult] = field(default_factory=list)
+    skipped: int = 0
+    """Hidden and system files, and links that lead out of the folder."""
+    archives: list[str] = field(default_factory=list)
+    """Zip archives; their files follow as workers unpack them."""
+    known: bool = False
+    """Whether there was such a batch before."""
+    standing: uuid.UUID | None = None
+    """The run that it was in then."""
+
+
+Listener = Callable[[FileResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What holds for a batch as a whole."""
+
+    batch_id: str
+    user_id: str
+    source_path: str
+    priority: int = 0
+    metadata: Jsonb | None = None
+    correlation_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What somebody who has looked at the files already knows of them."""
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 by name: these files need not be read to see whether they have changed."""
+    resume: bool = True
+    """Whether a cancelled document is taken up again although its content is the same."""
+
+
+def archive_upload_id(batch_id: str, entry_path: str) -> str:
+    """Return the name under which an archive of a batch is stored; no doc_id can be the same, for it holds control characters."""
+    return f"\n{batch_id}\n{entry_path}"
+
+
+def look_at_batch(batch_id: str, user_id: str) -> Steps[dict[str, Any] | None]:
+    """Return how a batch stands, None if there is none; SubmitError if it is another user's."""
+    batch: dict[str, Any] | None = next(iter((yield Ask("look_at_batch", {"batch_id": batch_id}))), None)
+    if batch is not None and batch["user_id"] != user_id:
+        raise SubmitError(f'batch_id "{batch_id}" is taken; choose another.')
+    return batch
+
+
+def refused_batch(error: psycopg.Error, batch_id: str) -> Exception:
+    """Translate what Postgres said to the submission of a batch."""
+    if isinstance(error, psycopg.errors.UniqueViolation):
+        return SubmitError(f'batch_id "{batch_id}" is taken; choose another.')
+    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
+        return SubmitConflict(
+            f'batch_id "{batch_id}": another transaction holds this batch or a document of it; nothing was submitted. '
+            "Try again once it has ended (SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
+        )
+    if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
+        return SubmitConflict(f'batch_id "{batch_id}" has been begun again meanwhile.')
+    return error

@@ -1,0 +1,49 @@
+"""The task that unpacks an archive, registered on the App."""
+
+from __future__ import annotations
+
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox_child import Limits
+from jobs.batch.unpacking import Unpacker
+from jobs.retry import StageRetry
+from models.errors import PermanentError
+from models.stages import CPU_QUEUE
+from procrastinate_app import app
+
+_settings = app.settings
+_unpackers: list[Unpacker] = []
+
+
+def _unpacker() -> Unpacker:
+    """Return this worker's unpacker, made on first use. It has a child of its own: parsers' may not write large files."""
+    if not _unpackers:
+        sandbox = ProcessSandbox(
+            children=1,
+            limits=Limits(
+                timeout=_settings.parse_timeout_seconds,
+                memory_mb=_settings.parse_memory_mb,
+                max_output_mb=max(_settings.max_archive_mb, _settings.max_file_size_mb) + 1,
+            ),
+        )
+        _unpackers.append(Unpacker(settings=_settings, pool=app.pool, sandbox=sandbox, stopping=app.stopping))
+
+        async def close() -> None:
+            _unpackers.clear()
+            await sandbox.aclose()
+
+        app.at_close.append(close)
+    return _unpackers[0]
+
+
+@app.task(
+    name="unpack",
+    queue=CPU_QUEUE,
+    retry=StageRetry(
+        max_attempts=_settings.max_retry_attempts, base=_settings.retry_base_delay_seconds, max_delay=_settings.retry_max_delay_seconds
+    ),
+)
+async def unpack(archive_id: int) -> None:
+    """Unpack an archive of a batch, or go on with it. What it is and how far it has come stands in its row of batch_archives."""
+    if not isinstance(archive_id, int):
+        raise PermanentError(f"The task unpack takes an archive_id, a number; it was given {archive_id!r}.")
+    await _unpacker().run(archive_id)
