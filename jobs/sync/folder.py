@@ -61,6 +61,11 @@ class SyncResult:
         changed = self.batch is not None and self.batch.run_id is not None
         return changed or bool(self.deleted or self.plan.restored)
 
+    def has_work(self) -> bool:
+        """Say whether the plan finds something to do by now."""
+        plan = self.plan
+        return bool(plan.new or plan.changed or plan.moved or plan.vanished or plan.restored)
+
     def is_unsettled(self) -> bool:
         """Say whether something was left for the next time."""
         return bool(self.plan.busy or self.plan.waiting or self.plan.unpacking)
@@ -69,7 +74,8 @@ class SyncResult:
 class FolderSync:
     """Syncs one folder, as often as asked.
 
-    `is_settled` is asked about each new, changed or missing (None) file whether it has been so for long enough to be believed.
+    `is_settled` is asked about each new, changed or missing (None) file whether it has been so for long enough to be believed; whoever
+    gives it comes again for the others.
     """
 
     def __init__(
@@ -79,11 +85,13 @@ class FolderSync:
         options: SyncOptions,
         *,
         on_file: Listener | None = None,
-        is_settled: Callable[[str, Look | None], bool] = lambda _name, _look: True,
+        is_settled: Callable[[str, Look | None], bool] | None = None,
     ) -> None:
         check_name("user_id", options.user_id)
         self.root = absolute_path(folder)
-        self._settings, self._options, self._on_file, self._is_settled = settings, options, on_file, is_settled
+        self._settings, self._options, self._on_file = settings, options, on_file
+        self._comes_again = is_settled is not None
+        self._is_settled = is_settled or (lambda _name, _look: True)
         self._most_bytes = max(settings.max_file_size_mb, settings.max_archive_mb) * 1_000_000
         self._memory = FolderMemory(settings, self.root, options.user_id)
 
@@ -117,7 +125,12 @@ class FolderSync:
             unreadable = [name for name, _ in seen.listing.unreadable]
             plan = make_plan(memory.stored, found, unreadable, memory.archives, unsettled=unsettled, entry_id=self._memory.entry_id)
             result = SyncResult(self.root, self._memory.batch_id, plan, kept=list(plan.kept))
-            if not self._options.dry_run:
+            if self._options.dry_run:
+                return result
+            if self._comes_again and result.is_unsettled() and not result.has_work():
+                result.batch = BatchSubmission(self._memory.batch_id)  # one run for all of it, when it has settled
+                self._report_busy(result)
+            else:
                 await self._memory.keep(plan.restored)
                 await self._mark_moved(result, seen)
                 await faults.at("sync_marked")
@@ -171,6 +184,9 @@ class FolderSync:
     async def _submit(self, result: SyncResult, seen: FolderLook, found: Mapping[str, Found], memory: Memory) -> None:
         """Submit the folder. A file that is being written stays what it was, if it was anything."""
         contents = {document.doc_id: document.content_sha256 for document in memory.stored}
+        contents |= {
+            found[name].doc_id: archive.content_sha256 for name, archive in memory.archives.items() if name in found and archive.in_run
+        }
         digests = {name: file.sha256 for name, file in found.items() if file.sha256 is not None}
         digests |= {name: sha256 for name in result.plan.busy if (sha256 := contents.get(found[name].doc_id)) is not None}
         unknown = {name for name in result.plan.busy if name not in digests}
@@ -185,6 +201,10 @@ class FolderSync:
             listing=listing,
             looked=Looked(digests, resume=False),
         )
+        self._report_busy(result)
+
+    def _report_busy(self, result: SyncResult) -> None:
+        assert result.batch is not None
         for name in result.plan.busy:
             busy = FileResult(name, error=RetryableError(f"File {name!r} is being written: the next sync takes it."))
             result.batch.files.append(busy)

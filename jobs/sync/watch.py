@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,7 @@ class _Ears:
     async def _listen(self) -> None:
         from watchfiles import awatch  # noqa: PLC0415 - compiled, and only the watch needs it
 
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it would tell of every event
         try:
             async for _ in awatch(self._root, watch_filter=self._matters, ignore_permission_denied=True, force_polling=False):
                 self._bell.set()
