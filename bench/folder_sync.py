@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from jobs.front import close_async
-from jobs.sync.folder import FolderSync, SyncOptions
+from jobs.sync.folder import FolderSync
+from jobs.sync.result import SyncOptions
 from models.settings import Settings
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.front import close_async
-from jobs.sync.folder import FolderSync, SyncOptions, SyncResult
+from jobs.sync.folder import FolderSync
+from jobs.sync.result import SyncOptions, SyncResult
 from models.settings import load_settings
 
 __all__ = ["SyncOptions", "SyncResult", "sync_folder", "sync_folder_async"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jobs import faults
 from jobs.adapters.folders import Listing
@@ -24,51 +23,10 @@ from jobs.sync.looking import (
     why_not_gone,
 )
 from jobs.sync.memory import FolderMemory, Memory, folder_lock
-from jobs.sync.plan import Found, Kept, Move, Plan, Stored, is_below, make_plan, missing, worth_reading
+from jobs.sync.plan import Found, Kept, Stored, is_below, make_plan, missing, worth_reading
+from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class SyncOptions:
-    """How to sync. `checksum`: read every file. `allow_empty`: believe a folder that is empty, or looks as if something is not mounted."""
-
-    user_id: str = "default"
-    priority: int = 0
-    metadata: Mapping[str, Any] | None = None
-    checksum: bool = False
-    allow_empty: bool = False
-    dry_run: bool = False
-
-
-@dataclass(slots=True)
-class SyncResult:
-    """What a sync did. After a dry run only what it would do: the plan."""
-
-    folder: Path
-    batch_id: str
-    plan: Plan
-    batch: BatchSubmission | None = None
-    """What became of the files; None after a dry run."""
-    moved: list[Move] = field(default_factory=list)
-    """Documents that go as soon as the one at the new place is complete."""
-    deleted: list[Stored] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    """Documents whose file seems to be gone and that stay all the same."""
-
-    def did_something(self) -> bool:
-        """Say whether anything was submitted, marked or deleted."""
-        changed = self.batch is not None and self.batch.run_id is not None
-        return changed or bool(self.deleted or self.plan.restored)
-
-    def has_work(self) -> bool:
-        """Say whether the plan finds something to do by now."""
-        plan = self.plan
-        return bool(plan.new or plan.changed or plan.moved or plan.vanished or plan.restored)
-
-    def is_unsettled(self) -> bool:
-        """Say whether something was left for the next time."""
-        return bool(self.plan.busy or self.plan.waiting or self.plan.unpacking)
 
 
 class FolderSync:
@@ -245,7 +203,8 @@ class FolderSync:
                     result.deleted.append(document)
             except SubmitConflict as error:
                 result.kept.append(Kept(document.shown, str(error)))
-        await self._memory.settle({document.batch_id for document in result.deleted if document.batch_id is not None})
+        if result.deleted:
+            await self._memory.settle()
 
     async def _why_not(self, seen: FolderLook, document: Stored) -> str | None:
         trusted = self._options.allow_empty

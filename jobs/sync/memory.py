@@ -113,10 +113,9 @@ class FolderMemory:
         left = await self._ask("find_files_by_id", {"doc_ids": list(doc_ids), "user_id": self._user_id})
         return set(doc_ids) - {row["doc_id"] for row in left}
 
-    async def settle(self, batch_ids: Iterable[str]) -> None:
-        """End batches whose last unfinished document has just been deleted."""
-        for batch_id in batch_ids:
-            await self._ask("settle_batch", {"batch_id": batch_id})
+    async def settle(self) -> None:
+        """End the folder's batch if its last unfinished document has just been deleted."""
+        await self._ask("settle_batch", {"batch_id": self.batch_id})
 
     async def _ask(self, name: str, params: Mapping[str, Any]) -> list[Row]:
         async with async_connection(self._settings, None) as conn, conn.cursor(row_factory=dict_row) as cursor:

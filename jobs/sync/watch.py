@@ -19,8 +19,9 @@ from loguru import logger
 from jobs.adapters.folders import is_hidden
 from jobs.outages import DATABASE_ERRORS
 from jobs.redaction import describe
-from jobs.sync.folder import FolderSync, SyncOptions, SyncResult
+from jobs.sync.folder import FolderSync
 from jobs.sync.looking import Look, folder_identity
+from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 

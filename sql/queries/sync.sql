@@ -76,6 +76,7 @@ SELECT delete_document(m.doc_id) AS deleted FROM mine AS m;
 -- name: find_replaced_documents
 SELECT d.doc_id
 FROM file_extractions AS d
+JOIN file_extractions AS successor ON successor.doc_id = d.replaced_by AND successor.state IN ('complete', 'duplicate')
 WHERE d.replaced_by IS NOT NULL AND is_replaced(d)
 ORDER BY d.id
 LIMIT %(most)s;

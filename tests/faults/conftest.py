@@ -48,6 +48,10 @@ SHORT = {
         "test_workers_killed_every_few_seconds_get_everything_done[inline-60]",
         "test_transient_faults_at_random_end_complete_without_help[queue-100]",
     ],
+    "test_sync": [
+        "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
+        "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[queue-sync_deletes]",
+    ],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
         "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
@@ -18,10 +19,12 @@ from jobs.batch import submit_folder
 from jobs.front import close_async
 from jobs.reconcile import Reconciler
 from jobs.submit import path_doc_id
-from jobs.sync.folder import FolderSync, SyncOptions, SyncResult
+from jobs.sync.folder import FolderSync
 from jobs.sync.looking import Look, digest_files, look_at_folder
 from jobs.sync.memory import folder_lock
+from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import RetryableError, SubmitConflict, SubmitError
+from models.settings import Settings, load_settings
 from tests.deletion import provide_deletion
 from tests.integration.conftest import Bench
 
@@ -534,3 +537,32 @@ async def test_the_storage_and_hidden_files_are_left_out(front: Bench, tmp_path:
     for _ in range(2):
         result = await sync(front, tmp_path)
         assert sorted(result.plan.new + result.plan.unchanged) == ["a.txt"]
+
+
+async def test_documents_of_a_folder_around_that_are_deleted_leave_its_batch_as_it_ended(front: Bench, folder: Path) -> None:
+    await synced(front, folder)
+    front.conn.execute("SELECT settle_batch(batch_id) FROM processing_jobs")
+    (folder / "sub" / "c.txt").unlink()
+    put(folder / "sub" / "d.txt", "another")
+    assert shown(await synced(front, folder / "sub"))[3] == ["c.txt"]
+    assert front.all("SELECT status FROM processing_jobs WHERE source_path = %s", str(folder)) == [("completed",)]
+
+
+def test_application_code_syncs_with_and_without_an_event_loop(folder: Path, settings: Settings, conn: psycopg.Connection) -> None:
+    from jobs import sync_folder, sync_folder_async
+
+    load_settings.cache_clear()
+    provide_deletion(conn)
+    try:
+        assert sync_folder(folder, user_id="ann").plan.new == ["a.txt", "b.txt", "sub/c.txt"]
+        (folder / "a.txt").unlink()
+
+        async def inside() -> list[str]:
+            made = sync_folder(folder, user_id="ann", dry_run=True)  # in a notebook, say
+            made = await sync_folder_async(folder, user_id="ann")
+            await close_async()
+            return [document.name for document in made.deleted]
+
+        assert asyncio.run(inside()) == ["a.txt"]
+    finally:
+        load_settings.cache_clear()
