@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -38,6 +39,8 @@ from models.submissions import Submission
 def is_zip(path: Path) -> bool:
     """Say whether a file is a zip archive by its content, and no document as those of Office programs are; False if it cannot be read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False  # opening a pipe could make us wait for ever
         with path.open("rb") as file:
             if file.read(2) != b"PK" and path.suffix.lower() != ".zip":
                 return False

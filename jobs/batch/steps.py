@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from jobs.front import async_connection, sync_connection
@@ -33,14 +34,26 @@ class Ask:
 Steps = Generator[Ask | Callable[[], Any], Any, T]
 
 
+def _opens_implicitly(conn: psycopg.BaseConnection[Any]) -> bool:
+    """Say whether the next statement opens a transaction that the caller will end. A block of psycopg's would end it itself."""
+    return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
+
+
+def _in_transaction(conn: psycopg.BaseConnection[Any]) -> bool:
+    return conn.info.transaction_status == TransactionStatus.INTRANS
+
+
 def run_steps(steps: Steps[T], settings: Settings, connection: psycopg.Connection[Any] | None) -> T:
     """Run the steps. Over a caller's connection each statement has a savepoint: one that is refused leaves the transaction whole."""
 
     def answer(step: Ask | Callable[[], Any]) -> Any:
         if not isinstance(step, Ask):
             return step()
-        with sync_connection(settings, connection) as conn, nullcontext() if connection is None else conn.transaction():
-            return conn.cursor(row_factory=dict_row).execute(query(step.name), step.params).fetchall()
+        with sync_connection(settings, connection) as conn:
+            if _opens_implicitly(conn):
+                conn.execute(query("open_transaction"))
+            with conn.transaction() if _in_transaction(conn) else nullcontext():
+                return conn.cursor(row_factory=dict_row).execute(query(step.name), step.params).fetchall()
 
     try:
         step = next(steps)
@@ -64,8 +77,11 @@ async def run_steps_async(steps: Steps[T], settings: Settings, connection: psyco
     async def answer(step: Ask | Callable[[], Any]) -> Any:
         if not isinstance(step, Ask):
             return await asyncio.to_thread(step)
-        async with async_connection(settings, connection) as conn, nullcontext() if connection is None else conn.transaction():
-            return await (await conn.cursor(row_factory=dict_row).execute(query(step.name), step.params)).fetchall()
+        async with async_connection(settings, connection) as conn:
+            if _opens_implicitly(conn):
+                await conn.execute(query("open_transaction"))
+            async with conn.transaction() if _in_transaction(conn) else nullcontext():
+                return await (await conn.cursor(row_factory=dict_row).execute(query(step.name), step.params)).fetchall()
 
     try:
         step = next(steps)

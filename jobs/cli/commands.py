@@ -41,22 +41,23 @@ class Mode(StrEnum):
 
 @app.command(epilog=EXIT_CODES)
 def ingest(
-    path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Files and folders. A folder is one batch.")],
+    path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Files, folders and zip archives. A folder or zip is one batch.")],
     *,
     user: User = "default",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,
     worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Work on them here, or leave that to other workers.")] = True,
     priority: Annotated[int, typer.Option(metavar="N", help="Higher is worked on first.")] = 0,
+    batch_id: Annotated[str | None, typer.Option(metavar="ID", help="What the batch of one folder or zip is called.")] = None,
     json: Json = False,
 ) -> None:
     """Submit documents and see them through.
 
-    Nested files are included; hidden and system files are skipped. Submitting again what has not changed does nothing; changed content
-    becomes a new version. A bad file is reported and keeps no other from going on.
+    Nested files are included, archives are unpacked; hidden and system files are skipped. Submitting again what has not changed does
+    nothing; changed content becomes a new version. A bad file is reported and keeps no other from going on.
     """
     from jobs.cli.ingest import Options, run  # noqa: PLC0415
 
-    raise typer.Exit(run(path, Options(user=user, wait=wait, worker=worker, priority=priority, json=json)))
+    raise typer.Exit(run(path, Options(user=user, wait=wait, worker=worker, priority=priority, batch_id=batch_id, json=json)))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -72,6 +72,11 @@ class Display:
         self._bar.update(self._task, completed=self._submitted)
         self._line(f"{self._submitted} files submitted")
 
+    def unpacking(self, done: int, total: int) -> None:
+        """Show how far archives have been unpacked; `total` is 0 until one has been opened."""
+        self._bar.update(self._task, what="unpacking", total=total or None, completed=done, words="")
+        self._line(f"{done} of {total} files unpacked" if total else "opening the archive")
+
     def show(self, standing: Standing) -> None:
         """Show how far the documents are."""
         words = standing.words()

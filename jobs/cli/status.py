@@ -144,6 +144,10 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
         "run": row["run_id"],
         "files": f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, "
         f"{row['processing']} processing, {row['pending']} pending",
+        "archives": f"{row['archives']}: {row['archives_open']} to be unpacked, {row['archives_failed']} failed; "
+        f"{row['unpacked_files']} of {row['archive_files']} files unpacked"
+        if row["archives"]
+        else None,
         "submitted": moment(row["created_at"]),
         "submission": None if row["sealed_at"] else "not finished: submit it again",
         "ended": moment(row["completed_at"]),

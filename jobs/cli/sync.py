@@ -16,7 +16,7 @@ from jobs.cli.ingest import Ingest, carry_out, check_options
 from jobs.cli.ingest import Options as IngestOptions
 from jobs.cli.output import aside, print_json, say, table
 from jobs.cli.progress import Display
-from jobs.cli.report import LONGEST_TABLE, Report, as_json, print_report
+from jobs.cli.report import LONGEST_TABLE, Report, as_json
 from jobs.cli.session import quiet_logs, run_async
 from jobs.cli.waiting import OwnWorker
 from jobs.logs import configure_logging
@@ -52,6 +52,7 @@ class _Sync(Ingest):
         self.result = await self.sync.run()
         if self.result.batch is not None:
             self.batches.append(self.result.batch)
+            await self.start_for_archives()
 
     async def see_through(self) -> None:
         await Ingest.see_through(self)
@@ -63,18 +64,19 @@ class _Sync(Ingest):
             self.result.deleted += again.deleted
             self.result.kept = again.kept
 
-    def print(self, report: Report) -> ExitCode:
+    def print(self, report: Report, *, queued: bool) -> ExitCode:
         assert self.result is not None
         if self.options.json:
             print_json({**as_json(report), "sync": _as_json(self.result)})
+            code = report.exit_code(waited=self.options.wait)
         else:
             _print_changes(self.result)
             if self.result.batch is None:
                 say(f"would be done: {summary(self.result)}")
-            else:
-                print_report(report)
-            self.point_out_workers(report)
-        code = report.exit_code(waited=self.options.wait)
+                return ExitCode.OK
+            code = Ingest.print(self, report, queued=queued)
+        if self.result.batch is None:
+            return ExitCode.OK
         return ExitCode.FAILED if self.result.kept and code is ExitCode.OK else code
 
 
@@ -85,7 +87,7 @@ def run(folder: Path, options: Options, *, watch: bool, poll: float | None) -> E
     if poll is not None and not watch:
         raise typer.BadParameter("goes with --watch only.", param_hint="--poll")
     settings = load_settings()
-    check_options(options)
+    check_options([folder], options)
     if watch:
         configure_logging(settings, role="sync")
         return run_async(_watch(settings, folder, options, poll))

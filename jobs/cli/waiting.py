@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import psycopg
 from loguru import logger
 
+from jobs.batch import BatchSubmission
 from jobs.cli.errors import is_database_absent
 from jobs.cli.progress import Display, Standing
 from jobs.cli.session import Row, quiet_logs, rows, shows_details
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.25
 """Between two looks at the documents; large sets are looked at less often, so that looking costs little."""
+
+SETTLE_SECONDS = 15.0
+OPEN_ARCHIVE = frozenset({"waiting", "unpacking"})
 
 
 class WorkerDied(DocmillError):
@@ -101,6 +105,36 @@ async def wait_for_documents(settings: Settings, doc_ids: Collection[str], worke
         if worker is not None:
             worker.check()
         await asyncio.sleep(max(LOOK_SECONDS, 10 * (time.monotonic() - started)))
+
+
+async def wait_for_archives(settings: Settings, batches: Sequence[BatchSubmission], worker: OwnWorker | None, display: Display) -> None:
+    """Return when all archives of these batches have been unpacked, or failed. Outages and errors: as `wait_for_documents`."""
+    reached = time.monotonic()
+    while True:
+        try:
+            found = await rows(settings, "archives_of_batches", batch_ids=[batch.batch_id for batch in batches])
+        except psycopg.OperationalError:
+            if time.monotonic() - reached > settings.database_timeout:
+                raise
+        else:
+            reached = time.monotonic()
+            display.unpacking(sum(row["unpacked_count"] for row in found), sum(row["entry_count"] or 0 for row in found))
+            if not any(row["state"] in OPEN_ARCHIVE for row in found):
+                return
+        if worker is not None:
+            worker.check()
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def wait_for_batches(settings: Settings, batches: Sequence[BatchSubmission]) -> None:
+    """Return when these batches have ended. Their documents have, so it takes a moment; who holds a batch is not waited for."""
+    end = time.monotonic() + SETTLE_SECONDS
+    for batch in batches:
+        while batch.run_id is not None and time.monotonic() < end:
+            found = await rows(settings, "look_at_batch", batch_id=batch.batch_id)
+            if not found or found[0]["status"] not in {"pending", "processing"}:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def _standing(total: int, ended: Counter[str], unfinished: list[Row]) -> Standing:

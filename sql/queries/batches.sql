@@ -19,3 +19,7 @@ SELECT a.entry_path, a.content_sha256
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id AND b.run_id = a.run_id
 WHERE b.batch_id = %(batch_id)s AND b.user_id = %(user_id)s AND a.parent_id IS NULL AND a.state NOT IN ('failed', 'cancelled');
+
+-- name: open_transaction
+-- Makes a connection that is not in autocommit mode open its transaction, so that a block inside of it is a savepoint.
+SELECT;

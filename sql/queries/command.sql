@@ -101,7 +101,8 @@ ORDER BY e.id;
 
 -- name: show_batch
 SELECT b.batch_id, b.run_id, b.user_id, b.source_path, b.status, b.total_files, b.pending, b.processing, b.completed, b.failed,
-    b.created_at, b.sealed_at, b.completed_at, b.last_progress_at, j.error_message, j.correlation_id
+    b.created_at, b.sealed_at, b.completed_at, b.last_progress_at, b.archives, b.archives_open, b.archives_failed, b.archive_files,
+    b.unpacked_files, j.error_message, j.correlation_id
 FROM batch_status AS b
 JOIN processing_jobs AS j ON j.batch_id = b.batch_id
 WHERE b.batch_id = %(batch_id)s;

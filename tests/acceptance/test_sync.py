@@ -244,3 +244,15 @@ def test_what_lies_in_archives_follows_their_content_their_moves_and_their_end(
         "SELECT count(DISTINCT doc_id), max((detail->>'embedded')::int) FROM document_events WHERE stage = 'embed' AND doc_id = ANY(%s)"
     )
     assert conn.execute(embedded, [moved]).fetchone() == (2, 0), "what was moved is not embedded again"
+
+
+def test_an_entry_that_a_changed_archive_no_longer_has_is_deleted_by_the_same_call(folder: Path, conn: psycopg.Connection) -> None:
+    archive(folder / "z.zip", one=1, two=2)
+    code, made, said = sync(folder)
+    assert (code, sorted(made["new"])) == (0, ["a.md", "b.md", "sub/c.md", "z.zip"]), said
+    archive(folder / "z.zip", two=2, three=3)
+    code, made, said = sync(folder)
+    assert (code, made["changed"], [gone["file"] for gone in made["deleted"]]) == (0, ["z.zip"], ["z.zip/in/one.md"]), said
+    assert states(conn, folder) == complete("a.md", "b.md", "sub/c.md", "z.zip/in/three.md", "z.zip/in/two.md")
+    code, made, said = sync(folder)
+    assert (code, made["unchanged"], made["deleted"]) == (0, 4, []), said

@@ -52,6 +52,12 @@ SHORT = {
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[queue-sync_deletes]",
     ],
+    "test_unpacking": [
+        "test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_run[inline]",
+        "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",
+        "test_a_batch_in_a_callers_long_transaction_gets_in_nobodys_way[inline-commit]",
+        "test_a_stopped_worker_leaves_the_rest_of_an_archive_to_the_next_without_a_count[queue]",
+    ],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
         "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",

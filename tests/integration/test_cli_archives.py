@@ -1,0 +1,89 @@
+"""`docmill ingest` on archives: a zip is a batch that it unpacks and sees through; a zip in a folder is part of the folder's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.archives import Raw, raw_zip, write_zip, zip_bytes
+from tests.integration.test_cli import answer, docmill, eventually, running
+
+pytestmark = pytest.mark.usefixtures("settings")
+
+
+def test_a_zip_is_a_batch_whose_files_are_reported_and_the_second_time_nothing_is_done(tmp_path: Path, conn: psycopg.Connection) -> None:
+    path = tmp_path / "batch.zip"
+    inner = zip_bytes({"deep.txt": "A text about gardening."})
+    bad = [Raw(b"bad.txt", crc=1), Raw(b"__MACOSX/._x"), Raw(b"in.zip", inner)]
+    path.write_bytes(raw_zip([Raw(b"a/pumps.md", b"# Pumps\n\nHearing protection is needed."), *bad]))
+    done = docmill("ingest", path, "--batch-id", "mine", "--json")
+    made = answer(done)
+    assert done.returncode == 1, done.stderr
+    states = {document["file"]: document["state"] for document in made["documents"]}
+    assert states == {"batch.zip/a/pumps.md": "complete", "batch.zip/bad.txt": "failed", "batch.zip/in.zip/deep.txt": "complete"}
+    assert (made["batches"][0]["batch_id"], made["batches"][0]["files"], made["skipped"]) == ("mine", 3, 1)
+    assert conn.execute("SELECT batch_id, status, total_files FROM processing_jobs").fetchall() == [("mine", "completed_with_errors", 3)]
+    again = docmill("ingest", path, "--batch-id", "mine")
+    assert "nothing to do: 3 documents unchanged (1 of them not complete)" in again.stdout
+    shown = docmill("status", "mine")
+    assert "2: 0 to be unpacked, 0 failed; 4 of 4 files unpacked" in shown.stdout
+
+
+def test_a_zip_that_is_bad_as_a_whole_is_reported_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and nothing more")
+    (tmp_path / "text.zip").write_text("no archive")
+    done = docmill("ingest", tmp_path / "broken.zip", tmp_path / "text.zip", "--json")
+    errors = {document["file"]: document["error_message"] for document in answer(done)["documents"]}
+    assert done.returncode == 1
+    assert "end is missing" in errors["broken.zip"]
+    assert "no zip archive by its content" in errors[str(tmp_path / "text.zip")]
+
+
+def test_a_zip_in_a_folder_is_unpacked_as_part_of_it(tmp_path: Path, conn: psycopg.Connection) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A text about pumps.")
+    write_zip(folder / "more.zip", {"b.txt": "A text about valves."})
+    done = docmill("ingest", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    assert {document["file"]: document["state"] for document in answer(done)["documents"]} == {
+        "a.txt": "complete",
+        "more.zip/b.txt": "complete",
+    }
+    assert conn.execute("SELECT status, total_files FROM processing_jobs").fetchall() == [("completed", 2)]
+    assert docmill("ingest", folder).stdout == "nothing to do: 2 documents unchanged\n"
+
+
+def test_without_waiting_the_archive_is_left_to_a_worker(tmp_path: Path, conn: psycopg.Connection) -> None:
+    path = write_zip(tmp_path / "batch.zip", {"a.txt": "A text."})
+    done = docmill("ingest", path, "--no-wait")
+    assert done.returncode == 0
+    assert "docmill worker" in done.stderr
+    assert conn.execute("SELECT state FROM batch_archives").fetchall() == [("waiting",)]
+
+
+def test_an_interrupted_wait_says_that_the_archive_is_still_to_be_unpacked(tmp_path: Path, conn: psycopg.Connection) -> None:
+    path = write_zip(tmp_path / "batch.zip", {"a.txt": "A text."})
+    with running("ingest", path, "--no-worker") as waiting:
+        eventually(lambda: conn.execute("SELECT count(*) FROM batch_archives").fetchone() == (1,))
+        time.sleep(0.5)  # past the submission, in the wait
+        waiting.send_signal(signal.SIGINT)
+        printed, told = waiting.communicate(timeout=60)
+    assert (waiting.returncode, printed) == (130, "")
+    assert "1 archives are still to be unpacked" in told
+    again = docmill("ingest", path, "--json")
+    assert json.loads(again.stdout)["counts"] == {"complete": 1}
+
+
+@pytest.mark.parametrize("given", [["a.txt"], ["a.zip", "a.zip"]])
+def test_a_batch_id_is_for_one_folder_or_zip(given: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    write_zip(tmp_path / "a.zip", {"a.txt": "a"})
+    done = docmill("ingest", *(tmp_path / name for name in given), "--batch-id", "x")
+    assert done.returncode == 2
+    assert "--batch-id" in done.stderr

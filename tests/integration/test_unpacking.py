@@ -1,0 +1,466 @@
+"""Unpacking an archive: whatever interrupts it, and whoever does it besides, each entry is one document of the batch's run."""
+
+from __future__ import annotations
+
+import asyncio
+import zipfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+
+from jobs import submit_batch
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.storage import LocalStorage
+from jobs.batch import archive as archive_module
+from jobs.batch.unpacking import Unpacker
+from jobs.database import make_pool
+from jobs.front import close_sync
+from jobs.pipeline.claims import Connection
+from jobs.reconcile import Reconciler
+from jobs.submit import derive_doc_id
+from models.errors import RetryableError
+from models.settings import Settings, load_settings
+from tests.archives import Raw, raw_zip, write_zip, zip_bytes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Interrupted(BaseException):
+    """Ends an unpacker as a crash does: nothing of it runs any more."""
+
+
+@dataclass
+class Bench:
+    """Unpackers over the test's database, and what their sandbox should do besides."""
+
+    conn: psycopg.Connection
+    pool: AsyncConnectionPool[Connection]
+    settings: Settings
+    folder: Path
+    sandbox: ProcessSandbox
+    stopping: bool = False
+    before_call: Callable[[str], None] = lambda _: None
+    calls: list[str] = field(default_factory=list)
+
+    async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The sandbox's own, noted."""
+        self.calls.append(function.__name__)
+        self.before_call(function.__name__)
+        return await self.sandbox.run(function, *args, **kwargs)
+
+    def unpacker(self, **changes: Any) -> Unpacker:
+        settings = self.settings.model_copy(update=changes)
+        return Unpacker(settings=settings, pool=self.pool, sandbox=self, stopping=lambda: self.stopping)
+
+    def zip(self, files: Mapping[str, bytes | str] | bytes, name: str = "batch.zip") -> Path:
+        path = self.folder / name
+        path.write_bytes(files if isinstance(files, bytes) else zip_bytes(files))
+        return path
+
+    def jobs(self) -> list[int]:
+        """Archives that wait for a worker."""
+        waiting = "SELECT (args->>'archive_id')::int FROM procrastinate_jobs WHERE task_name = 'unpack' AND status = 'todo' ORDER BY id"
+        return [row[0] for row in self.all(waiting)]
+
+    async def unpack(self, **changes: Any) -> None:
+        """Run all waiting unpack jobs, also those that come of it."""
+        while found := self.one_or_none(
+            """UPDATE procrastinate_jobs SET status = 'doing' WHERE id = (SELECT min(id) FROM procrastinate_jobs
+                WHERE task_name = 'unpack' AND status = 'todo') RETURNING id, (args->>'archive_id')::int"""
+        ):
+            await self.unpacker(**changes).run(found[1])
+            self.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE id = %s", [found[0]])
+
+    def finish(self) -> None:
+        """End every document well, as the pipeline would."""
+        self.conn.execute(
+            """UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() + interval '1 min'
+                WHERE state = 'queued'"""
+        )
+        self.conn.execute(
+            """UPDATE file_extractions SET milestone = 'complete', state = 'complete', lease_until = NULL, served_version = version
+                WHERE state = 'working'"""
+        )
+
+    def settle(self, batch: str) -> str:
+        return str(self.one("SELECT settle_batch(%s)", batch)[0])
+
+    def documents(self) -> dict[str, str]:
+        return dict(self.all("SELECT source_path, state::text FROM file_extractions ORDER BY source_path"))
+
+    def one_or_none(self, statement: str, *args: object) -> tuple[Any, ...] | None:
+        return self.conn.execute(statement, args).fetchone()
+
+    def one(self, statement: str, *args: object) -> tuple[Any, ...]:
+        row = self.one_or_none(statement, *args)
+        assert row is not None
+        return row
+
+    def all(self, statement: str, *args: object) -> list[tuple[Any, ...]]:
+        return self.conn.execute(statement, args).fetchall()
+
+    def snapshot(self) -> list[Any]:
+        """Everything that is written, with the transaction that wrote it."""
+        tables = ("processing_jobs", "batch_archives", "file_extractions", "document_events", "dead_letters", "procrastinate_jobs")
+        return [self.all(f"SELECT t.xmin::text, t.ctid::text, t.* FROM {table} t ORDER BY 1, 2") for table in tables]
+
+
+@pytest.fixture
+async def bench(settings: Settings, database: str, conn: psycopg.Connection, tmp_path: Path) -> AsyncIterator[Bench]:
+    load_settings.cache_clear()
+    pool = make_pool(settings, database)
+    await pool.open()
+    sandbox = ProcessSandbox(children=1)
+    yield Bench(conn, pool, settings, tmp_path, sandbox)
+    await sandbox.aclose()
+    await pool.close()
+    close_sync()
+    load_settings.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "GROUP_ENTRIES", 3)
+
+
+FILES: dict[str, bytes | str] = {f"d{number % 3}/f{number:02}.txt": f"text of file {number}" for number in range(10)}
+
+
+async def test_a_zip_becomes_a_batch_of_its_files_and_ends_with_them(bench: Bench) -> None:
+    batch = submit_batch(bench.zip({**FILES, "__MACOSX/._x": "x"}), batch_id="b", user_id="ann", metadata={"year": 2026}, priority=4)
+    assert (batch, batch.outcome, batch.archives) == ("b", "accepted", 1)
+    assert bench.one("SELECT status, sealed_at IS NOT NULL, total_files FROM processing_jobs") == ("pending", True, 0)
+    assert bench.settle(batch) == "None"
+    await bench.unpack()
+    assert bench.one("SELECT status, total_files, run_id, metadata FROM processing_jobs") == (
+        "processing",
+        10,
+        batch.run_id,
+        {"year": 2026},
+    )
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
+    row = bench.one("SELECT doc_id, file_name, user_id, priority, run_id FROM file_extractions WHERE source_path = 'd1/f04.txt'")
+    assert row == (derive_doc_id("ann", "b\nd1/f04.txt"), "f04.txt", "ann", 4, batch.run_id)
+    assert bench.one("SELECT state, entry_count, unpacked_count, skipped_count, attempts FROM batch_archives") == ("unpacked", 10, 10, 1, 0)
+    assert bench.one("SELECT archives, archives_open, archive_files, unpacked_files FROM batch_status") == (1, 0, 10, 10)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'validate'") == (10,)
+    storage = LocalStorage.from_settings(bench.settings)
+    for path, sha256 in bench.all("SELECT file_path, content_sha256 FROM file_extractions"):
+        assert storage.fingerprint(path).sha256 == sha256
+    assert list((storage.base / "temp").iterdir()) == []
+    bench.finish()
+    assert bench.settle(batch) == "completed"
+
+
+async def test_the_same_zip_again_writes_nothing(bench: Bench) -> None:
+    path = bench.zip(FILES)
+    first = submit_batch(path)
+    assert submit_batch(path).outcome == "unchanged"
+    await bench.unpack()
+    bench.finish()
+    bench.settle(first)
+    before = bench.snapshot()
+    again = submit_batch(path)
+    assert (again, again.outcome, again.run_id) == (first, "unchanged", first.run_id)
+    assert bench.snapshot() == before
+
+
+async def test_a_changed_zip_makes_a_run_that_touches_what_changed_and_holds_what_is_in_it(bench: Bench) -> None:
+    first = submit_batch(bench.zip(FILES), batch_id="b")
+    await bench.unpack()
+    bench.finish()
+    others = """SELECT doc_id, version, claim, updated_at FROM file_extractions
+        WHERE source_path NOT IN ('d1/f01.txt', 'd0/f00.txt', 'new.txt') ORDER BY 1"""
+    untouched = bench.all(others)
+    changed = {name: content for name, content in FILES.items() if name != "d0/f00.txt"} | {"d1/f01.txt": "other text", "new.txt": "new"}
+    second = submit_batch(bench.zip(changed), batch_id="b")
+    assert (second.outcome, second.run_id == first.run_id) == ("new_run", False)
+    await bench.unpack()
+    assert bench.all("SELECT source_path, version FROM file_extractions WHERE state = 'queued' ORDER BY 1") == [
+        ("d1/f01.txt", 2),
+        ("new.txt", 1),
+    ]
+    assert bench.one("SELECT count(*) FILTER (WHERE run_id = %s), count(*) FROM file_extractions", second.run_id) == (10, 11)
+    assert bench.all(others) == untouched
+    bench.finish()
+    assert bench.settle("b") == "completed"
+
+
+async def test_an_unpacker_that_dies_is_followed_by_one_that_does_the_rest(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+
+    def die(_: str) -> None:
+        if len(bench.calls) == 4:  # the listing and two groups have been done
+            raise Interrupted
+
+    bench.before_call = die
+    with pytest.raises(Interrupted):
+        await bench.unpack()
+    assert bench.one("SELECT count(*) FROM file_extractions") == (6,)
+    assert bench.one("SELECT state, entry_count, unpacked_count FROM batch_archives") == ("unpacking", 10, 6)
+    assert bench.settle("b") == "None"
+    before = bench.all("SELECT xmin::text FROM file_extractions ORDER BY id")
+    bench.calls.clear()
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'aborted' WHERE status = 'doing'")
+    done = await Reconciler(bench.settings, bench.pool).pass_once()
+    assert done == {"requeued": 1}
+    await bench.unpack()
+    assert bench.calls == ["list_archive", "unpack_members", "unpack_members"]
+    assert bench.all("SELECT xmin::text FROM file_extractions ORDER BY id")[:6] == before
+    assert bench.one("SELECT count(*), count(DISTINCT doc_id) FROM document_events WHERE event = 'submitted'") == (10, 10)
+
+
+async def test_two_unpackers_of_one_archive_at_once_make_each_document_once(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+    await asyncio.gather(*(bench.unpacker().run(archive) for _ in range(3)))
+    assert bench.one("SELECT count(*), max(version) FROM file_extractions") == (10, 1)
+    assert bench.one("SELECT count(*) FROM document_events") == (10,)
+    assert bench.one("SELECT state, unpacked_count FROM batch_archives") == ("unpacked", 10)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'validate'") == (10,)
+
+
+async def test_an_archive_that_breaks_its_worker_again_and_again_is_failed(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+
+    def die(_: str) -> None:
+        raise Interrupted
+
+    bench.before_call = die
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            await bench.unpacker().run(archive)
+    await bench.unpacker().run(archive)
+    state, message = bench.one("SELECT state, error_message FROM batch_archives")
+    assert state == "failed"
+    assert "MAX_CRASHES" in message
+    assert bench.one("SELECT status, error_message FROM processing_jobs") == ("failed", message)
+
+
+async def test_a_worker_that_stops_hands_the_rest_on_at_once_and_without_a_count(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+
+    def stop(call: str) -> None:
+        bench.stopping = len(bench.calls) == 2
+
+    bench.before_call = stop
+    await bench.unpacker().run(archive)
+    assert bench.one("SELECT count(*) FROM file_extractions") == (3,)
+    assert bench.one("SELECT attempts, state FROM batch_archives") == (0, "unpacking")
+    assert bench.one("SELECT scheduled_at <= now() FROM procrastinate_jobs WHERE task_name = 'unpack' AND status = 'todo'") == (True,)
+    bench.stopping, bench.before_call = False, lambda _: None
+    await bench.unpack()
+    assert bench.one("SELECT count(*) FROM file_extractions") == (10,)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "newer run", "deleted"])
+async def test_an_unpacker_whose_run_is_over_stops_quietly(how: str, bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+
+    def end(_: str) -> None:
+        if len(bench.calls) == 3:
+            match how:
+                case "cancelled":
+                    bench.conn.execute("UPDATE processing_jobs SET status = 'cancelled', completed_at = now()")
+                case "newer run":
+                    submit_batch(bench.zip({"one.txt": "one"}), batch_id="b")
+                case _:
+                    bench.conn.execute("UPDATE file_extractions SET batch_id = NULL")
+                    bench.conn.execute("DELETE FROM processing_jobs")
+
+    bench.before_call = end
+    await bench.unpacker().run(archive)
+    assert bench.one("SELECT count(*) FROM file_extractions") == (3,)
+    found = bench.one_or_none("SELECT state FROM batch_archives WHERE id = %s", archive)
+    assert found == (None if how == "deleted" else ("cancelled",))
+    assert list((bench.settings.storage_base_path / "temp").iterdir()) == []
+    bench.before_call = lambda _: None
+    await bench.unpack()
+    if how == "newer run":
+        assert bench.one("SELECT total_files, count(*) FROM processing_jobs JOIN file_extractions USING (run_id) GROUP BY 1") == (1, 1)
+
+
+async def test_archives_inside_are_unpacked_two_deep_and_below_that_fail_alone(bench: Bench) -> None:
+    third = zip_bytes({"deep.txt": "deep"})
+    second = zip_bytes({"in.txt": "in", "third.zip": third})
+    batch = submit_batch(bench.zip({"a.txt": "a", "sub/second.zip": second, "bad.zip": zip_bytes({})}), batch_id="b")
+    await bench.unpack()
+    assert bench.documents() == {"a.txt": "queued", "sub/second.zip/in.txt": "queued", "sub/second.zip/third.zip": "failed"}
+    assert bench.all("SELECT entry_path, depth, state FROM batch_archives ORDER BY 1") == [
+        ("", 1, "unpacked"), ("bad.zip/", 2, "failed"), ("sub/second.zip/", 2, "unpacked"),
+    ]  # fmt: skip
+    assert "2 deep" in bench.one("SELECT error_message FROM dead_letters")[0]
+    assert bench.one("SELECT total_files FROM processing_jobs") == (3,)
+    bench.finish()
+    assert bench.settle(batch) == "completed_with_errors"
+    assert bench.one("SELECT archives, archives_failed FROM batch_status") == (3, 1)
+
+
+async def test_archives_inside_of_one_share_its_limits(bench: Bench) -> None:
+    inner = {f"{n}.zip": zip_bytes({f"{n}-{i}.txt": "x" for i in range(4)}) for n in range(3)}
+    submit_batch(bench.zip(inner), batch_id="b")
+    await bench.unpack(max_archive_entries=12)
+    states = [row[0] for row in bench.all("SELECT state FROM batch_archives ORDER BY id")]
+    assert states == ["unpacked", "unpacked", "unpacked", "failed"]
+    assert "MAX_ARCHIVE_ENTRIES" in bench.one("SELECT error_message FROM batch_archives WHERE state = 'failed'")[0]
+
+
+async def test_bad_entries_are_failed_documents_with_dead_letters_and_a_repaired_zip_makes_them_good(bench: Bench) -> None:
+    bad = [Raw(b"good.txt"), Raw(b"locked.txt", flags=1), Raw(b"crc.txt", crc=1), Raw(b"../up.txt")]
+    batch = submit_batch(bench.zip(raw_zip(bad)), batch_id="b")
+    await bench.unpack()
+    assert bench.documents() == {"good.txt": "queued", "locked.txt": "failed", "crc.txt": "failed", "../up.txt": "failed"}
+    letters = {
+        row[0]: row
+        for row in bench.all(
+            "SELECT d.source_path, l.error_type::text, l.error_message, l.stage FROM dead_letters l JOIN file_extractions d USING (doc_id)"
+        )
+    }
+    assert letters["locked.txt"] == (
+        "locked.txt", "PERMANENT", "batch.zip, entry locked.txt: it is encrypted; pack it again without a password.", "validate",
+    )  # fmt: skip
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo'") == (1,)
+    bench.finish()
+    assert bench.settle(batch) == "completed_with_errors"
+    before = bench.snapshot()[2:5]
+    submit_batch(bench.zip(raw_zip([*bad, Raw(b"more.txt")])), batch_id="b")
+    await bench.unpack()
+    after = bench.snapshot()[2:5]
+    assert (len(after[0]), after[2]) == (len(before[0]) + 1, before[2]), "an entry that is as bad as before was failed once more"
+    submit_batch(bench.zip(raw_zip([Raw(b"good.txt"), Raw(b"locked.txt"), Raw(b"crc.txt")])), batch_id="b")
+    await bench.unpack()
+    assert bench.all("SELECT source_path, version, state::text FROM file_extractions WHERE version = 2 ORDER BY 1") == [
+        ("crc.txt", 2, "queued"), ("locked.txt", 2, "queued"),
+    ]  # fmt: skip
+    bench.finish()
+    assert bench.settle("b") == "completed"
+
+
+async def test_a_good_entry_that_turns_bad_fails_as_a_new_version_and_the_old_one_is_still_served(bench: Bench) -> None:
+    submit_batch(bench.zip(raw_zip([Raw(b"a.txt")])), batch_id="b")
+    await bench.unpack()
+    bench.finish()
+    submit_batch(bench.zip(raw_zip([Raw(b"a.txt", crc=1)])), batch_id="b")
+    await bench.unpack()
+    assert bench.one("SELECT version, served_version, state::text FROM file_extractions") == (2, 1, "failed")
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04 no directory", zip_bytes({}), zip_bytes({"__MACOSX/._a": "x"})], ids=["broken", "empty", "nothing left"]
+)
+async def test_a_zip_that_is_bad_as_a_whole_fails_its_batch_with_the_reason_and_can_be_submitted_again(
+    content: bytes, bench: Bench
+) -> None:
+    batch = submit_batch(bench.zip(content), batch_id="b")
+    await bench.unpack()
+    status, message = bench.one("SELECT status, error_message FROM processing_jobs")
+    assert status == "failed"
+    assert message.startswith("batch.zip: ")
+    assert bench.documents() == {}
+    assert bench.one("SELECT kind FROM alerts") == ("archive_failed",)
+    again = submit_batch(bench.zip(FILES), batch_id="b")
+    assert again.outcome == "new_run"
+    await bench.unpack()
+    assert len(bench.documents()) == 10
+    assert batch == again
+
+
+async def test_a_document_that_somebody_holds_keeps_no_other_from_being_accepted(bench: Bench, database: str) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    await bench.unpack()
+    bench.finish()
+    changed = {name: f"new {content!r}" for name, content in FILES.items()}
+    submit_batch(bench.zip(changed), batch_id="b")
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing' WHERE task_name = 'unpack' AND status = 'todo'")
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions WHERE source_path = 'd1/f04.txt' FOR UPDATE")
+        await bench.unpacker().run(archive)
+        holder.rollback()
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE version = 2") == (9,)
+    assert bench.one("SELECT state, attempts FROM batch_archives WHERE id = %s", archive) == ("unpacking", 0)
+    assert bench.one("SELECT scheduled_at > now() FROM procrastinate_jobs WHERE task_name = 'unpack' AND status = 'todo'") == (True,)
+    await bench.unpack()
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE version = 2") == (10,)
+
+
+async def test_a_failing_storage_is_waited_for_and_then_given_up(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+
+    def full(call: str) -> None:
+        if call == "unpack_members":
+            raise RetryableError("The storage is full.")
+
+    bench.before_call = full
+    for _ in range(4):
+        assert bench.one("SELECT state FROM batch_archives") != ("failed",)
+        await bench.unpacker().run(archive)
+    assert bench.one("SELECT state, error_message FROM batch_archives") == ("failed", "The storage is full.")
+
+
+async def test_zips_in_a_folder_are_unpacked_as_part_of_its_batch_and_change_nothing_the_second_time(bench: Bench) -> None:
+    folder = bench.folder / "documents"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    write_zip(folder / "more.zip", FILES)
+    made = submit_batch(folder)
+    assert (made.outcome, made.archives) == ("accepted", 1)
+    await bench.unpack()
+    assert set(bench.documents()) == {str(folder / "a.txt"), *(f"{folder}/more.zip/{name}" for name in FILES)}
+    assert bench.one("SELECT total_files, direct_files FROM processing_jobs") == (11, 1)
+    bench.finish()
+    assert bench.settle(made) == "completed"
+    before = bench.snapshot()
+    assert submit_batch(folder).outcome == "unchanged"
+    assert bench.snapshot() == before
+    write_zip(folder / "more.zip", {**FILES, "extra.txt": "extra"})
+    assert submit_batch(folder).outcome == "new_run"
+    await bench.unpack()
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE state = 'queued'") == (1,)
+    assert bench.one("SELECT total_files, (SELECT count(*) FROM file_extractions d WHERE d.run_id = b.run_id) FROM processing_jobs b") == (
+        12,
+        12,
+    )
+
+
+async def test_an_archive_whose_job_is_lost_gets_another_and_in_the_end_is_failed_visibly(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    settings = bench.settings.model_copy(update={"max_requeues": 2})
+    assert await Reconciler(settings, bench.pool).pass_once() == {}
+    for _ in range(2):
+        bench.conn.execute("UPDATE procrastinate_jobs SET status = 'failed'")
+        assert await Reconciler(settings, bench.pool).pass_once() == {"requeued": 1}
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'failed' WHERE status = 'todo'")
+    assert (await Reconciler(settings, bench.pool).pass_once())["failed"] >= 1
+    assert "lost 2 times" in bench.one("SELECT error_message FROM batch_archives")[0]
+    await Reconciler(settings, bench.pool).pass_once()
+    assert bench.one("SELECT status FROM processing_jobs") == ("failed",)
+
+
+async def test_a_job_left_by_a_dead_worker_is_deferred_again(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    settings = bench.settings.model_copy(update={"lease_seconds": 0.0, "reconcile_seconds": 60.0})
+    assert await Reconciler(settings, bench.pool).pass_once() == {"requeue_side_job": 1}
+    assert len(bench.jobs()) == 1
+
+
+def test_a_zip_with_ten_thousand_names_is_listed_in_one_go(tmp_path: Path) -> None:
+    from jobs.adapters.archives import ArchiveLimits, list_archive
+
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as made:
+        for number in range(10_000):
+            made.writestr(f"{number}.txt", b"")
+    limits = ArchiveLimits.from_settings(Settings())
+    assert len(list_archive(str(tmp_path / "many.zip"), "many.zip", limits).members) == 10_000
