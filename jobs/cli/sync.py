@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,15 @@ from jobs.cli.output import aside, print_json, say, table
 from jobs.cli.progress import Display
 from jobs.cli.report import LONGEST_TABLE, Report, as_json
 from jobs.cli.session import quiet_logs, run_async
-from jobs.cli.waiting import OwnWorker
+from jobs.cli.waiting import LOOK_SECONDS, OwnWorker
 from jobs.logs import configure_logging
 from jobs.sync import SyncOptions, SyncResult
 from jobs.sync.folder import FolderSync
 from jobs.sync.watch import summary, watch_folder
 from models.settings import Settings, load_settings
+
+MOVE_SECONDS = 60.0
+"""How long the end of moves is waited for once all that was submitted has ended; a worker's reconciler sees to them in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,13 @@ class _Sync(Ingest):
         await Ingest.see_through(self)
         if self.sync is None or self.result is None:
             return
-        await self.sync.finish_moves(self.result)
+        end = time.monotonic() + MOVE_SECONDS
+        while await self.sync.finish_moves(self.result) and time.monotonic() < end:
+            # A document that was a duplicate of the moved one is being made one that stands by itself.
+            if self.options.worker:
+                self.worker.start()
+                self.worker.check()
+            await asyncio.sleep(LOOK_SECONDS)
         if self.result.plan.unpacking:  # what they no longer hold is known now
             again = await FolderSync(self.settings, self.paths[0], self.options.for_sync()).run()
             self.result.deleted += again.deleted

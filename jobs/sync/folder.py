@@ -212,7 +212,12 @@ class FolderSync:
             return None  # its archive is there and no longer has it
         return await asyncio.to_thread(why_not_gone, self.root, seen.identity, document.name, document.created_at, trusted=trusted)
 
-    async def finish_moves(self, result: SyncResult) -> None:
-        """Delete the old documents of moved files whose new ones are complete by now; any worker's reconciler does the others."""
-        done = await self._memory.finish_replacing([move.old.doc_id for move in result.moved])
-        result.deleted += [move.old for move in result.moved if move.old.doc_id in done]
+    async def finish_moves(self, result: SyncResult) -> list[Move]:
+        """Delete the old documents of moved files whose new ones are complete by now, and return the moves that are still on their way.
+
+        Any worker's reconciler does the same in time.
+        """
+        deleted = {document.doc_id for document in result.deleted}
+        gone, left = await self._memory.finish_replacing([move for move in result.moved if move.old.doc_id not in deleted])
+        result.deleted += [move.old for move in result.moved if move.old.doc_id in gone]
+        return left

@@ -17,7 +17,7 @@ from jobs.adapters.storage import storable_path, storable_text
 from jobs.database import connect_options, conninfo_of
 from jobs.front import async_connection
 from jobs.submit import derive_doc_id, path_doc_id, refused
-from jobs.sync.plan import Archive, Stored
+from jobs.sync.plan import Archive, Move, Stored
 from models.errors import SubmitConflict
 from models.settings import Settings
 from models.stages import State
@@ -106,12 +106,20 @@ class FolderMemory:
         found = await self._guarded("delete_vanished_document", _as_planned(old))
         return bool(found and found[0]["deleted"])
 
-    async def finish_replacing(self, doc_ids: Sequence[str]) -> set[str]:
-        """Delete those documents whose successor is complete by now, as any reconciler would; return all that are gone."""
-        for doc_id in doc_ids:
-            await self._ask("delete_replaced_document", {"doc_id": doc_id})
-        left = await self._ask("find_files_by_id", {"doc_ids": list(doc_ids), "user_id": self._user_id})
-        return set(doc_ids) - {row["doc_id"] for row in left}
+    async def finish_replacing(self, moves: Sequence[Move]) -> tuple[set[str], list[Move]]:
+        """Delete the old documents whose successor is complete by now, as any reconciler would.
+
+        Returns the doc_ids of all that are gone, and the moves that are still on their way: of the others the new document has failed.
+        """
+        for move in moves:
+            await self._ask("delete_replaced_document", {"doc_id": move.old.doc_id})
+        doc_ids = [doc_id for move in moves for doc_id in (move.old.doc_id, move.doc_id)]
+        states = {
+            row["doc_id"]: row["state"] for row in await self._ask("find_files_by_id", {"doc_ids": doc_ids, "user_id": self._user_id})
+        }
+        gone = {move.old.doc_id for move in moves} - set(states)
+        ended = {None, State.FAILED, State.CANCELLED}
+        return gone, [move for move in moves if move.old.doc_id in states and states.get(move.doc_id) not in ended]
 
     async def settle(self) -> None:
         """End the folder's batch if its last unfinished document has just been deleted."""
