@@ -23,7 +23,7 @@ from jobs.sync.looking import (
     why_not_gone,
 )
 from jobs.sync.memory import FolderMemory, Memory, folder_lock
-from jobs.sync.plan import Found, Kept, Stored, is_below, make_plan, missing, worth_reading
+from jobs.sync.plan import Found, Kept, Move, Stored, is_below, make_plan, missing, worth_reading
 from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings

@@ -256,3 +256,24 @@ def test_an_entry_that_a_changed_archive_no_longer_has_is_deleted_by_the_same_ca
     assert states(conn, folder) == complete("a.md", "b.md", "sub/c.md", "z.zip/in/three.md", "z.zip/in/two.md")
     code, made, said = sync(folder)
     assert (code, made["unchanged"], made["deleted"]) == (0, 4, []), said
+
+
+@pytest.mark.parametrize("policy", ["reuse", "skip", "process"])
+def test_under_every_policy_for_duplicates_a_move_ends_with_one_complete_document_and_embeds_nothing_again(
+    folder: Path, conn: psycopg.Connection, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUPLICATE_POLICY", policy)
+    embedded = "SELECT max((detail->>'embedded')::int) FROM document_events WHERE stage = 'embed' AND doc_id = ANY(%s)"
+    with worker(tmp_path / "worker.log"):
+        assert sync(folder, "--no-worker")[0] == 0
+        (folder / "a.md").rename(folder / "moved.md")
+        assert sync(folder, "--no-worker")[0] == 0
+        assert states(conn, folder) == complete("b.md", "moved.md", "sub/c.md")
+        shutil.copy(folder / "moved.md", folder / "copy.md")
+        assert sync(folder, "--no-worker")[0] == 0
+        (folder / "moved.md").unlink()  # under skip the copy is a duplicate of it
+        code, _, said = sync(folder, "--no-worker")
+        assert (code, states(conn, folder)) == (0, complete("b.md", "copy.md", "sub/c.md")), said
+    ids = [path_doc_id("default", folder / name) for name in ("moved.md", "copy.md")]
+    assert conn.execute(embedded, [ids]).fetchone() == (0,)
+    assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (3,)
