@@ -66,7 +66,11 @@ class FolderRun:
         params = {"doc_ids": [entry.doc_id for entry in entries], "user_id": self._whole.user_id, "batch_id": made.batch_id}
         known = {row["doc_id"]: row for row in (yield Ask("find_known_documents", params))}
         batch = yield from look_at_batch(made.batch_id, self._whole.user_id)
-        before = {row["entry_path"]: row["content_sha256"] for row in (yield Ask("direct_archives", params))}
+        before = {
+            row["entry_path"]: row["content_sha256"]
+            for row in (yield Ask("direct_archives", params))
+            if row["state"] not in {"failed", "cancelled"} or not self._looked.resume
+        }
         made.known, made.standing = batch is not None, batch["run_id"] if batch is not None else None
         archives: dict[str, tuple[Entry, str]] = {}
         for entry in entries:
@@ -74,7 +78,7 @@ class FolderRun:
             if kept is not None:
                 made.files.append(kept)
                 self.tell(kept)
-            elif (yield partial(is_zip, entry.path)):
+            elif self._is_kept_archive(entry, before) or (yield partial(is_zip, entry.path)):
                 yield from self._look_at_archive(entry, archives)
             else:
                 made.files.append((yield from self._submit_one(entry, known.get(entry.doc_id))))
@@ -99,6 +103,10 @@ class FolderRun:
         if known is None or digest is None or digest != known["content_sha256"] or entry.name.lower().endswith(".zip"):
             return None  # what became a failed document once may be an archive
         return None if known["state"] == State.CANCELLED and self._looked.resume else _unchanged(entry, known)
+
+    def _is_kept_archive(self, entry: Entry, before: Mapping[str, str]) -> bool:
+        digest = self._looked.digests.get(entry.name)
+        return digest is not None and before.get(f"{storable_text(entry.name)}/") == digest
 
     def _look_at_archive(self, entry: Entry, archives: dict[str, tuple[Entry, str]]) -> Steps[None]:
         most = self._settings.max_archive_mb * 1_000_000

@@ -80,7 +80,7 @@ class Looked:
     digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 by name: these files need not be read to see whether they have changed."""
     resume: bool = True
-    """Whether a cancelled document is taken up again although its content is the same."""
+    """Whether a cancelled document, or an archive that failed, is taken up again although its content is the same."""
 
 
 def archive_upload_id(batch_id: str, entry_path: str) -> str:

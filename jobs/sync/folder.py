@@ -85,7 +85,9 @@ class FolderSync:
             result = SyncResult(self.root, self._memory.batch_id, plan, kept=list(plan.kept))
             if self._options.dry_run:
                 return result
-            if self._comes_again and result.is_unsettled() and not result.has_work():
+            # An archive that a run has is stored anew with every run, so none begins while one is being written.
+            archive_is_busy = any(name in memory.archives for name in plan.busy)
+            if self._comes_again and (archive_is_busy or (result.is_unsettled() and not result.has_work())):
                 result.batch = BatchSubmission(self._memory.batch_id)  # one run for all of it, when it has settled
                 self._report_busy(result)
             else:
@@ -133,11 +135,10 @@ class FolderSync:
                 result.kept.append(Kept(move.old.shown, reason))
                 continue
             try:
-                await self._memory.replace(move.old, move.doc_id)
+                if await self._memory.replace(move.old, move.doc_id) or move.old.replaced_by == move.doc_id:
+                    result.moved.append(move)
             except SubmitConflict as error:
                 result.kept.append(Kept(move.old.shown, str(error)))
-            else:
-                result.moved.append(move)
 
     async def _submit(self, result: SyncResult, seen: FolderLook, found: Mapping[str, Found], memory: Memory) -> None:
         """Submit the folder. A file that is being written stays what it was, if it was anything."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -566,3 +567,34 @@ def test_application_code_syncs_with_and_without_an_event_loop(folder: Path, set
         assert asyncio.run(inside()) == ["a.txt"]
     finally:
         load_settings.cache_clear()
+
+
+async def test_an_archive_that_failed_makes_no_new_run_until_it_changes(front: Bench, folder: Path) -> None:
+    def put_archive(text: str) -> None:
+        with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+            archive.writestr("in.txt", text)
+
+    put_archive("one")
+    assert (await sync(front, folder)).plan.new == ["a.txt", "b.txt", "sub/c.txt", "z.zip"]
+    front.conn.execute("UPDATE batch_archives SET state = 'failed', error_message = 'broken', ended_at = now()")
+    for _ in range(2):
+        result = await sync(front, folder)
+        assert (result.plan.unchanged, result.did_something()) == (["a.txt", "b.txt", "sub/c.txt", "z.zip"], False)
+    put_archive("two and more")
+    assert (await sync(front, folder)).plan.changed == ["z.zip"]
+    assert front.all("SELECT count(*), count(DISTINCT run_id) FROM batch_archives") == [(2, 2)]
+
+
+async def test_an_archive_that_is_being_written_holds_up_the_run_and_is_no_document(front: Bench, folder: Path) -> None:
+    with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+        archive.writestr("in.txt", "one")
+    await sync(front, folder)
+    content = (folder / "z.zip").read_bytes()
+    (folder / "z.zip").write_bytes(content[:20])
+    put(folder / "new.txt", "new")
+    half = await FolderSync(front.settings, folder, SyncOptions(), is_settled=lambda name, _: name != "z.zip").run()
+    assert (half.plan.busy, half.plan.new, half.did_something()) == (["z.zip"], ["new.txt"], False)
+    (folder / "z.zip").write_bytes(content)
+    whole = await FolderSync(front.settings, folder, SyncOptions(), is_settled=lambda _name, _look: True).run()
+    assert (whole.plan.new, whole.plan.changed, whole.did_something()) == (["new.txt"], [], True)
+    assert "z.zip" not in names(front, folder)
