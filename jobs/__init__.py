@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         delete_document_async,
     )
     from jobs.submit import submit_document, submit_document_async
+    from jobs.sync import sync_folder, sync_folder_async
     from models.records import (
         Advice,
         BatchRecord,
@@ -94,6 +95,8 @@ __all__ = [
     "submit_batch_async",
     "submit_document",
     "submit_document_async",
+    "sync_folder",
+    "sync_folder_async",
     "update_batch",
     "update_batch_async",
     "update_document",
@@ -139,6 +142,8 @@ _HOMES = {
     "submit_batch_async": "jobs.batch",
     "submit_document": "jobs.submit",
     "submit_document_async": "jobs.submit",
+    "sync_folder": "jobs.sync",
+    "sync_folder_async": "jobs.sync",
     "update_batch": "jobs.records",
     "update_batch_async": "jobs.records",
     "update_document": "jobs.records",

@@ -25,6 +25,7 @@ SIDE_TASKS = [
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
+EXPECTED = {"delete_replaced_document"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
 
 
@@ -75,6 +76,8 @@ class Reconciler:
             await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
         for row in await self._rows("find_lost_archives", most=MOST):
             await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
+        for row in await self._rows("find_replaced_documents", most=MOST):
+            await self._repair(done, "delete_replaced_document", doc_id=row["doc_id"])
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done
@@ -123,7 +126,7 @@ class Reconciler:
         await faults.at(f"after_repair:{name}", params.get("doc_id", ""))
         outcome = next(iter(found[0].values()), None) if found else None
         if outcome is not None:
-            logger.warning("{}: {} {}", name, next(iter(params.values())), outcome)
+            logger.log("INFO" if name in EXPECTED else "WARNING", "{}: {} {}", name, next(iter(params.values())), outcome)
             key = outcome if isinstance(outcome, str) else name
             done[key] = done.get(key, 0) + 1
 

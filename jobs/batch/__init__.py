@@ -2,8 +2,9 @@
 
 from jobs.batch.folders import is_zip
 from jobs.batch.front import submit_batch, submit_batch_async, submit_file, submit_folder
-from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener
+from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener, Looked
 
 __all__ = [
-    "BatchSubmission", "Entry", "FileResult", "Listener", "is_zip", "submit_batch", "submit_batch_async", "submit_file", "submit_folder",
+    "BatchSubmission", "Entry", "FileResult", "Listener", "Looked", "is_zip", "submit_batch", "submit_batch_async", "submit_file",
+    "submit_folder",
 ]  # fmt: skip

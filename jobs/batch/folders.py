@@ -16,7 +16,17 @@ from jobs.adapters.archives import is_archive
 from jobs.adapters.storage import LocalStorage, storable_text
 from jobs.adapters.storage.sources import read_blocks
 from jobs.batch.steps import Ask, Steps
-from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener, Whole, archive_upload_id, look_at_batch, refused_batch
+from jobs.batch.submission import (
+    BatchSubmission,
+    Entry,
+    FileResult,
+    Listener,
+    Looked,
+    Whole,
+    archive_upload_id,
+    look_at_batch,
+    refused_batch,
+)
 from jobs.submit import Place, prepare, refused, submission
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
@@ -35,8 +45,9 @@ def is_zip(path: Path) -> bool:
 class FolderRun:
     """One submission of a batch. The run is begun with the first file that changes anything, not before."""
 
-    def __init__(self, settings: Settings, whole: Whole, on_file: Listener | None = None) -> None:
+    def __init__(self, settings: Settings, whole: Whole, on_file: Listener | None = None, looked: Looked | None = None) -> None:
         self._settings = settings
+        self._looked = looked or Looked()
         self._whole = whole
         self.tell = on_file or (lambda _: None)
         self._storage = LocalStorage.from_settings(settings)
@@ -48,11 +59,19 @@ class FolderRun:
         params = {"doc_ids": [entry.doc_id for entry in entries], "user_id": self._whole.user_id, "batch_id": made.batch_id}
         known = {row["doc_id"]: row for row in (yield Ask("find_known_documents", params))}
         batch = yield from look_at_batch(made.batch_id, self._whole.user_id)
-        before = {row["entry_path"]: row["content_sha256"] for row in (yield Ask("direct_archives", params))}
+        before = {
+            row["entry_path"]: row["content_sha256"]
+            for row in (yield Ask("direct_archives", params))
+            if row["state"] not in {"failed", "cancelled"} or not self._looked.resume
+        }
         made.known, made.standing = batch is not None, batch["run_id"] if batch is not None else None
         archives: dict[str, tuple[Entry, str]] = {}
         for entry in entries:
-            if (yield partial(is_zip, entry.path)):
+            kept = self._kept(entry, known.get(entry.doc_id))
+            if kept is not None:
+                made.files.append(kept)
+                self.tell(kept)
+            elif self._is_kept_archive(entry, before) or (yield partial(is_zip, entry.path)):
                 yield from self._look_at_archive(entry, archives)
             else:
                 made.files.append((yield from self._submit_one(entry, known.get(entry.doc_id))))
@@ -71,6 +90,17 @@ class FolderRun:
             yield from self._seal(accepted)
         return made
 
+    def _kept(self, entry: Entry, known: Mapping[str, Any] | None) -> FileResult | None:
+        """Return the result of a document that is known to be unchanged without reading its file; None if that is not known."""
+        digest = self._looked.digests.get(entry.name)
+        if known is None or digest is None or digest != known["content_sha256"] or entry.name.lower().endswith(".zip"):
+            return None  # what became a failed document once may be an archive
+        return None if known["state"] == State.CANCELLED and self._looked.resume else _unchanged(entry, known)
+
+    def _is_kept_archive(self, entry: Entry, before: Mapping[str, str]) -> bool:
+        digest = self._looked.digests.get(entry.name)
+        return digest is not None and before.get(f"{storable_text(entry.name)}/") == digest
+
     def _look_at_archive(self, entry: Entry, archives: dict[str, tuple[Entry, str]]) -> Steps[None]:
         most = self._settings.max_archive_mb * 1_000_000
 
@@ -81,7 +111,7 @@ class FolderRun:
             return made.hexdigest()
 
         try:
-            archives[storable_text(entry.name)] = entry, (yield digest)
+            archives[storable_text(entry.name)] = entry, self._looked.digests.get(entry.name) or (yield digest)
         except DocmillError as error:
             self.made.files.append(FileResult(entry.name, error=error))
             self.tell(self.made.files[-1])
@@ -90,15 +120,14 @@ class FolderRun:
         whole = self._whole
         try:
             if known is not None and known["state"] != State.CANCELLED and (yield lambda: self._is_unchanged(entry, known)):
-                kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
-                return FileResult(entry.name, kept)
+                return _unchanged(entry, known)
             place = Place(whole.user_id, whole.batch_id, None, entry.source_path)
             # The file is stored before the run is begun: one that is refused begins none.
             params = yield lambda: prepare(
                 self._settings, entry.path, place=place, doc_id=entry.doc_id, priority=whole.priority, correlation_id=whole.correlation_id
             )
             params["run_id"] = self.made.run_id or (yield from self._begin())
-            return FileResult(entry.name, (yield from accept(params)))
+            return FileResult(entry.name, (yield from accept(params)), content_sha256=params["content_sha256"])
         except ConfigurationError:
             raise
         except DocmillError as error:
@@ -167,6 +196,11 @@ class FolderRun:
     @property
     def _lock_timeout_ms(self) -> int:
         return int(self._settings.submit_lock_timeout_seconds * 1000)
+
+
+def _unchanged(entry: Entry, known: Mapping[str, Any]) -> FileResult:
+    kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
+    return FileResult(entry.name, kept)
 
 
 def accept(params: Mapping[str, Any]) -> Steps[Submission]:

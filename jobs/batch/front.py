@@ -21,7 +21,17 @@ from jobs.adapters.storage.faults import source_faults
 from jobs.adapters.storage.sources import read_blocks
 from jobs.batch.folders import FolderRun, accept
 from jobs.batch.steps import Ask, Steps, run_steps, run_steps_async
-from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener, Whole, archive_upload_id, look_at_batch, refused_batch
+from jobs.batch.submission import (
+    BatchSubmission,
+    Entry,
+    FileResult,
+    Listener,
+    Looked,
+    Whole,
+    archive_upload_id,
+    look_at_batch,
+    refused_batch,
+)
 from jobs.submit import Place, absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id, prepare
 from models.documents import FileType
 from models.errors import ConfigurationError, DocmillError, SubmitError
@@ -167,17 +177,21 @@ async def submit_folder(
     metadata: Mapping[str, Any] | None = None,
     on_file: Listener | None = None,
     batch_id: str | None = None,
+    listing: Listing | None = None,
+    looked: Looked | None = None,
 ) -> BatchSubmission:
     """Submit all files of a folder as one batch, named by user and absolute path if not otherwise, and return what became of each, by path.
 
     Hidden and system files are skipped. A file that is refused keeps no other from going on. A folder of which nothing has changed since
     its last run writes nothing. `on_file` is told of each file as it is done. Raises SubmitError if the folder cannot be listed.
+    `listing`, `looked`: what lies there and is known of it, for those who have looked already.
     """
     check_name("user_id", user_id)
     root = absolute_path(folder)
     whole = Whole(batch_id or path_doc_id(user_id, root), user_id, storable_path(root), priority, check_metadata(metadata))
-    listing = await asyncio.to_thread(list_folder, root, leave_out=settings.storage_base_path)
-    return await run_steps_async(submit_listing(FolderRun(settings, whole, on_file), user_id, root, listing), settings, None)
+    if listing is None:
+        listing = await asyncio.to_thread(list_folder, root, leave_out=settings.storage_base_path)
+    return await run_steps_async(submit_listing(FolderRun(settings, whole, on_file, looked), user_id, root, listing), settings, None)
 
 
 async def submit_file(settings: Settings, path: Path, *, user_id: str = "default", priority: int = 0) -> FileResult:

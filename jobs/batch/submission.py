@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class FileResult:
     name: str
     submission: Submission | None = None
     error: DocmillError | None = None
+    content_sha256: str | None = None
+    """Of what was read and submitted; None where nothing was read."""
 
 
 @dataclass(slots=True)
@@ -69,6 +71,16 @@ class Whole:
     priority: int = 0
     metadata: Jsonb | None = None
     correlation_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What somebody who has looked at the files already knows of them."""
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 by name: these files need not be read to see whether they have changed."""
+    resume: bool = True
+    """Whether a cancelled document, or an archive that failed, is taken up again although its content is the same."""
 
 
 def archive_upload_id(batch_id: str, entry_path: str) -> str:

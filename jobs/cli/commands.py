@@ -61,6 +61,39 @@ def ingest(
 
 
 @app.command(epilog=EXIT_CODES)
+def sync(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder.")],
+    *,
+    user: User = "default",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,
+    worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Work on them here, or leave that to other workers.")] = True,
+    priority: Annotated[int, typer.Option(metavar="N", help="Higher is worked on first.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done; write nothing.")] = False,
+    checksum: Annotated[bool, typer.Option("--checksum", help="Read every file, also those that look unchanged.")] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Believe a folder that is empty, or looks as if something were not mounted.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on, and sync again whenever something changes. Waits for no document.")
+    ] = False,
+    poll: Annotated[
+        float | None, typer.Option("--poll", min=0.1, metavar="SECONDS", help="With --watch: look this often, for shares without events.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Bring what is stored of a folder in line with what lies there.
+
+    New and changed files are submitted. A moved file is not parsed or embedded again, and its old document is found until the new one is
+    complete. The document of a vanished file is deleted, unless the folder looks as if it were not whole: gone, empty or not readable.
+    """
+    from jobs.cli.sync import Options, run  # noqa: PLC0415
+
+    options = Options(user=user, wait=wait and not dry_run, worker=worker, priority=priority, json=json, checksum=checksum,
+                      dry_run=dry_run, allow_empty=allow_empty)  # fmt: skip
+    raise typer.Exit(run(folder, options, watch=watch, poll=poll))
+
+
+@app.command(epilog=EXIT_CODES)
 def status(
     id: Annotated[str | None, typer.Argument(metavar="[ID]", help="doc_id or batch_id, the beginning of one, or a file name.")] = None,
     json: Json = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,11 +39,12 @@ class Options:
 
 
 @dataclass(slots=True)
-class _Ingest:
+class Ingest:
     """One call of the command, from the first file to the end."""
 
     settings: Settings
     options: Options
+    paths: Sequence[Path]
     display: Display
     worker: OwnWorker
     files: list[FileResult] = field(default_factory=list)
@@ -58,8 +59,9 @@ class _Ingest:
         if due and self.options.wait and self.options.worker:
             self.worker.start()
 
-    async def submit(self, paths: Sequence[Path]) -> None:
-        for path in paths:
+    async def submit(self) -> None:
+        """Submit everything."""
+        for path in self.paths:
             try:
                 if await asyncio.to_thread(path.is_dir):
                     await self._submit_folder(path)
@@ -71,8 +73,12 @@ class _Ingest:
                 raise
             except DocmillError as error:
                 self.files.append(FileResult(str(path), error=error))
-            if self.options.wait and self.options.worker and await open_archives(self.settings, self.batches):
-                self.worker.start()
+            await self.start_for_archives()
+
+    async def start_for_archives(self) -> None:
+        """Start the worker if there are archives to unpack."""
+        if self.options.wait and self.options.worker and await open_archives(self.settings, self.batches):
+            self.worker.start()
 
     async def _submit_folder(self, path: Path) -> None:
         options = self.options
@@ -116,7 +122,18 @@ class _Ingest:
         self._collected = True
         self.files += await documents_in_archives(self.settings, self.batches, set(self.doc_ids()))
 
+    def print(self, report: Report, *, queued: bool) -> ExitCode:
+        """Print what became of the documents and return the exit code. `queued`: nobody waited, and there is something to wait for."""
+        if self.options.json:
+            print_json(as_json(report))
+        else:
+            print_report(report)
+        if queued and not self.options.json:
+            say("The documents are queued: `docmill worker` works on them, `docmill status` shows them.", console=aside())
+        return report.exit_code(waited=self.options.wait)
+
     async def report(self, seconds: float) -> Report:
+        """Return what became of the documents so far."""
         found = {row["doc_id"]: row for row in await rows(self.settings, "documents_by_id", doc_ids=self.doc_ids())}
         return Report(self.files, found, self.batches, seconds)
 
@@ -125,6 +142,12 @@ def run(paths: Sequence[Path], options: Options) -> ExitCode:
     """Submit the paths and do as the options say."""
     settings = load_settings()
     quiet_logs(settings)
+    check_options(paths, options)
+    return run_async(carry_out(lambda display: Ingest(settings, options, paths, display, OwnWorker(settings))))
+
+
+def check_options(paths: Sequence[Path], options: Options) -> None:
+    """Raise a usage error for what no document or batch can have."""
     try:
         check_name("user_id", options.user)
     except SubmitError as error:
@@ -138,19 +161,19 @@ def run(paths: Sequence[Path], options: Options) -> ExitCode:
             raise typer.BadParameter("names the batch of one folder or zip; give just that one.", param_hint="--batch-id")
     if not -(2**31) <= options.priority < 2**31:
         raise typer.BadParameter("must be a whole number of 32 bits.", param_hint="--priority")
-    return run_async(_ingest(settings, paths, options))
 
 
-async def _ingest(settings: Settings, paths: Sequence[Path], options: Options) -> ExitCode:
+async def carry_out(make: Callable[[Display], Ingest]) -> ExitCode:
+    """Submit, see through and report; a signal in between ends it well."""
     started = time.monotonic()
     main = asyncio.current_task()
     assert main is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)  # SIGINT cancels the main task anyway
     with Display() as display:
-        call = _Ingest(settings, options, display, OwnWorker(settings))
+        call = make(display)
         try:
-            await call.submit(paths)
-            if options.wait:
+            await call.submit()
+            if call.options.wait:
                 await call.see_through()
             else:
                 await call.collect()
@@ -160,16 +183,11 @@ async def _ingest(settings: Settings, paths: Sequence[Path], options: Options) -
         finally:
             await call.worker.stop()
         report = await call.report(time.monotonic() - started)
-    if options.json:
-        print_json(as_json(report))
-    else:
-        print_report(report)
-        if not options.wait and (report.unfinished() or await open_archives(settings, call.batches)):
-            say("The documents are queued: `docmill worker` works on them, `docmill status` shows them.", console=aside())
-    return report.exit_code(waited=options.wait)
+    queued = not call.options.wait and bool(report.unfinished() or await open_archives(call.settings, call.batches))
+    return call.print(report, queued=queued)
 
 
-async def _interrupted(call: _Ingest) -> ExitCode:
+async def _interrupted(call: Ingest) -> ExitCode:
     if call.worker.task is not None:
         say("Stopping: work in hand comes to a good end first. Ctrl-C again leaves at once.", console=aside())
         await call.worker.stop()

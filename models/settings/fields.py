@@ -154,6 +154,12 @@ class Settings(BaseSettings):
     vector_index_threshold: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10_000
     """Passages of one embedding model from which on a vector index is built."""
 
+    # Folder sync
+    sync_settle_seconds: Annotated[float, Interval(ge=0, le=3600)] = 2
+    """Seconds that a file of a watched folder must have been left alone, or been missing, before `docmill sync --watch` believes it."""
+    sync_rescan_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 300
+    """Seconds between two looks at a watched folder that sends no events."""
+
     # Alerts
     alert_webhook_url: WebUrl = None
     """Where critical failures, such as new dead letters, are posted as JSON. Unset: they only stand in the table alerts and are notified

@@ -15,10 +15,10 @@ SELECT adopt_documents(%(batch_id)s, %(run_id)s, %(user_id)s, %(doc_ids)s, %(loc
 
 -- name: direct_archives
 -- The archives of a batch's last run that lie in no other, with what they hold.
-SELECT a.entry_path, a.content_sha256
+SELECT a.entry_path, a.content_sha256, a.state
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id AND b.run_id = a.run_id
-WHERE b.batch_id = %(batch_id)s AND b.user_id = %(user_id)s AND a.parent_id IS NULL AND a.state NOT IN ('failed', 'cancelled');
+WHERE b.batch_id = %(batch_id)s AND b.user_id = %(user_id)s AND a.parent_id IS NULL;
 
 -- name: open_transaction
 -- Makes a connection that is not in autocommit mode open its transaction, so that a block inside of it is a savepoint.

@@ -62,6 +62,10 @@ SHORT = {
         "test_workers_killed_every_few_seconds_get_everything_done[inline-60]",
         "test_transient_faults_at_random_end_complete_without_help[queue-100]",
     ],
+    "test_sync": [
+        "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
+        "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[queue-sync_deletes]",
+    ],
     "test_unpacking": [
         "test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_run[inline]",
         "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",

@@ -1,0 +1,155 @@
+"""The plan of a folder sync: a pure function of what is stored and what lies there."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+
+from jobs.sync.plan import Archive, Found, Stored, make_plan, worth_reading
+from models.stages import State
+
+RUN, OLD_RUN = uuid.uuid4(), uuid.uuid4()
+
+
+def stored(name: str, content: str = "", **changes: object) -> Stored:
+    """A complete document of the file `name`, whose content has its SHA-256 for a name and its length for a size."""
+    made = Stored(f"id:{name}", name, content or name, len(content or name), 1, RUN, "batch", State.COMPLETE, True, 0.0)
+    return replace(made, **changes)  # type: ignore[arg-type]  # names of fields
+
+
+def found(*names: str, **contents: str | None) -> dict[str, Found]:
+    files = {name: name for name in names} | contents
+    return {name: Found(name, f"id:{name}", len(content or name), content) for name, content in files.items()}
+
+
+def test_files_are_new_changed_unchanged_or_vanished() -> None:
+    plan = make_plan([stored("a"), stored("b"), stored("c")], found("a", "d", b="other"))
+    assert (plan.new, plan.changed, plan.unchanged) == (["d"], ["b"], ["a"])
+    assert [document.name for document in plan.vanished] == ["c"]
+    assert (plan.moved, plan.kept, plan.waiting) == ([], [], [])
+
+
+def test_a_stored_file_whose_size_shows_that_it_changed_need_not_be_read() -> None:
+    files = found(a=None, bb=None)
+    documents = [stored("a", "longer than before"), stored("bb")]
+    assert worth_reading(documents, files, {}) == ["bb"]
+    assert make_plan(documents, files).changed == ["a", "bb"]
+
+
+def test_only_files_of_a_missing_ones_size_are_read_to_see_whether_they_are_it() -> None:
+    assert worth_reading([stored("a", "12345")], found(x=None, y12345=None, yy345=None), {}) == ["yy345"]
+    assert worth_reading([stored("a", "12345", file_size=None)], found(x=None), {}) == ["x"]
+    assert worth_reading([], found(x=None), {}) == []
+
+
+def test_a_missing_file_whose_content_lies_elsewhere_was_moved() -> None:
+    plan = make_plan([stored("a")], found(b="a"))
+    assert [(move.old.name, move.name, move.doc_id) for move in plan.moved] == [("a", "b", "id:b")]
+    assert (plan.new, plan.vanished) == (["b"], [])
+
+
+def test_of_several_places_the_one_with_the_same_name_is_where_it_went() -> None:
+    plan = make_plan([stored("in/a", "x")], {**found(b="x"), "out/a": Found("out/a", "id:out/a", 1, "x"), **found(c="x")})
+    assert [move.name for move in plan.moved] == ["out/a"]
+
+
+def test_a_file_moved_over_another_waits_for_the_others_new_version() -> None:
+    plan = make_plan([stored("a"), stored("b")], found(b="a"))
+    assert plan.changed == ["b"]
+    assert [(move.old.name, move.name) for move in plan.moved] == [("a", "b")]
+
+
+def test_a_copy_that_is_complete_already_lets_the_missing_one_go_at_once() -> None:
+    plan = make_plan([stored("a", "x"), stored("b", "x")], found(b="x"))
+    assert [document.name for document in plan.vanished] == ["a"]
+
+
+def test_a_copy_that_is_not_complete_yet_or_has_failed_does_not() -> None:
+    for state in (State.QUEUED, State.WORKING, State.RETRYING, State.FAILED, State.CANCELLED, State.DUPLICATE):
+        plan = make_plan([stored("a", "x"), stored("b", "x", state=state, duplicate_of="id:a")], found(b="x"))
+        assert [move.name for move in plan.moved] == ["b"], state
+        assert plan.vanished == []
+
+
+def test_a_moved_document_that_no_search_sees_goes_at_once() -> None:
+    plan = make_plan([stored("a", served=False, state=State.FAILED)], found(b="a"))
+    assert (plan.new, [document.name for document in plan.vanished], plan.moved) == (["b"], ["a"], [])
+
+
+def test_two_missing_files_of_one_content_are_both_replaced_by_the_one_that_is_left() -> None:
+    plan = make_plan([stored("a", "x"), stored("b", "x")], found(c="x"))
+    assert [(move.old.name, move.name) for move in plan.moved] == [("a", "c"), ("b", "c")]
+
+
+def test_nothing_below_an_unreadable_folder_is_gone() -> None:
+    plan = make_plan([stored("in/a"), stored("in/deep/b"), stored("inner"), stored("c")], found("c"), ["in"])
+    assert [kept.name for kept in plan.kept] == ["in/a", "in/deep/b"]
+    assert [document.name for document in plan.vanished] == ["inner"]
+
+
+def test_a_file_that_is_there_again_is_replaced_by_nothing() -> None:
+    plan = make_plan([stored("a", replaced_by="id:b"), stored("b", "a")], found("a"))
+    assert plan.restored == ["id:a"]
+    assert [document.name for document in plan.vanished] == ["b"]
+
+
+def test_a_file_that_is_being_written_waits_and_so_does_a_missing_one_that_it_may_be() -> None:
+    files = {**found("c"), "b": Found("b", "id:b", 1, None, busy=True)}
+    plan = make_plan([stored("a"), stored("longer"), stored("c")], files)
+    assert (plan.busy, plan.new, plan.waiting) == (["b"], [], ["a"])
+    assert [document.name for document in plan.vanished] == ["longer"]
+
+
+def test_a_file_that_has_just_gone_missing_waits() -> None:
+    plan = make_plan([stored("a"), stored("b")], {}, unsettled={"a"})
+    assert (plan.waiting, [document.name for document in plan.vanished]) == (["a"], ["b"])
+
+
+def entry(name: str, inside: str, run_id: uuid.UUID) -> Stored:
+    return replace(stored(f"{name}/{inside}"), name=name, entry=f"{name}/{inside}", run_id=run_id)
+
+
+def archive(name: str, *, current: bool = True, in_run: bool = True) -> dict[str, Archive]:
+    return {name: Archive(name, name, RUN, name, in_run, current)}
+
+
+def test_documents_out_of_an_archive_stay_as_long_as_it_is_there_and_may_hold_them() -> None:
+    documents = [entry("z.zip", "kept", RUN), entry("z.zip", "gone", OLD_RUN)]
+    for archives in ({}, archive("z.zip", current=False)):
+        assert make_plan(documents, found("z.zip"), (), archives).vanished == []
+    plan = make_plan(documents, found("z.zip"), (), archive("z.zip"))
+    assert [document.entry for document in plan.vanished] == ["z.zip/gone"]
+    assert (plan.unchanged, plan.new) == (["z.zip"], [])
+    assert make_plan(documents, found(**{"z.zip": "other"}), (), archive("z.zip")).changed == ["z.zip"]
+    assert make_plan(documents, found("z.zip"), (), archive("z.zip", in_run=False)).changed == ["z.zip"]
+
+
+def test_documents_out_of_an_archive_go_with_it_but_not_with_an_unreadable_folder() -> None:
+    documents = [entry("in/z.zip", "a", RUN), entry("z.zip", "a", RUN)]
+    plan = make_plan(documents, {}, ["in"])
+    assert [document.entry for document in plan.vanished] == ["z.zip/a"]
+    assert [kept.name for kept in plan.kept] == ["in/z.zip/a"]
+
+
+def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archive_where_it_is_now() -> None:
+    documents = [entry("z.zip", "deep/a", RUN)]
+    assert worth_reading(documents, found(**{"new/y.zip": None, "note": None}), archive("z.zip")) == ["new/y.zip"]
+    plan = make_plan(documents, found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
+    assert [(move.name, move.doc_id) for move in plan.moved] == [("new/y.zip/deep/a", "entry:new/y.zip/deep/a")]
+    assert plan.vanished == []
+    there = replace(
+        documents[0],
+        doc_id="entry:new/y.zip/deep/a",
+        name="new/y.zip",
+        entry="new/y.zip/deep/a",
+        content_sha256=documents[0].content_sha256,
+    )
+    plan = make_plan([*documents, there], found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
+    assert [document.entry for document in plan.vanished] == ["z.zip/deep/a"]
+    busy = {"y.zip": Found("y.zip", "id:y.zip", 9, None, busy=True)}
+    assert make_plan(documents, busy, (), archive("z.zip")).waiting == ["z.zip/deep/a"]
+
+
+def test_a_document_out_of_an_archive_that_lies_beside_it_unpacked_was_moved_there() -> None:
+    plan = make_plan([entry("z.zip", "a", RUN)], found(a="z.zip/a"), (), archive("z.zip"))
+    assert [(move.old.entry, move.name) for move in plan.moved] == [("z.zip/a", "a")]
