@@ -17,6 +17,8 @@ SELECT setval('document_claims', 1 + greatest(
 ALTER TABLE file_extractions ADD COLUMN owns_content boolean NOT NULL DEFAULT FALSE;
 COMMENT ON COLUMN file_extractions.owns_content IS
     'Whether it is the one that is processed among the user''s unfinished documents with this content; the others wait for it.';
+ALTER TABLE file_extractions ADD COLUMN replaced_by text;
+COMMENT ON COLUMN file_extractions.replaced_by IS 'doc_id of the document that takes this one''s place, its file having been moved; this one is deleted once that one is complete.';
 ALTER TABLE file_extractions ADD CONSTRAINT file_extractions_owns_check
     CHECK (NOT owns_content OR (content_sha256 IS NOT NULL AND state IN ('queued', 'working', 'retrying')));
 CREATE UNIQUE INDEX file_extractions_owner ON file_extractions (user_id, content_sha256) WHERE owns_content;
@@ -136,6 +138,10 @@ BEGIN
             -- The same content again: nothing happens, except that a cancelled document is taken up where it was left.
             UPDATE file_extractions AS d SET batch_id = accept_document.batch_id, run_id = accept_document.run_id
             WHERE d.id = known.id AND d.run_id IS DISTINCT FROM accept_document.run_id AND accept_document.run_id IS NOT NULL;
+            IF known.replaced_by IS NOT NULL THEN
+                -- Its file is back where it was before it was moved.
+                UPDATE file_extractions AS d SET replaced_by = NULL WHERE d.id = known.id;
+            END IF;
             IF known.state <> 'cancelled' THEN
                 outcome := 'unchanged';
                 version := known.version;
@@ -218,9 +224,10 @@ CREATE FUNCTION has_original(d file_extractions) RETURNS boolean LANGUAGE sql ST
     SELECT EXISTS (
         SELECT FROM file_extractions AS o
         WHERE o.doc_id = d.duplicate_of AND o.state = 'complete' AND o.user_id = d.user_id AND o.content_sha256 = d.content_sha256
+            AND o.replaced_by IS NULL
     );
 $$;
-COMMENT ON FUNCTION has_original IS 'Whether the document that this one is a duplicate of is complete with the same content.';
+COMMENT ON FUNCTION has_original IS 'Whether the document that this one is a duplicate of is complete with the same content, and stays.';
 
 CREATE FUNCTION requeue_duplicate(doc_id text) RETURNS text LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -18,8 +18,6 @@ COMMENT ON COLUMN folder_files.seen_as IS 'Size in bytes, modification and chang
 COMMENT ON COLUMN folder_files.content_sha256 IS 'SHA-256 of what was read, lowercase hex.';
 COMMENT ON COLUMN folder_files.seen_at IS 'When it was read.';
 
-ALTER TABLE file_extractions ADD COLUMN replaced_by text;
-COMMENT ON COLUMN file_extractions.replaced_by IS 'doc_id of the document that takes this one''s place, its file having been moved; this one is deleted once that one is complete.';
 CREATE INDEX file_extractions_replaced ON file_extractions (id) WHERE replaced_by IS NOT NULL;
 
 CREATE FUNCTION keep_document() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -47,15 +45,6 @@ CREATE FUNCTION is_replaced(old file_extractions) RETURNS boolean LANGUAGE sql S
     );
 $$;
 COMMENT ON FUNCTION is_replaced IS 'Whether the document that takes this one''s place holds the same content and is complete, or is a duplicate of a third one that is and stays.';
-
-CREATE OR REPLACE FUNCTION has_original(d file_extractions) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT EXISTS (
-        SELECT FROM file_extractions AS o
-        WHERE o.doc_id = d.duplicate_of AND o.state = 'complete' AND o.user_id = d.user_id AND o.content_sha256 = d.content_sha256
-            AND o.replaced_by IS NULL
-    );
-$$;
-COMMENT ON FUNCTION has_original IS 'Whether the document that this one is a duplicate of is complete with the same content, and stays.';
 
 CREATE FUNCTION delete_replaced_document(doc_id text) RETURNS text LANGUAGE plpgsql AS $$
 #variable_conflict use_column

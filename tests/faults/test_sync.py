@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from jobs.submit import path_doc_id
-from tests.deletion import provide_deletion
 from tests.faults.harness import Arena, text_document
 from tests.running import REPOSITORY
 
@@ -33,8 +32,6 @@ def test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file
     folder.mkdir()
     for number in range(FILES):
         (folder / f"{number:02}.md").write_bytes(text_document(number))
-    with arena.connect() as conn:
-        provide_deletion(conn)
     fault = f"kill@{point};once={arena.mark('kill')}"
     arena.worker(restart=True, faults=[fault] if point.startswith("after") else ())
     assert sync(arena, folder) == 0

@@ -157,7 +157,9 @@ async def test_a_cancelled_batch_takes_in_nothing_more_and_is_not_settled(bench:
     run = batch(bench, "a", "b", "c", seal=False)
     await bench.runner().run(*bench.fetch())  # type: ignore[misc]  # there is one
     bench.conn.execute(
-        "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path) VALUES ('b', %s, 'default', '', '', 'z')", [run]
+        "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path)"
+        " VALUES ('b', %s, 'default', '', '', 'z')",
+        [run],
     )
     assert jobs.cancel_batch("b") == 2
     assert bench.all("SELECT doc_id, state FROM file_extractions ORDER BY id") == [
@@ -333,7 +335,9 @@ async def test_delete_batch_takes_documents_of_all_runs_archives_and_summaries(b
     run = batch(bench, "kept", "new", seal=False)
     bench.submit("other")
     bench.conn.execute(
-        "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path) VALUES ('b', %s, 'default', '', '', 'z')", [run]
+        "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path)"
+        " VALUES ('b', %s, 'default', '', '', 'z')",
+        [run],
     )
     bench.conn.execute(
         """INSERT INTO run_summaries (run_id, batch_id, user_id, ui_json, nested_summary, file_count, success_count, error_count)

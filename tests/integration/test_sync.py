@@ -26,7 +26,6 @@ from jobs.sync.memory import folder_lock
 from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
-from tests.deletion import provide_deletion
 from tests.integration.conftest import Bench
 
 TABLES = ("processing_jobs", "file_extractions", "document_events", "procrastinate_jobs", "folder_files", "document_chunks")
@@ -35,7 +34,6 @@ OLD = time.time() - 3600
 
 @pytest.fixture
 async def front(bench: Bench) -> AsyncIterator[Bench]:
-    provide_deletion(bench.conn)
     yield bench
     await close_async()
 
@@ -553,7 +551,6 @@ def test_application_code_syncs_with_and_without_an_event_loop(folder: Path, set
     from jobs import sync_folder, sync_folder_async
 
     load_settings.cache_clear()
-    provide_deletion(conn)
     try:
         assert sync_folder(folder, user_id="ann").plan.new == ["a.txt", "b.txt", "sub/c.txt"]
         (folder / "a.txt").unlink()
