@@ -94,6 +94,8 @@ def both(
     figures = []
     for statement in (THEIRS, OURS):
         with queue(server, folder, **fills) as conn:
+            if statement is THEIRS:
+                conn.execute(BARE)
             figures.append(Fetcher(conn, statement, queues).figures(count))
     print(f"| {what} | {' | '.join(figures)} |", flush=True)
 
@@ -117,6 +119,8 @@ def held_back(server: PostgresServer, folder: Path, jobs: int, count: int) -> No
     figures = []
     for statement in (THEIRS, OURS):
         with queue(server, folder, a=(jobs, 2, None)) as conn, psycopg.connect(conn.info.dsn) as old:
+            if statement is THEIRS:
+                conn.execute(BARE)
             old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             old.execute("SELECT count(*) FROM procrastinate_jobs")
             fetcher = Fetcher(conn, statement, None)

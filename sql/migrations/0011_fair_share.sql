@@ -113,13 +113,23 @@ END;
 $$;
 COMMENT ON FUNCTION release_due_jobs IS 'Lets jobs whose scheduled time has come be fetched, at most so many, and tells idle workers; 0 if none was due.';
 
-CREATE FUNCTION take_job(queues character varying[], of_user text, p_worker_id bigint) RETURNS procrastinate_jobs LANGUAGE plpgsql AS $$
--- The queue whose first job comes first is tried first. Only the row that is taken is locked, or others would find nothing meanwhile.
+CREATE FUNCTION take_job(queues character varying[], of_user text, first_id bigint, p_worker_id bigint) RETURNS procrastinate_jobs
+LANGUAGE plpgsql AS $$
+-- first_id, the user's best job as it was just seen, spares looking for it again. If somebody else has it by now, the queue whose first job
+-- comes first is tried first. Only the row that is taken is locked, or others would find nothing meanwhile.
 DECLARE
     queue character varying;
     found_id bigint;
     job procrastinate_jobs;
 BEGIN
+    SELECT c.id INTO found_id
+    FROM procrastinate_jobs AS c
+    WHERE c.id = first_id AND c.status = 'todo' AND c.scheduled_at IS NULL AND c.lock IS NULL
+    FOR UPDATE SKIP LOCKED;
+    IF FOUND THEN
+        UPDATE procrastinate_jobs AS j SET status = 'doing', worker_id = p_worker_id WHERE j.id = found_id RETURNING j.* INTO job;
+        RETURN job;
+    END IF;
     FOR queue IN
         SELECT q.name
         FROM unnest(queues) AS q (name)
@@ -155,8 +165,9 @@ END;
 $$;
 COMMENT ON FUNCTION take_job IS 'Takes the best waiting job of one user in these queues for a worker; null if none is free. Inside of docmill_fetch_job.';
 
-CREATE FUNCTION take_users_job(queues character varying[], of_user text, p_worker_id bigint, max_documents integer)
-RETURNS procrastinate_jobs LANGUAGE plpgsql AS $$
+CREATE FUNCTION take_users_job(
+    queues character varying[], of_user text, first_id bigint, p_worker_id bigint, max_documents integer
+) RETURNS procrastinate_jobs LANGUAGE plpgsql AS $$
 -- Who takes a job of a user with a limit does so alone and counts again, so that the limit holds exactly. Where nothing is taken the lock
 -- is given back with the block's savepoint: a fetch that goes on to the next user holds no other lock, so no two wait for each other.
 DECLARE
@@ -164,13 +175,13 @@ DECLARE
     job procrastinate_jobs;
 BEGIN
     IF max_documents = 0 THEN
-        RETURN take_job(queues, of_user, p_worker_id);
+        RETURN take_job(queues, of_user, first_id, p_worker_id);
     END IF;
     PERFORM pg_advisory_xact_lock(hashtextextended('docmill documents of ' || of_user, 0));
     SELECT count(*) INTO documents FROM procrastinate_jobs AS j
     WHERE j.status = 'doing' AND j.docmill_user = of_user AND stage_queue(j.task_name) IS NOT NULL;
     IF documents < max_documents THEN
-        job := take_job(queues, of_user, p_worker_id);
+        job := take_job(queues, of_user, first_id, p_worker_id);
     END IF;
     IF job.id IS NULL THEN
         RAISE EXCEPTION 'nothing taken' USING ERRCODE = 'DM001';
@@ -204,7 +215,9 @@ DECLARE
     place integer;
     in_work bigint;
     documents bigint;
+    first_id bigint;
     busy text[] := '{}';
+    busy_first bigint[] := '{}';
     busy_with bigint[] := '{}';
 BEGIN
     PERFORM release_due_jobs(1000);
@@ -225,21 +238,23 @@ BEGIN
         SELECT array_agg(p.name) INTO queues FROM present AS p WHERE p.name IS NOT NULL;
     END IF;
     IF others_first THEN
-        job := take_job(queues, '', p_worker_id);
+        job := take_job(queues, '', NULL, p_worker_id);
         IF job.id IS NOT NULL THEN
             RETURN job;
         END IF;
     END IF;
     LOOP
-        SELECT min(next.docmill_user) INTO candidate
+        SELECT next.docmill_user, next.id INTO candidate, first_id
         FROM unnest(queues) AS q (name)
         CROSS JOIN LATERAL (
-            SELECT j.docmill_user
+            SELECT j.docmill_user, j.priority, j.docmill_begun, j.id
             FROM procrastinate_jobs AS j
             WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user > candidate
-            ORDER BY j.docmill_user
+            ORDER BY j.docmill_user, j.priority DESC, j.docmill_begun DESC, j.id
             LIMIT 1
-        ) AS next;
+        ) AS next
+        ORDER BY next.docmill_user, next.priority DESC, next.docmill_begun DESC, next.id
+        LIMIT 1;
         IF candidate IS NULL AND until IS NULL AND beginning <> '' THEN
             candidate := '';
             until := beginning;
@@ -248,13 +263,14 @@ BEGIN
         at_end := candidate IS NULL OR coalesce(candidate > until COLLATE "C", FALSE);
         IF at_end OR cardinality(busy) >= most_busy_users THEN
             FOR place IN SELECT b.place FROM unnest(busy_with) WITH ORDINALITY AS b (jobs, place) ORDER BY b.jobs, b.place LOOP
-                job := take_users_job(queues, busy[place], p_worker_id, max_documents);
+                job := take_users_job(queues, busy[place], busy_first[place], p_worker_id, max_documents);
                 IF job.id IS NOT NULL THEN
                     RETURN job;
                 END IF;
             END LOOP;
             EXIT WHEN at_end;
             busy := '{}';
+            busy_first := '{}';
             busy_with := '{}';
         END IF;
         SELECT count(*), count(*) FILTER (WHERE stage_queue(j.task_name) IS NOT NULL) INTO in_work, documents
@@ -264,10 +280,11 @@ BEGIN
             CONTINUE;
         ELSIF in_work > 0 THEN
             busy := busy || candidate;
+            busy_first := busy_first || first_id;
             busy_with := busy_with || in_work;
             CONTINUE;
         END IF;
-        job := take_users_job(queues, candidate, p_worker_id, max_documents);
+        job := take_users_job(queues, candidate, first_id, p_worker_id, max_documents);
         IF job.id IS NOT NULL THEN
             RETURN job;
         END IF;
@@ -275,7 +292,7 @@ BEGIN
     IF others_first THEN
         RETURN NULL;
     END IF;
-    RETURN take_job(queues, '', p_worker_id);
+    RETURN take_job(queues, '', NULL, p_worker_id);
 END;
 $$;
 COMMENT ON FUNCTION docmill_fetch_job IS
