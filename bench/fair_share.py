@@ -37,12 +37,13 @@ BARE = """DROP INDEX procrastinate_jobs_docmill_ready, procrastinate_jobs_docmil
 SUBMIT = "SELECT submit_document('missing', doc_id => %s, content_sha256 => repeat('0', 64))"
 
 Connection = psycopg.Connection[DictRow]
+Fills = dict[str, tuple[int, int, int | None]]
 
 
 @contextmanager
-def queue(server: PostgresServer, folder: Path, *, vacuumed: bool = True, **fills: tuple[int, int, int | None]) -> Iterator[Connection]:
-    """Yield a connection to a new database with these jobs in it; a fill is jobs, users, and seconds until the jobs are due (None: now)."""
-    settings = fresh_settings(server, folder, "fair_share")
+def queue(server: PostgresServer, folder: Path, fills: Fills, *, vacuumed: bool = True, name: str = "queue") -> Iterator[Connection]:
+    """Yield a connection to a new database with these jobs in it: name -> jobs, users, seconds until they are due (None: at once)."""
+    settings = fresh_settings(server, folder, name)
     with psycopg.connect(url_of(settings), autocommit=True, row_factory=dict_row) as conn:
         conn.execute("SET synchronous_commit = off")
         conn.execute("ALTER TABLE procrastinate_jobs DISABLE TRIGGER USER")
@@ -88,12 +89,10 @@ class Fetcher:
         return f"{statistics.median(taken):.2f} ({taken[int(len(taken) * 0.95)]:.2f})"
 
 
-def both(
-    server: PostgresServer, folder: Path, what: str, queues: list[str] | None, count: int, **fills: tuple[int, int, int | None]
-) -> None:
+def both(server: PostgresServer, folder: Path, what: str, queues: list[str] | None, count: int, fills: Fills) -> None:
     figures = []
     for statement in (THEIRS, OURS):
-        with queue(server, folder, **fills) as conn:
+        with queue(server, folder, fills) as conn:
             if statement is THEIRS:
                 conn.execute(BARE)
             figures.append(Fetcher(conn, statement, queues).figures(count))
@@ -104,7 +103,7 @@ def wait_of_another(server: PostgresServer, folder: Path, jobs: int) -> None:
     """Print after how many fetches the one document of a user is fetched who comes when another has them all waiting."""
     waits = []
     for statement in (THEIRS, OURS):
-        with queue(server, folder, a=(jobs, 1, None)) as conn:
+        with queue(server, folder, {"a": (jobs, 1, None)}) as conn:
             fetcher = Fetcher(conn, statement, None)
             for _ in range(20):
                 fetcher.fetch()
@@ -118,7 +117,7 @@ def held_back(server: PostgresServer, folder: Path, jobs: int, count: int) -> No
     """Print what a fetch costs after 5,000 jobs have gone through while somebody's old snapshot keeps their index entries."""
     figures = []
     for statement in (THEIRS, OURS):
-        with queue(server, folder, a=(jobs, 2, None)) as conn, psycopg.connect(conn.info.dsn) as old:
+        with queue(server, folder, {"a": (jobs, 2, None)}) as conn, psycopg.connect(conn.info.dsn) as old:
             if statement is THEIRS:
                 conn.execute(BARE)
             old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -132,24 +131,24 @@ def held_back(server: PostgresServer, folder: Path, jobs: int, count: int) -> No
 
 
 def upkeep(server: PostgresServer, folder: Path, count: int) -> None:
-    """Print what submitting costs without and with our indexes and trigger, and fetching and finishing through procrastinate's function."""
-    submits, finishes = [], []
-    for bare in (True, False):
-        with queue(server, folder) as conn:
-            if bare:
-                conn.execute(BARE)
-            started = time.perf_counter()
-            for i in range(count):
+    """Print what a document costs from submit to end, with procrastinate's fetch and none of our indexes, and as it is, in turns."""
+    taken: dict[tuple[str, bool], list[float]] = {}
+    with queue(server, folder, {}, name="bare") as bare, queue(server, folder, {}, name="whole") as whole:
+        bare.execute(BARE)
+        fetchers = {True: Fetcher(bare, THEIRS, None), False: Fetcher(whole, OURS, None)}
+        for i in range(count):
+            for is_bare, conn in ((True, bare), (False, whole)):
+                started = time.perf_counter()
                 conn.execute(SUBMIT, [f"document {i}"])
-            submits.append(f"{(time.perf_counter() - started) / count * 1000:.3f}")
-            conn.execute("VACUUM ANALYZE procrastinate_jobs")
-            fetcher = Fetcher(conn, THEIRS, None)
-            started = time.perf_counter()
-            for _ in range(count - 100):
-                fetcher.fetch()
-            finishes.append(f"{(time.perf_counter() - started) / (count - 100) * 1000:.3f}")
-    print("\n| upkeep, ms a document | without | with |\n|---|---|---|")
-    print(f"| submit | {' | '.join(submits)} |\n| procrastinate's fetch and finish | {' | '.join(finishes)} |", flush=True)
+                submitted = time.perf_counter()
+                if i % 20 == 19:
+                    for _ in range(20):
+                        fetchers[is_bare].fetch()
+                    taken.setdefault(("fetch and finish", is_bare), []).append((time.perf_counter() - submitted) * 50)
+                taken.setdefault(("submit", is_bare), []).append((submitted - started) * 1000)
+    print("\n| upkeep, ms a document, median | procrastinate's | docmill's |\n|---|---|---|")
+    for what in ("submit", "fetch and finish"):
+        print(f"| {what} | {statistics.median(taken[what, True]):.2f} | {statistics.median(taken[what, False]):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -163,26 +162,19 @@ def main() -> None:
         print("| a fetch, ms, median (p95) | procrastinate's | docmill's |\n|---|---|---|")
         for users in (1, 2, 100, 1000):
             for name, queues in (("all queues", None), ("one queue", ["cpu"])):
-                both(server, folder, f"{jobs:,} of {users:,} users, {name}", queues, count, a=(jobs, users, None))
-        both(server, folder, "nothing", None, count)
-        both(server, folder, f"nothing but {2 * jobs:,} of 1,000 users scheduled ahead", None, count, ahead=(2 * jobs, 1000, 86_400))
-        both(
-            server,
-            folder,
-            f"{2 * jobs:,} scheduled ahead, {jobs:,} of 100 users behind them",
-            None,
-            count,
-            ahead=(2 * jobs, 1000, 86_400),
-            a=(jobs, 100, None),
-        )
-        both(server, folder, f"{jobs:,} of 100 users that have just become due", None, count, due=(jobs, 100, -1))
-        with queue(server, folder, a=(jobs, 100, None)) as conn:
+                both(server, folder, f"{jobs:,} of {users:,} users, {name}", queues, count, {"a": (jobs, users, None)})
+        both(server, folder, "nothing", None, count, {})
+        ahead = (2 * jobs, 1000, 86_400)
+        both(server, folder, f"nothing but {2 * jobs:,} of 1,000 users scheduled ahead", None, count, {"ahead": ahead})
+        both(server, folder, f"the same, {jobs:,} of 100 users behind them", None, count, {"ahead": ahead, "a": (jobs, 100, None)})
+        both(server, folder, f"{jobs:,} of 100 users that have just become due", None, count, {"due": (jobs, 100, -1)})
+        with queue(server, folder, {"a": (jobs, 100, None)}) as conn:
             print(f"| {jobs:,} of 100 users, with a limit of 1 | | {Fetcher(conn, OURS, None, limit=1).figures(count)} |", flush=True)
-        with queue(server, folder, vacuumed=False, a=(jobs, 100, None)) as conn:
+        with queue(server, folder, {"a": (jobs, 100, None)}, vacuumed=False) as conn:
             print(f"| {jobs:,} of 100 users, never analyzed | | {Fetcher(conn, OURS, None).figures(count)} |", flush=True)
         held_back(server, folder, jobs, count)
         wait_of_another(server, folder, jobs)
-        upkeep(server, folder, 3000)
+        upkeep(server, folder, 4000)
 
 
 if __name__ == "__main__":

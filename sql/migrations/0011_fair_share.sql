@@ -13,13 +13,17 @@
 ALTER TABLE procrastinate_jobs
 ADD COLUMN docmill_user text COLLATE "C" NOT NULL DEFAULT '',
 ADD COLUMN docmill_begun boolean NOT NULL DEFAULT FALSE;
-COMMENT ON COLUMN procrastinate_jobs.docmill_user IS 'Whose document or batch the job is for; empty for a job that is nobody''s. Set by note_job_owner.';
-COMMENT ON COLUMN procrastinate_jobs.docmill_begun IS 'Whether its document had been worked on when the job was deferred: such jobs go first. Set by note_job_owner.';
+COMMENT ON COLUMN procrastinate_jobs.docmill_user IS 'Whose document or archive the job is for; empty for a job that is nobody''s. Set by note_job_owner.';
+COMMENT ON COLUMN procrastinate_jobs.docmill_begun IS 'Whether its document had been worked on when the job was deferred: of a user''s jobs of one priority, such go first. Set by note_job_owner.';
 
 UPDATE procrastinate_jobs AS j
 SET docmill_user = d.user_id, docmill_begun = d.processing_started_at IS NOT NULL
 FROM file_extractions AS d
-WHERE j.status IN ('todo', 'doing') AND d.doc_id = j.args ->> 'doc_id';
+WHERE j.status IN ('todo', 'doing') AND stage_queue(j.task_name) IS NOT NULL AND d.doc_id = j.args ->> 'doc_id';
+UPDATE procrastinate_jobs AS j
+SET docmill_user = a.user_id, docmill_begun = a.depth > 1 OR a.state = 'unpacking'
+FROM batch_archives AS a
+WHERE j.status IN ('todo', 'doing') AND j.task_name = 'unpack' AND j.args ->> 'archive_id' = a.id::text;
 
 -- What the immediate hand-on from stage to stage had for a time is no time to wait for.
 UPDATE procrastinate_jobs AS j SET scheduled_at = NULL WHERE j.status = 'todo' AND j.scheduled_at <= now();
@@ -35,21 +39,26 @@ CREATE INDEX procrastinate_jobs_docmill_locks ON procrastinate_jobs (lock, prior
 COMMENT ON INDEX procrastinate_jobs_docmill_locks IS 'Which waiting job with a lock comes first; empty unless an application''s own tasks have locks.';
 
 CREATE FUNCTION note_job_owner() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Docmill's own tasks only: jobs of an application may stay "doing" for ever after a crash and would count against the user.
 DECLARE
     found record;
 BEGIN
-    IF NEW.args ? 'doc_id' THEN
+    IF stage_queue(NEW.task_name) IS NOT NULL THEN
         SELECT d.user_id, d.processing_started_at IS NOT NULL AS begun INTO found
         FROM file_extractions AS d WHERE d.doc_id = NEW.args ->> 'doc_id';
-        NEW.docmill_user := coalesce(found.user_id, '');
-        NEW.docmill_begun := coalesce(found.begun, FALSE);
-    ELSIF NEW.args ? 'batch_id' THEN
-        NEW.docmill_user := coalesce((SELECT b.user_id FROM processing_jobs AS b WHERE b.batch_id = NEW.args ->> 'batch_id'), '');
+    ELSIF NEW.task_name = 'unpack' AND jsonb_typeof(NEW.args -> 'archive_id') = 'number' THEN
+        -- What a batch under way still lacks goes before the user's next batch.
+        SELECT a.user_id, a.depth > 1 OR a.state = 'unpacking' AS begun INTO found
+        FROM batch_archives AS a WHERE a.id = (NEW.args ->> 'archive_id')::numeric::bigint;
+    ELSE
+        RETURN NEW;
     END IF;
+    NEW.docmill_user := coalesce(found.user_id, '');
+    NEW.docmill_begun := coalesce(found.begun, FALSE);
     RETURN NEW;
 END;
 $$;
-COMMENT ON FUNCTION note_job_owner IS 'Notes on a new job whose document (doc_id) or batch (batch_id) it is for, however it was deferred.';
+COMMENT ON FUNCTION note_job_owner IS 'Notes on a new job of a stage or of unpack whose it is and whether its work has been begun, however it was deferred.';
 
 CREATE TRIGGER docmill_note_job_owner BEFORE INSERT ON procrastinate_jobs FOR EACH ROW EXECUTE FUNCTION note_job_owner();
 
