@@ -15,7 +15,10 @@ from procrastinate.worker import Worker
 from jobs.fetching import DocmillJobManager
 from jobs.worker import DocmillConnector
 from models.settings import Settings
+from sql import migrate as migrations
 from tests.fetching import Fetcher, defer, finish, in_parallel, submit
+
+own = migrations._own()
 
 
 @pytest.fixture
@@ -169,6 +172,27 @@ async def test_a_job_that_arrives_while_a_fetch_looks_is_not_left_lying(conn: ps
         await connector.close_async()
     assert job is not None
     assert (looked, job.task_kwargs, nothing) == ([None], {"doc_id": "ann1"}, None)
+
+
+def test_an_upgrade_of_a_queue_in_use_gives_each_job_its_user_and_old_workers_go_on(
+    empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with psycopg.connect(empty_database, autocommit=True) as conn, psycopg.connect(empty_database, autocommit=True) as old_worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(migrations, "_own", lambda: [path for path in own if path.name < "0011"])
+            migrations.migrate(conn)
+        submit(conn, "ann", 20)
+        submit(conn, "bob", 2)
+        conn.execute("UPDATE file_extractions SET processing_started_at = now() WHERE doc_id = 'ann20'")
+        conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() WHERE args ->> 'doc_id' IN ('ann20', 'bob2')")
+        row = conn.execute("SELECT worker_id FROM procrastinate_register_worker_v1()").fetchone()
+        assert row is not None
+        theirs = "SELECT args ->> 'doc_id', worker_id FROM procrastinate_fetch_job_v2(NULL, %s)"
+        before = [old_worker.execute(theirs, row, prepare=True).fetchone() for _ in range(8)]
+        migrations.migrate(conn)
+        after = [old_worker.execute(theirs, row, prepare=True).fetchone() for _ in range(2)]
+        assert before + after == [(f"ann{n}", row[0]) for n in range(1, 11)]
+        assert Fetcher(conn).documents(5) == ["bob1", "bob2", "ann20", "ann11", "ann12"]
 
 
 def digest(text: str) -> str:
