@@ -20,13 +20,13 @@ import psycopg
 from loguru import logger
 from procrastinate import App, PsycopgConnector, exceptions
 from procrastinate.connector import Notify
-from procrastinate.manager import JobManager
 from procrastinate.worker import Worker
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
 from jobs.alerts import AlertForwarder
 from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
+from jobs.fetching import DocmillJobManager
 from jobs.leases import LeaseKeeper
 from jobs.outages import DATABASE_ERRORS, outlive, outlive_start
 from jobs.reconcile import Reconciler
@@ -81,27 +81,6 @@ class DocmillConnector(PsycopgConnector):
         await outlive("The listener", lambda: super(DocmillConnector, self).listen_notify(on_notification, names))
 
 
-class DocmillJobManager(JobManager):
-    """Procrastinate's own statements, of which the first outlives an outage and the last waits no longer than a worker that stops can."""
-
-    async def register_worker(self) -> int:
-        """Register this process, once the database answers."""
-        worker_id: int = await outlive("Registering", super().register_worker)
-        return worker_id
-
-    async def prune_stalled_workers(self, seconds_since_heartbeat: float) -> list[int]:
-        """Remove the rows of workers that died, once the database answers."""
-        pruned: list[int] = await outlive(
-            "Pruning workers", lambda: super(DocmillJobManager, self).prune_stalled_workers(seconds_since_heartbeat)
-        )
-        return pruned
-
-    async def unregister_worker(self, worker_id: int) -> None:
-        """Sign off, or raise TimeoutError where the database is away: other workers remove the row then."""
-        async with asyncio.timeout(_LAST_SECONDS):
-            await super().unregister_worker(worker_id)
-
-
 class DocmillWorker(Worker):
     """Procrastinate's worker, made to outlive outages. Only what would end it, or leave a job without an outcome, is changed."""
 
@@ -124,6 +103,11 @@ class DocmillWorker(Worker):
             # Another worker took this one for dead and removed its row, which the rows of fetched jobs refer to.
             self.worker_id = await self.app.job_manager.register_worker()
 
+    async def _handle_notification(self, *, channel: str, notification: Any) -> None:
+        self.app.job_manager.wake()
+        handle: Callable[..., Awaitable[None]] = super()._handle_notification
+        await handle(channel=channel, notification=notification)
+
     async def _update_heartbeat(self) -> None:
         await outlive("The heartbeat", self._beat)
 
@@ -137,6 +121,15 @@ class DocmillWorker(Worker):
         await outlive("Deferring periodic tasks", super()._periodic_deferrer)
 
     async def _persist_job_status(self, job: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            await self._acknowledge(job, *args, **kwargs)
+        finally:
+            if self.app.settings.max_documents_per_user:
+                # A user who was at the limit no longer is, and of that no notification tells.
+                self.app.job_manager.wake()
+                self._new_job_event.set()
+
+    async def _acknowledge(self, job: Any, *args: Any, **kwargs: Any) -> None:
         await faults.at("before_acknowledge", str(job.task_kwargs.get("doc_id", "")))
         if job.id in self.app.finished_jobs:
             # The last checkpoint has finished the job in its own transaction.
@@ -196,7 +189,7 @@ class DocmillApp(App):
                 "delete_jobs": "never",
             },
         )
-        self.job_manager = DocmillJobManager(self.connector)
+        self.job_manager: DocmillJobManager = DocmillJobManager(self.connector, max_documents_per_user=settings.max_documents_per_user)
         self.settings = settings
         self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
         self.leases: LeaseKeeper | None = None

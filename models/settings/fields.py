@@ -94,6 +94,10 @@ class Settings(BaseSettings):
     """inline: a worker carries a document on through all stages whose queues it listens to. queue: every stage waits in its queue."""
     worker_concurrency: Annotated[int, Interval(ge=1, le=1000)] = 4
     """Documents that one worker has in hand at a time."""
+    max_documents_per_user: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
+    """Documents of one user that are in work at once, over all workers, which should all be given the same number; 0 for as many as there
+    are workers for. Whatever it is, users take turns: the one with the fewest documents in work goes first. Among the documents of a user
+    the highest priority goes first, then what has been begun, then the oldest."""
     worker_poll_seconds: Annotated[float, Interval(ge=0.02, le=60)] = 0.5
     """Seconds after which an idle worker looks for work that no notification announced."""
     lease_seconds: Annotated[float, Interval(ge=2, le=3600)] = 60
