@@ -1,0 +1,145 @@
+"""Files of deleted documents go, and no file that a row needs or may come to need."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import jobs
+from jobs.adapters.storage import LocalStorage
+from jobs.front import close_sync
+from jobs.leftovers import remove_noted_files
+from models.settings import Settings, load_settings
+from tests.integration.conftest import Bench
+
+
+@pytest.fixture(autouse=True)
+def front_door(settings: Settings) -> Iterator[None]:
+    load_settings.cache_clear()
+    yield
+    close_sync()
+    load_settings.cache_clear()
+
+
+def file_of(bench: Bench, doc_id: str) -> Path:
+    path: str = bench.one("SELECT file_path FROM file_extractions WHERE doc_id = %s", doc_id)[0]
+    return LocalStorage.from_settings(bench.settings).base / path
+
+
+def grow_old(path: Path) -> None:
+    long_ago = time.time() - 3600
+    os.utime(path, (long_ago, long_ago))
+
+
+async def test_delete_removes_the_files_of_all_versions_and_their_folder(bench: Bench) -> None:
+    paths = []
+    for content in (b"one", b"two"):
+        jobs.submit_document(content, doc_id="a")
+        paths.append(file_of(bench, "a"))
+    for path in paths:
+        grow_old(path)
+    assert jobs.delete_document("a")
+    assert not any(path.exists() for path in paths)
+    assert not paths[0].parent.exists()
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+
+async def test_a_file_that_was_stored_lately_stays_for_a_while(bench: Bench) -> None:
+    """Whoever stored it may be about to submit it: no row says so."""
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    assert jobs.delete_document("a")
+    assert path.exists()
+    grow_old(path)
+    assert remove_noted_files(bench.settings, bench.conn) == 1
+    assert not path.exists()
+
+
+async def test_a_file_that_is_stored_again_before_its_removal_is_kept(bench: Bench) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    bench.conn.execute("SELECT delete_document('a')")
+    grow_old(path)
+    LocalStorage.from_settings(bench.settings).store_upload("a", b"one", 1000)
+    assert remove_noted_files(bench.settings, bench.conn) == 0
+    assert path.read_bytes() == b"one"
+
+
+async def test_a_file_that_a_submission_has_referred_to_is_kept_whether_it_has_committed_or_not(bench: Bench, database: str) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    bench.conn.execute("SELECT delete_document('a')")
+    with psycopg.connect(database) as caller:
+        jobs.submit_document(b"one", doc_id="a", connection=caller)
+        grow_old(path)
+        assert remove_noted_files(bench.settings, bench.conn) == 0
+        assert path.exists()
+        caller.commit()
+    grow_old(path)
+    assert remove_noted_files(bench.settings, bench.conn) == 0
+    assert path.exists()
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+
+async def test_a_file_waits_for_transactions_that_may_have_begun_to_refer_to_it(bench: Bench, database: str) -> None:
+    """Two documents that share one file, as SQL callers may have it."""
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    grow_old(path)
+    with psycopg.connect(database) as caller:
+        caller.execute("SELECT submit_document((SELECT file_path FROM file_extractions WHERE doc_id = 'a'), doc_id => 'copy')")
+        bench.conn.execute("SELECT delete_document('a')")
+        assert remove_noted_files(bench.settings, bench.conn) == 0
+        caller.commit()
+    assert remove_noted_files(bench.settings, bench.conn) == 0
+    assert path.exists()
+    assert jobs.delete_document("copy")
+    assert not path.exists()
+
+
+async def test_a_submission_that_is_rolled_back_gives_the_file_up_again(bench: Bench, database: str) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    bench.conn.execute("SELECT delete_document('a')")
+    with psycopg.connect(database) as caller:
+        jobs.submit_document(b"one", doc_id="a", connection=caller)
+        caller.rollback()
+    grow_old(path)
+    assert remove_noted_files(bench.settings, bench.conn) == 1
+    assert not path.exists()
+
+
+async def test_deleting_and_submitting_the_same_at_once_never_loses_a_file_that_a_row_needs(bench: Bench) -> None:
+    stop = threading.Event()
+    storage = LocalStorage.from_settings(bench.settings)
+
+    def delete() -> None:
+        while not stop.is_set():
+            jobs.delete_document("a")
+
+    def remove() -> None:
+        with psycopg.connect(bench.conn.info.dsn, autocommit=True) as conn:
+            while not stop.is_set():
+                # A grace that is longer than it takes from a copy to its statement, and no longer than the test.
+                remove_noted_files(bench.settings, conn, untouched_for=0.5)
+
+    threads = [threading.Thread(target=delete), threading.Thread(target=remove), threading.Thread(target=remove)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(150):
+            jobs.submit_document(b"one", doc_id="a")
+            await asyncio.sleep(0.01)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    jobs.submit_document(b"one", doc_id="a")
+    assert storage.fingerprint(bench.one("SELECT file_path FROM file_extractions")[0]).size == 3
