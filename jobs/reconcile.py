@@ -20,7 +20,7 @@ from models.settings import Settings
 from sql import query
 
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
-SIDE_TASKS = ["look_after_vector_index"]  # docmill's tasks that are no stages; an application's own are none of our business
+SIDE_TASKS = ["look_after_vector_index", "reembed"]  # docmill's tasks that are no stages; an application's own are none of our business
 WINDOW = 2000  # waiting documents that a pass looks at
 
 
@@ -62,6 +62,7 @@ class Reconciler:
                 await self._repair(done, "requeue_side_job", job_id=row["id"])
             await self._rows("forget_dead_workers")
         await self._requeue_lost(done)
+        await self._rows("queue_reembedding", delay=0.0, job_id=None)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done

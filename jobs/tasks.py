@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from procrastinate import JobContext
 
-from jobs.adapters.embedders import make_embedder
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
@@ -12,6 +11,7 @@ from jobs.pipeline import Runner
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Job
 from jobs.retry import StageRetry
+from jobs.serving import ServingEmbedder, own_embedder
 from jobs.stages import Tools
 from models.errors import PermanentError
 from models.stages import STAGES
@@ -35,15 +35,15 @@ def _runner() -> Runner:
                 timeout=_settings.parse_timeout_seconds, memory_mb=_settings.parse_memory_mb, max_output_mb=_settings.parse_output_mb
             ),
         )
-        embedder = make_embedder(_settings)
         reading = Reading(app.pool)
         tools = Tools(
             settings=_settings,
             storage=LocalStorage.from_settings(_settings),
             sandbox=sandbox,
-            embedder=embedder,
+            embedder=own_embedder(_settings),
             known_vectors=reading.known_vectors,
             find_original=reading.find_original,
+            choose_embedder=ServingEmbedder(_settings, app.pool).choose,
         )
         _runners.append(
             Runner(

@@ -43,6 +43,8 @@ class Work:
     """A worker has crashed with this document in hand: it runs alone, with a checkpoint after each stage."""
     ended: bool = False
     """A checkpoint has ended the work on it here."""
+    takes_any_model: bool = False
+    """It has been embedded again for a model that had come to serve; whatever serves now, re-embedding does the rest."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
 

@@ -66,3 +66,5 @@ class Tools:
     """Vectors already stored for this user, model and passages: content_sha256 -> vector."""
     find_original: Callable[[Document], Awaitable[str | None]]
     """doc_id of another complete document of the same user with the same content."""
+    choose_embedder: Callable[[], Awaitable[Embedder]] | None = None
+    """The embedder of the model that serves searches now; None for `embedder` always."""
