@@ -594,7 +594,6 @@ CREATE OR REPLACE FUNCTION nearest_chunks(
 ) RETURNS TABLE (chunk_id uuid, score double precision) LANGUAGE plpgsql STABLE
 SET hnsw.iterative_scan = strict_order
 SET hnsw.ef_search = 200
-SET enable_sort = on
 SET jit = off
 AS $$
 -- Statements are made and planned anew at each call: the planner must see the model, or it cannot use the model's partial index, and the
@@ -607,6 +606,7 @@ DECLARE
     indexed CONSTANT text := format('c.embedding::vector(%1$s) <=> $1::vector(%1$s)', dimensions);
     few CONSTANT integer := 3000;
     is_split boolean := has_side_embeddings(embedding_model);
+    sorting CONSTANT text := current_setting('enable_sort');
     place text;
     key text;
     reach bigint;
@@ -633,12 +633,17 @@ BEGIN
         -- An index scan gives up after hnsw.max_scan_tuples: where it found too few, the search is repeated exactly.
         FOREACH distance IN ARRAY CASE WHEN reach < few THEN ARRAY[exact] ELSE ARRAY[indexed, exact] END LOOP
             -- While vectors are moved the planner's statistics lag behind, and it would sort what it takes for a few.
-            PERFORM set_config('enable_sort', CASE WHEN is_split AND filter = 'true' AND distance = indexed THEN 'off' ELSE 'on' END, true);
+            IF is_split AND filter = 'true' AND distance = indexed THEN
+                PERFORM set_config('enable_sort', 'off', true);
+            END IF;
             EXECUTE format(
                 'SELECT array_agg(f.id ORDER BY f.distance, f.id), array_agg(1 - f.distance ORDER BY f.distance, f.id)
                  FROM (SELECT %5$s AS id, %1$s AS distance FROM %6$I AS c WHERE c.embedding_model = %2$L AND %3$s
                        ORDER BY %1$s LIMIT %4$s) AS f', distance, embedding_model, filter, limit_to, key, place
             ) INTO found, found_scores USING query_vector;
+            IF is_split THEN
+                PERFORM set_config('enable_sort', sorting, true);
+            END IF;
             EXIT WHEN cardinality(found) = limit_to;
         END LOOP;
         ids := ids || found;
