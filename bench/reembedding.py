@@ -93,7 +93,7 @@ def watch(conn: psycopg.Connection, seconds: float | None) -> tuple[dict[str, li
         short += found != 10
         time.sleep(0.02)
         spent[state] += time.perf_counter() - now
-        if state == "complete" and seconds is None or seconds is not None and now - began > seconds:
+        if (state == "complete" and seconds is None) or (seconds is not None and now - began > seconds):
             return times, spent, short
 
 

@@ -167,7 +167,7 @@ def main() -> None:
                 f"CREATE INDEX ON document_chunks USING hnsw ((embedding::vector({vectors.shape[1]})) vector_cosine_ops) "
                 f"WHERE embedding_model = '{model}'".encode()
             )
-            conn.execute("SET enable_sort = off")
+            conn.execute("SET enable_seqscan = off")
             indexed = neighbours(conn, queries, model)
     print(f"\n{len(cuts)} passages ({given.passages}) of 5,183 documents, {len(queries)} queries, {model}\n")
     print("| search | nDCG@10 | recall@10 | median ms |\n|---|---|---|---|")

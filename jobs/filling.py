@@ -45,11 +45,12 @@ class Filling:
         self._got_on: set[str] = set()
         self._failures = 0
 
-    async def batch(self, embedder: Embedder) -> float | None:
-        """Embed one batch and keep it; return None to go on, or seconds to wait."""
+    async def batch(self, embedder: Embedder, *, only_urgent: bool) -> float | None:
+        """Embed one batch and keep it; return None to go on, or seconds to wait. `only_urgent`: not of what a run listed."""
         model = embedder.model
         after = self._after.get(model, "")
-        batch = await self._rows("passages_to_embed", embedding_model=model, after=after, documents=DOCUMENTS, passages=PASSAGES)
+        wanted = {"embedding_model": model, "after": after, "only_urgent": only_urgent}
+        batch = await self._rows("passages_to_embed", **wanted, documents=DOCUMENTS, passages=PASSAGES)
         if not batch:
             if model not in self._got_on:
                 return AGAIN_SECONDS
@@ -57,16 +58,19 @@ class Filling:
             self._got_on.discard(model)
             return None
         names = list(dict.fromkeys(row["doc_id"] for row in batch))
+        last = names[-1]
         # The last document may have more passages than came along.
         whole = names if len(batch) < PASSAGES else names[:-1]
+        held = {row["doc_id"] for row in await self._rows("held_documents", doc_ids=names)}
+        names, batch = [name for name in names if name not in held], [row for row in batch if row["doc_id"] not in held]
         try:
-            got_on = await self._embed(embedder, names, batch)
+            got_on = bool(names) and await self._embed(embedder, names, batch)
         except Exception as error:
             return await self._failed(embedder, names, batch, error)
         if got_on:
             self._got_on.add(model)
         if whole or not got_on:
-            self._after[model] = whole[-1] if whole else names[-1]
+            self._after[model] = whole[-1] if whole else last
         self._failures = 0
         return None
 

@@ -36,13 +36,15 @@ async def look_after_index(
 ) -> Outcome:
     """Build the model's index if it pays and is not there, or again if a build was cut off; return what was found or done.
 
-    It pays once both tables together hold VECTOR_INDEX_THRESHOLD vectors of the model. `even_under_load`: a bulk load is no reason to wait.
+    It pays once the table holds VECTOR_INDEX_THRESHOLD vectors of the model. `even_under_load`: a bulk load is no reason to wait.
     """
     name = index_name(model, dimensions, table)
     facts_wanted = {"model": model, "name": name, "threshold": max(1, settings.vector_index_threshold), "busy": BUSY}
     conninfo = conninfo_of(settings, direct=True)
     async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
-        facts = await _one(conn, "vector_index_facts", facts_wanted)
+        asked = composing.SQL(query("vector_index_facts")).format(table=composing.Identifier(table))
+        facts = await (await conn.execute(asked, facts_wanted)).fetchone()
+        assert facts is not None
         if facts["is_valid"]:
             return "ready"
         if not facts["is_large"]:

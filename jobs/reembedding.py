@@ -16,7 +16,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
 from jobs.filling import AGAIN_SECONDS, FAILED_SECONDS, Filling, Row
-from jobs.maintenance import drop_index, look_after_index
+from jobs.maintenance import Table, drop_index, look_after_index
 from jobs.pipeline.claims import Connection, one, rows
 from jobs.redaction import describe
 from jobs.serving import embedder_of
@@ -51,7 +51,7 @@ class Slice:
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self._find_embedder = find_embedder
         self._filling = Filling(settings, pool, worker)
-        self._moved_to: tuple[str, bool] = ("", False)
+        self._moved_to = ""
 
     async def run(self, seconds: float = SLICE_SECONDS) -> float | None:
         """Do what is due until the time is up; return after how many seconds the next slice is worth it, None if nothing is left to do."""
@@ -70,14 +70,17 @@ class Slice:
         """Do the first step that can be done here; return None to go on, or seconds to wait."""
         for step in steps:
             await faults.at(f"reembed:{step['step']}")
+            run = step["reembedding_id"]
             if step["step"] not in ("fill", "index"):
-                return await self._do_step(step["step"], step["reembedding_id"])
+                return await self._do_step(step["step"], run)
             try:
                 embedder = self._find_embedder(self._settings, step["embedding_model"])
             except ConfigurationError as error:
                 await self._tell(step["embedding_model"], f"worker {self._worker} leaves it to others: {error}")
                 continue
-            return await (self._filling.batch(embedder) if step["step"] == "fill" else self._index(embedder, step["reembedding_id"]))
+            if step["step"] == "index":
+                return await self._index(embedder, run)
+            return await self._filling.batch(embedder, only_urgent=run is None)
         return LEAVE_SECONDS
 
     async def _do_step(self, step: str, run: int) -> float | None:
@@ -85,6 +88,10 @@ class Slice:
         try:
             match step:
                 case "list":
+                    row = (await self._rows("find_reembedding", reembedding_id=run))[0]
+                    if row["switched_at"] is not None:
+                        # Its passages are about to go, and taking them out of it one by one would be dear.
+                        await drop_index(self._settings, row["from_model"], row["from_dimensions"], "document_chunks")
                     await self._do("await_passage_writers")
                     await self._do("list_documents_to_embed", reembedding_id=run)
                 case "switch":
@@ -93,6 +100,8 @@ class Slice:
                         logger.success("Searches are served by the new model from now on")
                 case "move":
                     return await self._move()
+                case "settle":
+                    return await self._settle(run)
                 case "clear":
                     await self._do("clear_embeddings", most=CLEARED)
                 case _:
@@ -102,39 +111,45 @@ class Slice:
         return None
 
     async def _index(self, embedder: Embedder, run: int) -> float | None:
-        """Index the new set where it lies and where it will be moved to, and say that it is ready."""
+        """Index the new set and say that it is ready."""
         await self._do("set_reembedding_dimensions", reembedding_id=run, dimensions=embedder.dimensions)
+        pause = await self._build(embedder.model, embedder.dimensions, "chunk_embeddings")
+        if pause is None:
+            await self._do("make_reembedding_ready", reembedding_id=run)
+        return pause
+
+    async def _build(self, model: str, dimensions: int, table: Table) -> float | None:
         try:
-            for table in ("chunk_embeddings", "document_chunks"):
-                outcome = await look_after_index(self._settings, embedder.model, embedder.dimensions, table=table, even_under_load=True)
-                if outcome == "busy elsewhere":
-                    return LEAVE_SECONDS
+            outcome = await look_after_index(self._settings, model, dimensions, table=table, even_under_load=True)
         except psycopg.Error as error:
-            await self._tell(embedder.model, f"its vector index could not be built: {describe(error)}")
+            await self._tell(model, f"its vector index could not be built: {describe(error)}")
             return FAILED_SECONDS
-        await self._do("make_reembedding_ready", reembedding_id=run)
-        return None
+        return LEAVE_SECONDS if outcome == "busy elsewhere" else None
 
     async def _move(self) -> float | None:
-        from_doc, is_included = self._moved_to
-        row = (await self._rows("move_embeddings", from_doc=from_doc, is_included=is_included, most=MOVED))[0]
+        row = (await self._rows("move_embeddings", after=self._moved_to, most=MOVED))[0]
         await faults.at("reembed:moved", row["last_doc"] or "")
-        if row["last_doc"] is not None:
-            # A document may have more passages than were moved; one of which none was moved is held by somebody.
-            self._moved_to = row["last_doc"], row["moved"] > 0
-            return None
-        self._moved_to = "", False
-        return None if is_included or from_doc == "" else AGAIN_SECONDS
+        if row["last_doc"] is None:
+            # What is left is held by somebody, unless all is done.
+            started, self._moved_to = self._moved_to == "", ""
+            return None if started else AGAIN_SECONDS
+        if row["moved"] < MOVED:
+            self._moved_to = row["last_doc"]
+        return None
+
+    async def _settle(self, run: int) -> float | None:
+        """Index the set where it lies now, in document_chunks, and let searches go there."""
+        row = (await self._rows("find_reembedding", reembedding_id=run))[0]
+        pause = await self._build(row["to_model"], row["dimensions"], "document_chunks")
+        if pause is None:
+            await self._do("settle_embeddings", reembedding_id=run)
+        return pause
 
     async def _end(self, step: str, run: int) -> None:
-        """Drop the indexes of the set that is not used any more, and close the run."""
+        """Drop the index of what lay aside, and close the run."""
         row = (await self._rows("find_reembedding", reembedding_id=run))[0]
         if row["dimensions"] is not None:
             await drop_index(self._settings, row["to_model"], row["dimensions"], "chunk_embeddings")
-            if step == "forget":
-                await drop_index(self._settings, row["to_model"], row["dimensions"], "document_chunks")
-        if step == "finish":
-            await drop_index(self._settings, row["from_model"], row["from_dimensions"], "document_chunks")
         await self._do("complete_reembedding" if step == "finish" else "forget_reembedding", reembedding_id=run)
 
     async def _tell(self, model: str, message: str) -> None:

@@ -3,9 +3,7 @@
 -- name: vector_index_facts
 SELECT
     (SELECT count(*) FROM (
-        (SELECT FROM document_chunks AS c WHERE c.embedding_model = %(model)s LIMIT %(threshold)s)
-        UNION ALL
-        (SELECT FROM chunk_embeddings AS s WHERE s.embedding_model = %(model)s LIMIT %(threshold)s)
+        SELECT FROM {table} AS c WHERE c.embedding_model = %(model)s LIMIT %(threshold)s
     ) AS c) >= %(threshold)s AS is_large,
     (SELECT count(*) FROM (
         SELECT FROM file_extractions AS d WHERE d.state IN ('queued', 'working', 'retrying') LIMIT %(busy)s

@@ -58,7 +58,7 @@ async def test_the_search_uses_it_and_finds_what_the_exact_one_finds(passages: p
     await look_after_index(settings.model_copy(update={"vector_index_threshold": 1}), MODEL, 8)
     used = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = %s"
     passages.execute("ANALYZE document_chunks")
-    passages.execute("SET enable_sort = off")
+    passages.execute("SET enable_seqscan = off")
     assert passages.execute(find, [probe, MODEL]).fetchall() == exact
     passages.execute("SELECT pg_stat_force_next_flush()")
     scans = passages.execute(used, [index_name(MODEL, 8)]).fetchone()
