@@ -121,14 +121,14 @@ def run(settings: Settings, given: argparse.Namespace, folder: Path) -> None:
             times, spent, missed = watch(conn, None)
         times.pop("complete")
         after, _, short_after = watch(conn, 5)
-        row = conn.execute("SELECT total, started_at, ready_at, switched_at, ended_at, listed_at FROM reembeddings").fetchone()
+        row = conn.execute("SELECT total, started_at, ready_at, switched_at, moved_at, ended_at, listed_at FROM reembeddings").fetchone()
         counts = conn.execute("SELECT count(*), count(DISTINCT embedding_model) FROM document_chunks").fetchone()
         waits = conn.execute(
             "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM processing_completed_at - created_at)) "
             "FROM file_extractions WHERE processing_completed_at IS NOT NULL"
         ).fetchone()
     assert row is not None
-    total, started, ready, switched, ended, listed = row
+    total, started, ready, switched, moved, ended, listed = row
     print(
         f"\n{given.passages} passages, {old.model} -> {new.model}, {given.workers} worker(s), {given.ingest} documents ingested meanwhile"
     )
