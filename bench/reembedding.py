@@ -99,9 +99,8 @@ def watch(conn: psycopg.Connection, seconds: float | None) -> tuple[dict[str, li
 
 def line(name: str, values: list[float], more: str = "") -> None:
     ordered = sorted(values)
-    print(
-        f"| {name} | {len(values)} | {statistics.median(values):.1f} | {ordered[int(len(ordered) * 0.95)]:.1f} | {ordered[-1]:.1f} | {more} |"
-    )
+    slow = ordered[int(len(ordered) * 0.95)]
+    print(f"| {name} | {len(values)} | {statistics.median(values):.1f} | {slow:.1f} | {ordered[-1]:.1f} | {more} |")
 
 
 def run(settings: Settings, given: argparse.Namespace, folder: Path) -> None:
@@ -132,10 +131,10 @@ def run(settings: Settings, given: argparse.Namespace, folder: Path) -> None:
     print(
         f"\n{given.passages} passages, {old.model} -> {new.model}, {given.workers} worker(s), {given.ingest} documents ingested meanwhile"
     )
-    print(
-        f"listed after {(listed - started).total_seconds():.1f} s; made and indexed: {total / (ready - listed).total_seconds():.0f} passages/s; "
-    )
-    print(f"switched after {(switched - ready).total_seconds():.2f} s; moved: {total / (ended - switched).total_seconds():.0f} passages/s")
+    made, went = (ready - listed).total_seconds(), (moved - switched).total_seconds()
+    print(f"listed after {(listed - started).total_seconds():.1f} s; made and indexed: {total / made:.0f} passages/s")
+    print(f"switched after {(switched - ready).total_seconds():.2f} s; moved, index included: {total / went:.0f} passages/s; ", end="")
+    print(f"cleared after {(ended - moved).total_seconds():.1f} s")
     print(f"(passages, models) at the end: {counts}; searches with fewer than ten results: {short + missed + short_after}")
     if given.ingest and waits is not None:
         print(f"documents: median {waits[0]:.1f} s from submission to completion")

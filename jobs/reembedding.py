@@ -18,9 +18,11 @@ from jobs import clock, faults
 from jobs.filling import AGAIN_SECONDS, FAILED_SECONDS, Filling, Row
 from jobs.maintenance import Table, drop_index, look_after_index
 from jobs.pipeline.claims import Connection, one, rows
+from jobs.pipeline.company import Company
 from jobs.redaction import describe
 from jobs.serving import embedder_of
 from jobs.stages import Embedder
+from jobs.tasks import company
 from models.errors import ConfigurationError
 from models.settings import Settings
 from models.stages import EMBED_QUEUE
@@ -35,6 +37,9 @@ CLEARED = 5000
 LEAVE_SECONDS = 5.0
 """What this worker cannot do waits so long for another, which may fetch it as well."""
 
+_OF_THE_DATABASE = frozenset({"index", "settle"})
+"""Steps that may take long and do nothing in this process: a document that must be alone in it need not wait for them."""
+
 
 class Slice:
     """A few seconds of re-embedding in one worker."""
@@ -47,9 +52,11 @@ class Slice:
         worker: str,
         stopping: Callable[[], bool],
         find_embedder: Callable[[Settings, str], Embedder] = embedder_of,
+        company: Company | None = None,
     ) -> None:
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self._find_embedder = find_embedder
+        self._company = company or Company()
         self._filling = Filling(settings, pool, worker)
         self._moved_to = ""
 
@@ -60,7 +67,11 @@ class Slice:
             steps = await self._rows("reembedding_steps")
             if not steps:
                 return None
-            pause = await self._first_possible(steps)
+            if steps[0]["step"] in _OF_THE_DATABASE:
+                pause = await self._first_possible(steps)
+            else:
+                async with self._company.shared():
+                    pause = await self._first_possible(steps)
             if pause is not None:
                 return pause
             if clock.seconds() >= end or self._stopping():
@@ -169,7 +180,7 @@ class Slice:
 @app.task(name="reembed", queue=EMBED_QUEUE, queueing_lock="reembed", priority=-10, pass_context=True)
 async def reembed(context: JobContext) -> None:
     """Work on re-embedding for a slice and queue the next one. A lost job is made up for by the reconciler of any worker."""
-    delay = await Slice(app.settings, app.pool, worker=app.worker_name, stopping=app.stopping).run()
+    delay = await Slice(app.settings, app.pool, worker=app.worker_name, stopping=app.stopping, company=company).run()
     if delay is not None:
         async with app.pool.connection() as conn:
             await one(conn, "queue_reembedding", {"delay": delay, "job_id": context.job.id})

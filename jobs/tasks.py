@@ -8,6 +8,7 @@ from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.pipeline import Runner
+from jobs.pipeline.company import Company
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Job
 from jobs.retry import StageRetry
@@ -19,6 +20,8 @@ from procrastinate_app import app
 
 _settings = app.settings
 _runners: list[Runner] = []
+company = Company()
+"""Who works in this process: a document that is suspected of crashing it is alone in it, without re-embedding too."""
 
 retry = StageRetry(
     max_attempts=_settings.max_retry_attempts, base=_settings.retry_base_delay_seconds, max_delay=_settings.retry_max_delay_seconds
@@ -55,6 +58,7 @@ def _runner() -> Runner:
                 worker=app.worker_name,
                 stopping=app.stopping,
                 finished_jobs=app.finished_jobs,
+                company=company,
             )
         )
 

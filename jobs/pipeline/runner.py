@@ -69,6 +69,7 @@ class Runner:
         stopping: Callable[[], bool],
         finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
+        company: Company | None = None,
     ) -> None:
         self._settings = settings
         self._pool = pool
@@ -78,7 +79,7 @@ class Runner:
         self._stopping = stopping
         self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
         self._stages = stages or STAGE_FUNCTIONS
-        self._company = Company()
+        self._company = company or Company()
 
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
