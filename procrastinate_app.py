@@ -6,4 +6,4 @@ from models.settings import load_settings
 
 settings = load_settings()
 configure_logging(settings, role="worker")
-app = DocmillApp(settings, import_paths=["jobs.tasks", "jobs.maintenance", "jobs.unpack"])
+app = DocmillApp(settings, import_paths=["jobs.tasks", "jobs.maintenance", "jobs.unpack", "jobs.reembedding"])

@@ -16,7 +16,7 @@ _SIGN_OFF_SECONDS = 3.0
 
 
 class DocmillJobManager(JobManager):
-    """Procrastinate's own statements, except that jobs are fetched fairly, the first outlives an outage, and the last does not wait for long."""
+    """Procrastinate's own statements, except that jobs are fetched fairly, the first outlives an outage and the last waits for none."""
 
     def __init__(self, connector: BaseConnector, *, max_documents_per_user: int) -> None:
         """`max_documents_per_user`: in work at once, over all workers; 0 for any number."""

@@ -15,9 +15,9 @@ from loguru import logger
 from psycopg import sql as composing
 from psycopg.rows import dict_row
 
-from jobs.adapters.embedders import make_embedder
 from jobs.database import connect_options, conninfo_of
 from jobs.leftovers import remove_noted_files as remove_files
+from jobs.pipeline.claims import one
 from models.settings import Settings
 from procrastinate_app import app
 from sql import query
@@ -25,32 +25,41 @@ from sql import query
 BUSY = 1000  # unfinished documents: while there are more, a bulk load is under way and the index would be in its way
 
 Outcome = Literal["not needed", "waiting", "ready", "built", "busy elsewhere"]
+Table = Literal["document_chunks", "chunk_embeddings"]
 
 
-def index_name(model: str, dimensions: int) -> str:
+def index_name(model: str, dimensions: int, table: Table = "document_chunks") -> str:
     """Return the name of the partial index of a model, the same on every host."""
-    return f"document_chunks_hnsw_{hashlib.sha256(f'{model}:{dimensions}'.encode()).hexdigest()[:12]}"
+    return f"{table}_hnsw_{hashlib.sha256(f'{model}:{dimensions}'.encode()).hexdigest()[:12]}"
 
 
-async def look_after_index(settings: Settings, model: str, dimensions: int) -> Outcome:
-    """Build the model's index if it pays and is not there, or again if a build was cut off; return what was found or done."""
-    name = index_name(model, dimensions)
+async def look_after_index(
+    settings: Settings, model: str, dimensions: int, *, table: Table = "document_chunks", even_under_load: bool = False
+) -> Outcome:
+    """Build the model's index if it pays and is not there, or again if a build was cut off; return what was found or done.
+
+    It pays once the table holds VECTOR_INDEX_THRESHOLD vectors of the model. `even_under_load`: a bulk load is no reason to wait.
+    """
+    name = index_name(model, dimensions, table)
     facts_wanted = {"model": model, "name": name, "threshold": max(1, settings.vector_index_threshold), "busy": BUSY}
     conninfo = conninfo_of(settings, direct=True)
     async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
-        facts = await _one(conn, "vector_index_facts", facts_wanted)
+        asked = composing.SQL(query("vector_index_facts")).format(table=composing.Identifier(table))
+        facts = await (await conn.execute(asked, facts_wanted)).fetchone()
+        assert facts is not None
         if facts["is_valid"]:
             return "ready"
         if not facts["is_large"]:
             return "not needed"
         if facts["is_being_built"]:
             return "busy elsewhere"
-        if facts["is_busy"]:
+        if facts["is_busy"] and not even_under_load:
             return "waiting"
         if not (await _one(conn, "try_lock_index", {"name": name}))["locked"]:
             return "busy elsewhere"
         names = {
             "name": composing.Identifier(name),
+            "table": composing.Identifier(table),
             "model": composing.Literal(model),
             "dimensions": composing.SQL(str(int(dimensions))),
         }
@@ -60,8 +69,16 @@ async def look_after_index(settings: Settings, model: str, dimensions: int) -> O
             await conn.execute(composing.SQL(query("create_vector_index")).format(**names))
         finally:
             await conn.execute(query("unlock_index"), {"name": name})
-        logger.info("The vector index of {} is built", model)
+        logger.info("The vector index of {} on {} is built", model, table)
         return "built"
+
+
+async def drop_index(settings: Settings, model: str, dimensions: int, table: Table) -> None:
+    """Drop the model's index on a table if there is one; nobody who searches waits for it."""
+    name = composing.Identifier(index_name(model, dimensions, table))
+    conninfo = conninfo_of(settings, direct=True)
+    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True) as conn:
+        await conn.execute(composing.SQL(query("drop_vector_index")).format(name=name))
 
 
 async def _one(conn: psycopg.AsyncConnection[dict[str, Any]], name: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -73,9 +90,10 @@ async def _one(conn: psycopg.AsyncConnection[dict[str, Any]], name: str, params:
 @app.periodic(cron="*/2 * * * *")
 @app.task(name="look_after_vector_index", queue="maintenance", queueing_lock="look_after_vector_index", priority=1000)
 async def look_after_vector_index(timestamp: int) -> str:
-    """Look after the index of the model that this worker embeds with."""
-    embedder = make_embedder(app.settings)
-    return await look_after_index(app.settings, embedder.model, embedder.dimensions)
+    """Look after the index of the model that serves searches."""
+    async with app.pool.connection() as conn:
+        serving = await one(conn, "serving_model", {})
+    return "not needed" if serving is None else await look_after_index(app.settings, serving["embedding_model"], serving["dimensions"])
 
 
 @app.periodic(cron="* * * * *")

@@ -22,6 +22,7 @@ from sql import query
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
 SIDE_TASKS = [
     "look_after_vector_index",
+    "reembed",
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
@@ -78,6 +79,7 @@ class Reconciler:
             await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
         for row in await self._rows("find_replaced_documents", most=MOST):
             await self._repair(done, "delete_replaced_document", doc_id=row["doc_id"])
+        await self._rows("queue_reembedding", delay=0.0, job_id=None)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         return done

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from procrastinate import JobContext
 
-from jobs.adapters.embedders import make_embedder
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.pipeline import Runner
+from jobs.pipeline.company import Company
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Job
 from jobs.retry import StageRetry
+from jobs.serving import ServingEmbedder, own_embedder
 from jobs.stages import Tools
 from models.errors import PermanentError
 from models.stages import STAGES
@@ -19,6 +20,8 @@ from procrastinate_app import app
 
 _settings = app.settings
 _runners: list[Runner] = []
+company = Company()
+"""Who works in this process: a document that is suspected of crashing it is alone in it, without re-embedding too."""
 
 retry = StageRetry(
     max_attempts=_settings.max_retry_attempts, base=_settings.retry_base_delay_seconds, max_delay=_settings.retry_max_delay_seconds
@@ -35,17 +38,17 @@ def _runner() -> Runner:
                 timeout=_settings.parse_timeout_seconds, memory_mb=_settings.parse_memory_mb, max_output_mb=_settings.parse_output_mb
             ),
         )
-        embedder = make_embedder(_settings)
         reading = Reading(app.pool)
         tools = Tools(
             settings=_settings,
             storage=LocalStorage.from_settings(_settings),
             sandbox=sandbox,
-            embedder=embedder,
+            embedder=own_embedder(_settings),
             known_vectors=reading.known_vectors,
             find_original=reading.find_original,
             original_text=reading.original_text,
             original_extraction=reading.original_extraction,
+            choose_embedder=ServingEmbedder(_settings, app.pool).choose,
         )
         _runners.append(
             Runner(
@@ -57,6 +60,7 @@ def _runner() -> Runner:
                 worker=app.worker_name,
                 stopping=app.stopping,
                 finished_jobs=app.finished_jobs,
+                company=company,
             )
         )
 

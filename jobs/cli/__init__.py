@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from jobs.cli.commands import app
 from jobs.cli.dead import dead
+from jobs.cli.reembed import reembed
 
 app.add_typer(dead, name="dead")
+app.add_typer(reembed, name="reembed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

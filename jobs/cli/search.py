@@ -12,11 +12,13 @@ from psycopg.types.json import Jsonb
 from rich.padding import Padding
 from rich.text import Text
 
-from jobs.adapters.embedders import make_embedder
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import out, print_json, printable, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
+from jobs.serving import embedder_of, own_embedder
+from jobs.stages import Embedder
 from models.documents import FileType
+from models.errors import ConfigurationError
 from models.settings import Settings, load_settings
 
 EXCERPT = 400
@@ -79,11 +81,30 @@ def run(query: str, mode: str, limit: int, filters: Filters, *, json: bool) -> E
 
 
 async def _search(settings: Settings, mode: str, params: dict[str, Any]) -> list[Row]:
-    if mode != "text":
-        embedder = make_embedder(settings)
-        vectors = await embedder.embed([params["text"]], kind="query")
-        params = {**params, "vector": vectors[0], "embedding_model": embedder.model}
-    return await rows(settings, _QUERIES[mode], **params)
+    if mode == "text":
+        return await rows(settings, _QUERIES[mode], **params)
+    while True:
+        model = await _serving(settings)
+        vectors = await _embedder(settings, model).embed([params["text"]], kind="query")
+        found = await rows(settings, _QUERIES[mode], **params, vector=vectors[0], embedding_model=model)
+        if await _serving(settings) == model:
+            return found
+        # Searches went over to another model meanwhile, which alone is sure to know every passage.
+
+
+async def _serving(settings: Settings) -> str:
+    """Return the model that queries must be embedded with; while there are no passages, the one of EMBEDDING_PROVIDER."""
+    served = await rows(settings, "serving_model")
+    return str(served[0]["embedding_model"]) if served else own_embedder(settings).model
+
+
+def _embedder(settings: Settings, model: str) -> Embedder:
+    try:
+        return embedder_of(settings, model)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"Searches by meaning are served by another model than can be made here. {error} --mode text works."
+        ) from error
 
 
 def _pages(row: Row) -> str:

@@ -57,6 +57,10 @@ class FencedOff(Exception):
     """The claim has moved on: another worker, a new version, a cancel or a delete. Nothing was written."""
 
 
+class StaleVectors(Exception):
+    """Another model has come to serve searches since the document was embedded. Nothing was written."""
+
+
 class CheckpointFailed(Exception):
     """The checkpoint could not be written, and trying again at once does not help."""
 
@@ -79,7 +83,7 @@ async def checkpoint_durably(
     give_up: Callable[[], bool],
     patient: bool = False,
 ) -> None:
-    """Write a checkpoint or raise FencedOff or CheckpointFailed.
+    """Write a checkpoint or raise FencedOff, StaleVectors or CheckpointFailed.
 
     A database that is away is waited for, however long (until `give_up` says that the worker must stop): what was done would be lost
     otherwise. An error that the database answers with is tried again a few times if that can help; with `patient`, until it is written
@@ -105,7 +109,7 @@ async def checkpoint_durably(
             logger.warning("The checkpoint was not written, trying again in {:.1f} s: {}", pause, describe(error))
             await asyncio.sleep(pause)
             attempt += 1
-        except FencedOff:
+        except (FencedOff, StaleVectors):
             raise
         except Exception as error:
             # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
@@ -138,7 +142,7 @@ def _mark_saved(work: Work, outcome: Outcome) -> None:
 
 
 async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: str) -> None:
-    """Write what is not durable yet and leave the document in the outcome's state, or raise FencedOff and write nothing."""
+    """Write what is not durable yet and leave the document in the outcome's state, or raise FencedOff or StaleVectors and write nothing."""
     document = work.document
     async with conn.transaction():
         if await one(conn, "advance_document", _advance_params(work, outcome, worker)) is None:
@@ -213,6 +217,10 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
         if work.served_version is not None:
             await _drop_served(conn, params)
         await _copy(conn, "copy_chunks", _CHUNK_TYPES, _chunk_rows(document))
+        # From the copy on no other model can come to serve until this transaction has ended.
+        serving = await one(conn, "serving_model", {})
+        if serving is not None and serving["embedding_model"] != document.embedding_model and not work.takes_any_model:
+            raise StaleVectors
         if work.buffered:
             await conn.execute(query("clear_buffers"), params)
         return

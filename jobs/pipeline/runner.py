@@ -15,12 +15,13 @@ from jobs import clock, faults
 from jobs.adapters.usage import measured
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
-from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff
+from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff, StaleVectors
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
 from jobs.pipeline.company import Company
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.work import StageEvent, Work
+from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
 from models.documents import Document
@@ -68,6 +69,7 @@ class Runner:
         stopping: Callable[[], bool],
         finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
+        company: Company | None = None,
     ) -> None:
         self._settings = settings
         self._pool = pool
@@ -77,7 +79,7 @@ class Runner:
         self._stopping = stopping
         self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
         self._stages = stages or STAGE_FUNCTIONS
-        self._company = Company()
+        self._company = company or Company()
 
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
@@ -229,7 +231,7 @@ class Runner:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
         following = due_stage(work.document.milestone)
         if following is None:
-            await self._endings.complete(work, lease)
+            await self._complete(work, lease)
             return None
         waits = following.name == "parse" and not work.may_parse
         if self._settings.handoff == "queue" or waits or self._stopping() or not self._listens(job.queues, following):
@@ -238,6 +240,26 @@ class Runner:
         if work.suspect or elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:
             await self._endings.keep(work)
         return following
+
+    async def _complete(self, work: Work, lease: Lease) -> None:
+        """Swap the version in, with vectors of the model that serves at that moment, so that readers find it from the first one on."""
+        on_lost = lease.on_lost
+        try:
+            await self._endings.complete(work, lease)
+        except StaleVectors:
+            lease.on_lost = on_lost
+            await self._embed_again(work)
+            await self._endings.complete(work, lease)
+
+    async def _embed_again(self, work: Work) -> None:
+        """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards."""
+        work.takes_any_model = True
+        choose = self._tools.choose_embedder
+        try:
+            if choose is not None and (await choose()).model != work.document.embedding_model:
+                work.document = await self._stages["embed"](work.document, self._tools)
+        except Exception as error:
+            logger.warning("{} keeps its vectors of {}: {}", work.document.file_name, work.document.embedding_model, describe(error))
 
     @staticmethod
     def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:

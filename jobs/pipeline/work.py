@@ -45,6 +45,8 @@ class Work:
     """Parse need not wait for an equal document. Where it must, or the content was not known yet, the document is claimed anew for it."""
     ended: bool = False
     """A checkpoint has ended the work on it here."""
+    takes_any_model: bool = False
+    """It has been embedded again for a model that had come to serve; whatever serves now, re-embedding does the rest."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
 

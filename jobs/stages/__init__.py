@@ -70,3 +70,5 @@ class Tools:
     """The text of such a document, if it is of the same type."""
     original_extraction: Callable[[Document], Awaitable[OriginalExtraction | None]]
     """What was extracted from such a document, if its text is the same."""
+    choose_embedder: Callable[[], Awaitable[Embedder]] | None = None
+    """The embedder of the model that serves searches now; None for `embedder` always."""

@@ -1,4 +1,4 @@
-"""embed: passages become vectors. A passage that the user already has under the same model keeps its vector."""
+"""embed: passages become vectors of the model that serves. One that the user already has under that model keeps its vector."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refuse_vectors(name: str, vectors: NDArray[np.float32], count: int, dimensio
 
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with one vector a chunk, in order, and the model's name."""
-    embedder = tools.embedder
+    embedder = tools.embedder if tools.choose_embedder is None else await tools.choose_embedder()
     chunks = document.chunks or ()
     document = replace(document, embedding_model=embedder.model)
     vectors = dict(await tools.known_vectors(document))

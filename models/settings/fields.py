@@ -146,7 +146,8 @@ class Settings(BaseSettings):
 
     # Embedding, extraction and search
     embedding_provider: Annotated[Literal["local", "fast", "hash"], AnyCase] = "local"
-    """local: a sentence model on the CPU. fast: a static model, a hundred times faster and less exact. hash: word hashes, for tests."""
+    """local: a sentence model on the CPU. fast: a static model, a hundred times faster and less exact. hash: word hashes, for tests.
+    A database that has passages keeps its model whatever this says; `docmill reembed start` goes over to this one."""
     embedding_model_path: Annotated[OptionalFile, Words(allowed="an ONNX file with its tokenizer.json beside it", default="unset")] = None
     """One's own sentence model for EMBEDDING_PROVIDER=local. Unset: the one that is installed with docmill."""
     embedding_threads: Annotated[int, Interval(ge=1, le=256), Words(default="the usable cores, at most 4")] = Field(

@@ -119,9 +119,12 @@ FROM extraction_buffer AS b
 WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s;
 
 -- name: find_known_vectors
-SELECT DISTINCT ON (c.content_sha256) c.content_sha256, c.embedding
+-- Also those of a set that is being made, or waits to be moved.
+SELECT DISTINCT ON (c.content_sha256) c.content_sha256, coalesce(s.embedding, c.embedding) AS embedding
 FROM document_chunks AS c
-WHERE c.user_id = %(user_id)s AND c.content_sha256 = ANY(%(hashes)s) AND c.embedding_model = %(embedding_model)s
+LEFT JOIN chunk_embeddings AS s ON s.chunk_id = c.id AND s.embedding_model = %(embedding_model)s
+WHERE c.user_id = %(user_id)s AND c.content_sha256 = ANY(%(hashes)s)
+    AND (c.embedding_model = %(embedding_model)s OR s.chunk_id IS NOT NULL)
 ORDER BY c.content_sha256;
 
 -- name: find_original

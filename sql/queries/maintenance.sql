@@ -1,9 +1,9 @@
--- What looking after the vector indexes asks and does. {name}, {model} and {dimensions} are quoted by the caller.
+-- What looking after the vector indexes asks and does. {name}, {table}, {model} and {dimensions} are quoted by the caller.
 
 -- name: vector_index_facts
 SELECT
     (SELECT count(*) FROM (
-        SELECT FROM document_chunks AS c WHERE c.embedding_model = %(model)s LIMIT %(threshold)s
+        SELECT FROM {table} AS c WHERE c.embedding_model = %(model)s LIMIT %(threshold)s
     ) AS c) >= %(threshold)s AS is_large,
     (SELECT count(*) FROM (
         SELECT FROM file_extractions AS d WHERE d.state IN ('queued', 'working', 'retrying') LIMIT %(busy)s
@@ -22,6 +22,6 @@ DROP INDEX CONCURRENTLY IF EXISTS {name};
 
 -- name: create_vector_index
 -- The expression and the condition are the ones that search_by_vector uses; anything else would not be found by the planner.
-CREATE INDEX CONCURRENTLY {name} ON document_chunks
+CREATE INDEX CONCURRENTLY {name} ON {table}
 USING hnsw ((embedding::vector({dimensions})) vector_cosine_ops)
 WHERE embedding_model = {model};

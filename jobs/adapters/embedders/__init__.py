@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+
 from jobs.adapters.embedders.hashed import HashedText, HashedWords
 from jobs.adapters.embedders.minilm import SentenceModel, make_minilm, make_own_model
 from jobs.adapters.embedders.static import Static
+from models.errors import ConfigurationError
 from models.settings import Settings
 
-__all__ = ["HashedText", "HashedWords", "SentenceModel", "Static", "make_embedder", "make_minilm", "make_own_model"]
+__all__ = ["HashedText", "HashedWords", "SentenceModel", "Static", "make_embedder", "make_embedder_of", "make_minilm", "make_own_model"]
+
+Made = SentenceModel | Static | HashedWords
+
+_HASHED_WORDS = re.compile(r"hashed-words-([1-9]\d{0,3})@1")
 
 
-def make_embedder(settings: Settings) -> SentenceModel | Static | HashedWords:
+def make_embedder(settings: Settings) -> Made:
     """Return the embedder that EMBEDDING_PROVIDER names. Only a model of one's own is loaded before the first text."""
     match settings.embedding_provider:
         case "local" if settings.embedding_model_path is not None:
@@ -21,3 +29,32 @@ def make_embedder(settings: Settings) -> SentenceModel | Static | HashedWords:
             return Static()
         case "hash":
             return HashedWords()
+
+
+def _makers(settings: Settings, model: str) -> Iterator[Callable[[], Made]]:
+    """Yield ways to make an embedder here that might be the one of a model: EMBEDDING_PROVIDER's first, those that load a file last."""
+    yield lambda: make_embedder(settings)
+    if found := _HASHED_WORDS.fullmatch(model):
+        yield lambda: HashedWords(int(found.group(1)))
+    yield Static
+    yield lambda: make_minilm(threads=settings.embedding_threads)
+    own = settings.embedding_model_path
+    if own is not None:
+        yield lambda: make_own_model(own, threads=settings.embedding_threads)
+
+
+def make_embedder_of(settings: Settings, model: str) -> Made:
+    """Return the embedder whose vectors are stored under this name; a ConfigurationError where these settings give none."""
+    reasons: list[str] = []
+    for make in _makers(settings, model):
+        try:
+            made = make()
+        except ConfigurationError as error:
+            reasons.append(str(error))
+            continue
+        if made.model == model:
+            return made
+    raise ConfigurationError(
+        f'The embedding model "{model}" cannot be made with these settings; see EMBEDDING_PROVIDER and EMBEDDING_MODEL_PATH.'
+        + "".join(f" {reason}" for reason in dict.fromkeys(reasons))
+    )

@@ -1,0 +1,70 @@
+"""Which model serves searches, as the database says, and the embedder for it in this process."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from loguru import logger
+from psycopg_pool import AsyncConnectionPool
+
+from jobs.adapters.embedders import make_embedder, make_embedder_of
+from jobs.pipeline.claims import Connection, one
+from jobs.stages import Embedder
+from models.errors import ConfigurationError
+from models.settings import Settings
+
+
+@cache
+def own_embedder(settings: Settings) -> Embedder:
+    """Return the embedder that EMBEDDING_PROVIDER names, one a process."""
+    return make_embedder(settings)
+
+
+@cache
+def embedder_of(settings: Settings, model: str) -> Embedder:
+    """Return the embedder of a model, one a process; a ConfigurationError where it cannot be made here."""
+    try:
+        own = own_embedder(settings)
+    except ConfigurationError:
+        return make_embedder_of(settings, model)
+    return own if own.model == model else make_embedder_of(settings, model)
+
+
+async def serving_model(conn: Connection) -> str | None:
+    """Return the model that queries must be embedded with; None while there are no passages."""
+    row = await one(conn, "serving_model", {})
+    return None if row is None else row["embedding_model"]
+
+
+class ServingEmbedder:
+    """Chooses the embedder of each document: the serving model's where it can be made here, else EMBEDDING_PROVIDER's."""
+
+    def __init__(self, settings: Settings, pool: AsyncConnectionPool[Connection]) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._told: set[str] = set()
+
+    async def choose(self) -> Embedder:
+        """Return the embedder that a document is to be embedded with now."""
+        async with self._pool.connection() as conn:
+            model = await serving_model(conn)
+        own = own_embedder(self._settings)
+        if model is None or model == own.model:
+            return own
+        try:
+            made = embedder_of(self._settings, model)
+        except ConfigurationError as error:
+            # Other workers will add the serving model's vectors; until then only searches by word find these passages.
+            self._tell(model, f"Documents are embedded with {own.model} although {model} serves searches: {error}")
+            return own
+        self._tell(
+            model,
+            f"EMBEDDING_PROVIDER={self._settings.embedding_provider} stands for {own.model}, but {model} serves searches and is used. "
+            "`docmill reembed start` goes over to another model.",
+        )
+        return made
+
+    def _tell(self, model: str, message: str) -> None:
+        if model not in self._told:
+            self._told.add(model)
+            logger.warning("{}", message)
