@@ -392,7 +392,7 @@ BEGIN
         FROM file_extractions AS d
         WHERE d.doc_id = ANY(adopt_documents.doc_ids) AND d.user_id = adopt_documents.user_id
             AND d.run_id IS DISTINCT FROM adopt_documents.run_id
-            AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = adopt_documents.batch_id AND b.run_id = adopt_documents.run_id)
+            AND is_current_run(adopt_documents.batch_id, adopt_documents.run_id)
         ORDER BY d.id
         FOR UPDATE
     )
@@ -405,7 +405,7 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION adopt_documents IS
-    'Takes known documents, whose content has not changed, into a run, unless a later run has been begun meanwhile; returns how many it took.';
+    'Takes known documents, whose content has not changed, into a run, unless a later run has been begun or this one was cancelled; returns how many it took.';
 
 CREATE OR REPLACE FUNCTION settle_batch(batch_id text) RETURNS text LANGUAGE plpgsql SET lock_timeout FROM CURRENT AS $$
 -- Called after the transaction that ended a document or an archive. The cheap look comes first, so that only the last ones lock the batch;
