@@ -381,8 +381,7 @@ BEGIN
         FROM file_extractions AS d
         WHERE d.doc_id = ANY(adopt_documents.doc_ids) AND d.user_id = adopt_documents.user_id
             AND d.run_id IS DISTINCT FROM adopt_documents.run_id
-            AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = adopt_documents.batch_id AND b.run_id = adopt_documents.run_id
-                AND b.status <> 'cancelled')
+            AND is_current_run(adopt_documents.batch_id, adopt_documents.run_id)
         ORDER BY d.id
         FOR UPDATE
     )
@@ -395,7 +394,7 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION adopt_documents IS
-    'Takes known documents, whose content has not changed, into a run, unless a later run has been begun or this one cancelled meanwhile; returns how many it took.';
+    'Takes known documents, whose content has not changed, into a run, unless a later run has been begun or this one was cancelled; returns how many it took.';
 
 COMMENT ON FUNCTION settle_batch IS
     'Ends a sealed batch if all its documents and archives have ended and returns its status; null while it goes on, or while somebody holds its row.';
