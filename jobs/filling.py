@@ -20,6 +20,7 @@ from jobs.stages import Embedder
 from jobs.stages.embed import refuse_vectors
 from models.errors import ErrorType, RateLimitError, ServiceUnavailable
 from models.settings import Settings
+from sql import query
 
 PASSAGES = 256
 """Passages of one batch: embedded together, then kept in one transaction."""
@@ -92,10 +93,13 @@ class Filling:
             doc_ids=names,
             chunk_ids=[row["id"] for row in passages],
             embeddings=[vectors[row["user_id"], row["content_sha256"]] for row in passages],
-            worker=self._worker,
         )
         await faults.at("reembed:stored", names[0])
-        return bool(kept[0]["stored"] or kept[0]["settled"])
+        if not (kept[0]["stored"] or kept[0]["settled"]):
+            return False
+        told = {"embedding_model": embedder.model, "dimensions": embedder.dimensions, "got_on": kept[0]["got_on"], "worker": self._worker}
+        await self._do("note_reembedding_progress", **told)
+        return True
 
     async def _known(self, model: str, texts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], NDArray[np.float32]]:
         """Return what users already have under the model: (user_id, content_sha256) -> vector."""
@@ -135,9 +139,15 @@ class Filling:
         return None
 
     async def _put_off(self, model: str, names: list[str], error: Exception, delay: float) -> int:
-        put_off = await self._rows("put_off_embeddings", embedding_model=model, doc_ids=names, message=describe(error)[:1000], delay=delay)
+        message = describe(error)[:1000]
+        put_off = await self._rows("put_off_embeddings", embedding_model=model, doc_ids=names, message=message, delay=delay)
+        await self._do("note_reembedding_trouble", embedding_model=model, message=message, worker=self._worker)
         return int(put_off[0]["attempts"] or 0)
 
     async def _rows(self, name: str, **params: Any) -> list[Row]:
         async with self._pool.connection() as conn:
             return await rows(conn, name, params)
+
+    async def _do(self, name: str, **params: Any) -> None:
+        async with self._pool.connection() as conn:
+            await conn.execute(query(name), params)

@@ -309,18 +309,20 @@ $$;
 COMMENT ON FUNCTION list_documents_to_embed IS 'Lists every document for a run: to be embedded, or after its switch to be moved. Only after await_passage_writers.';
 
 CREATE FUNCTION store_embeddings(
-    embedding_model text, doc_ids text[], chunk_ids uuid[], embeddings vector[], worker text, OUT stored integer, OUT settled integer
+    embedding_model text, doc_ids text[], chunk_ids uuid[], embeddings vector[], OUT stored integer, OUT settled integer,
+    OUT got_on integer
 ) LANGUAGE plpgsql AS $$
+-- The run's row is not touched here: who holds it, pausing in an open transaction, say, must not make documents wait.
 #variable_conflict use_column
 DECLARE
     is_serving boolean;
     is_aside boolean;
     held text[];
     replaced integer := 0;
-    got_on bigint;
 BEGIN
     stored := 0;
     settled := 0;
+    got_on := 0;
     PERFORM pg_advisory_xact_lock_shared(embedding_sets_lock());
     IF store_embeddings.embedding_model NOT IN (SELECT w FROM wanted_embedding_models() AS w) THEN
         RETURN;
@@ -373,17 +375,12 @@ BEGIN
         WHERE l.embedding_model = store_embeddings.embedding_model AND l.doc_id = k.doc_id AND k.lacking > 0 AND k.lacking < k.passages
         RETURNING l.doc_id
     )
-    SELECT (SELECT count(*) FROM whole), coalesce(sum(k.passages - k.lacking), 0) INTO settled, got_on
+    SELECT (SELECT count(*) FROM whole), coalesce(sum(k.passages - k.lacking), 0)::integer INTO settled, got_on
     FROM looked AS k
     WHERE k.doc_id IN (SELECT w.doc_id FROM whole AS w UNION ALL SELECT p.doc_id FROM parts AS p);
-    UPDATE reembeddings AS r
-    SET done = CASE WHEN r.switched_at IS NULL THEN r.done + got_on ELSE r.done END, error_message = NULL,
-        worker = store_embeddings.worker, updated_at = clock_timestamp(),
-        dimensions = coalesce(r.dimensions, vector_dims(store_embeddings.embeddings[1]))
-    WHERE r.to_model = store_embeddings.embedding_model AND r.state IN ('running', 'paused', 'ready', 'switched') AND got_on <> 0;
 END;
 $$;
-COMMENT ON FUNCTION store_embeddings IS 'Keeps vectors of passages that still exist, and takes documents that lack nothing any more off the list; returns how many of each.';
+COMMENT ON FUNCTION store_embeddings IS 'Keeps vectors of passages that still exist, and takes documents that lack nothing any more off the list; returns how many of each, and how many passages fewer are listed.';
 
 CREATE FUNCTION put_off_embeddings(
     embedding_model text, doc_ids text[], message text, delay_seconds double precision
@@ -393,9 +390,6 @@ CREATE FUNCTION put_off_embeddings(
         SET attempts = l.attempts + 1, error_message = message, not_before = now() + make_interval(secs => delay_seconds * 2 ^ least(l.attempts, 10))
         WHERE l.embedding_model = put_off_embeddings.embedding_model AND l.doc_id = ANY(put_off_embeddings.doc_ids)
         RETURNING l.attempts
-    ), told AS (
-        UPDATE reembeddings AS r SET error_message = message
-        WHERE r.to_model = put_off_embeddings.embedding_model AND r.state IN ('running', 'paused', 'ready', 'switched')
     )
     SELECT max(f.attempts) FROM failed AS f;
 $$;
@@ -451,7 +445,6 @@ BEGIN
     SET passages = k.lacking, is_urgent = k.movable = 0
     FROM looked AS k
     WHERE l.embedding_model = serving AND l.doc_id = k.doc_id AND k.lacking > 0;
-    UPDATE reembeddings AS r SET updated_at = clock_timestamp() WHERE r.state = 'switched';
 END;
 $$;
 COMMENT ON FUNCTION move_embeddings IS

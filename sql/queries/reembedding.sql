@@ -50,8 +50,15 @@ WITH free AS MATERIALIZED (
 SELECT d.doc_id FROM file_extractions AS d WHERE d.doc_id = ANY(%(doc_ids)s) AND d.doc_id NOT IN (SELECT f.doc_id FROM free AS f);
 
 -- name: store_embeddings
-SELECT s.stored, s.settled
-FROM store_embeddings(%(embedding_model)s, %(doc_ids)s, %(chunk_ids)s, %(embeddings)b::vector[], %(worker)s) AS s;
+SELECT s.stored, s.settled, s.got_on
+FROM store_embeddings(%(embedding_model)s, %(doc_ids)s, %(chunk_ids)s, %(embeddings)b::vector[]) AS s;
+
+-- name: note_reembedding_progress
+-- Of its own, after what it tells of: a crash in between costs the count something, and nothing else.
+UPDATE reembeddings AS r
+SET done = CASE WHEN r.switched_at IS NULL THEN r.done + %(got_on)s ELSE r.done END, error_message = NULL, worker = %(worker)s,
+    updated_at = clock_timestamp(), dimensions = coalesce(r.dimensions, %(dimensions)s)
+WHERE r.to_model = %(embedding_model)s AND r.state IN ('running', 'paused', 'ready', 'switched');
 
 -- name: put_off_embeddings
 SELECT put_off_embeddings(%(embedding_model)s, %(doc_ids)s, %(message)s, %(delay)s) AS attempts;

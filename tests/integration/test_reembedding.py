@@ -161,6 +161,27 @@ async def test_a_pause_after_the_switch_stops_the_moving_and_nothing_is_missed(s
     await shelf.until("complete")
 
 
+async def test_who_pauses_in_an_open_transaction_keeps_no_document_waiting(shelf: Shelf, database: str) -> None:
+    fill(shelf)
+    shelf.start()
+    slice = shelf.slice()
+    await shelf.step(slice)
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT pause_reembedding()")
+        going = asyncio.ensure_future(shelf.step(slice))
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            if shelf.one("SELECT count(*) FROM chunk_embeddings") == 18:
+                break
+        assert not going.done()
+        shelf.conn.execute("SET lock_timeout = '1s'")
+        shelf.put("d1", "pump again")
+        shelf.check()
+        holder.rollback()
+    await going
+    await shelf.until("complete")
+
+
 @pytest.mark.parametrize("at", ["running", "ready", "paused"])
 async def test_a_cancelled_run_leaves_nothing(shelf: Shelf, at: str) -> None:
     fill(shelf)
