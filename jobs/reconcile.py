@@ -26,7 +26,7 @@ SIDE_TASKS = [
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
-EXPECTED = {"delete_replaced_document"}  # what is due rather than broken
+EXPECTED = {"delete_replaced_document", "renew_summaries"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
 
 
@@ -82,6 +82,8 @@ class Reconciler:
         await self._rows("queue_reembedding", delay=0.0, job_id=None)
         for row in await self._rows("find_unsettled_batches", most=MOST):
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
+        for row in await self._rows("find_summaries_to_renew", most=MOST):
+            await self._repair(done, "renew_summaries", batch_id=row["batch_id"])
         return done
 
     async def _reopen(self, done: dict[str, int]) -> None:

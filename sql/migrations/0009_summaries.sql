@@ -791,4 +791,41 @@ $$;
 COMMENT ON FUNCTION forget_deleted_documents IS
     'Takes the cards of deleted documents out of the summaries of all runs of a batch and returns how many changed. Call it after deletions, as a transaction of its own.';
 
+CREATE TABLE summaries_to_renew (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    batch_id text NOT NULL
+);
+COMMENT ON TABLE summaries_to_renew IS 'A row for each deleted document of a batch, until the batch''s summaries say no more about it.';
+COMMENT ON COLUMN summaries_to_renew.id IS 'Surrogate key.';
+COMMENT ON COLUMN summaries_to_renew.batch_id IS 'The batch.';
+CREATE INDEX summaries_to_renew_batch ON summaries_to_renew (batch_id);
+
+CREATE FUNCTION note_deleted_document() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Not done at once: this transaction holds a document, so it may not wait for its batch.
+BEGIN
+    INSERT INTO summaries_to_renew (batch_id)
+    SELECT DISTINCT o.batch_id FROM old_documents AS o WHERE o.batch_id IS NOT NULL;
+    RETURN NULL;
+END;
+$$;
+COMMENT ON FUNCTION note_deleted_document IS 'Notes that the summaries of a batch speak of a document that has been deleted.';
+CREATE TRIGGER file_extractions_deleted AFTER DELETE ON file_extractions
+    REFERENCING OLD TABLE AS old_documents FOR EACH STATEMENT EXECUTE FUNCTION note_deleted_document();
+
+CREATE FUNCTION renew_summaries(batch_id text) RETURNS text LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    PERFORM FROM processing_jobs AS b WHERE b.batch_id = renew_summaries.batch_id FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = renew_summaries.batch_id) THEN
+        RETURN NULL;
+    END IF;
+    -- The notes first: what is deleted from here on makes a note of its own.
+    DELETE FROM summaries_to_renew AS n WHERE n.batch_id = renew_summaries.batch_id;
+    PERFORM settle_batch(renew_summaries.batch_id);
+    PERFORM forget_deleted_documents(renew_summaries.batch_id);
+    RETURN 'renewed';
+END;
+$$;
+COMMENT ON FUNCTION renew_summaries IS 'Brings the summaries of a batch up to date after documents of it have been deleted; null while somebody holds the batch.';
+
 CALL pin_search_path();

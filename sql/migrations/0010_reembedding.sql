@@ -10,7 +10,7 @@
 -- One advisory lock orders all this: whoever inserts passages or writes the tables below shares it until the transaction ends; the switch,
 -- the going back to document_chunks, and the listing at the start of a run hold it alone for a moment. Whoever waits for it while holding
 -- documents waits for nobody who wants documents. Where a document must not change its row is locked, or skipped if somebody has it.
--- docs/decisions/0005-reembedding.md has the reasons.
+-- docs/decisions/0007-reembedding.md has the reasons.
 
 CREATE TABLE serving_embeddings (
     is_only boolean PRIMARY KEY DEFAULT TRUE CHECK (is_only),

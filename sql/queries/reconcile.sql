@@ -185,3 +185,9 @@ LIMIT %(most)s;
 
 -- name: requeue_lost_archive
 SELECT requeue_lost_archive(%(archive_id)s, %(max_requeues)s) AS outcome;
+
+-- name: find_summaries_to_renew
+SELECT DISTINCT n.batch_id FROM summaries_to_renew AS n LIMIT %(most)s;
+
+-- name: renew_summaries
+SELECT renew_summaries(%(batch_id)s) AS outcome;

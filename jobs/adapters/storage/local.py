@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
 from uuid import uuid4
 
-from jobs.adapters.storage.durable import FILE_MODE, holds, make_folder, regular, sync, write_all
+from jobs.adapters.storage.durable import FILE_MODE, make_folder, regular, sync, write_all
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.storage.sources import read_blocks
+from jobs.adapters.storage.uploads import place_upload
 from models.documents import FileType
 from models.errors import PermanentError
 from models.settings import Settings
@@ -39,9 +38,6 @@ class Fingerprint:
 
     size: int
     sha256: str
-
-
-_TRIES = 3  # to put an upload into its folder
 
 
 class LocalStorage:
@@ -175,15 +171,7 @@ class LocalStorage:
             temporary, size, digest = self._write_temporary(read_blocks(source, name, max_bytes, limit_name), durable=False)
             try:
                 folder = self.resolve(folder_name)
-                for attempt in range(_TRIES):
-                    make_folder(folder)
-                    try:
-                        _move_upload(temporary, folder / digest, size)
-                        break
-                    except FileNotFoundError:
-                        # Somebody has removed the empty folder in between.
-                        if attempt + 1 == _TRIES or folder.exists():
-                            raise
+                place_upload(temporary, folder / digest, size)
             finally:
                 temporary.unlink(missing_ok=True)
         return StoredUpload(f"{folder_name}/{digest}", size, digest)
@@ -193,8 +181,7 @@ class LocalStorage:
         folder_name = f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
         with storage_faults(self.base, folder_name):
             folder = self.resolve(folder_name)
-            make_folder(folder)
-            _move_upload(finished, folder / sha256, size)
+            place_upload(finished, folder / sha256, size)
             finished.unlink(missing_ok=True)
         return StoredUpload(f"{folder_name}/{sha256}", size, sha256)
 
@@ -225,43 +212,3 @@ class LocalStorage:
             path.unlink(missing_ok=True)
             raise
         return path, size, digest.hexdigest()
-
-
-def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bool:
-    """Remove a stored file unless somebody has stored it again within the last seconds; tell whether it is gone.
-
-    `store_upload` touches a file that it keeps. It may do so between a look and the removal, hence the second look, at a file that it can
-    no longer find: then it puts its own copy there.
-    """
-    path = storage.resolve(relative)
-    with storage_faults(storage.base, relative):
-        try:
-            if time.time() - regular(path.stat()).st_mtime < untouched_for:
-                return False
-            aside = storage.ensure_directory(storage.temp_dir) / f"{uuid4().hex}.part"
-            path.rename(aside)
-        except FileNotFoundError:
-            return True
-        if time.time() - aside.stat().st_mtime < untouched_for:
-            aside.replace(path)
-            return False
-        aside.unlink()
-        if path.parent.parent.name == PurePosixPath(storage.uploads_dir).name:
-            with suppress(OSError):  # others are in it
-                path.parent.rmdir()
-    return True
-
-
-def _move_upload(temporary: Path, target: Path, size: int) -> None:
-    """Give a finished copy its name, its SHA-256, unless the same content is there already."""
-    try:
-        os.utime(target)  # so that nobody removes it as one that is no longer needed
-        kept = holds(target, size, target.name)
-    except (FileNotFoundError, PermissionError):
-        kept = False
-    if not kept:
-        sync(temporary)
-        temporary.replace(target)
-    # Also when it was there: the one who put it there may not have come to this point yet.
-    sync(target.parent)
-    sync(target.parent.parent)

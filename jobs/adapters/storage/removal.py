@@ -1,0 +1,37 @@
+"""Removing a stored file that nobody needs, beside those who may be storing it again."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import PurePosixPath
+from uuid import uuid4
+
+from jobs.adapters.storage.durable import regular
+from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.local import LocalStorage
+
+
+def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bool:
+    """Remove a stored file unless somebody has stored it again within the last seconds; tell whether it is gone.
+
+    `store_upload` touches a file that it keeps. It may do so between a look and the removal, hence the second look, at a file that it can
+    no longer find: then it puts its own copy there.
+    """
+    path = storage.resolve(relative)
+    with storage_faults(storage.base, relative):
+        try:
+            if time.time() - regular(path.stat()).st_mtime < untouched_for:
+                return False
+            aside = storage.ensure_directory(storage.temp_dir) / f"{uuid4().hex}.part"
+            path.rename(aside)
+        except FileNotFoundError:
+            return True
+        if time.time() - aside.stat().st_mtime < untouched_for:
+            aside.replace(path)
+            return False
+        aside.unlink()
+        if path.parent.parent.name == PurePosixPath(storage.uploads_dir).name:
+            with suppress(OSError):  # others are in it
+                path.parent.rmdir()
+    return True
