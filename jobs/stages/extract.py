@@ -28,7 +28,7 @@ async def run(document: Document, tools: Tools) -> Document:
     With DUPLICATE_POLICY=reuse what was extracted from the same text in a complete document of the same user is copied.
     """
     assert document.markdown is not None, "the stage `check` leaves a markdown"
-    if tools.settings.duplicate_policy == "reuse" and document.duplicate_of is not None:
+    if document.duplicate_of is not None and tools.settings.duplicate_policy == "reuse":
         original = await tools.original_extraction(document)
         if original is not None and fits(document, original):
             return replace(document, raw_extraction=original.raw_extraction, reused_from=original.doc_id)

@@ -821,6 +821,9 @@ BEGIN
     END IF;
     -- The notes first: what is deleted from here on makes a note of its own.
     DELETE FROM summaries_to_renew AS n WHERE n.batch_id = renew_summaries.batch_id;
+    IF NOT EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = renew_summaries.batch_id) THEN
+        RETURN NULL;
+    END IF;
     PERFORM settle_batch(renew_summaries.batch_id);
     PERFORM forget_deleted_documents(renew_summaries.batch_id);
     RETURN 'renewed';

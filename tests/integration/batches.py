@@ -49,6 +49,8 @@ def add_archive(conn: psycopg.Connection, run: UUID, entry_path: str, state: str
             VALUES ('b', %s, 'ann', %s, '', 'uploads/z', %s, %s, CASE WHEN %s IN ('failed', 'unpacked', 'cancelled') THEN now() END)""",
         [run, entry_path, state, error, state],
     )
+    if state in ("waiting", "unpacking"):
+        conn.execute("SELECT defer_unpacking(a.id) FROM batch_archives AS a WHERE a.run_id = %s AND a.entry_path = %s", [run, entry_path])
 
 
 def summary(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,8 +18,9 @@ WIDE = {"COLUMNS": "200"}
 def archive(conn: psycopg.Connection, run: object, entry_path: str, state: str, error: str | None = None) -> None:
     conn.execute(
         """INSERT INTO batch_archives (
-                batch_id, run_id, user_id, entry_path, file_path, state, entry_count, unpacked_count, error_message, ended_at)
-            VALUES ('batch-1', %s, 'ann', %s, 'uploads/z', %s, 10, 4, %s, CASE WHEN %s = 'failed' THEN now() END)""",
+                batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, entry_count, unpacked_count, error_message,
+                ended_at)
+            VALUES ('batch-1', %s, 'ann', %s, '', 'uploads/z', %s, 10, 4, %s, CASE WHEN %s = 'failed' THEN now() END)""",
         [run, entry_path, state, error, state],
     )
 

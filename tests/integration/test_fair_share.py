@@ -84,8 +84,8 @@ def test_jobs_that_are_nobodys_take_turns_with_all_users(conn: psycopg.Connectio
 def archive(conn: psycopg.Connection, user: str) -> int:
     conn.execute("INSERT INTO processing_jobs (batch_id, user_id, correlation_id) VALUES (%s, %s, 'c')", [f"batch of {user}", user])
     row = conn.execute(
-        """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, file_path)
-        SELECT b.batch_id, b.run_id, b.user_id, '', 'uploads/z' FROM processing_jobs AS b WHERE b.user_id = %s RETURNING id""",
+        """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path)
+        SELECT b.batch_id, b.run_id, b.user_id, '', '', 'uploads/z' FROM processing_jobs AS b WHERE b.user_id = %s RETURNING id""",
         [user],
     ).fetchone()
     assert row is not None

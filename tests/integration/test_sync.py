@@ -103,7 +103,7 @@ async def test_new_changed_moved_and_vanished_files_are_all_done_and_then_nothin
     (folder / "b.txt").unlink()
     second = await synced(front, folder)
     assert shown(second) == (["new.txt", "sub/moved.txt"], ["a.txt"], [("sub/c.txt", "sub/moved.txt")], ["b.txt"])
-    assert await reconcile(front) == {"replaced": 1}
+    assert await reconcile(front) == {"replaced": 1, "renewed": 1}
     assert names(front, folder) == dict.fromkeys(("a.txt", "new.txt", "sub/moved.txt"), "complete")
     assert front.one("SELECT status, total_files FROM processing_jobs") == ("completed", 3)
     assert front.one("SELECT count(DISTINCT run_id) FROM file_extractions") == (1,)
@@ -143,7 +143,7 @@ async def test_the_old_document_of_a_moved_file_is_served_until_the_new_one_is_c
     assert shown(again) == ([], [], [("a.txt", "z.txt")], [])
     assert front.one("SELECT count(*) FROM document_chunks WHERE doc_id = %s", doc_id(folder / "a.txt"))[0] > 0
     await work(front)
-    assert await reconcile(front) == {"replaced": 1}
+    assert await reconcile(front) == {"replaced": 1, "renewed": 1}
     assert names(front, folder) == dict.fromkeys(("b.txt", "sub/c.txt", "z.txt"), "complete")
     events = front.all("SELECT event FROM document_events WHERE doc_id = %s ORDER BY id DESC LIMIT 2", doc_id(folder / "a.txt"))
     assert events == [("deleted",), ("replaced",)]
@@ -174,7 +174,7 @@ async def test_a_file_moved_over_another_one_is_kept_until_the_others_new_versio
     await sync(front, folder)
     assert await reconcile(front) == {}
     await work(front)
-    assert await reconcile(front) == {"replaced": 1}
+    assert await reconcile(front) == {"replaced": 1, "renewed": 1}
     assert names(front, folder) == {"b.txt": "complete", "sub/c.txt": "complete"}
     assert front.one("SELECT version, served_version FROM file_extractions WHERE file_name = 'b.txt'") == (2, 2)
 
@@ -218,7 +218,7 @@ async def test_reconcilers_at_the_same_time_and_a_held_document_are_no_trouble(f
     with psycopg.connect(front.conn.info.dsn) as other:
         other.execute("SELECT FROM file_extractions WHERE doc_id = %s FOR UPDATE", [doc_id(folder / "z.txt")])
         assert await reconcile(front) == {}
-    assert await reconcile(front) == {"replaced": 1}
+    assert await reconcile(front) == {"replaced": 1, "renewed": 1}
     assert await reconcile(front) == {}
 
 
