@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import psycopg
 import pytest
 
 from jobs import submit_batch
 from jobs.front import close_sync
 from models.settings import Settings, load_settings
-from tests.running import REPOSITORY, wait_for, worker
+from tests.running import wait_for, worker
+from tests.summaries import check
 
 COUNT = "SELECT count(*) FROM file_extractions WHERE state = 'complete'"
 UNPACKED = "SELECT coalesce(max(unpacked_count), 0) FROM batch_archives"
@@ -24,7 +24,6 @@ FINGERPRINT = """SELECT
     (SELECT array_agg((d.doc_id, d.version, d.state, d.run_id, d.xmin::text) ORDER BY d.id) FROM file_extractions d)::text,
     (SELECT count(*) FROM procrastinate_jobs), (SELECT count(*) FROM document_events), (SELECT count(*) FROM run_summaries)"""
 PASSAGES = "SELECT content_sha256 FROM document_chunks WHERE doc_id = %s"
-ENDED = ("completed", "completed_with_errors", "failed")
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +38,7 @@ def front_door(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def pack(archive: Path, corpus: Path, changed: dict[str, bytes]) -> int:
     """Zip the good documents of the corpus, their folders kept; `changed` replaces the content of some. Return how many."""
-    files = [
-        path for path in sorted((corpus / "good").rglob("*")) if path.is_file() and "gt" not in path.parts and path.name != "MANIFEST.tsv"
-    ]
+    files = [path for path in sorted((corpus / "good").rglob("*")) if path.is_file()]
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
         for path in files:
             name = path.relative_to(corpus / "good").as_posix()
@@ -57,18 +54,24 @@ def asks(conn: psycopg.Connection) -> Callable[..., Any]:
     return one
 
 
+def reached(one: Callable[..., Any], statement: str, enough: int) -> bool:
+    return bool(one(statement) >= enough)
+
+
+def ended(one: Callable[..., Any], batch: str) -> bool:
+    return one("SELECT status FROM processing_jobs WHERE batch_id = %s", batch) in ("completed", "completed_with_errors", "failed")
+
+
 def run(one: Callable[..., Any], log: Path, batch: str, kill_at: list[tuple[str, int]]) -> None:
     """See a batch through with a worker that is killed whenever a count is reached, and started again."""
     for statement, enough in [*kill_at, ("", 0)]:
         with worker(log) as process:
             if statement:
-                wait_for(lambda s=statement, n=enough: one(s) >= n, f"{statement} to reach {enough}; see {log}", 240, process)
+                wait_for(partial(reached, one, statement, enough), f"{statement} to reach {enough}; see {log}", 240, process)
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 continue
-            wait_for(
-                lambda: one("SELECT status FROM processing_jobs WHERE batch_id = %s", batch) in ENDED, f"the batch to end; see {log}", 400
-            )
+            wait_for(partial(ended, one, batch), f"the batch to end; see {log}", 400, process)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0
 
@@ -77,8 +80,7 @@ def summary(one: Callable[..., Any], batch: str) -> dict[str, Any]:
     ui, nested = one(
         """SELECT s.ui_json, s.nested_summary FROM run_summaries s JOIN processing_jobs b USING (run_id) WHERE b.batch_id = %s""", batch
     )
-    schema = json.loads((REPOSITORY / "docs" / "run_summary.schema.json").read_text(encoding="utf-8"))
-    jsonschema.validate({"ui_json": ui, "nested_summary": nested}, schema)
+    check(ui, nested)
     return dict(ui)
 
 
@@ -90,7 +92,7 @@ def test_the_corpus_goes_from_zip_to_summary_whatever_is_killed_and_a_second_run
     assert count >= 200
     batch = submit_batch(archive, batch_id="corpus")
     run(one, log, batch, [(UNPACKED, 30), (COUNT, 60)])
-    states = dict(conn.execute("SELECT state::text, count(*) FROM file_extractions GROUP BY 1").fetchall())
+    states: dict[str, int] = dict(conn.execute("SELECT state::text, count(*) FROM file_extractions GROUP BY 1").fetchall())
     assert sum(states.values()) == count
     assert set(states) == {"complete", "failed"}
     assert one("SELECT count(*) FROM file_extractions WHERE state = 'failed' AND error_type <> 'PARSE_ERROR'") == 0, "a kill was blamed"
@@ -107,7 +109,6 @@ def test_the_corpus_goes_from_zip_to_summary_whatever_is_killed_and_a_second_run
         """SELECT d.doc_id, d.source_path FROM file_extractions d WHERE d.state = 'complete' AND d.chunk_count >= 4
         AND d.source_path LIKE '%%.md' ORDER BY d.source_path LIMIT 1"""
     )
-    name = name[name.index("md/") :] if not name.startswith("md/") else name
     old = {row[0] for row in conn.execute(PASSAGES, [doc_id]).fetchall()}
     content = (corpus / "good" / name).read_bytes() + b"\n\n## A late addition\n\nThe seal of pump 17 was replaced in November.\n"
     pack(archive, corpus, {name: content})
