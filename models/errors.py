@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
+
+from models.calls import FailedCall
 
 
 class ErrorType(StrEnum):
@@ -21,6 +24,8 @@ class DocmillError(Exception):
     """Base of all errors that docmill raises on purpose. The message is meant for people: it names the file, the rule and the limit."""
 
     error_type = ErrorType.UNKNOWN
+    call: FailedCall | None = None
+    """The call of an outside service that failed, where it was one."""
 
 
 class RetryableError(DocmillError):
@@ -75,6 +80,30 @@ class ServiceUnavailable(RetryableError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class CredentialRefused(ServiceUnavailable):
+    """A service refuses this installation, not the document: its key, its quota, its model or its address. Somebody has to act."""
+
+    def __init__(
+        self,
+        message: str,
+        reason: Literal["credential", "quota", "configuration"] = "credential",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after)
+        self.reason = reason
+
+
+class BadAnswer(RetryableError):
+    """A service said that all went well, but what it sent cannot be used: cut off, of a wrong count or size, not a number."""
+
+
+class RequestRefused(PermanentError):
+    """A service refuses the content of one request (HTTP 400, 413, 422): what it was about cannot be sent as it is.
+
+    Of several texts one alone may be at fault: the embedder's `bisect` finds it.
+    """
 
 
 class SubmitError(PermanentError):

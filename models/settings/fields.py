@@ -11,13 +11,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, WebUrl, Words, usable_cores
+from models.settings.providers import ProviderSettings
 from models.settings.secret_files import SecretFiles
 
 SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE")
 """The libpq variables that name a server; with any of them set, the embedded server stays off."""
 
 
-class Settings(BaseSettings):
+class Settings(ProviderSettings):
     """All configuration. The attribute `max_pages` is the environment variable `MAX_PAGES`; `load_settings()` reads it."""
 
     model_config = SettingsConfigDict(
@@ -128,8 +129,9 @@ class Settings(BaseSettings):
     """Characters of the passage before that a passage repeats."""
 
     # Embedding, extraction and search
-    embedding_provider: Annotated[Literal["local", "fast", "hash"], AnyCase] = "local"
-    """local: a sentence model on the CPU. fast: a static model, a hundred times faster and less exact. hash: word hashes, for tests."""
+    embedding_provider: Annotated[Literal["local", "fast", "hash", "openai"], AnyCase] = "local"
+    """local: a sentence model on the CPU. fast: a static model, a hundred times faster and less exact. hash: word hashes, for tests.
+    openai: any service that speaks OpenAI's protocol (OpenAI, Azure, vLLM, TEI, Ollama, LiteLLM)."""
     embedding_model_path: Annotated[OptionalFile, Words(allowed="an ONNX file with its tokenizer.json beside it", default="unset")] = None
     """One's own sentence model for EMBEDDING_PROVIDER=local. Unset: the one that is installed with docmill."""
     embedding_threads: Annotated[int, Interval(ge=1, le=256), Words(default="the usable cores, at most 4")] = Field(
