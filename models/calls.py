@@ -55,3 +55,5 @@ class FailedCall:
     code: str | None = None
     """The service's own error code, such as `insufficient_quota`."""
     allowance: Allowance = field(default_factory=Allowance)
+    usage: Usage = field(default_factory=Usage)
+    """What it used nevertheless, where the service says so."""

@@ -10,16 +10,18 @@ import re
 
 _LETTERS = re.compile(rb"[A-Za-z]+")
 _MARKS = re.compile(rb"[^A-Za-z \t\r\n]")
-_BREAKS = re.compile(rb"\n|[ \t\r]{2,}")
+_GAPS = re.compile(rb"\n|[ \t\r]{2,}")
 FRAME = 2
 """Tokens that a model adds around a text."""
 
 
 def estimate_tokens(text: str) -> int:
-    """Return a safe upper estimate: a token for two letters of a word, one for each digit, mark, line and byte that is not ASCII."""
+    """Return a safe upper estimate: a token for two letters of a word, for each digit, mark, line and byte that is not ASCII, and for
+    eight blanks in a row."""
     raw = text.encode("utf-8", "replace")
     words = sum((match.end() - match.start() + 1) // 2 for match in _LETTERS.finditer(raw))
-    return words + len(_MARKS.findall(raw)) + len(_BREAKS.findall(raw)) + FRAME
+    gaps = sum((match.end() - match.start() + 7) // 8 for match in _GAPS.finditer(raw))
+    return words + len(_MARKS.findall(raw)) + gaps + FRAME
 
 
 def split_by_tokens(text: str, limit: int) -> list[str]:
@@ -37,7 +39,7 @@ def split_by_tokens(text: str, limit: int) -> list[str]:
 
 
 def _longest(text: str, start: int, limit: int) -> int:
-    """Return the farthest end of a piece that begins at `start` and fits. A piece is never longer than two letters a token and a half."""
+    """Return the farthest end of a piece that begins at `start` and fits. Blanks count little, so its length is bounded too."""
     low, high = start + 1, min(len(text), start + 4 * limit)
     while low < high:
         middle = (low + high + 1) // 2

@@ -182,7 +182,8 @@ def make_hosted(settings: Settings, through: Through = directly) -> HostedEmbedd
     key: SecretStr | None = settings.embedding_api_key
     if key is None and base.startswith("https://api.openai.com"):
         raise ConfigurationError(
-            "EMBEDDING_PROVIDER=openai needs EMBEDDING_API_KEY or EMBEDDING_API_KEY_FILE, or the EMBEDDING_BASE_URL of a server without keys."
+            "EMBEDDING_PROVIDER=openai needs EMBEDDING_API_KEY or EMBEDDING_API_KEY_FILE, "
+            "or the EMBEDDING_BASE_URL of a server without keys."
         )
     times = Timeouts(settings.provider_connect_seconds, settings.embedding_read_seconds, settings.embedding_timeout_seconds)
     limits = Limits(

@@ -186,16 +186,23 @@ class _TooLarge(Exception):
     """A body is larger than allowed."""
 
 
+class _NotANumber(ValueError):
+    """NaN or Infinity stands where JSON has a number."""
+
+
+def _refuse_constant(constant: str) -> float:
+    raise _NotANumber(constant)
+
+
 def read_json(service: Service, answer: Answer) -> Any:
     """Return the JSON of an answer; BadAnswer for anything else. NaN and Infinity, which Python would take, are no JSON."""
-
-    def refuse(constant: str) -> float:
-        raise ValueError(constant)
-
     try:
-        return json.loads(answer.body, parse_constant=refuse)
+        return json.loads(answer.body, parse_constant=_refuse_constant)
+    except _NotANumber:
+        problem = "sent NaN or infinity, which are no JSON."
     except (ValueError, RecursionError):
-        raise service.bad_answer("sent an answer that is cut off or no JSON.") from None
+        problem = "sent an answer that is cut off or no JSON."
+    raise service.bad_answer(problem)
 
 
 async def _read(response: httpx2.Response, limit: int, *, cut: bool) -> bytes:
