@@ -20,7 +20,7 @@ def main() -> None:
     """Parse arguments and serve until interrupted."""
     parser = argparse.ArgumentParser(prog="python -m tests.servers", description=__doc__)
     parser.add_argument("service", choices=["openai", "llamaparse"])
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, default=0, help="a free one by default")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--key", help="the key that is asked for; none by default")
     parser.add_argument("--dimensions", type=int, default=1536)
@@ -37,9 +37,8 @@ def main() -> None:
         server = LlamaParseServer(port=given.port, latency=given.latency, key=given.key)
         server.seconds = given.job_seconds
     server.script(from_json(given.script))
-    print(f"{given.service} at {server.url}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(server.serve())
+        asyncio.run(server.serve(announce=True))
 
 
 if __name__ == "__main__":

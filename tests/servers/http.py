@@ -78,6 +78,11 @@ class LocalServer:
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
 
     @property
+    def url(self) -> str:
+        """What the setting with the service's address is."""
+        return self.root
+
+    @property
     def clock(self) -> float:
         """Seconds since the server's start, as in the tally."""
         return time.monotonic() - self._started
@@ -111,8 +116,8 @@ class LocalServer:
     def _run(self) -> None:
         asyncio.run(self.serve())
 
-    async def serve(self) -> None:
-        """Serve until `__exit__`, or for ever."""
+    async def serve(self, *, announce: bool = False) -> None:
+        """Serve until `__exit__`, or for ever; `announce` prints the address once it is known."""
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         connections: set[asyncio.Task[None]] = set()
 
@@ -132,6 +137,8 @@ class LocalServer:
         server = await asyncio.start_server(accepted, "127.0.0.1", self._port, limit=1 << 20, backlog=1024)
         self._port = server.sockets[0].getsockname()[1]
         self._ready.set()
+        if announce:
+            print(f"{type(self).__name__} at {self.url}", flush=True)
         await self._stop.wait()
         server.close()
         for task in list(connections):

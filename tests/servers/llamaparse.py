@@ -39,11 +39,6 @@ class LlamaParseServer(LocalServer):
         self.fails: str | None = None
         """What jobs fail with as a whole."""
 
-    @property
-    def url(self) -> str:
-        """What LLAMAPARSE_BASE_URL is."""
-        return self.root
-
     async def handle(self, request: Request, mangle: str) -> Response:
         """Answer one request."""
         if request.method == "POST" and request.path == "/api/v2/parse/upload":

@@ -25,6 +25,7 @@ from tests.servers import OpenAIServer, faults
 from tests.servers.openai import count_tokens
 
 T = TypeVar("T")
+ODD: tuple[Any, ...] = ([[1.0]], ["1"], [None], "AAAA", [1e300], [True], [10**400], {}, 5)
 TEXTS = [f"passage number {number} about {word}" for number, word in enumerate(["rent", "steel", "law", "wheat", "sound"] * 20)]
 
 
@@ -35,7 +36,7 @@ def server() -> Iterator[OpenAIServer]:
 
 
 def embedder(server: OpenAIServer, dimensions: int | None = 64, key: str | None = None, **limits: Any) -> HostedEmbedder:
-    service = Service("The embedding service", server.url, SecretStr(key) if key else None, Timeouts(1, 2, 5))
+    service = Service("The embedding service", server.url, SecretStr(key) if key else None, Timeouts(5, 10, 30))
     return HostedEmbedder(service, "test-model", dimensions, Limits(**limits))
 
 
@@ -304,7 +305,7 @@ def test_the_estimate_is_never_under_a_token_for_four_letters(text: str) -> None
     "data",
     [
         *(None, [], {}, {"data": None}, {"data": [1]}, {"data": [{}]}, {"data": [{"index": True, "embedding": [1.0]}]}),
-        *({"data": [{"embedding": told}]} for told in ([[1.0]], ["1"], [None], "AAAA", [1e300], [True], [10**400], {}, 5)),
+        *({"data": [{"embedding": told}]} for told in ODD),
     ],
 )
 def test_any_answer_at_all_is_either_read_or_refused(data: Any) -> None:

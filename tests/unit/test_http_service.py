@@ -44,7 +44,7 @@ def server() -> Iterator[Echo]:
 
 
 def service(base: str, **seconds: float) -> Service:
-    return Service("The test service", base, SecretStr(KEY), Timeouts(**{"connect": 0.5, "read": 0.3, "total": 5, **seconds}))
+    return Service("The test service", base, SecretStr(KEY), Timeouts(**{"connect": 5, "read": 10, "total": 30, **seconds}))
 
 
 async def get(called: Service, path: str = "/thing", limit: int = 100_000) -> bytes:
@@ -85,7 +85,7 @@ async def test_every_failure_has_its_class_and_names_service_and_status(
     played = faults.NAMED[fault]
     server.script(faults.always(played))
     with pytest.raises(DocmillError) as caught:
-        await get(service(server.root))
+        await get(service(server.root, read=0.3 if fault.startswith("hang") else 10))
     error = caught.value
     assert type(error) is kind
     assert "The test service at 127.0.0.1:" in str(error)
@@ -120,7 +120,7 @@ async def test_a_slow_drip_ends_at_the_whole_exchange_s_time(server: Echo) -> No
     server.script(faults.always(faults.NAMED["drip"]))
     server.drip_seconds = 0.05
     with pytest.raises(TimeoutError, match=r"did not finish its answer within 0\.5 s") as caught:
-        await get(service(server.root, read=0.4, total=0.5))
+        await get(service(server.root, total=0.5))
     assert caught.value.call is not None and caught.value.call.sent
 
 
@@ -165,7 +165,7 @@ async def test_a_handshake_that_never_ends_is_unavailable(tmp_path: Path, monkey
     with Echo(tls=authority.server_context) as secure:
         secure.script(faults.always(faults.NAMED["hang_in_handshake"]))
         with pytest.raises(ServiceUnavailable, match="could not be reached within") as caught:
-            await get(service(secure.root))
+            await get(service(secure.root, connect=0.3))
     assert caught.value.call is not None and not caught.value.call.sent
 
 
@@ -229,7 +229,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -
 @pytest.mark.parametrize("fault", ["401", "reset", "hang_in_headers", "garbage", "502_html"])
 async def test_no_error_log_or_repr_shows_the_key(server: Echo, fault: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    called = service(server.root, read=0.1)
+    called = service(server.root, read=0.3 if fault.startswith("hang") else 10)
     told = {"error": {"message": f"Incorrect API key provided: {KEY}, as in Bearer {KEY}", "code": "invalid_api_key"}}
     played = faults.status(401, Response.of(told).body.decode()) if fault == "401" else faults.NAMED[fault]
     server.script(faults.always(played))

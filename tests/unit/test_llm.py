@@ -53,7 +53,7 @@ def server() -> Iterator[OpenAIServer]:
 
 
 def extractor(server: OpenAIServer, schema: str | None = None, key: str | None = None, **limits: int) -> ModelExtractor:
-    service = Service("The extraction service", server.url, SecretStr(key) if key else None, Timeouts(1, 1, 5))
+    service = Service("The extraction service", server.url, SecretStr(key) if key else None, Timeouts(5, 10, 30))
     return ModelExtractor(service, "test-model", load_shape(schema), Limits(**limits))
 
 

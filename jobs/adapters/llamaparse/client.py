@@ -16,7 +16,16 @@ from jobs.adapters.http.verdict import clean
 from jobs.adapters.llamaparse.answers import HostedPages, JobState, read_job
 from jobs.adapters.llamaparse.formats import extension_of
 from models.calls import Reply, Usage
-from models.errors import ConfigurationError, DocmillError, ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
+from models.errors import (
+    ConfigurationError,
+    CredentialRefused,
+    DocmillError,
+    ParseError,
+    PermanentError,
+    RateLimitError,
+    RetryableError,
+    ServiceUnavailable,
+)
 from models.errors import TimeoutError as CallTimeout
 from models.settings import Settings
 
@@ -141,7 +150,7 @@ class LlamaParse:
                 failures = 0
                 if pages is not None:
                     return pages
-            except JobLost:
+            except (JobLost, CredentialRefused):
                 raise
             except (RateLimitError, ServiceUnavailable, RetryableError, CallTimeout) as error:
                 failures += 1
