@@ -1,59 +1,62 @@
-"""What one call of an outside service says beside its result: what it used, and what the service still allows."""
+"""Calls to outside services: what they are for and what they bring back. Adapters speak these; jobs.services keeps the books by them."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What a service says that a call used; its bill is made of these."""
+class CallShare:
+    """A document that a call is for. `share` is its part of the call; the shares of one call add up to 1."""
 
-    tokens_in: int = 0
-    tokens_out: int = 0
-    pages: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        """Return the sum of both."""
-        return Usage(self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out, self.pages + other.pages)
+    doc_id: str
+    user_id: str = "default"
+    batch_id: str | None = None
+    correlation_id: str | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
-    """What the rate-limit headers of an answer say; None where they say nothing. Resets are seconds from now."""
+class CallPurpose:
+    """What a call is for and what it may take at most."""
 
-    limit_requests: int | None = None
-    remaining_requests: int | None = None
-    reset_requests: float | None = None
-    limit_tokens: int | None = None
-    remaining_tokens: int | None = None
-    reset_tokens: float | None = None
+    stage: str
+    shares: tuple[CallShare, ...]
+    model: str | None = None
+    tokens: int = 0
+    """Estimate, of what goes out and comes back together: the budget is asked for as many."""
+    tokens_out: int = 0
+    """The part of the estimate that comes back, for the price."""
+    pages: int = 0
+    """Estimate of the pages to be paid for."""
+    recorded: bool = True
+    """False for calls that cost nothing, such as asking how a job stands: they are in the ledger only where they failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply(Generic[T]):
-    """The result of a call that succeeded."""
+    """What an adapter made of a good answer. Counts are the service's own; None where it did not say."""
 
     value: T
-    usage: Usage = field(default_factory=Usage)
-    allowance: Allowance = field(default_factory=Allowance)
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    pages: int | None = None
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of the answer, names in lower case."""
+    request_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FailedCall:
-    """What is known of a call that failed; hangs on the error as `error.call`."""
+class Caller(Protocol):
+    """The way to an outside service that adapters are given."""
 
-    service: str
-    """Host and port that was called."""
-    sent: bool
-    """False where the request certainly did not reach the service, so that nothing can have been billed."""
-    status: int | None = None
-    """HTTP status, None where no answer came."""
-    code: str | None = None
-    """The service's own error code, such as `insufficient_quota`."""
-    allowance: Allowance = field(default_factory=Allowance)
-    usage: Usage = field(default_factory=Usage)
-    """What it used nevertheless, where the service says so."""
+    async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
+        """Run `send`, when the service may be called, and keep the books. `send` may be run again after a 429.
+
+        Raises RateLimitError, ServiceUnavailable, TimeoutError, RetryableError or PermanentError.
+        """
+        ...

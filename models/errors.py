@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
-
-from models.calls import FailedCall
 
 
 class ErrorType(StrEnum):
@@ -18,6 +17,23 @@ class ErrorType(StrEnum):
     PARSE_ERROR = "PARSE_ERROR"
     LLM_ERROR = "LLM_ERROR"
     UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True)
+class FailedCall:
+    """What is known of a call of an outside service that failed; hangs on the error as `error.call`."""
+
+    service: str
+    """Host and port that was called."""
+    sent: bool
+    """False where the request certainly did not reach the service, so that nothing can have been billed."""
+    status: int | None = None
+    """HTTP status, None where no answer came."""
+    code: str | None = None
+    """The service's own error code, such as `insufficient_quota`."""
+    tokens_in: int | None = None
+    """What it cost nevertheless, where the service says so."""
+    tokens_out: int | None = None
 
 
 class DocmillError(Exception):
@@ -96,7 +112,15 @@ class CredentialRefused(ServiceUnavailable):
 
 
 class BadAnswer(RetryableError):
-    """A service said that all went well, but what it sent cannot be used: cut off, of a wrong count or size, not a number."""
+    """A service said that all went well, but what it sent cannot be used: cut off, of a wrong count or size, not a number.
+
+    It may have been paid for: `tokens_in` and `tokens_out` where the answer still said what it cost.
+    """
+
+    def __init__(self, message: str, *, tokens_in: int | None = None, tokens_out: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens_in = tokens_in
+        self.tokens_out = tokens_out
 
 
 class RequestRefused(PermanentError):

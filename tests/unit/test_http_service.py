@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from jobs.adapters.http import Service, Timeouts
-from jobs.adapters.http.told import allowance, retry_after
+from jobs.adapters.http.told import retry_after
 from jobs.adapters.http.verdict import clean, read_excuse
 from models.errors import (
     BadAnswer,
@@ -262,26 +262,14 @@ async def test_no_error_log_or_repr_shows_the_key(server: Echo, fault: str, capl
         ({"retry-after": "999999999"}, 86_400),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1h2m3.5s"}, 3723.5),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "later"}, None),
         ({"x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "9s"}, None),
         ({}, None),
     ],
 )
 def test_how_long_to_wait_is_read_from_one_clock(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(headers) == seconds
-
-
-def test_rate_limit_headers_are_read_and_nonsense_counts_as_absent() -> None:
-    told = allowance(
-        {
-            "x-ratelimit-limit-requests": "500",
-            "x-ratelimit-remaining-requests": "499",
-            "x-ratelimit-reset-requests": "1h2m3.5s",
-            "x-ratelimit-limit-tokens": "many",
-            "x-ratelimit-reset-tokens": "later",
-        }
-    )
-    assert (told.limit_requests, told.remaining_requests, told.reset_requests) == (500, 499, 3723.5)
-    assert (told.limit_tokens, told.reset_tokens) == (None, None)
 
 
 def test_foreign_words_are_bounded_on_one_line_and_without_keys() -> None:

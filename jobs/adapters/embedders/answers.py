@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.calls import Usage
-
 Refuse = Callable[[str], Exception]
 """Makes the error for an answer that cannot be used, from what is wrong with it."""
 
@@ -67,9 +65,9 @@ def _vector(told: Any, refuse: Refuse) -> NDArray[np.float32]:
     raise refuse("sent an embedding that is neither base64 of floats nor a list of numbers.")
 
 
-def read_usage(data: Any, fallback: int) -> Usage:
-    """Return the tokens that the service counted; `fallback` where it does not say."""
+def read_usage(data: Any) -> tuple[int | None, int | None]:
+    """Return the tokens in and out that the service counted, None where it does not say so in a way that makes sense."""
     told = data.get("usage") if isinstance(data, dict) else None
     counts = [told.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(told, dict) else [None, None]
     tokens_in, tokens_out = (count if type(count) is int and 0 <= count < 1 << 40 else None for count in counts)
-    return Usage(tokens_in=fallback if tokens_in is None else tokens_in, tokens_out=tokens_out or 0)
+    return tokens_in, tokens_out

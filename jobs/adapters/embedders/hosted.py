@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ from pydantic import SecretStr
 
 from jobs.adapters.embedders.answers import read_usage, read_vectors
 from jobs.adapters.embedders.requests import plan_requests
-from jobs.adapters.http import Service, Through, Timeouts, directly, read_json
+from jobs.adapters.http import DIRECT, Service, Timeouts, read_json
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
 from jobs.adapters.usage import in_thread
-from models.calls import Allowance, Reply, Usage
+from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import ConfigurationError, RequestRefused
 from models.settings import Settings
 
@@ -58,7 +58,7 @@ class HostedEmbedder:
         name: str,
         dimensions: int | None,
         limits: Limits | None = None,
-        through: Through = directly,
+        caller: Caller = DIRECT,
     ) -> None:
         """`dimensions` is asked of the service and checked; None: the model's own size, for models where it is known."""
         size = dimensions or OWN_DIMENSIONS.get(name)
@@ -68,7 +68,7 @@ class HostedEmbedder:
         self.model = f"{name}@{size}"
         self.service = service
         self.limits = limits or Limits()
-        self.through = through
+        self.caller = caller
         self._name = name
         asked = dimensions is not None
         self._dialects = list(dict.fromkeys([Dialect(True, asked), Dialect(False, asked), Dialect(False, False)]))
@@ -92,24 +92,27 @@ class HostedEmbedder:
         parts = [(await self.embed_part(texts[part])).value for part in self.plan(texts)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), dtype=np.float32)
 
-    async def embed_part(self, texts: Sequence[str], *, through: Through | None = None) -> Reply[Vectors]:
+    async def embed_part(self, texts: Sequence[str], *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> Reply[Vectors]:
         """Embed the texts of one slice of `plan`: one request, several only where a single text is longer than a request may be.
 
-        Raises what Service.exchange raises. RequestRefused: a text among these cannot be embedded; `bisect` says how to find it.
+        `shares` are the documents that it is for. Raises what Service.exchange and the caller raise. RequestRefused: a text among these
+        cannot be embedded, and `bisect` says how to find it.
         """
         pieces = [(row, piece) for row, text in enumerate(texts) for piece in self._pieces(text, self.estimate(text)) if piece.strip()]
         weights = [self.estimate(piece) for _, piece in pieces]
         found: dict[int, list[tuple[int, Vectors]]] = {}
-        usage, told = Usage(), Allowance()
+        counted: list[int] = []
+        last: Reply[Vectors] | None = None
         for part in plan_requests(weights, max_texts=self.limits.max_texts, max_tokens=self.limits.max_tokens):
             tokens = sum(weights[part])
-            exchange = partial(self._exchange, [piece for _, piece in pieces[part]], tokens)
-            reply = await (through or self.through)(exchange, tokens=tokens)
-            usage, told = usage + reply.usage, reply.allowance
-            for (row, _), weight, vector in zip(pieces[part], weights[part], reply.value, strict=True):
+            send = partial(self._exchange, [piece for _, piece in pieces[part]])
+            last = await (caller or self.caller).call(send, CallPurpose("embed", shares, model=self._name, tokens=tokens))
+            counted.append(tokens if last.tokens_in is None else last.tokens_in)
+            for (row, _), weight, vector in zip(pieces[part], weights[part], last.value, strict=True):
                 found.setdefault(row, []).append((weight, vector))
         rows = [self._mean(found.get(row, [])) for row in range(len(texts))]
-        return Reply(np.stack(rows) if rows else np.empty((0, self.dimensions), dtype=np.float32), usage, told)
+        vectors = np.stack(rows) if rows else np.empty((0, self.dimensions), dtype=np.float32)
+        return Reply(vectors, sum(counted)) if last is None else replace(last, value=vectors, tokens_in=sum(counted))
 
     def _mean(self, pieces: list[tuple[int, Vectors]]) -> Vectors:
         """Return the mean of a text's pieces, weighted by length, with length 1. One piece keeps its bits."""
@@ -138,13 +141,13 @@ class HostedEmbedder:
             raise RequestRefused(f"A text of {len(text):,} characters would need {len(pieces):,} pieces; {MAX_SPLIT:,} are the limit.")
         return pieces
 
-    async def _exchange(self, texts: Sequence[str], tokens: int) -> Reply[Vectors]:
+    async def _exchange(self, texts: Sequence[str]) -> Reply[Vectors]:
         """Send one request. Until one has succeeded, a refusal may be of an optional field: it is sent again without, and the first
         refusal is raised if that does not help."""
         first: RequestRefused | None = None
         for dialect in self._dialects[:1] if self._proven else list(self._dialects):
             try:
-                reply = await self._ask(texts, tokens, dialect)
+                reply = await self._ask(texts, dialect)
             except RequestRefused as refused:
                 first = first or refused
                 continue
@@ -154,7 +157,7 @@ class HostedEmbedder:
         assert first is not None
         raise first
 
-    async def _ask(self, texts: Sequence[str], tokens: int, dialect: Dialect) -> Reply[Vectors]:
+    async def _ask(self, texts: Sequence[str], dialect: Dialect) -> Reply[Vectors]:
         payload: dict[str, Any] = {"model": self._name, "input": list(texts)}
         if dialect.encoding_format:
             payload["encoding_format"] = "base64"
@@ -165,8 +168,9 @@ class HostedEmbedder:
 
         def read() -> Reply[Vectors]:
             data = read_json(self.service, answer)
-            vectors = read_vectors(data, len(texts), self.dimensions, self.service.bad_answer)
-            return Reply(vectors, read_usage(data, tokens), answer.allowance)
+            tokens, _ = read_usage(data)
+            refuse = partial(self.service.bad_answer, tokens_in=tokens)
+            return answer.reply(read_vectors(data, len(texts), self.dimensions, refuse), tokens_in=tokens)
 
         # Lists of floats take up to half a second to read, which no event loop should spend.
         return await in_thread(read) if len(answer.body) > _LARGE_BYTES else read()
@@ -176,7 +180,7 @@ class HostedEmbedder:
         await self.service.aclose()
 
 
-def make_hosted(settings: Settings, through: Through = directly) -> HostedEmbedder:
+def make_hosted(settings: Settings, caller: Caller = DIRECT) -> HostedEmbedder:
     """Return the embedder of EMBEDDING_PROVIDER=openai. A key that is missing for OpenAI itself is a ConfigurationError."""
     base: str = settings.embedding_base_url
     key: SecretStr | None = settings.embedding_api_key
@@ -190,5 +194,5 @@ def make_hosted(settings: Settings, through: Through = directly) -> HostedEmbedd
         settings.embedding_max_texts, settings.embedding_max_tokens, settings.embedding_max_text_tokens, settings.embedding_long_texts
     )
     return HostedEmbedder(
-        Service("The embedding service", base, key, times), settings.embedding_model, settings.embedding_dimensions, limits, through
+        Service("The embedding service", base, key, times), settings.embedding_model, settings.embedding_dimensions, limits, caller
     )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 from pydantic import SecretStr
 
-from jobs.adapters.http.told import allowance
 from jobs.adapters.http.verdict import BRIEF_WAIT, judge
-from models.calls import Allowance, FailedCall, Reply
-from models.errors import BadAnswer, ConfigurationError, DocmillError, RetryableError, ServiceUnavailable
+from models.calls import CallPurpose, Reply
+from models.errors import BadAnswer, ConfigurationError, DocmillError, FailedCall, RetryableError, ServiceUnavailable
 from models.errors import TimeoutError as CallTimeout
 
 if TYPE_CHECKING:
@@ -26,20 +26,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LARGEST_REFUSAL = 65_536
+_REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-correlation-id")
 _IDLE_SECONDS = 4.0  # shorter than servers keep a connection, so that none is used that is just being closed
 
 
-class Through(Protocol):
-    """Carries out one exchange; a breaker, a budget and a ledger are put around it here. `tokens` is a safe estimate of the input."""
+class Direct:
+    """A models.calls.Caller with nothing around the call; in a worker, jobs.services puts breaker, budget and ledger there."""
 
-    async def __call__(self, exchange: Callable[[], Awaitable[Reply[T]]], *, tokens: int) -> Reply[T]:
-        """Await and return `exchange()`, or raise instead of beginning it."""
-        ...
+    async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
+        """Run `send` once."""
+        return await send()
 
 
-async def directly(exchange: Callable[[], Awaitable[Reply[T]]], *, tokens: int) -> Reply[T]:
-    """Carry out an exchange with nothing around it."""
-    return await exchange()
+DIRECT = Direct()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,22 @@ class Answer:
     """A 2xx answer, read whole."""
 
     status: int
+    headers: Mapping[str, str]
+    """Names in lower case."""
     body: bytes
-    allowance: Allowance
+
+    def reply(self, value: T, *, tokens_in: int | None = None, tokens_out: int | None = None, pages: int | None = None) -> Reply[T]:
+        """Return what was made of this answer, with its status and headers."""
+        request_id = next((self.headers[name][:200] for name in _REQUEST_IDS if name in self.headers), None)
+        return Reply(value, tokens_in, tokens_out, pages, self.status, self.headers, request_id)
+
+
+def service_id(kind: str, base_url: str, key: SecretStr | None) -> str:
+    """Return the name under which all workers share what they know of a service: kind, address and a fingerprint of the key."""
+    parts = urlsplit(base_url)
+    port = f":{parts.port}" if parts.port else ""
+    print_ = "none" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()[:12]
+    return f"{kind} {parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')} key:{print_}"
 
 
 class Service:
@@ -132,7 +145,7 @@ class Service:
             raise self._unanswered(error, times) from None
         if not good:
             raise judge(self.name, self.host, status=response.status_code, headers=response.headers, body=body, secret=self._secret)
-        return Answer(response.status_code, body, allowance(response.headers))
+        return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()}, body)
 
     def _unanswered(self, error: Exception, times: Timeouts) -> DocmillError:
         """Return the error for an exchange without a whole answer. The foreign message is dropped: it may hold a header or an address."""
@@ -154,15 +167,17 @@ class Service:
             return self._failed(BadAnswer(f"{self._place()} sent an answer that cannot be unpacked."), sent=True)
         return self._failed(RetryableError(f"{self._place()} broke off the exchange ({kind})."), sent=True)
 
-    def bad_answer(self, what: str) -> BadAnswer:
-        """Return the error for an answer whose content cannot be used."""
-        return self._failed(BadAnswer(f"{self._place()} {what}"), sent=True, status=200)
+    def bad_answer(self, what: str, *, tokens_in: int | None = None, tokens_out: int | None = None) -> BadAnswer:
+        """Return the error for an answer whose content cannot be used, with the tokens that it cost as far as known."""
+        error = BadAnswer(f"{self._place()} {what}", tokens_in=tokens_in, tokens_out=tokens_out)
+        error.call = FailedCall(self.host, sent=True, status=200, tokens_in=tokens_in, tokens_out=tokens_out)
+        return error
 
     def _place(self) -> str:
         return f"{self.name} at {self.host}"
 
-    def _failed(self, error: _E, *, sent: bool, status: int | None = None) -> _E:
-        error.call = FailedCall(self.host, sent=sent, status=status)
+    def _failed(self, error: _E, *, sent: bool) -> _E:
+        error.call = FailedCall(self.host, sent=sent)
         return error
 
     async def _client(self) -> httpx2.AsyncClient:

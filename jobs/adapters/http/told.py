@@ -1,12 +1,10 @@
-"""What the headers of an answer say about waiting and limits: Retry-After and the x-ratelimit-* headers of OpenAI and those like it."""
+"""How long an answer asks us to wait: Retry-After, and the x-ratelimit-* headers of OpenAI and those like it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-
-from models.calls import Allowance
 
 LONGEST_WAIT = 86_400.0
 """Seconds; a service that asks for more is asked again after this."""
@@ -24,39 +22,24 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     A date is compared with the answer's own Date header, so that only one clock is trusted. Where there is no Retry-After, it is the
     reset of the limit of which nothing remains.
     """
-    waits = [_number(headers.get("retry-after-ms")), _number(headers.get("retry-after"))]
-    if waits[0] is not None:
-        return min(LONGEST_WAIT, waits[0] / 1000)
-    wait = waits[1] if waits[1] is not None else _until(headers.get("retry-after"), headers.get("date"))
-    if wait is None:
-        told = allowance(headers)
-        spent = [
-            reset
-            for left, reset in ((told.remaining_requests, told.reset_requests), (told.remaining_tokens, told.reset_tokens))
-            if left == 0 and reset is not None
-        ]
-        wait = max(spent, default=None)
+    milliseconds, told = _number(headers.get("retry-after-ms")), headers.get("retry-after")
+    if milliseconds is not None:
+        wait: float | None = milliseconds / 1000
+    else:
+        wait = _number(told)
+        if wait is None:
+            wait = _until(told, headers.get("date"))
+        if wait is None:
+            resets = (_spent(headers, kind) for kind in ("requests", "tokens"))
+            wait = max((reset for reset in resets if reset is not None), default=None)
     return None if wait is None else min(LONGEST_WAIT, wait)
 
 
-def allowance(headers: Mapping[str, str]) -> Allowance:
-    """Return what the headers say; a header that makes no sense counts as absent."""
-
-    def count(name: str) -> int | None:
-        number = _number(headers.get(f"x-ratelimit-{name}"))
-        return None if number is None else int(number)
-
-    def span(name: str) -> float | None:
-        return _span(headers.get(f"x-ratelimit-reset-{name}"))
-
-    return Allowance(
-        limit_requests=count("limit-requests"),
-        remaining_requests=count("remaining-requests"),
-        reset_requests=span("requests"),
-        limit_tokens=count("limit-tokens"),
-        remaining_tokens=count("remaining-tokens"),
-        reset_tokens=span("tokens"),
-    )
+def _spent(headers: Mapping[str, str], kind: str) -> float | None:
+    """Return when a limit of which nothing remains is whole again."""
+    if _number(headers.get(f"x-ratelimit-remaining-{kind}")) != 0:
+        return None
+    return _span(headers.get(f"x-ratelimit-reset-{kind}"))
 
 
 def _number(text: str | None) -> float | None:

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.adapters.http import Answer, Service, Through, Timeouts, directly, read_json
+from jobs.adapters.http import DIRECT, Answer, Service, Timeouts, read_json
 from jobs.adapters.http.verdict import clean
 from jobs.adapters.llamaparse.answers import HostedPages, JobState, read_job
 from jobs.adapters.llamaparse.formats import extension_of
-from models.calls import Reply, Usage
+from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import (
     ConfigurationError,
     CredentialRefused,
@@ -53,12 +53,12 @@ class LlamaParse:
         max_answer_mb: int = 256,
         poll_seconds: float = 1,
         deadline: float = 1500,
-        through: Through = directly,
+        caller: Caller = DIRECT,
     ) -> None:
         """`deadline` in seconds is how long `wait` waits."""
         self.service = service
         self.parser = f"llamaparse {tier} {version}"
-        self.through = through
+        self.caller = caller
         # By itself a job fails when 5 % of its pages do; here each page is judged alone.
         conditions = {"job_failure_conditions": {"allowed_page_failure_ratio": 1.0}}
         self._configuration: dict[str, Any] = {"tier": tier, "version": version, "processing_control": conditions}
@@ -67,10 +67,20 @@ class LlamaParse:
         self._poll_seconds = poll_seconds
         self._deadline = deadline
 
-    async def start(self, path: Path, mime_type: str, *, pages: Sequence[int] = (), through: Through | None = None) -> str:
+    async def start(
+        self,
+        path: Path,
+        mime_type: str,
+        *,
+        pages: Sequence[int] = (),
+        page_estimate: int = 0,
+        shares: tuple[CallShare, ...] = (),
+        caller: Caller | None = None,
+    ) -> str:
         """Send a file, or only some of its pages (from 1), and return the id of the job: store it before anything else happens.
 
-        The file goes out as `document.<extension>`: its name is nobody else's business. Raises what Service.exchange raises.
+        `page_estimate` is what the budget and the price are asked for where all pages are sent. The file goes out as
+        `document.<extension>`: its name is nobody else's business. Raises what Service.exchange and the caller raise.
         """
         extension = extension_of(mime_type)
         if extension is None:
@@ -78,7 +88,9 @@ class LlamaParse:
         configuration = dict(self._configuration)
         if pages:
             configuration["page_ranges"] = {"target_pages": ",".join(str(page) for page in sorted(set(pages)))}
-        reply = await (through or self.through)(partial(self._upload, path, f"document.{extension}", mime_type, configuration), tokens=0)
+        purpose = CallPurpose("parse", shares, model=self.parser, pages=len(set(pages)) or page_estimate)
+        send = partial(self._upload, path, f"document.{extension}", mime_type, configuration)
+        reply = await (caller or self.caller).call(send, purpose)
         return reply.value
 
     async def _upload(self, path: Path, name: str, mime_type: str, configuration: dict[str, Any]) -> Reply[str]:
@@ -94,16 +106,17 @@ class LlamaParse:
         job_id = data.get("id") if isinstance(data, dict) else None
         if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
             raise self.service.bad_answer("took the file but sent no job id.")
-        return Reply(job_id, Usage(), answer.allowance)
+        return answer.reply(job_id)
 
-    async def poll(self, job_id: str, *, through: Through | None = None) -> HostedPages | None:
+    async def poll(self, job_id: str, *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> HostedPages | None:
         """Return the pages of a job, None while it is working. One exchange.
 
         ParseError: it failed. JobLost: it is gone or cancelled. Otherwise what Service.exchange raises.
         """
         if not _ID.fullmatch(job_id):
             raise JobLost("The stored id of a LlamaParse job is none.")
-        reply = await (through or self.through)(partial(self._ask, job_id), tokens=0)
+        purpose = CallPurpose("parse", shares, model=self.parser, recorded=False)
+        reply = await (caller or self.caller).call(partial(self._ask, job_id), purpose)
         return reply.value
 
     async def _ask(self, job_id: str) -> Reply[HostedPages | None]:
@@ -120,9 +133,7 @@ class LlamaParse:
             raise ParseError(f"LlamaParse could not parse the file: {state.reason or 'no reason given'}")
         if state.status == "CANCELLED":
             raise JobLost(f"The LlamaParse job {job_id} was cancelled.")
-        pages = state.pages
-        done = 0 if pages is None else len(pages.pages)
-        return Reply(pages, Usage(pages=done), answer.allowance)
+        return answer.reply(state.pages, pages=0 if state.pages is None else len(state.pages.pages))
 
     def _read(self, answer: Answer) -> JobState:
         data = read_json(self.service, answer)
@@ -133,7 +144,8 @@ class LlamaParse:
         job_id: str,
         *,
         waited: float = 0,
-        through: Through | None = None,
+        shares: tuple[CallShare, ...] = (),
+        caller: Caller | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> HostedPages:
         """Poll until the job is done, less and less often. `waited` are the seconds since its start that an earlier worker spent.
@@ -146,7 +158,7 @@ class LlamaParse:
         while True:
             told = 0.0
             try:
-                pages = await self.poll(job_id, through=through)
+                pages = await self.poll(job_id, shares=shares, caller=caller)
                 failures = 0
                 if pages is not None:
                     return pages
@@ -167,7 +179,7 @@ class LlamaParse:
         await self.service.aclose()
 
 
-def make_llamaparse(settings: Settings, through: Through = directly) -> LlamaParse | None:
+def make_llamaparse(settings: Settings, caller: Caller = DIRECT) -> LlamaParse | None:
     """Return the client of PARSING_PROVIDER=llamaparse, None for local. A missing key is a ConfigurationError."""
     if settings.parsing_provider == "local":
         return None
@@ -183,5 +195,5 @@ def make_llamaparse(settings: Settings, through: Through = directly) -> LlamaPar
         max_answer_mb=settings.parse_output_mb,
         poll_seconds=settings.llamaparse_poll_seconds,
         deadline=settings.llamaparse_deadline_seconds,
-        through=through,
+        caller=caller,
     )

@@ -12,8 +12,8 @@ from jobs.adapters.embedders.answers import read_usage
 from jobs.adapters.http import Service, read_json
 from jobs.adapters.llm.prompt import Message
 from jobs.adapters.llm.schema import Shape
-from models.calls import FailedCall, Reply, Usage
-from models.errors import LLMError
+from models.calls import Reply
+from models.errors import FailedCall, LLMError
 
 LARGEST_ANSWER = 8_000_000
 """Bytes."""
@@ -30,10 +30,8 @@ class Said:
     """The model that answered, as the service names it."""
 
 
-async def complete(
-    service: Service, model: str, messages: Sequence[Message], *, shape: Shape, max_tokens: int, fallback: int
-) -> Reply[Said]:
-    """Return one answer; `fallback` is the estimate of tokens in for services that count none.
+async def complete(service: Service, model: str, messages: Sequence[Message], *, shape: Shape, max_tokens: int) -> Reply[Said]:
+    """Return one answer.
 
     Raises what Service.exchange raises, and LLMError for a refusal, a filtered answer or one that is cut off at `max_tokens`.
     """
@@ -45,7 +43,7 @@ async def complete(
     }
     answer = await service.exchange("POST", "/chat/completions", limit=LARGEST_ANSWER, json=payload)
     data = read_json(service, answer)
-    usage = read_usage(data, fallback)
+    usage = read_usage(data)
     choice = _first_choice(service, data)
     message = choice["message"]
     ended = choice.get("finish_reason")
@@ -57,7 +55,8 @@ async def complete(
     if not isinstance(words, str):
         raise _llm_error(service, "gave an answer without content.", usage)
     told = data.get("model")
-    return Reply(Said(words, read_object(words), told if isinstance(told, str) else model), usage, answer.allowance)
+    said = Said(words, read_object(words), told if isinstance(told, str) else model)
+    return answer.reply(said, tokens_in=usage[0], tokens_out=usage[1])
 
 
 def _first_choice(service: Service, data: Any) -> dict[str, Any]:
@@ -70,9 +69,9 @@ def _first_choice(service: Service, data: Any) -> dict[str, Any]:
     raise service.bad_answer("sent no chat completion.")
 
 
-def _llm_error(service: Service, what: str, usage: Usage) -> LLMError:
+def _llm_error(service: Service, what: str, usage: tuple[int | None, int | None]) -> LLMError:
     error = LLMError(f"{service.name} at {service.host} {what}")
-    error.call = FailedCall(service.host, sent=True, status=200, usage=usage)
+    error.call = FailedCall(service.host, sent=True, status=200, tokens_in=usage[0], tokens_out=usage[1])
     return error
 
 

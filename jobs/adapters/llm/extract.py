@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jobs.adapters.http import Service, Through, Timeouts, directly
+from jobs.adapters.http import DIRECT, Service, Timeouts
 from jobs.adapters.llm import prompt
 from jobs.adapters.llm.chat import Said, complete
 from jobs.adapters.llm.merge import merge, trim
 from jobs.adapters.llm.schema import Shape, load_shape
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
-from models.calls import Reply, Usage
+from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import ConfigurationError, LLMError, RequestRefused
 from models.settings import Settings
 
@@ -40,18 +40,20 @@ class Extraction:
     shape: Shape
     parts: int
     repairs: int
-    usage: Usage
+    tokens_in: int
+    """As the service counts; our estimate where it does not."""
+    tokens_out: int
 
 
 class ModelExtractor:
     """Extraction with one model and one schema."""
 
-    def __init__(self, service: Service, model: str, shape: Shape, limits: Limits | None = None, through: Through = directly) -> None:
+    def __init__(self, service: Service, model: str, shape: Shape, limits: Limits | None = None, caller: Caller = DIRECT) -> None:
         self.service = service
         self.model = model
         self.shape = shape
         self.limits = limits or Limits()
-        self.through = through
+        self.caller = caller
 
     def plan(self, markdown: str) -> list[str]:
         """Return the parts of a document that make one request each. More than `max_parts` are a RequestRefused: nothing is cut off."""
@@ -64,37 +66,41 @@ class ModelExtractor:
             )
         return parts
 
-    async def extract(self, markdown: str, *, through: Through | None = None) -> Extraction:
+    async def extract(self, markdown: str, *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> Extraction:
         """Return what the model finds. LLMError where its answer does not fit the schema after one repair, or cannot be used; otherwise
         what Service.exchange raises."""
         parts = self.plan(markdown)
         answers: list[Any] = []
-        usage, repairs, model = Usage(), 0, self.model
+        tokens_in = tokens_out = repairs = 0
+        model = self.model
         for number, text in enumerate(parts, start=1):
             messages = prompt.ask(text, number=number, count=len(parts))
-            replies = await self._answer(messages, through or self.through)
+            replies = await self._answer(messages, shares, caller or self.caller)
             answers.append(replies[-1].value.data)
             model = replies[-1].value.model
             repairs += len(replies) - 1
-            usage = sum((reply.usage for reply in replies), usage)
+            tokens_in += sum(reply.tokens_in or 0 for reply in replies)
+            tokens_out += sum(reply.tokens_out or 0 for reply in replies)
         data = answers[0]
         if len(answers) > 1:
             data, problems = self.shape.check(trim(merge(answers), self.shape.schema))
             if problems:
                 raise self._unfit(f"The answers for {len(parts)} parts do not fit EXTRACTION_SCHEMA once merged", problems)
-        return Extraction(data, model, self.shape, len(parts), repairs, usage)
+        return Extraction(data, model, self.shape, len(parts), repairs, tokens_in, tokens_out)
 
-    async def _answer(self, messages: list[prompt.Message], through: Through) -> list[Reply[Said]]:
+    async def _answer(self, messages: list[prompt.Message], shares: tuple[CallShare, ...], caller: Caller) -> list[Reply[Said]]:
         """Return one reply that fits, or one that does not and its repair. The data of the last one is what is to be stored."""
         replies: list[Reply[Said]] = []
         for last in (False, True):
             tokens = sum(estimate_tokens(message.content) for message in messages) + estimate_tokens(str(self.shape.schema))
             most = self.limits.max_answer_tokens
-            exchange = partial(complete, self.service, self.model, messages, shape=self.shape, max_tokens=most, fallback=tokens)
-            reply = await through(exchange, tokens=tokens + most)
+            send = partial(complete, self.service, self.model, messages, shape=self.shape, max_tokens=most)
+            purpose = CallPurpose("extract", shares, model=self.model, tokens=tokens + most, tokens_out=most)
+            reply = await caller.call(send, purpose)
             said = reply.value
             data, problems = (said.data, ["$: no JSON object"]) if said.data is None else self.shape.check(said.data)
-            replies.append(Reply(Said(said.words, data, said.model), reply.usage, reply.allowance))
+            counted = tokens if reply.tokens_in is None else reply.tokens_in
+            replies.append(replace(reply, value=Said(said.words, data, said.model), tokens_in=counted))
             if not problems:
                 break
             if last:
@@ -121,13 +127,13 @@ def with_extraction(local: Mapping[str, Any], extraction: Extraction) -> dict[st
             "schema": {"name": extraction.shape.name, "sha256": extraction.shape.sha256},
             "parts": extraction.parts,
             "repairs": extraction.repairs,
-            "tokens_in": extraction.usage.tokens_in,
-            "tokens_out": extraction.usage.tokens_out,
+            "tokens_in": extraction.tokens_in,
+            "tokens_out": extraction.tokens_out,
         },
     }
 
 
-def make_extractor(settings: Settings, through: Through = directly) -> ModelExtractor | None:
+def make_extractor(settings: Settings, caller: Caller = DIRECT) -> ModelExtractor | None:
     """Return the extractor of EXTRACTION_PROVIDER=openai, None for local. A key missing for OpenAI itself is a ConfigurationError."""
     if settings.extraction_provider == "local":
         return None
@@ -140,4 +146,4 @@ def make_extractor(settings: Settings, through: Through = directly) -> ModelExtr
     times = Timeouts(settings.provider_connect_seconds, seconds, seconds)
     service = Service("The extraction service", settings.extraction_base_url, settings.extraction_api_key, times)
     limits = Limits(settings.extraction_max_tokens, settings.extraction_max_parts, settings.extraction_max_answer_tokens)
-    return ModelExtractor(service, settings.extraction_model, load_shape(settings.extraction_schema), limits, through)
+    return ModelExtractor(service, settings.extraction_model, load_shape(settings.extraction_schema), limits, caller)
