@@ -28,7 +28,7 @@ from jobs.adapters.embedders import (
 )
 from jobs.adapters.embedders.hosted import Limits
 from jobs.adapters.embedders.onnx_model import OnnxModel
-from jobs.adapters.http import Service
+from jobs.adapters.exchange import Service
 from jobs.adapters.usage import measured
 from models.errors import ConfigurationError
 from models.settings import Settings

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from jobs.adapters.embedders import HashedWords, HostedEmbedder, bisect, plan_requests
 from jobs.adapters.embedders.answers import read_usage, read_vectors
 from jobs.adapters.embedders.hosted import Limits, make_hosted
-from jobs.adapters.http import Service, Timeouts
+from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
 from models.calls import CallPurpose, CallShare, Reply
 from models.errors import BadAnswer, ConfigurationError, CredentialRefused, DocmillError, RequestRefused

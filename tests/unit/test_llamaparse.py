@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from jobs.adapters.http import Service, Timeouts
+from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.llamaparse import JobLost, LlamaParse, extension_of, make_llamaparse, refusal, to_parsed_file
 from jobs.adapters.llamaparse.answers import read_job
 from jobs.adapters.providers import check_providers

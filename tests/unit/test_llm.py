@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, SecretStr
 
+from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.extractor import extract_locally
-from jobs.adapters.http import Service, Timeouts
 from jobs.adapters.llm import ModelExtractor, load_shape, make_extractor, prompt, with_extraction
 from jobs.adapters.llm.chat import read_object
 from jobs.adapters.llm.extract import Limits

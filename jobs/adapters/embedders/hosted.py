@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from jobs.adapters.embedders.answers import read_usage, read_vectors
 from jobs.adapters.embedders.requests import plan_requests
-from jobs.adapters.http import DIRECT, Service, Timeouts, read_json
+from jobs.adapters.exchange import DIRECT, Service, Timeouts, read_json
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
 from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallPurpose, CallShare, Reply

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.adapters.http import DIRECT, Answer, Service, Timeouts, read_json
-from jobs.adapters.http.verdict import clean
+from jobs.adapters.exchange import DIRECT, Answer, Service, Timeouts, read_json
+from jobs.adapters.exchange.verdict import clean
 from jobs.adapters.llamaparse.answers import HostedPages, JobState, read_job
 from jobs.adapters.llamaparse.formats import extension_of
 from models.calls import Caller, CallPurpose, CallShare, Reply

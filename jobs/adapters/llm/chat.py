@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.adapters.embedders.answers import read_usage
-from jobs.adapters.http import Service, read_json
+from jobs.adapters.exchange import Service, read_json
 from jobs.adapters.llm.prompt import Message
 from jobs.adapters.llm.schema import Shape
 from models.calls import Reply

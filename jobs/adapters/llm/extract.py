@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jobs.adapters.http import DIRECT, Service, Timeouts
+from jobs.adapters.exchange import DIRECT, Service, Timeouts
 from jobs.adapters.llm import prompt
 from jobs.adapters.llm.chat import Said, complete
 from jobs.adapters.llm.merge import merge, trim

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jobs.adapters.http.told import retry_after
+from jobs.adapters.exchange.told import retry_after
 from models.errors import CredentialRefused, DocmillError, FailedCall, RateLimitError, RequestRefused, RetryableError, ServiceUnavailable
 from models.errors import TimeoutError as CallTimeout
 
@@ -33,17 +33,6 @@ _LATER = frozenset({409, 423, 425})
 _REFUSED_CONTENT = frozenset({400, 413, 414, 415, 422})
 _CODE = re.compile(r"[\w.-]{1,64}")
 _KEYLIKE = re.compile(r"\b(?:sk|pk|rk|llx|key|api)[-_][\w*.-]{4,}|\bbearer\s+\S+", re.IGNORECASE)
-
-
-class HttpStatusError(Exception):
-    """A service answered, but not with a 2xx. `code` is its own word for why, or empty. The cause of the error that `judge` makes of it."""
-
-    def __init__(self, status_code: int, headers: Mapping[str, str], code: str = "", message: str = "") -> None:
-        told = ": ".join(part for part in (code, message) if part)
-        super().__init__(f"HTTP {status_code}" + (f" ({told})" if told else ""))
-        self.status_code = status_code
-        self.headers = headers
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +81,6 @@ def judge(name: str, host: str, *, status: int, headers: Mapping[str, str], body
     said = f" ({excuse.code or excuse.kind})" if excuse.code or excuse.kind else ""
     said += f": {excuse.words}" if excuse.words else ""
     error = _of_status(f"{name} at {host} answered HTTP {status}{said or '.'}", status, headers, excuse)
-    error.__cause__ = HttpStatusError(status, dict(headers), (excuse.code or excuse.kind or "").lower(), excuse.words)
     error.call = FailedCall(host, sent=True, status=status, code=excuse.code or excuse.kind)
     return error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import ssl
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import SecretStr
 
-from jobs.adapters.http.verdict import BRIEF_WAIT, judge
+from jobs.adapters.exchange.verdict import BRIEF_WAIT, judge
 from models.calls import CallPurpose, Reply
 from models.errors import BadAnswer, ConfigurationError, DocmillError, FailedCall, RetryableError, ServiceUnavailable
 from models.errors import TimeoutError as CallTimeout
@@ -63,14 +62,6 @@ class Answer:
         """Return what was made of this answer, with its status and headers."""
         request_id = next((self.headers[name][:200] for name in _REQUEST_IDS if name in self.headers), None)
         return Reply(value, tokens_in, tokens_out, pages, self.status, self.headers, request_id)
-
-
-def service_id(kind: str, base_url: str, key: SecretStr | None) -> str:
-    """Return the name under which all workers share what they know of a service: kind, address and a fingerprint of the key."""
-    parts = urlsplit(base_url)
-    port = f":{parts.port}" if parts.port else ""
-    print_ = "none" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()[:12]
-    return f"{kind} {parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')} key:{print_}"
 
 
 class Service:

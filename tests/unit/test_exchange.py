@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from jobs.adapters.http import Service, Timeouts
-from jobs.adapters.http.told import retry_after
-from jobs.adapters.http.verdict import clean, read_excuse
+from jobs.adapters.exchange import Service, Timeouts
+from jobs.adapters.exchange.told import retry_after
+from jobs.adapters.exchange.verdict import clean, read_excuse
 from models.errors import (
     BadAnswer,
     ConfigurationError,
