@@ -1,4 +1,4 @@
-"""The circuit breaker as a state machine: what holds whatever happens in whatever order, and how an outage goes for a thousand documents."""
+"""The circuit breaker as a state machine: what holds in whatever order things happen, and how an outage goes for a thousand documents."""
 
 from __future__ import annotations
 
@@ -221,9 +221,10 @@ def test_an_outage_defers_a_thousand_documents_rarely_and_ends_without_a_stamped
     busiest = max(sum(at <= other < at + 1 for other in after) for at in after)
     most = max(outage.deferrals.values())
     print(
-        f"\noutage of {down_until:g} s, 1,000 documents: calls while down {len(in_outage)}, deferrals per document at most {most}, on average "
-        f"{sum(outage.deferrals.values()) / 1000:.1f}; calls in the first second {first_second}, in the busiest {busiest}; "
-        f"all done {after[-1] - down_until:.0f} s after its end, the first {after[0] - down_until:.0f} s; attempts spent {sum(outage.attempts.values())}"
+        f"\noutage of {down_until:g} s, 1,000 documents: calls while down {len(in_outage)}; deferrals per document at most {most}, "
+        f"on average {sum(outage.deferrals.values()) / 1000:.1f}; attempts spent {sum(outage.attempts.values())}; "
+        f"calls in the first second {first_second}, in the busiest {busiest}; after its end the first {after[0] - down_until:.0f} s, "
+        f"the last {after[-1] - down_until:.0f} s"
     )
     assert len(in_outage) <= RULES.failures + 8  # a probe a period
     assert most <= 3 + 2 * (len(in_outage) - RULES.failures)
