@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.cli.errors import ExitCode
-from jobs.cli.output import complain, duration, moment, print_json, say, table
+from jobs.cli.output import complain, duration, moment, print_json, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from models.settings import Settings, load_settings
 
@@ -32,21 +32,20 @@ async def _list(settings: Settings, *, json: bool) -> ExitCode:
     if not found:
         say("No outside service has been called yet.")
         return ExitCode.OK
-    columns = ["service", "breaker", "since", "tries again in", "waiting", "last minute", "reason"]
-    cells = [
-        [
-            row["service"],
-            row["state"],
-            moment(row["changed_at"]),
-            duration(row["try_in_seconds"]) if row["try_at"] else "",
-            row["waiting"] or "",
-            _use(row),
-            "" if row["state"] == "closed" else row["reason"],
-        ]
-        for row in found
-    ]
-    table("", columns, cells)
+    for row in found:
+        say(row["service"], style="bold")
+        say("  breaker:", _state(row), style="" if row["state"] == "closed" else "red")
+        say("  last minute:", _use(row))
     return ExitCode.OK
+
+
+def _state(row: Row) -> str:
+    """Say how the breaker stands, for example `open since 2026-01-31 08:15:00, tries again in 42.0 s, 17 wait: HTTP 503`."""
+    since = f"{row['state'].replace('_', '-')} since {moment(row['changed_at'])}"
+    if row["state"] == "closed":
+        return since
+    again = f", tries again in {duration(row['try_in_seconds'])}" if row["state"] == "open" else ", one call probes"
+    return f"{since}{again}, {row['waiting']} wait: {row['reason']}"
 
 
 def _use(row: Row) -> str:

@@ -220,7 +220,7 @@ BEGIN
         used_tokens := shift_slots(used_tokens, later);
     END IF;
     wait_seconds := extract(epoch FROM send_at - moment);
-    granted := wait_seconds <= patience + coalesce(66 * least(1, 2.0 * tokens / nullif(tokens_limit, 0)), 0);
+    granted := wait_seconds <= patience + CASE WHEN tokens_limit > 0 THEN 66 * least(1, 2.0 * tokens / tokens_limit) ELSE 0 END;
     IF NOT granted THEN
         send_at := greatest(send_at, b.overflow_at);
         wait_seconds := extract(epoch FROM send_at - moment);

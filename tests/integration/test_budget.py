@@ -50,7 +50,7 @@ steps = st.lists(st.tuples(st.floats(0, 20) | st.floats(0, 0.2) | st.just(45.0),
 
 
 @given(steps, st.integers(1, 40), st.integers(100, 600), st.sampled_from([0.0, 2.0, 30.0, 500.0]))
-@rules(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@rules(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_window_of_60_s_holds_more_than_the_limits_and_nobody_overtakes(
     conn: psycopg.Connection, story: list[tuple[float, int]], requests: int, limit: int, patience: float
 ) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as rules
 from hypothesis import strategies as st
 
 from jobs.breaker import (
@@ -122,6 +123,7 @@ events = st.one_of(
 )  # fmt: skip
 
 
+@rules(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.floats(0, 200), events), max_size=60))
 def test_whatever_happens_one_probe_at_a_time_and_never_stuck(story: list[tuple[float, Event]]) -> None:
     breaker, now = Breaker(), 1000.0
@@ -146,6 +148,7 @@ def test_whatever_happens_one_probe_at_a_time_and_never_stuck(story: list[tuple[
     assert passes(breaker, now)
 
 
+@rules(deadline=None)
 @given(st.integers(0, 5000), st.integers(1, 500), st.floats(0, 100))
 def test_who_waits_behind_another_comes_back_behind_it(place: int, more: int, now: float) -> None:
     for breaker in (opened(), decide(opened(), Asked(A), 60, RULES)):
@@ -204,7 +207,7 @@ class Outage:
         self.change(failed(call, len(recent), len(recent)), now)
         if self.breaker.state == "closed":
             self.attempts[document] += 1
-            return 2.0 * 2 ** self.attempts[document]
+            return 2.0 * 2.0 ** self.attempts[document]
         self.deferrals[document] += 1
         wait = wait_of(self.breaker, next(self.places), now)
         return wait * 1.1 + RULES.open_seconds / 4
