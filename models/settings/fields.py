@@ -143,6 +143,43 @@ class Settings(ProviderSettings):
     vector_index_threshold: Annotated[int, Interval(ge=0, le=1_000_000_000)] = 10_000
     """Passages of one embedding model from which on a vector index is built."""
 
+    # Outside services
+    provider_timeout_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 120
+    """Longest call to an outside service, in seconds, from connecting to the end of the answer."""
+    provider_connect_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 10
+    """Longest wait for a connection to an outside service, in seconds."""
+    provider_read_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Longest silence of an outside service in mid-call, in seconds."""
+    provider_max_answer_mb: Annotated[int, Interval(ge=1, le=10_000)] = 64
+    """Largest answer of an outside service, in MB of 1,000,000 bytes."""
+    breaker_failures: Annotated[int, Interval(ge=1, le=10_000)] = 5
+    """Failures of an outside service within BREAKER_WINDOW_SECONDS, over all workers, after which it is not called for a while: in a row,
+    or a tenth of its calls. A refused key or a quota that is used up is enough at once."""
+    breaker_window_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Seconds in which the failures must lie."""
+    breaker_open_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Seconds until one call tries whether the service is back; doubles while it is not."""
+    breaker_max_open_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 900
+    """Longest time between two such tries, in seconds."""
+    embedding_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the embedding service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    embedding_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
+    """Most tokens to the embedding service in any 60 s. 0: no limit."""
+    embedding_price_per_million_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a million tokens, for the ledger."""
+    extraction_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the extraction service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    extraction_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
+    """Most tokens to and from the extraction service in any 60 s. 0: no limit."""
+    extraction_price_per_million_input_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a million tokens sent, for the ledger."""
+    extraction_price_per_million_output_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a million tokens received, for the ledger."""
+    parse_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the parsing service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    parse_price_per_page: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a parsed page, for the ledger."""
+
     # Alerts
     alert_webhook_url: WebUrl = None
     """Where critical failures, such as new dead letters, are posted as JSON. Unset: they only stand in the table alerts and are notified
