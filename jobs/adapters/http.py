@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from models.errors import RetryableError
+from models.errors import BadAnswer
 
 if TYPE_CHECKING:
     import httpx2
@@ -37,18 +37,6 @@ class HttpStatusError(Exception):
         self.status_code = status_code
         self.headers = headers
         self.code = code
-
-
-class BadAnswer(RetryableError):
-    """A service answered 2xx with something that cannot be used: too large, no JSON, the wrong count. It may have been paid for.
-
-    `tokens_in` and `tokens_out` where the answer still said what it cost.
-    """
-
-    def __init__(self, message: str, *, tokens_in: int | None = None, tokens_out: int | None = None) -> None:
-        super().__init__(message)
-        self.tokens_in = tokens_in
-        self.tokens_out = tokens_out
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from jobs import clock
-from jobs.adapters.http import BadAnswer
 from jobs.outages import outlive
 from jobs.services.outcomes import Outcome
 from jobs.services.state import Pool, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
-from models.errors import RetryableError
+from models.errors import BadAnswer, RetryableError
 
 _NO_REVISION = -1
 
@@ -110,10 +109,13 @@ class Ledger:
         counted: Reply[Any] = reply or Reply(None)
         if outcome and isinstance(outcome.error, BadAnswer):
             counted = Reply(None, outcome.error.tokens_in, outcome.error.tokens_out)
+        elif outcome and outcome.error.call:
+            counted = Reply(None, outcome.error.call.tokens_in, outcome.error.call.tokens_out)
         tokens_in, tokens_out = counted.tokens_in, counted.tokens_out
         # A refused or failed call is not paid for; one whose answer was cut off or could not be used probably is.
-        paid = outcome is None or outcome.word in ("bad_answer", "timeout")
-        if outcome is None or outcome.word == "bad_answer":
+        answered = outcome is not None and outcome.status == 200  # an answer that was understood, and is of no use
+        paid = outcome is None or answered or outcome.word in ("bad_answer", "timeout")
+        if outcome is None or answered or outcome.word == "bad_answer":
             known = tokens_in is not None or tokens_out is not None
             difference = (tokens_in or 0) + (tokens_out or 0) - purpose.tokens if known else 0
         else:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobs import budget
-from jobs.adapters.http import BadAnswer, HttpStatusError
+from jobs.adapters.http import HttpStatusError
 from jobs.redaction import describe
 from jobs.retry import classify_error
+from jobs.retry import of_http_status as classify_status
 from jobs.services.terms import Terms
 from models.errors import (
+    BadAnswer,
+    CredentialRefused,
     DocmillError,
     ErrorType,
     PermanentError,
@@ -26,6 +29,8 @@ Word = Literal["ok", "failed", "timeout", "bad_answer", "rate_limited", "refused
 BLAMES_SERVICE: frozenset[Word] = frozenset({"failed", "timeout", "bad_answer"})
 _WORDS: dict[ErrorType, Word] = {ErrorType.RETRYABLE: "failed", ErrorType.TIMEOUT: "timeout"}
 """How a failure without an answer is entered; the other kinds are not held against the service."""
+_NO_FAILURES = frozenset({ErrorType.PERMANENT, ErrorType.UNKNOWN})
+"""Of an HTTP status: what the service answered well, if not to our liking; 2xx are unknown there."""
 _LONGEST_MESSAGE = 500
 
 
@@ -50,11 +55,8 @@ def outcome_of(error: Exception, terms: Terms) -> Outcome:
     name = terms.service.rpartition(" key:")[0]
     if isinstance(error, HttpStatusError):
         return _of_status(error, name, terms)
-    if isinstance(error, BadAnswer):
-        return Outcome("bad_answer", error)
     if isinstance(error, DocmillError):
-        # The adapter has judged by itself.
-        return Outcome(_WORDS.get(error.error_type, "rejected"), error)
+        return _of_judged(error)
     told = f"{type(error).__name__}: {describe(error)[:200]}"
     failure: DocmillError
     match kind := classify_error(error):
@@ -68,6 +70,23 @@ def outcome_of(error: Exception, terms: Terms) -> Outcome:
             # An adapter that does not understand what it sees; whether that is the service's fault is not known.
             failure = UnknownError(f"{name}: {told}")
     return Outcome(_WORDS.get(kind, "rejected"), failure)
+
+
+def _of_judged(error: DocmillError) -> Outcome:
+    """Enter what the adapter has judged by itself; it knows status and code, and has waited for nothing."""
+    status = error.call.status if error.call else None
+    told: float | None = getattr(error, "retry_after", None)
+    if isinstance(error, CredentialRefused):
+        word: Word = "refused"
+    elif isinstance(error, RateLimitError):
+        word = "rate_limited"
+    elif isinstance(error, BadAnswer):
+        word = "bad_answer"
+    elif status is not None and classify_status(status) in _NO_FAILURES:
+        word = "rejected"
+    else:
+        word = _WORDS.get(error.error_type, "rejected")
+    return Outcome(word, error, status, None, told)
 
 
 def _of_status(error: HttpStatusError, name: str, terms: Terms) -> Outcome:

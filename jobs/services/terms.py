@@ -60,12 +60,17 @@ class Terms:
 
 def terms_of(settings: Settings, kind: Kind, service: str) -> Terms:
     """Return the terms that the settings say for a kind of service."""
+    seconds = {
+        "embedding": settings.embedding_timeout_seconds,
+        "extraction": settings.extraction_timeout_seconds,
+        "parse": settings.llamaparse_timeout_seconds,
+    }[kind]
     rules = Rules(
         failures=settings.breaker_failures,
         window_seconds=settings.breaker_window_seconds,
         open_seconds=settings.breaker_open_seconds,
         max_open_seconds=settings.breaker_max_open_seconds,
-        probe_seconds=settings.provider_timeout_seconds + _PROBE_MARGIN,
+        probe_seconds=seconds + _PROBE_MARGIN,
     )
     requests, tokens, prices = {
         "embedding": (
@@ -85,7 +90,7 @@ def terms_of(settings: Settings, kind: Kind, service: str) -> Terms:
         kind=kind,
         requests_per_minute=requests,
         tokens_per_minute=tokens,
-        total_seconds=settings.provider_timeout_seconds,
+        total_seconds=seconds,
         prices=prices,
         rules=rules,
     )

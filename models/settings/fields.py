@@ -144,14 +144,10 @@ class Settings(ProviderSettings):
     """Passages of one embedding model from which on a vector index is built."""
 
     # Outside services
-    provider_timeout_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 120
-    """Longest call to an outside service, in seconds, from connecting to the end of the answer."""
     provider_connect_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 10
     """Longest wait for a connection to an outside service, in seconds."""
     provider_read_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
     """Longest silence of an outside service in mid-call, in seconds."""
-    provider_max_answer_mb: Annotated[int, Interval(ge=1, le=10_000)] = 64
-    """Largest answer of an outside service, in MB of 1,000,000 bytes."""
     breaker_failures: Annotated[int, Interval(ge=1, le=10_000)] = 5
     """Failures of an outside service within BREAKER_WINDOW_SECONDS, over all workers, after which it is not called for a while: in a row,
     or a tenth of its calls. A refused key or a quota that is used up is enough at once."""

@@ -39,12 +39,8 @@ class ProviderSettings(BaseSettings):
     embedding_long_texts: Annotated[Literal["split", "refuse"], AnyCase] = "split"
     """A text over EMBEDDING_MAX_TEXT_TOKENS. split: its vector is the mean of its pieces, weighted by length.
     refuse: its document fails."""
-    embedding_read_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 60
-    """Longest silence of the embedding service, in seconds."""
     embedding_timeout_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 120
     """Seconds for one whole request to the embedding service."""
-    provider_connect_seconds: Annotated[float, Interval(ge=0.05, le=300)] = 10
-    """Seconds to connect to any outside service."""
 
     # Hosted parsing
     parsing_provider: Annotated[Literal["local", "llamaparse"], AnyCase] = "local"

@@ -18,13 +18,13 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from jobs.adapters.http import BadAnswer, HttpStatusError
+from jobs.adapters.http import HttpStatusError
 from jobs.breaker import Rules
 from jobs.database import make_pool
 from jobs.services import Prices, Service, Terms
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
-from models.errors import DocmillError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, UnknownError
+from models.errors import BadAnswer, DocmillError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, UnknownError
 from models.errors import TimeoutError as CallTimeout
 from models.settings import Settings
 from tests.running import REPOSITORY

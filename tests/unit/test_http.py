@@ -11,8 +11,9 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from jobs.adapters.http import BadAnswer, HttpClient, HttpStatusError, Limits, service_id
+from jobs.adapters.http import HttpClient, HttpStatusError, Limits, service_id
 from jobs.retry import classify_error
+from models.errors import BadAnswer
 
 KEY = SecretStr("sk-very-secret-0123456789")
 QUICK = Limits(connect_seconds=0.5, read_seconds=0.3, total_seconds=1.0, max_answer_bytes=1000)

@@ -80,9 +80,10 @@ class HostedEmbedder:
 
     def plan(self, texts: Sequence[str]) -> list[slice]:
         """Return the slices of the texts that make one request each."""
-        counts = [self.estimate(text) for text in texts]
-        pieces = [len(self._pieces(text, count)) for text, count in zip(texts, counts, strict=True)]
-        return plan_requests(counts, max_texts=self.limits.max_texts, max_tokens=self.limits.max_tokens, pieces=pieces)
+        pieces = [self._pieces(text) for text in texts]
+        counts = [sum(tokens for _, tokens in own) for own in pieces]
+        limits = self.limits
+        return plan_requests(counts, max_texts=limits.max_texts, max_tokens=limits.max_tokens, pieces=[len(own) for own in pieces])
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> Vectors:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order. Passages and queries are treated alike.
@@ -98,8 +99,9 @@ class HostedEmbedder:
         `shares` are the documents that it is for. Raises what Service.exchange and the caller raise. RequestRefused: a text among these
         cannot be embedded, and `bisect` says how to find it.
         """
-        pieces = [(row, piece) for row, text in enumerate(texts) for piece in self._pieces(text, self.estimate(text)) if piece.strip()]
-        weights = [self.estimate(piece) for _, piece in pieces]
+        sized = [(row, piece, tokens) for row, text in enumerate(texts) for piece, tokens in self._pieces(text) if piece.strip()]
+        pieces = [(row, piece) for row, piece, _ in sized]
+        weights = [tokens for _, _, tokens in sized]
         found: dict[int, list[tuple[int, Vectors]]] = {}
         counted: list[int] = []
         last: Reply[Vectors] | None = None
@@ -124,13 +126,13 @@ class HostedEmbedder:
         # Pieces that cancel each other out have no direction in common: the longest speaks for the text.
         return longest if len(pieces) == 1 or length < 1e-6 * weight else np.asarray(total / length, dtype=np.float32)
 
-    def _pieces(self, text: str, tokens: int) -> list[str]:
-        """Return the text as it is sent: whole, or in pieces that the model reads whole."""
-        limit = self.limits.max_text_tokens
+    def _pieces(self, text: str) -> list[tuple[str, int]]:
+        """Return the text as it is sent, whole or in pieces that the model reads whole, each with its tokens."""
+        limit, tokens = self.limits.max_text_tokens, self.estimate(text)
         text = text.encode("utf-8", "replace").decode() if not text.isascii() else text
         text = text.replace("\0", "\ufffd")
         if tokens <= limit:
-            return [text]
+            return [(text, tokens)]
         if self.limits.long_texts == "refuse":
             raise RequestRefused(
                 f"A text of {len(text):,} characters, about {tokens:,} tokens, is longer than EMBEDDING_MAX_TEXT_TOKENS={limit:,}, "
@@ -139,7 +141,7 @@ class HostedEmbedder:
         pieces = split_by_tokens(text, limit)
         if len(pieces) > MAX_SPLIT:
             raise RequestRefused(f"A text of {len(text):,} characters would need {len(pieces):,} pieces; {MAX_SPLIT:,} are the limit.")
-        return pieces
+        return [(piece, self.estimate(piece)) for piece in pieces]
 
     async def _exchange(self, texts: Sequence[str]) -> Reply[Vectors]:
         """Send one request. Until one has succeeded, a refusal may be of an optional field: it is sent again without, and the first
@@ -189,7 +191,7 @@ def make_hosted(settings: Settings, caller: Caller = DIRECT) -> HostedEmbedder:
             "EMBEDDING_PROVIDER=openai needs EMBEDDING_API_KEY or EMBEDDING_API_KEY_FILE, "
             "or the EMBEDDING_BASE_URL of a server without keys."
         )
-    times = Timeouts(settings.provider_connect_seconds, settings.embedding_read_seconds, settings.embedding_timeout_seconds)
+    times = Timeouts(settings.provider_connect_seconds, settings.provider_read_seconds, settings.embedding_timeout_seconds)
     limits = Limits(
         settings.embedding_max_texts, settings.embedding_max_tokens, settings.embedding_max_text_tokens, settings.embedding_long_texts
     )

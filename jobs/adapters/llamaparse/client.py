@@ -20,6 +20,7 @@ from models.errors import (
     ConfigurationError,
     CredentialRefused,
     DocmillError,
+    FailedCall,
     ParseError,
     PermanentError,
     RateLimitError,
@@ -38,6 +39,12 @@ _PATIENCE = 5
 
 class JobLost(RetryableError):
     """The job is not there any more, or was cancelled: its id is worth nothing, and the file has to be sent again."""
+
+
+def _lost(message: str, call: FailedCall) -> JobLost:
+    error = JobLost(message)
+    error.call = call
+    return error
 
 
 class LlamaParse:
@@ -124,15 +131,15 @@ class LlamaParse:
             answer = await self.service.exchange("GET", f"/api/v2/parse/{job_id}", limit=self._answer_limit, query="expand=markdown")
         except DocmillError as error:
             if error.call is not None and error.call.status in (404, 410):
-                lost = JobLost(f"{self.service.name} at {self.service.host} does not know the job {job_id} any more.")
-                lost.call = error.call
-                raise lost from None
+                raise _lost(f"{self.service.name} at {self.service.host} does not know the job {job_id} any more.", error.call) from None
             raise
         state = await asyncio.to_thread(self._read, answer)
         if state.status == "FAILED":
-            raise ParseError(f"LlamaParse could not parse the file: {state.reason or 'no reason given'}")
+            failed = ParseError(f"LlamaParse could not parse the file: {state.reason or 'no reason given'}")
+            failed.call = FailedCall(self.service.host, sent=True, status=200)
+            raise failed
         if state.status == "CANCELLED":
-            raise JobLost(f"The LlamaParse job {job_id} was cancelled.")
+            raise _lost(f"The LlamaParse job {job_id} was cancelled.", FailedCall(self.service.host, sent=True, status=200))
         return answer.reply(state.pages, pages=0 if state.pages is None else len(state.pages.pages))
 
     def _read(self, answer: Answer) -> JobState:
@@ -186,7 +193,7 @@ def make_llamaparse(settings: Settings, caller: Caller = DIRECT) -> LlamaParse |
     if settings.llamaparse_api_key is None:
         raise ConfigurationError("PARSING_PROVIDER=llamaparse needs LLAMAPARSE_API_KEY or LLAMAPARSE_API_KEY_FILE.")
     seconds = settings.llamaparse_timeout_seconds
-    times = Timeouts(settings.provider_connect_seconds, min(seconds, 60), seconds)
+    times = Timeouts(settings.provider_connect_seconds, min(seconds, settings.provider_read_seconds), seconds)
     return LlamaParse(
         Service("LlamaParse", settings.llamaparse_base_url, settings.llamaparse_api_key, times),
         tier=settings.llamaparse_tier,
