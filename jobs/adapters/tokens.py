@@ -11,6 +11,7 @@ import re
 _LETTERS = re.compile(rb"[A-Za-z]+")
 _MARKS = re.compile(rb"[^A-Za-z \t\r\n]")
 _GAPS = re.compile(rb"\n|[ \t\r]{2,}")
+_STRIDE = 512
 FRAME = 2
 """Tokens that a model adds around a text."""
 
@@ -39,11 +40,22 @@ def split_by_tokens(text: str, limit: int) -> list[str]:
 
 
 def _longest(text: str, start: int, limit: int) -> int:
-    """Return the farthest end of a piece that begins at `start` and fits. Blanks count little, so its length is bounded too."""
-    low, high = start + 1, min(len(text), start + 4 * limit)
+    """Return the end of a piece that begins at `start` and fits, close to the farthest: by strides first, then letter by letter within one.
+
+    The sum over strides is no less than the estimate of the whole, with one more for a gap that a stride cuts through.
+    """
+    end, total = start, FRAME
+    while end < len(text):
+        stride = text[end : end + _STRIDE]
+        more = estimate_tokens(stride) - FRAME + 1
+        if total + more > limit:
+            break
+        total += more
+        end += len(stride)
+    low, high = max(end, start + 1), min(len(text), end + _STRIDE)
     while low < high:
         middle = (low + high + 1) // 2
-        if estimate_tokens(text[start:middle]) <= limit:
+        if total + estimate_tokens(text[end:middle]) - FRAME + 1 <= limit:
             low = middle
         else:
             high = middle - 1

@@ -269,9 +269,17 @@ def test_all_that_is_missing_is_listed_at_once(monkeypatch: pytest.MonkeyPatch, 
         extraction_provider="openai",
         llamaparse_deadline_seconds=5000,
         embedding_max_tokens=100,
+        extraction_tokens_per_minute=10_000,
     )
     with pytest.raises(ConfigurationError) as caught:
         check_providers(wrong)
-    for variable in ("EMBEDDING_API_KEY", "LLAMAPARSE_API_KEY", "EXTRACTION_API_KEY", "STAGE_TIMEOUT_SECONDS", "EMBEDDING_MAX_TOKENS=100"):
+    for variable in (
+        "EMBEDDING_API_KEY",
+        "LLAMAPARSE_API_KEY",
+        "EXTRACTION_API_KEY",
+        "STAGE_TIMEOUT_SECONDS",
+        "EMBEDDING_MAX_TOKENS=100",
+        "EXTRACTION_TOKENS_PER_MINUTE",
+    ):
         assert variable in str(caught.value)
     assert make_llamaparse(Settings()) is None

@@ -279,6 +279,7 @@ def test_strict_is_asked_for_only_where_the_schema_allows_it() -> None:
     assert is_strict(strict)
     assert not is_strict({**strict, "required": []})
     assert not is_strict({**strict, "properties": {"a": {"type": "object", "properties": {}}}})
+    assert not is_strict({**strict, "properties": {"a": {"type": "string", "maxLength": 5}}})
     assert is_strict({**strict, "properties": {"properties": strict}, "required": ["properties"]})
 
 

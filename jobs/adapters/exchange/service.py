@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import SecretStr
 
-from jobs.adapters.exchange.verdict import BRIEF_WAIT, judge
+from jobs.adapters.exchange.verdict import BRIEF_WAIT, clean, judge
 from models.calls import CallPurpose, Reply
 from models.errors import BadAnswer, ConfigurationError, DocmillError, FailedCall, RetryableError, ServiceUnavailable
 from models.errors import TimeoutError as CallTimeout
@@ -163,6 +163,10 @@ class Service:
         error = BadAnswer(f"{self._place()} {what}", tokens_in=tokens_in, tokens_out=tokens_out)
         error.call = FailedCall(self.host, sent=True, status=200, tokens_in=tokens_in, tokens_out=tokens_out)
         return error
+
+    def clean(self, words: str) -> str:
+        """Return words of the service fit for a message: one line, bounded, without the key."""
+        return clean(words, self._secret)
 
     def _place(self) -> str:
         return f"{self.name} at {self.host}"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jobs.adapters.exchange import DIRECT, Answer, Service, Timeouts, read_json
-from jobs.adapters.exchange.verdict import clean
 from jobs.adapters.llamaparse.answers import HostedPages, JobState, read_job
 from jobs.adapters.llamaparse.formats import extension_of
 from models.calls import Caller, CallPurpose, CallShare, Reply
@@ -144,7 +143,7 @@ class LlamaParse:
 
     def _read(self, answer: Answer) -> JobState:
         data = read_json(self.service, answer)
-        return read_job(data, page_limit=self._page_limit, clean=lambda words: clean(words, ""), refuse=self.service.bad_answer)
+        return read_job(data, page_limit=self._page_limit, clean=self.service.clean, refuse=self.service.bad_answer)
 
     async def wait(
         self,

@@ -13,6 +13,7 @@ from jobs.adapters.llm.chat import Said, complete
 from jobs.adapters.llm.merge import merge, trim
 from jobs.adapters.llm.schema import Shape, load_shape
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
+from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import ConfigurationError, LLMError, RequestRefused
 from models.settings import Settings
@@ -69,12 +70,12 @@ class ModelExtractor:
     async def extract(self, markdown: str, *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> Extraction:
         """Return what the model finds. LLMError where its answer does not fit the schema after one repair, or cannot be used; otherwise
         what Service.exchange raises."""
-        parts = self.plan(markdown)
+        parts = await in_thread(self.plan, markdown)
         answers: list[Any] = []
         tokens_in = tokens_out = repairs = 0
         model = self.model
         for number, text in enumerate(parts, start=1):
-            messages = prompt.ask(text, number=number, count=len(parts))
+            messages = await in_thread(prompt.ask, text, number=number, count=len(parts))
             replies = await self._answer(messages, shares, caller or self.caller)
             answers.append(replies[-1].value.data)
             model = replies[-1].value.model
@@ -92,7 +93,8 @@ class ModelExtractor:
         """Return one reply that fits, or one that does not and its repair. The data of the last one is what is to be stored."""
         replies: list[Reply[Said]] = []
         for last in (False, True):
-            tokens = sum(estimate_tokens(message.content) for message in messages) + estimate_tokens(str(self.shape.schema))
+            texts = [*(message.content for message in messages), str(self.shape.schema)]
+            tokens = await in_thread(lambda texts: sum(map(estimate_tokens, texts)), texts)
             most = self.limits.max_answer_tokens
             send = partial(complete, self.service, self.model, messages, shape=self.shape, max_tokens=most)
             purpose = CallPurpose("extract", shares, model=self.model, tokens=tokens + most, tokens_out=most)

@@ -17,6 +17,12 @@ from models.errors import ConfigurationError
 LARGEST_SCHEMA = 1_000_000
 """Bytes."""
 MAX_PROBLEMS = 10
+_STRICT = frozenset(
+    {
+        *("type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf"),
+        *("$ref", "$defs", "$schema", "title", "description"),
+    }
+)
 _MODEL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -103,7 +109,8 @@ def _of_model(given: str) -> Shape:
 
 
 def is_strict(schema: Any) -> bool:
-    """Say whether all objects of a schema forbid other properties and require all of theirs, as `strict: true` demands."""
+    """Say whether a schema keeps to what `strict: true` allows: objects forbid other properties and require all of theirs, and no keyword
+    is there that a service might refuse. The answer is checked against all of the schema in any case."""
     if isinstance(schema, list):
         return all(is_strict(each) for each in schema)
     if not isinstance(schema, dict):
@@ -113,10 +120,10 @@ def is_strict(schema: Any) -> bool:
         required = set(schema.get("required", []))
         if schema.get("additionalProperties") is not False or required != set(properties or {}):
             return False
-    return not {"oneOf", "allOf", "not", "if", "patternProperties"} & schema.keys() and all(
+    return schema.keys() <= _STRICT and all(
         is_strict(list(each.values()) if name in ("properties", "$defs") and isinstance(each, dict) else each)
         for name, each in schema.items()
-        if name not in ("enum", "const", "default", "examples", "required")
+        if name in ("properties", "$defs", "items", "anyOf")
     )
 
 
