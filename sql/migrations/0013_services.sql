@@ -348,6 +348,10 @@ BEGIN
     SET share = 1, share_at = clock_timestamp(), strikes = 0, paused_until = 'epoch', overflow_at = 'epoch',
         updated_at = clock_timestamp()
     WHERE p.service = reset_breaker.service;
+    -- Times that lie so far ahead were given before the server's clock was put back.
+    UPDATE provider_budgets AS p
+    SET slot = 0, last_send_at = 'epoch', next_request_at = 'epoch', next_token_at = 'epoch'
+    WHERE p.service = reset_breaker.service AND p.last_send_at > clock_timestamp() + interval '10 minutes';
     RETURN known;
 END;
 $$;

@@ -121,8 +121,8 @@ def told(name: str, server: FlakyServer, documents: Documents) -> int:
     good = [at for at, status in server.came if status == 200 and bad and at > bad[-1]]
     first_second = sum(at < good[0] + 1 for at in good) if good else 0
     print(
-        f"\n{name}: {documents.complete} of {DOCUMENTS} complete, {documents.dead} dead; calls {len(server.came)}, "
-        f"of which failed {len(bad)}; deferrals per document at most {max(documents.deferrals)}; in the first second after the last failure {first_second}"
+        f"\n{name}: {documents.complete} of {DOCUMENTS} complete, {documents.dead} dead; calls {len(server.came)}, of which failed "
+        f"{len(bad)}; deferrals per document at most {max(documents.deferrals)}; in the first second after the last failure {first_second}"
     )
     return first_second
 
