@@ -53,7 +53,7 @@ def _use(row: Row) -> str:
     parts = []
     for what in ("requests", "tokens"):
         used, most = row[f"{what}_last_minute"] or 0, row[f"{what}_per_minute"] or 0
-        parts.append(f"{used} of {most} {what}" if most else f"{used} {what}")
+        parts.append(f"{used} of {most} {what}" if most else f"{what} without a limit")
     if row["share"] is not None and row["share"] < 1:
         parts.append(f"slowed to {row['share']:.0%}")
     if row["paused_until"]:

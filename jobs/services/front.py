@@ -12,7 +12,7 @@ from loguru import logger
 from jobs import budget, clock, faults
 from jobs.outages import outlive
 from jobs.services.ledger import Entry, Ledger, new_entry
-from jobs.services.outcomes import Outcome, outcome_of
+from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
 from jobs.services.state import Pool, SharedBreaker, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
@@ -103,25 +103,25 @@ class Service:
         if entry.probes:
             await outlive("Closing the breaker", lambda: self._breaker.tell(entry.id, None), until=self._stopping)
         if pause := budget.pause_told(reply.headers, entry.purpose.tokens):
-            params = {"service": self.terms.service, "seconds": pause}
-            await outlive("Pausing the budget", lambda: one(self._pool, "pause_budget", params), until=self._stopping)
+            await self._pause(pause)
 
     async def _record_failure(self, entry: Entry, outcome: Outcome) -> float | None:
         """Return the seconds that the document should wait because of it; None where the failure alone decides."""
         await self._ledger.finish(entry, None, outcome)
-        if outcome.word != "rate_limited" and not (outcome.word == "rejected" and not entry.probes):
-            return await self._tell(entry, outcome)
-        if entry.probes:
-            await self._tell(entry, outcome)
+        wait: float | None = None
+        if entry.probes or outcome.word in BLAMES_SERVICE or outcome.word == "refused":
+            wait = await outlive("Telling the breaker", lambda: self._breaker.tell(entry.id, outcome), until=self._stopping)
+        if outcome.word == "failed" and (told := budget.retry_after(outcome.headers or {})):
+            await self._pause(min(told, self.terms.rules.max_open_seconds))
         if outcome.word != "rate_limited":
-            return None
+            return wait
         params = {"service": self.terms.service, "seconds": outcome.told_seconds}
         row = await outlive("Slowing down", lambda: one(self._pool, "limit_budget", params), until=self._stopping)
         return None if row is None else float(row["seconds"])
 
-    async def _tell(self, entry: Entry, outcome: Outcome) -> float | None:
-        wait: float | None = await outlive("Telling the breaker", lambda: self._breaker.tell(entry.id, outcome), until=self._stopping)
-        return wait
+    async def _pause(self, seconds: float) -> None:
+        params = {"service": self.terms.service, "seconds": seconds}
+        await outlive("Pausing the budget", lambda: one(self._pool, "pause_budget", params), until=self._stopping)
 
     async def _settle(self, recording: Coroutine[Any, Any, Any]) -> Any:
         """Run what enters a result, to its end also where the caller is cancelled; return None where it takes too long to wait for."""

@@ -39,7 +39,7 @@ COMMENT ON COLUMN circuit_breakers.revision IS 'Goes up with each change of stat
 COMMENT ON COLUMN circuit_breakers.changed_at IS 'When the state last changed.';
 
 CREATE TABLE provider_budgets (
-    service text PRIMARY KEY CHECK (length(service) BETWEEN 1 AND 500 AND service !~ '[[:cntrl:]]'),
+    service text PRIMARY KEY REFERENCES circuit_breakers (service) ON DELETE CASCADE,
     requests_per_minute bigint NOT NULL DEFAULT 0 CHECK (requests_per_minute >= 0),
     tokens_per_minute bigint NOT NULL DEFAULT 0 CHECK (tokens_per_minute >= 0),
     share double precision NOT NULL DEFAULT 1 CHECK (share BETWEEN 0.01 AND 1),
@@ -262,6 +262,16 @@ BEGIN
         hindrance := 'breaker';
         RETURN;
     END IF;
+    -- Where there is no limit and no pause, calls do not queue for the row.
+    IF ask_to_call.requests_per_minute = 0 AND ask_to_call.tokens_per_minute = 0 AND EXISTS (
+        SELECT FROM provider_budgets AS p
+        WHERE p.service = ask_to_call.service AND p.paused_until <= clock_timestamp()
+            AND p.requests_per_minute = 0 AND p.tokens_per_minute = 0
+    ) THEN
+        granted := TRUE;
+        wait_seconds := 0;
+        RETURN;
+    END IF;
     SELECT t.granted, t.wait_seconds INTO granted, wait_seconds
     FROM take_budget(ask_to_call.service, ask_to_call.requests_per_minute, ask_to_call.tokens_per_minute, tokens, patience) AS t;
     hindrance := CASE WHEN NOT granted THEN 'budget' END;
@@ -338,6 +348,10 @@ BEGIN
     SET share = 1, share_at = clock_timestamp(), strikes = 0, paused_until = 'epoch', overflow_at = 'epoch',
         updated_at = clock_timestamp()
     WHERE p.service = reset_breaker.service;
+    -- Times that lie so far ahead were given before the server's clock was put back.
+    UPDATE provider_budgets AS p
+    SET slot = 0, last_send_at = 'epoch', next_request_at = 'epoch', next_token_at = 'epoch'
+    WHERE p.service = reset_breaker.service AND p.last_send_at > clock_timestamp() + interval '10 minutes';
     RETURN known;
 END;
 $$;
@@ -396,7 +410,7 @@ SELECT
     CASE WHEN b.paused_until > now() THEN b.paused_until END AS paused_until,
     b.limited_count, b.limited_at
 FROM provider_budgets AS b;
-COMMENT ON VIEW provider_budget_use IS 'How much of each service''s rate limit is used now.';
+COMMENT ON VIEW provider_budget_use IS 'How much of each service''s rate limit is used now. Calls to a service without limits are not counted here.';
 COMMENT ON COLUMN provider_budget_use.service IS 'Kind, address and a fingerprint of the key.';
 COMMENT ON COLUMN provider_budget_use.requests_per_minute IS 'Most requests in any 60 s; 0 for no limit.';
 COMMENT ON COLUMN provider_budget_use.tokens_per_minute IS 'Most tokens in any 60 s; 0 for no limit.';

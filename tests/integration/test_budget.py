@@ -150,6 +150,13 @@ def test_what_a_call_really_used_takes_the_place_of_its_estimate(conn: psycopg.C
         assert conn.execute("SELECT tokens_last_minute FROM provider_budget_use").fetchone() == (used,)
 
 
+def test_a_reset_frees_a_budget_whose_times_lie_in_a_future_that_was_taken_back(conn: psycopg.Connection) -> None:
+    take(conn, 0, requests=1)  # in 2030
+    assert not take(conn, None, requests=1)[0]
+    conn.execute("SELECT reset_breaker('s')")
+    assert take(conn, None, requests=1) == (True, 0.0)
+
+
 @pytest.fixture
 def scaled(conn: psycopg.Connection) -> None:
     """Have the budget's functions run by a clock that is SCALE times as fast."""
