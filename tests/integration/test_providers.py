@@ -62,14 +62,15 @@ def embedder(local: OpenAIServer, front: Front, key: str | None = None, read: fl
 
 
 async def persist(called: HostedEmbedder, texts: list[str]) -> tuple[Any, list[str]]:
-    """Embed as documents do that come back: after waits that are too short to matter. Returns the rows and what was raised."""
+    """Embed as documents do that come back when they are told to. Returns the rows and what was raised."""
     raised: list[str] = []
     for _ in range(100):
         try:
             return (await called.embed_part(texts, shares=SHARES)).value, raised
         except DocmillError as error:
             raised.append(type(error).__name__)
-            await asyncio.sleep(0.05)
+            told = getattr(error, "retry_after", None)
+            await asyncio.sleep(0.05 if told is None else min(told, 1.0) + 0.01)
     raise AssertionError(raised)
 
 
@@ -173,3 +174,23 @@ async def test_a_parse_is_entered_once_and_polls_only_where_they_fail(front: Any
             await called.wait(job_id, shares=SHARES)
     assert entered(conn) == [("ok", 200), ("ok", 200), ("rejected", 200)]
     assert conn.execute("SELECT count(*) FROM circuit_breakers WHERE state <> 'closed'").fetchone() == (0,)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        faults.flapping(0.3, faults.NAMED["reset"]),
+        faults.outage(0, 0.5, faults.NAMED["502_html"]),
+        faults.outage(0, 0.5, faults.NAMED["429_retry_after"]),
+    ],
+    ids=["flapping", "outage", "throttled"],
+)
+async def test_what_comes_and_goes_is_outlived_and_no_text_paid_twice(local: OpenAIServer, front: Any, script: faults.Script) -> None:
+    called = embedder(local, await front("embedding"))
+    await called.embed_part(["proves the dialect"], shares=SHARES)
+    local.script(script)
+    made = await asyncio.gather(*(persist(called, [text]) for text in TEXTS))
+    rows = np.concatenate([rows for rows, _ in made])
+    assert np.allclose(rows, await HashedWords(32).embed(TEXTS), atol=1e-6)
+    assert local.tally.paid_twice() == 0
+    assert {name for _, raised in made for name in raised} <= {"ServiceUnavailable", "RateLimitError", "RetryableError"}
