@@ -41,8 +41,8 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """What the ledger says."""
-        return describe(self.error).replace("\x00", "")[:_LONGEST_MESSAGE]
+        """What the ledger says: text that Postgres can store, without NUL and lone surrogates."""
+        return describe(self.error).replace("\x00", "").encode("utf-8", "replace").decode()[:_LONGEST_MESSAGE]
 
 
 def outcome_of(error: Exception, terms: Terms) -> Outcome:
