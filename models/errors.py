@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -34,6 +35,8 @@ class FailedCall:
     tokens_in: int | None = None
     """What it cost nevertheless, where the service says so."""
     tokens_out: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Of the answer, names in lower case."""
 
 
 class DocmillError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,6 +16,7 @@ from models.calls import CallPurpose, Reply
 from models.errors import BadAnswer, RetryableError
 
 _NO_REVISION = -1
+_LARGEST_COUNT = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class Asked:
 
     hindrance: str | None
     wait_seconds: float
+
+
+def _count(told: object) -> int | None:
+    """Return a service's own count if it can be one: what it says comes from outside."""
+    return told if isinstance(told, int) and not isinstance(told, bool) and 0 <= told <= _LARGEST_COUNT else None
 
 
 def new_entry(purpose: CallPurpose) -> Entry:
@@ -74,9 +80,9 @@ class Ledger:
     async def finish(self, entry: Entry, reply: Reply[Any] | None, outcome: Outcome | None) -> None:
         """Write what became of a call, however long the database is away, unless this worker stops: then it stays unknown.
 
-        A good answer to a call that is not recorded is not written.
+        Of calls that are not recorded only the failed ones are written.
         """
-        if outcome is None and not entry.purpose.recorded:
+        if not entry.purpose.recorded and (outcome is None or outcome.word == "not_sent"):
             return
         params = self._facts(entry) | self._result(entry, reply, outcome)
         await outlive("Entering an answer", lambda: one(self._pool, "finish_call", params), until=self._stopping)
@@ -111,6 +117,7 @@ class Ledger:
             counted = Reply(None, outcome.error.tokens_in, outcome.error.tokens_out)
         elif outcome and outcome.error.call:
             counted = Reply(None, outcome.error.call.tokens_in, outcome.error.call.tokens_out)
+        counted = replace(counted, tokens_in=_count(counted.tokens_in), tokens_out=_count(counted.tokens_out), pages=_count(counted.pages))
         tokens_in, tokens_out = counted.tokens_in, counted.tokens_out
         # A refused or failed call is not paid for; one whose answer was cut off or could not be used probably is.
         answered = outcome is not None and outcome.status == 200  # an answer that was understood, and is of no use

@@ -46,8 +46,8 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """What the ledger says."""
-        return describe(self.error).replace("\x00", "")[:_LONGEST_MESSAGE]
+        """What the ledger says: text that Postgres can store, without NUL and lone surrogates."""
+        return describe(self.error).replace("\x00", "").encode("utf-8", "replace").decode()[:_LONGEST_MESSAGE]
 
 
 def outcome_of(error: Exception, terms: Terms) -> Outcome:
@@ -86,7 +86,7 @@ def _of_judged(error: DocmillError) -> Outcome:
         word = "rejected"
     else:
         word = _WORDS.get(error.error_type, "rejected")
-    return Outcome(word, error, status, None, told)
+    return Outcome(word, error, status, error.call.headers if error.call else None, told)
 
 
 def _of_status(error: HttpStatusError, name: str, terms: Terms) -> Outcome:

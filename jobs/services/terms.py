@@ -11,6 +11,7 @@ from models.calls import CallPurpose, Reply
 from models.settings import Settings
 
 Kind = Literal["embedding", "extraction", "parse"]
+_HIGHEST_PRICE = Decimal(9_999_999_999)
 _PROBE_MARGIN = 10.0  # seconds that a probe may take beyond its call
 
 
@@ -26,7 +27,7 @@ class Prices:
         """Return the price of a call."""
         million = Decimal(1_000_000)
         paid = Decimal(str(self.input_per_million)) * tokens_in + Decimal(str(self.output_per_million)) * tokens_out
-        return (paid / million + Decimal(str(self.per_page)) * pages).quantize(Decimal("0.00000001"))
+        return min(paid / million + Decimal(str(self.per_page)) * pages, _HIGHEST_PRICE).quantize(Decimal("0.00000001"))
 
     def of_estimate(self, purpose: CallPurpose) -> Decimal:
         """Return the price of what a call may take."""

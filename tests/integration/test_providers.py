@@ -23,7 +23,7 @@ from jobs.database import make_pool
 from jobs.services import Prices, Terms
 from jobs.services import Service as Front
 from models.calls import CallShare
-from models.errors import DocmillError, LLMError, ParseError, RequestRefused, ServiceUnavailable
+from models.errors import DocmillError, LLMError, ParseError, RateLimitError, RequestRefused, ServiceUnavailable
 from models.settings import Settings
 from tests.servers import LlamaParseServer, OpenAIServer, faults
 
@@ -44,10 +44,10 @@ async def front(settings: Settings, database: str) -> AsyncIterator[Any]:
     """Makes the front of one worker for a kind of service."""
     async with AsyncExitStack() as stack:
 
-        async def made(kind: Any) -> Front:
+        async def made(kind: Any, rules: Rules = QUICK) -> Front:
             pool = make_pool(settings, database, max_size=4)
             await pool.open()
-            terms = Terms(f"{kind} http://local key:none", kind, prices=PRICES, rules=QUICK, total_seconds=10, patience_seconds=0.1)
+            terms = Terms(f"{kind} http://local key:none", kind, prices=PRICES, rules=rules, total_seconds=10, patience_seconds=0.1)
             service = Front(pool, terms, worker="test:1")
             stack.push_async_callback(pool.close)
             stack.push_async_callback(service.aclose)
@@ -194,3 +194,14 @@ async def test_what_comes_and_goes_is_outlived_and_no_text_paid_twice(local: Ope
     assert np.allclose(rows, await HashedWords(32).embed(TEXTS), atol=1e-6)
     assert local.tally.paid_twice() == 0
     assert {name for _, raised in made for name in raised} <= {"ServiceUnavailable", "RateLimitError", "RetryableError"}
+
+
+async def test_a_503_that_says_when_to_come_back_is_believed_by_all(local: OpenAIServer, front: Any) -> None:
+    local.script(faults.always(faults.status(503, "", retry_after="40")))
+    with pytest.raises(ServiceUnavailable) as first:
+        await embedder(local, await front("embedding", Rules())).embed_part(TEXTS[:1], shares=SHARES)
+    assert first.value.retry_after == 40
+    with pytest.raises(RateLimitError) as second:
+        await embedder(local, await front("embedding", Rules())).embed_part(TEXTS[:1], shares=SHARES)
+    assert second.value.retry_after is not None and 30 < second.value.retry_after <= 40
+    assert local.tally.requests == 1

@@ -286,6 +286,24 @@ async def test_headers_of_a_good_answer_that_say_stop_stop_all_workers(make: Mak
     assert isinstance(error, RateLimitError) and error.retry_after is not None and 55 < error.retry_after <= 60
 
 
+async def test_a_503_that_says_when_to_come_back_is_believed_by_all(make: Make, conn: psycopg.Connection) -> None:
+    one, two = await opened(make(rules=Rules())), await opened(make(rules=Rules()))
+    assert type(await fails(one, answers(HttpStatusError(503, {"retry-after": "40"})))) is RetryableError
+    error = await fails(two, ok)
+    assert isinstance(error, RateLimitError) and error.retry_after is not None and 35 < error.retry_after <= 40
+
+
+async def test_what_a_service_says_wrongly_keeps_no_call_from_being_entered(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(tokens_per_minute=100_000))
+    odd: Any = "many"
+    for reply in (replace(GOOD, tokens_in=-5), replace(GOOD, tokens_in=10**30, pages=2**40), replace(GOOD, tokens_out=odd)):
+        await service.call(answers(reply), PURPOSE)
+    await fails(service, answers(HttpStatusError(400, {}, "c", "lone \ud800 and \x00")))
+    assert rows(conn, "SELECT outcome, tokens_in, tokens_out, pages FROM provider_usage ORDER BY started_at") == [
+        ("ok", None, None, None), ("ok", None, None, None), ("ok", 900, None, None), ("rejected", None, None, None)
+    ]  # fmt: skip
+
+
 async def test_a_request_larger_than_a_minutes_budget_is_refused_for_good(make: Make) -> None:
     service = await opened(make(tokens_per_minute=999))
     error = await fails(service, ok)

@@ -135,8 +135,8 @@ class Service:
         except (httpx2.HTTPError, httpx2.StreamError, OSError, ssl.SSLError) as error:
             raise self._unanswered(error, times) from None
         if not good:
-            raise judge(self.name, self.host, status=response.status_code, headers=response.headers, body=body, secret=self._secret)
-        return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()}, body)
+            raise judge(self.name, self.host, status=response.status_code, headers=_lower(response.headers), body=body, secret=self._secret)
+        return Answer(response.status_code, _lower(response.headers), body)
 
     def _unanswered(self, error: Exception, times: Timeouts) -> DocmillError:
         """Return the error for an exchange without a whole answer. The foreign message is dropped: it may hold a header or an address."""
@@ -213,6 +213,10 @@ def read_json(service: Service, answer: Answer) -> Any:
     except (ValueError, RecursionError):
         problem = "sent an answer that is cut off or no JSON."
     raise service.bad_answer(problem)
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 async def _read(response: httpx2.Response, limit: int, *, cut: bool) -> bytes:

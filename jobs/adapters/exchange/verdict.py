@@ -81,7 +81,7 @@ def judge(name: str, host: str, *, status: int, headers: Mapping[str, str], body
     said = f" ({excuse.code or excuse.kind})" if excuse.code or excuse.kind else ""
     said += f": {excuse.words}" if excuse.words else ""
     error = _of_status(f"{name} at {host} answered HTTP {status}{said or '.'}", status, headers, excuse)
-    error.call = FailedCall(host, sent=True, status=status, code=excuse.code or excuse.kind)
+    error.call = FailedCall(host, sent=True, status=status, code=excuse.code or excuse.kind, headers=dict(headers))
     return error
 
 
