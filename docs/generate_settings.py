@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.settings import Settings, allowed_values, default_value
+from models.settings.providers import ProviderSettings
 from models.settings.secret_files import holds_secret
 
 ROOT = Path(__file__).parents[1]
+NAMES = sorted(Settings.model_fields, key=lambda name: name in ProviderSettings.model_fields)
+"""All settings, those of outside services last."""
 INTRODUCTION = """\
 # Configuration
 
@@ -18,7 +21,8 @@ what is wrong with it and what is allowed. `procrastinate`'s own `--log-level` h
 A secret can come from a file instead: `DATABASE_URL_FILE=/run/secrets/database_url`. Without `DATABASE_URL`, the variables that all
 Postgres clients know (`PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD`, `PGPASSFILE`, `PGDATABASE`, `PGSERVICE`, `PGSSLMODE`, `PGSSLROOTCERT`
 and so on) say where the database is, from the environment or from `.env`; what `DATABASE_URL` leaves open they fill in as well. TLS is a
-matter of the connection string or of these variables: `sslmode=verify-full sslrootcert=system`.
+matter of the connection string or of these variables: `sslmode=verify-full sslrootcert=system`. Outside services are called through the
+proxy that `HTTPS_PROXY` names, but for the hosts in `NO_PROXY`, and `SSL_CERT_FILE` names a certificate authority of one's own.
 
 <!-- Made by docs/generate_settings.py. -->
 
@@ -30,7 +34,7 @@ matter of the connection string or of these variables: `sslmode=verify-full sslr
 def env_example() -> str:
     """Return the text of `.env.example`: every setting at its default."""
     blocks = ["# Every setting of docmill at its default; an empty one is unset. Copy what you change to .env in the working directory.\n"]
-    for name in Settings.model_fields:
+    for name in NAMES:
         variable, default = name.upper(), default_value(name)
         lines = [f"# {meaning(name)}", f"# Allowed: {allowed_values(name)}; default: {default}"]
         if holds_secret(Settings.model_fields[name]):
@@ -42,7 +46,7 @@ def env_example() -> str:
 
 def configuration_page() -> str:
     """Return the text of docs/configuration.md."""
-    rows = [f"| `{name.upper()}` | {default_value(name)} | {allowed_values(name)} | {meaning(name)} |\n" for name in Settings.model_fields]
+    rows = [f"| `{name.upper()}` | {default_value(name)} | {allowed_values(name)} | {meaning(name)} |\n" for name in NAMES]
     return INTRODUCTION + "".join(rows)
 
 

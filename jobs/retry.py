@@ -20,6 +20,7 @@ _RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resou
 _PERMANENT_SQLSTATE_CLASSES = frozenset({"22", "23", "42"})  # data, integrity and syntax: the same statement fails again
 _RETRYABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE})
 _UNAVAILABLE_WAIT = 60.0
+_WIDEST_SPREAD = 30.0  # seconds; who tells a long wait has spread it already, and an outage should not outlast its end by half
 _HTTP_CLASSES = {
     # Of httpx, its successor and the SDKs built on them, the closest class first: a worker that needs none of them imports none.
     "TimeoutException": ErrorType.TIMEOUT,
@@ -123,8 +124,8 @@ class StageRetry(BaseRetryStrategy):
         error_type = classify_error(error)
         if isinstance(error, RateLimitError | ServiceUnavailable):
             told = _UNAVAILABLE_WAIT if error.retry_after is None else error.retry_after
-            # Half as much again, spread out, so that those who wait do not all come back in the same second.
-            return RetryPlan(told + random.uniform(0, told / 2), counts=False)  # noqa: S311
+            # Half as much again, at most, spread out, so that those who wait do not all come back in the same second.
+            return RetryPlan(told + random.uniform(0, min(told / 2, _WIDEST_SPREAD)), counts=False)  # noqa: S311
         if not should_retry(error_type, attempt, self.max_attempts):
             return None
         return RetryPlan(calculate_backoff(attempt, self.base, self.max_delay), counts=True)

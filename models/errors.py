@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 
 class ErrorType(StrEnum):
@@ -17,10 +20,31 @@ class ErrorType(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
+@dataclass(frozen=True, slots=True)
+class FailedCall:
+    """What is known of a call of an outside service that failed; hangs on the error as `error.call`."""
+
+    service: str
+    """Host and port that was called."""
+    sent: bool
+    """False where the request certainly did not reach the service, so that nothing can have been billed."""
+    status: int | None = None
+    """HTTP status, None where no answer came."""
+    code: str | None = None
+    """The service's own error code, such as `insufficient_quota`."""
+    tokens_in: int | None = None
+    """What it cost nevertheless, where the service says so."""
+    tokens_out: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Of the answer, names in lower case."""
+
+
 class DocmillError(Exception):
     """Base of all errors that docmill raises on purpose. The message is meant for people: it names the file, the rule and the limit."""
 
     error_type = ErrorType.UNKNOWN
+    call: FailedCall | None = None
+    """The call of an outside service that failed, where it was one."""
 
 
 class RetryableError(DocmillError):
@@ -75,6 +99,38 @@ class ServiceUnavailable(RetryableError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class CredentialRefused(ServiceUnavailable):
+    """A service refuses this installation, not the document: its key, its quota, its model or its address. Somebody has to act."""
+
+    def __init__(
+        self,
+        message: str,
+        reason: Literal["credential", "quota", "configuration"] = "credential",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, retry_after)
+        self.reason = reason
+
+
+class BadAnswer(RetryableError):
+    """A service said that all went well, but what it sent cannot be used: cut off, of a wrong count or size, not a number.
+
+    It may have been paid for: `tokens_in` and `tokens_out` where the answer still said what it cost.
+    """
+
+    def __init__(self, message: str, *, tokens_in: int | None = None, tokens_out: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens_in = tokens_in
+        self.tokens_out = tokens_out
+
+
+class RequestRefused(PermanentError):
+    """A service refuses the content of one request (HTTP 400, 413, 422): what it was about cannot be sent as it is.
+
+    Of several texts one alone may be at fault: the embedder's `bisect` finds it.
+    """
 
 
 class SubmitError(PermanentError):

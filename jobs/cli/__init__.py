@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from jobs.cli.breaker import breaker
 from jobs.cli.commands import app
 from jobs.cli.dead import dead
 from jobs.cli.reembed import reembed
 
 app.add_typer(dead, name="dead")
 app.add_typer(reembed, name="reembed")
+app.add_typer(breaker, name="breaker")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -80,6 +80,32 @@ def _web_address(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def _base_address(address: str | None) -> str | None:
+    """Accept the address of a service. One with a user or a key in it would be shown with the other settings, so it is refused."""
+    if address is None:
+        return None
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0 and not parts.fragment
+    except ValueError:
+        usable = False
+    if not usable or any(letter.isspace() or not letter.isprintable() for letter in address):
+        raise ValueError("is not a web address")
+    if parts.username is not None or "key=" in parts.query.lower():
+        raise ValueError("holds a user or a key, which belongs into the setting for the key")
+    return address.rstrip("/")
+
+
+def _key(value: SecretStr | None) -> SecretStr | None:
+    """Accept what can stand in a header. No error quotes it."""
+    if value is None:
+        return None
+    text = value.get_secret_value()
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("holds a blank, a line break or another character that no key has")
+    return value
+
+
 def usable_cores(at_most: int) -> int:
     """Count the cores that this process may run on, up to a limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -102,3 +128,5 @@ Conninfo = Annotated[
 WebUrl = Annotated[
     SecretStr | None, AfterValidator(_web_address), Words(allowed="https://host/path or http://host:port/path", default="unset")
 ]
+BaseUrl = Annotated[str, AfterValidator(_base_address), Words(allowed="https://host/path or http://host:port/path, without a key in it")]
+Key = Annotated[SecretStr | None, AfterValidator(_key), Words(allowed="a key as its service shows it", default="unset")]

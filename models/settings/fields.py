@@ -11,13 +11,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, WebUrl, Words, usable_cores
+from models.settings.providers import ProviderSettings
 from models.settings.secret_files import SecretFiles
 
 SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE")
 """The libpq variables that name a server; with any of them set, the embedded server stays off."""
 
 
-class Settings(BaseSettings):
+class Settings(ProviderSettings):
     """All configuration. The attribute `max_pages` is the environment variable `MAX_PAGES`; `load_settings()` reads it."""
 
     model_config = SettingsConfigDict(
@@ -145,8 +146,9 @@ class Settings(BaseSettings):
     """Characters of the passage before that a passage repeats."""
 
     # Embedding, extraction and search
-    embedding_provider: Annotated[Literal["local", "fast", "hash"], AnyCase] = "local"
+    embedding_provider: Annotated[Literal["local", "fast", "hash", "openai"], AnyCase] = "local"
     """local: a sentence model on the CPU. fast: a static model, a hundred times faster and less exact. hash: word hashes, for tests.
+    openai: any service that speaks OpenAI's protocol (OpenAI, Azure, vLLM, TEI, Ollama, LiteLLM).
     A database that has passages keeps its model whatever this says; `docmill reembed start` goes over to this one."""
     embedding_model_path: Annotated[OptionalFile, Words(allowed="an ONNX file with its tokenizer.json beside it", default="unset")] = None
     """One's own sentence model for EMBEDDING_PROVIDER=local. Unset: the one that is installed with docmill."""
@@ -164,6 +166,39 @@ class Settings(BaseSettings):
     """Seconds that a file of a watched folder must have been left alone, or been missing, before `docmill sync --watch` believes it."""
     sync_rescan_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 300
     """Seconds between two looks at a watched folder that sends no events."""
+
+    # Outside services
+    provider_connect_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 10
+    """Longest wait for a connection to an outside service, in seconds."""
+    provider_read_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Longest silence of an outside service in mid-call, in seconds."""
+    breaker_failures: Annotated[int, Interval(ge=1, le=10_000)] = 5
+    """Failures of an outside service within BREAKER_WINDOW_SECONDS, over all workers, after which it is not called for a while: in a row,
+    or a tenth of its calls. A refused key or a quota that is used up is enough at once."""
+    breaker_window_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Seconds in which the failures must lie."""
+    breaker_open_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Seconds until one call tries whether the service is back; doubles while it is not."""
+    breaker_max_open_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 900
+    """Longest time between two such tries, in seconds."""
+    embedding_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the embedding service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    embedding_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
+    """Most tokens to the embedding service in any 60 s. 0: no limit."""
+    embedding_price_per_million_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a million tokens, for the ledger."""
+    extraction_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the extraction service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    extraction_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
+    """Most tokens to and from the extraction service in any 60 s. 0: no limit."""
+    extraction_price_per_million_input_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a million tokens sent, for the ledger."""
+    extraction_price_per_million_output_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a million tokens received, for the ledger."""
+    parse_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the parsing service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    parse_price_per_page: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
+    """Price of a parsed page, for the ledger."""
 
     # Alerts
     alert_webhook_url: WebUrl = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from jobs.adapters.embedders import (
     HashedText,
     HashedWords,
+    HostedEmbedder,
     SentenceModel,
     Static,
     carried,
@@ -25,10 +26,13 @@ from jobs.adapters.embedders import (
     make_own_model,
     minilm,
 )
+from jobs.adapters.embedders.hosted import Limits
 from jobs.adapters.embedders.onnx_model import OnnxModel
+from jobs.adapters.exchange import Service
 from jobs.adapters.usage import measured
 from models.errors import ConfigurationError
 from models.settings import Settings
+from tests.servers import OpenAIServer
 
 
 class Embedder(Protocol):
@@ -38,10 +42,33 @@ class Embedder(Protocol):
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]: ...
 
 
+_servers: dict[str, OpenAIServer] = {}
+
+
+def hosted(dialect: str) -> HostedEmbedder:
+    """The hosted embedder against a server of one dialect, which stays for the run; its limits are small, so that texts are split."""
+    if dialect not in _servers:
+        server = _servers[dialect] = OpenAIServer(dimensions=256 if dialect == "plain" else 1536).__enter__()
+        server.shuffled = True
+        if dialect == "plain":
+            server.base64, server.chooses_dimensions = "refused", "refused"
+    service = Service("The embedding service", _servers[dialect].url, None)
+    return HostedEmbedder(service, "test-model", 256, Limits(max_texts=3, max_tokens=3000, max_text_tokens=1000))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_servers() -> Iterator[None]:
+    yield
+    while _servers:
+        _servers.popitem()[1].__exit__()
+
+
 MAKERS: dict[str, Callable[[], Embedder]] = {
     "hashed_words": HashedWords,
     "hashed_words_of_64": lambda: HashedWords(64),
     "hashed_text": HashedText,
+    "hosted": lambda: hosted("openai"),
+    "hosted_plain": lambda: hosted("plain"),
     "minilm": lambda: make_minilm(threads=2),
     "static": Static,
 }
@@ -201,10 +228,14 @@ def test_a_package_that_is_not_installed_is_named_with_what_to_do() -> None:
         carried.checked_file("numpy", "nothing/here", "0" * 64, hint="Install it again.")
 
 
-@pytest.mark.parametrize(("provider", "kind"), [("local", SentenceModel), ("fast", Static), ("hash", HashedWords)])
+@pytest.mark.parametrize(
+    ("provider", "kind"),
+    [("local", SentenceModel), ("fast", Static), ("hash", HashedWords), ("openai", HostedEmbedder)],
+)
 def test_the_setting_chooses_the_embedder(provider: str, kind: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMBEDDING_PROVIDER", provider)
+    monkeypatch.setenv("EMBEDDING_API_KEY", "sk-test")
     monkeypatch.delenv("EMBEDDING_MODEL_PATH", raising=False)
     assert type(make_embedder(Settings())) is kind
 

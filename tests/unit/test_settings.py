@@ -81,6 +81,9 @@ def test_the_ends_of_a_range_are_allowed(name: str, monkeypatch: pytest.MonkeyPa
         ("LOG_FORMAT", "xml", "is not one of the allowed values; allowed: text or json"),
         ("HANDOFF", "both", "allowed: inline or queue"),
         ("EMBEDDING_PROVIDER", "best", "allowed: local or fast or hash"),
+        ("EMBEDDING_BASE_URL", "api.openai.com/v1", "is not a web address"),
+        ("EMBEDDING_BASE_URL", "https://me:hush@host/v1", "holds a user or a key"),
+        ("EMBEDDING_DIMENSIONS", "many", "is not a whole number"),
         ("LOG_LEVEL", "LOUD", "allowed: TRACE or DEBUG"),
         ("LOG_FILE_PATH", "x-{user}.log", "braces"),
         ("STORAGE_TEMP_DIR", "../elsewhere", "stays inside STORAGE_BASE_PATH"),
@@ -124,6 +127,21 @@ def test_a_bad_secret_is_never_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValidationError) as raw:
         Settings()
     assert "hush" not in str(raw.value)
+
+
+@pytest.mark.parametrize("variable", ["EMBEDDING_API_KEY", "EXTRACTION_API_KEY", "LLAMAPARSE_API_KEY"])
+def test_a_key_that_no_service_can_have_given_is_refused_without_showing_it(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(variable, "sk-hush hush")
+    with pytest.raises(ConfigurationError, match=f"{variable} holds a blank") as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+    monkeypatch.delenv(variable)
+    (tmp_path / "key").write_text("sk-hush\n")
+    monkeypatch.setenv(f"{variable}_FILE", str(tmp_path / "key"))
+    assert getattr(load_settings(), variable.lower()).get_secret_value() == "sk-hush"
+    assert "hush" not in repr(load_settings())
 
 
 def test_a_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,7 +224,7 @@ def test_the_generated_pages_are_up_to_date() -> None:
 def test_the_example_as_it_stands_changes_nothing(tmp_path: Path) -> None:
     lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
     active = [line for line in lines if line and not line.startswith("#")]
-    assert [line.partition("=")[0].lower() for line in active] == [*Settings.model_fields]
+    assert sorted(line.partition("=")[0].lower() for line in active) == sorted(Settings.model_fields)
     expected = load_settings()
     (tmp_path / ".env").write_text("\n".join(active))
     load_settings.cache_clear()

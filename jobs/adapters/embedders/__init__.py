@@ -1,4 +1,4 @@
-"""Turning texts into vectors. Every embedder is deterministic to the bit: the same text gives the same vector in any company."""
+"""Turning texts into vectors. Every local embedder is deterministic to the bit: the same text gives the same vector in any company."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import re
 from collections.abc import Callable, Iterator
 
 from jobs.adapters.embedders.hashed import HashedText, HashedWords
+from jobs.adapters.embedders.hosted import HostedEmbedder, make_hosted
 from jobs.adapters.embedders.minilm import SentenceModel, make_minilm, make_own_model
+from jobs.adapters.embedders.requests import bisect, plan_requests
 from jobs.adapters.embedders.static import Static
 from models.errors import ConfigurationError
 from models.settings import Settings
 
-__all__ = ["HashedText", "HashedWords", "SentenceModel", "Static", "make_embedder", "make_embedder_of", "make_minilm", "make_own_model"]
+__all__ = [
+    "HashedText",
+    "HashedWords",
+    "HostedEmbedder",
+    "SentenceModel",
+    "Static",
+    "bisect",
+    "make_embedder",
+    "make_embedder_of",
+    "make_hosted",
+    "make_minilm",
+    "make_own_model",
+    "plan_requests",
+]
 
-Made = SentenceModel | Static | HashedWords
+Made = SentenceModel | Static | HashedWords | HostedEmbedder
 
 _HASHED_WORDS = re.compile(r"hashed-words-([1-9]\d{0,3})@1")
 
@@ -29,6 +44,8 @@ def make_embedder(settings: Settings) -> Made:
             return Static()
         case "hash":
             return HashedWords()
+        case "openai":
+            return make_hosted(settings)
 
 
 def _makers(settings: Settings, model: str) -> Iterator[Callable[[], Made]]:

@@ -1,0 +1,154 @@
+"""The shape of an answer: a JSON Schema or a pydantic model of the caller's, and the check of an answer against it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.adapters.llm.builtin import SCHEMA
+from models.errors import ConfigurationError
+
+LARGEST_SCHEMA = 1_000_000
+"""Bytes."""
+MAX_PROBLEMS = 10
+_STRICT = frozenset(
+    {
+        *("type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf"),
+        *("$ref", "$defs", "$schema", "title", "description"),
+    }
+)
+_MODEL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What an answer has to look like."""
+
+    name: str
+    """As the service is told: letters, digits, `_` and `-`, at most 64."""
+    schema: dict[str, Any]
+    sha256: str
+    """Of the schema in canonical JSON; stored with each result."""
+    strict: bool
+    """Whether the schema keeps to the part of JSON Schema that OpenAI enforces while it generates."""
+    check: Callable[[Any], tuple[Any, list[str]]]
+    """Turns an answer into (what is stored, what is wrong with it). Problems name places and rules, never the document's words."""
+
+
+def load_shape(given: str | None) -> Shape:
+    """Return the shape of EXTRACTION_SCHEMA: a file, `module:Model`, or the built-in one. Anything else is a ConfigurationError."""
+    if given is None:
+        return of_schema(SCHEMA)
+    if _MODEL.fullmatch(given) and not Path(given).exists():
+        return _of_model(given)
+    path = Path(given)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_SCHEMA + 1)
+        if len(raw) > LARGEST_SCHEMA:
+            raise ConfigurationError(f"EXTRACTION_SCHEMA={given}: larger than {LARGEST_SCHEMA:,} bytes.")
+        schema = json.loads(raw)
+    except OSError as error:
+        raise ConfigurationError(f"EXTRACTION_SCHEMA={given}: cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError):
+        raise ConfigurationError(f"EXTRACTION_SCHEMA={given}: not JSON.") from None
+    return of_schema(schema, source=f"EXTRACTION_SCHEMA={given}", fallback_name=path.stem)
+
+
+def of_schema(schema: Any, *, source: str = "the built-in schema", fallback_name: str = "extraction") -> Shape:
+    """Return the shape of a JSON Schema of an object; one that is invalid, or points outside itself, is a ConfigurationError."""
+    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415 - a tenth of a second
+
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        raise ConfigurationError(f'{source}: not a JSON Schema with "type": "object" at its top.')
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise ConfigurationError(f"{source}: not a valid JSON Schema at {error.json_path}: rule `{error.validator}`.") from None
+    if outside := [reference for reference in _references(schema) if not reference.startswith("#")]:
+        raise ConfigurationError(f"{source}: $ref {outside[0]!r} points outside the schema, and nothing is fetched.")
+    validator = Draft202012Validator(schema)
+
+    def check(answer: Any) -> tuple[Any, list[str]]:
+        errors = sorted(validator.iter_errors(answer), key=lambda error: (error.json_path, str(error.validator)))
+        return answer, [_problem(error) for error in errors[:MAX_PROBLEMS]]
+
+    title = schema.get("title")
+    return Shape(_name(title if isinstance(title, str) else fallback_name), schema, _digest(schema), is_strict(schema), check)
+
+
+def _of_model(given: str) -> Shape:
+    from pydantic import BaseModel, ValidationError  # noqa: PLC0415
+
+    module, _, attribute = given.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"EXTRACTION_SCHEMA={given}: cannot be imported ({type(error).__name__}: {error}).") from None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise ConfigurationError(f"EXTRACTION_SCHEMA={given}: not a pydantic model.")
+    try:
+        schema = model.model_json_schema()
+    except Exception as error:
+        raise ConfigurationError(f"EXTRACTION_SCHEMA={given}: has no JSON Schema ({type(error).__name__}).") from error
+
+    def check(answer: Any) -> tuple[Any, list[str]]:
+        try:
+            return model.model_validate(answer).model_dump(mode="json"), []
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_input=False, include_context=False)
+            return answer, [f"{_place(detail['loc'])}: {detail['type']}" for detail in details[:MAX_PROBLEMS]]
+
+    return Shape(_name(attribute), schema, _digest(schema), is_strict(schema), check)
+
+
+def is_strict(schema: Any) -> bool:
+    """Say whether a schema keeps to what `strict: true` allows: objects forbid other properties and require all of theirs, and no keyword
+    is there that a service might refuse. The answer is checked against all of the schema in any case."""
+    if isinstance(schema, list):
+        return all(is_strict(each) for each in schema)
+    if not isinstance(schema, dict):
+        return True
+    properties = schema.get("properties")
+    if schema.get("type") == "object" or isinstance(properties, dict):
+        required = set(schema.get("required", []))
+        if schema.get("additionalProperties") is not False or required != set(properties or {}):
+            return False
+    return schema.keys() <= _STRICT and all(
+        is_strict(list(each.values()) if name in ("properties", "$defs") and isinstance(each, dict) else each)
+        for name, each in schema.items()
+        if name in ("properties", "$defs", "items", "anyOf")
+    )
+
+
+def _references(schema: Any) -> list[str]:
+    if isinstance(schema, list):
+        return [reference for each in schema for reference in _references(each)]
+    if not isinstance(schema, dict):
+        return []
+    own = [value for name, value in schema.items() if name in ("$ref", "$dynamicRef") and isinstance(value, str)]
+    return own + [reference for each in schema.values() for reference in _references(each)]
+
+
+def _problem(error: Any) -> str:
+    rule = error.validator_value
+    limit = f" {json.dumps(rule)[:100]}" if isinstance(rule, str | int | float | list) else ""
+    return f"{' '.join(error.json_path[:200].split())}: {error.validator}{limit}"
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)[:200]
+
+
+def _name(given: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", given)[:64].strip("_") or "extraction"
+
+
+def _digest(schema: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(schema, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,64 @@
+"""Whether the settings of outside services are enough to work with: asked once, when a worker starts, and nothing is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.adapters.embedders import make_hosted
+from jobs.adapters.llamaparse import make_llamaparse
+from jobs.adapters.llm import make_extractor
+from models.errors import ConfigurationError
+from models.settings import Settings
+
+_RULES_TOKENS = 2000
+
+
+def check_providers(settings: Settings) -> None:
+    """Raise a ConfigurationError that lists everything that is missing or wrong, or nothing."""
+    checks: list[Callable[[], object]] = [lambda: make_llamaparse(settings), lambda: make_extractor(settings)]
+    if settings.embedding_provider == "openai":
+        checks.append(lambda: make_hosted(settings))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ConfigurationError as error:
+            problems.append(str(error))
+    problems += _contradictions(settings)
+    if problems:
+        raise ConfigurationError("The configuration is wrong:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """Return which settings do not go together: what they ask for could never be sent, or never be waited for."""
+    hosted, extracts = settings.embedding_provider == "openai", settings.extraction_provider == "openai"
+    per_minute, to_extract = settings.embedding_tokens_per_minute, settings.extraction_tokens_per_minute
+    # Beside the document's part there are the rules, the schema, and an answer that is sent back for repair.
+    one_extraction = settings.extraction_max_tokens + 2 * settings.extraction_max_answer_tokens + _RULES_TOKENS
+    pairs = [
+        (hosted, "EMBEDDING_MAX_TEXT_TOKENS", settings.embedding_max_text_tokens, "EMBEDDING_MAX_TOKENS", settings.embedding_max_tokens),
+        (
+            hosted and per_minute > 0,
+            "EMBEDDING_MAX_TEXT_TOKENS",
+            settings.embedding_max_text_tokens,
+            "EMBEDDING_TOKENS_PER_MINUTE",
+            per_minute,
+        ),
+        (
+            extracts and to_extract > 0,
+            f"EXTRACTION_MAX_TOKENS and twice EXTRACTION_MAX_ANSWER_TOKENS and {_RULES_TOKENS} for rules and schema, together",
+            one_extraction,
+            "EXTRACTION_TOKENS_PER_MINUTE",
+            to_extract,
+        ),
+        (
+            settings.parsing_provider == "llamaparse",
+            "LLAMAPARSE_DEADLINE_SECONDS",
+            settings.llamaparse_deadline_seconds,
+            "STAGE_TIMEOUT_SECONDS",
+            settings.stage_timeout_seconds,
+        ),
+    ]
+    return [
+        f"{small}={one:g} must not be more than {large}={other:g}." for asked, small, one, large, other in pairs if asked and one > other
+    ]

@@ -1,0 +1,90 @@
+"""The settings of outside services: hosted embedding, parsing and extraction."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.settings.checks import AnyCase, BaseUrl, Key, Words
+
+
+class ProviderSettings(BaseSettings):
+    """Part of `Settings`; EMBEDDING_PROVIDER stands there."""
+
+    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+
+    # Hosted embedding
+    embedding_base_url: BaseUrl = "https://api.openai.com/v1"
+    """Where EMBEDDING_PROVIDER=openai finds /embeddings. For Azure the deployment's address with ?api-version=..., and the key goes
+    into Azure's own header."""
+    embedding_api_key: Key = None
+    """Key of the embedding service. Servers of one's own may need none."""
+    embedding_model: Annotated[str, Words(allowed="a name that the service knows")] = Field(
+        default="text-embedding-3-small", min_length=1, max_length=200
+    )
+    """Model of the embedding service. Stored beside each vector as name@dimensions."""
+    embedding_dimensions: Annotated[int | None, Interval(ge=1, le=16_000), Words(allowed="1 to 16000", default="unset")] = None
+    """Dimensions of the service's vectors: asked for where the service can choose, and every vector is checked. Unset: the model's own
+    size, for OpenAI's models (1536 for text-embedding-3-small); other models need it. HNSW indexes end at 2000."""
+    embedding_max_texts: Annotated[int, Interval(ge=1, le=2048)] = 256
+    """Most texts of one request. TEI refuses more than its --max-client-batch-size, 32 by default."""
+    embedding_max_tokens: Annotated[int, Interval(ge=64, le=10_000_000)] = 250_000
+    """Most tokens of one request, by a safe estimate without a tokenizer. OpenAI's limit is 300000."""
+    embedding_max_text_tokens: Annotated[int, Interval(ge=16, le=1_000_000)] = 8000
+    """Tokens that the model reads of one text, by the same estimate. OpenAI's limit is 8192; smaller models read 512 or less, and some
+    servers cut off the rest without a word."""
+    embedding_long_texts: Annotated[Literal["split", "refuse"], AnyCase] = "split"
+    """A text over EMBEDDING_MAX_TEXT_TOKENS. split: its vector is the mean of its pieces, weighted by length.
+    refuse: its document fails."""
+    embedding_timeout_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 120
+    """Seconds for one whole request to the embedding service."""
+
+    # Hosted parsing
+    parsing_provider: Annotated[Literal["local", "llamaparse"], AnyCase] = "local"
+    """local: in a child process of the worker. llamaparse: by LlamaParse, and what it does not serve in a child process."""
+    llamaparse_base_url: BaseUrl = "https://api.cloud.llamaindex.ai"
+    """Where LlamaParse is; https://api.cloud.eu.llamaindex.ai in Europe."""
+    llamaparse_api_key: Key = None
+    """Key of LlamaParse."""
+    llamaparse_tier: Annotated[Literal["cost_effective", "agentic", "agentic_plus"], AnyCase] = "cost_effective"
+    """What a page may cost. The tier fast is not offered: it gives no markdown."""
+    llamaparse_version: Annotated[str, Words(allowed="latest or a version that LlamaParse names")] = Field(
+        default="latest", min_length=1, max_length=100
+    )
+    """Version of the tier. One that is named keeps results the same when the service changes."""
+    llamaparse_max_file_mb: Annotated[int, Interval(ge=1, le=512)] = 512
+    """Largest file that is sent to LlamaParse, in MB of 1,000,000 bytes. 512 is its own limit."""
+    llamaparse_poll_seconds: Annotated[float, Interval(ge=0.01, le=300)] = 1
+    """Seconds before the first question whether a job is done; grows by half with each further one, up to 15 s."""
+    llamaparse_deadline_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 1500
+    """Seconds that a LlamaParse job may take before it counts as failed. Less than STAGE_TIMEOUT_SECONDS, or that comes first."""
+    llamaparse_timeout_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 300
+    """Seconds for one whole request to LlamaParse: an upload, or the download of all pages."""
+
+    # Extraction by a language model
+    extraction_provider: Annotated[Literal["local", "openai"], AnyCase] = "local"
+    """local: what can be read off a text without a model. openai: also what a language model finds in it, over OpenAI's chat protocol."""
+    extraction_base_url: BaseUrl = "https://api.openai.com/v1"
+    """Where EXTRACTION_PROVIDER=openai finds /chat/completions. Azure as for EMBEDDING_BASE_URL."""
+    extraction_api_key: Key = None
+    """Key of the extraction service. Servers of one's own may need none."""
+    extraction_model: Annotated[str, Words(allowed="a name that the service knows")] = Field(
+        default="gpt-4.1-mini", min_length=1, max_length=200
+    )
+    """Model of the extraction service; one with structured outputs."""
+    extraction_schema: Annotated[
+        str | None, Words(allowed="a JSON Schema file, or package.module:Model for a pydantic model", default="unset")
+    ] = None
+    """What is extracted. Unset: type, title, summary, language, parties, dates, amounts, identifiers and topics."""
+    extraction_max_tokens: Annotated[int, Interval(ge=1000, le=10_000_000)] = 60_000
+    """Most tokens of the document in one request, by the same estimate as for embedding. A longer document is read in parts, and the
+    answers are merged."""
+    extraction_max_parts: Annotated[int, Interval(ge=1, le=1000)] = 20
+    """Most parts of one document. The extraction of a longer one is refused, never of a cut one."""
+    extraction_max_answer_tokens: Annotated[int, Interval(ge=64, le=1_000_000)] = 8000
+    """Most tokens of one answer."""
+    extraction_timeout_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 180
+    """Seconds for one whole request to the extraction service, and its longest silence."""

@@ -1,0 +1,400 @@
+"""Calls to outside services: what all workers share about them, and what is written about each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from jobs.adapters.http import HttpStatusError
+from jobs.breaker import Rules
+from jobs.database import make_pool
+from jobs.services import Prices, Service, Terms
+from jobs.services.state import SharedBreaker
+from models.calls import CallPurpose, CallShare, Reply
+from models.errors import BadAnswer, DocmillError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, UnknownError
+from models.errors import TimeoutError as CallTimeout
+from models.settings import Settings
+from tests.running import REPOSITORY
+
+NAME = "embedding https://service.test/v1 key:0123456789ab"
+QUICK = Rules(failures=5, window_seconds=60, open_seconds=0.3, max_open_seconds=1, probe_seconds=1)
+TERMS = Terms(NAME, "embedding", prices=Prices(input_per_million=2.0), rules=QUICK, total_seconds=5, patience_seconds=0.1)
+PURPOSE = CallPurpose("embed", (CallShare("a", "ann", "b1", "c1"),), "m", tokens=1000)
+Send = Callable[[], Awaitable[Reply[str]]]
+Make = Callable[..., Service]
+
+
+def answers(*told: Exception | Reply[str]) -> Send:
+    """A service that answers as told, the last answer for ever."""
+    left = list(told)
+
+    async def send() -> Reply[str]:
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return send
+
+
+GOOD = Reply("fine", tokens_in=900, request_id="r1")
+ok = answers(GOOD)
+down = answers(HttpStatusError(503, {}))
+
+
+@pytest.fixture
+async def make(settings: Settings, database: str) -> AsyncIterator[Make]:
+    """Makes a service as one more worker sees it, over connections of its own."""
+    async with AsyncExitStack() as stack:
+
+        async def close(service: Service, pool: Any) -> None:
+            await service.aclose()
+            await pool.close()
+
+        def made(terms: Terms = TERMS, *, connections: int = 4, **changes: Any) -> Service:
+            pool = make_pool(settings, database, max_size=connections)
+            pools.append(pool)
+            service = Service(pool, replace(terms, **changes), worker=f"test:{len(pools)}")
+            stack.push_async_callback(close, service, pool)
+            return service
+
+        pools: list[Any] = []
+        yield made
+
+
+async def opened(service: Service) -> Service:
+    await service._pool.open()
+    return service
+
+
+def rows(conn: psycopg.Connection, statement: str, *args: object) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in conn.execute(statement, args).fetchall()]
+
+
+async def fails(service: Service, send: Send = down, purpose: CallPurpose = PURPOSE) -> DocmillError:
+    with pytest.raises(DocmillError) as caught:
+        await service.call(send, purpose)
+    return caught.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited 30 s in vain")
+
+
+async def test_a_good_call_is_entered_with_what_it_was_for_and_what_it_cost(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(tokens_per_minute=100_000))
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+    assert rows(
+        conn,
+        """SELECT service, kind, model, stage, doc_id, batch_id, user_id, correlation_id, worker, outcome, http_status, request_id,
+            estimated_tokens, tokens_in, estimated_cost, cost, latency_ms < 5000 FROM provider_usage""",
+    ) == [
+        (
+            NAME, "embedding", "m", "embed", "a", "b1", "ann", "c1", "test:1", "ok", 200, "r1", 1000, 900,
+            Decimal("0.002"), Decimal("0.0018"), True,
+        )
+    ]  # fmt: skip
+    assert rows(conn, "SELECT tokens_last_minute, requests_last_minute FROM provider_budget_use") == [(900, 1)]
+
+
+async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    shares = (CallShare("a", "ann", "b1", share=0.25), CallShare("b", "bob", None, share=0.75))
+    await service.call(ok, CallPurpose("embed", shares, "m", tokens=1000))
+    await service.call(ok, PURPOSE)
+    cost = "SELECT doc_id, batch_id, user_id, calls, calls_ok, cost FROM cost_by_document ORDER BY doc_id"
+    assert rows(conn, cost) == [("a", "b1", "ann", 2, 2, Decimal("0.00225")), ("b", None, "bob", 1, 1, Decimal("0.00135"))]
+    assert rows(conn, "SELECT cost_of_document('a'), cost_of_document('b'), cost_of_document('x'), cost_of_batch('b1')") == [
+        (Decimal("0.00225"), Decimal("0.00135"), 0, Decimal("0.00225"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "word", "status", "paid"),
+    [
+        (HttpStatusError(500, {}), RetryableError, "failed", 500, False),
+        (HttpStatusError(302, {}), RetryableError, "failed", 302, False),
+        (HttpStatusError(504, {}), CallTimeout, "timeout", 504, True),
+        (HttpStatusError(400, {}, "bad", "no"), PermanentError, "rejected", 400, False),
+        (HttpStatusError(401, {}), ServiceUnavailable, "refused", 401, False),
+        (HttpStatusError(429, {}, "insufficient_quota"), ServiceUnavailable, "refused", 429, False),
+        (HttpStatusError(429, {"retry-after": "7"}), RateLimitError, "rate_limited", 429, False),
+        (ConnectionResetError("reset"), RetryableError, "failed", None, False),
+        (TimeoutError(), CallTimeout, "timeout", None, True),
+        (BadAnswer("no JSON", tokens_in=500), BadAnswer, "bad_answer", None, True),
+        (KeyError("data"), UnknownError, "rejected", None, False),
+    ],
+    ids=lambda value: f"{type(value).__name__}" if isinstance(value, Exception) else None,
+)
+async def test_each_failure_is_entered_and_raised_as_what_it_is(
+    make: Make, conn: psycopg.Connection, error: Exception, raised: type[Exception], word: str, status: int | None, paid: bool
+) -> None:
+    service = await opened(make())
+    assert type(await fails(service, answers(error))) is raised
+    assert rows(conn, "SELECT outcome, http_status, cost > 0, error_message <> '' FROM provider_usage") == [(word, status, paid, True)]
+
+
+async def test_five_failures_over_two_workers_open_it_for_both_and_success_closes_it(make: Make, conn: psycopg.Connection) -> None:
+    one, two = await opened(make()), await opened(make())
+    kinds = [type(await fails(one if number % 2 else two)) for number in range(5)]
+    assert kinds == [RetryableError] * 4 + [ServiceUnavailable]
+    entered = rows(conn, "SELECT count(*) FROM provider_usage")
+    for service in (one, two):
+        error = await fails(service, ok)
+        assert isinstance(error, ServiceUnavailable) and error.retry_after is not None and error.retry_after > 0
+    assert rows(conn, "SELECT count(*) FROM provider_usage") == entered
+    await asyncio.sleep(0.5)
+    assert (await one.call(ok, PURPOSE)).value == "fine"
+    assert rows(conn, "SELECT state, opened_count, waiting FROM circuit_breakers") == [("closed", 1, 0)]
+    assert rows(conn, "SELECT count(*) FROM alerts") == [(0,)]
+
+
+async def test_failures_outside_the_window_and_before_the_closing_do_not_count(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    for _ in range(4):
+        await fails(service)
+    conn.execute("UPDATE provider_usage SET finished_at = finished_at - interval '61 s', started_at = started_at - interval '61 s'")
+    assert type(await fails(service)) is RetryableError
+    for _ in range(3):
+        await fails(service)
+    conn.execute("SELECT reset_breaker(%s)", [NAME])
+    assert type(await fails(service)) is RetryableError
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+
+
+async def test_a_refused_key_opens_it_at_once_with_one_alert_and_a_reset_closes_it(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(rules=Rules()))
+    refused = answers(HttpStatusError(401, {}, "invalid_api_key", "never shown"))
+    errors = await asyncio.gather(*(fails(service, refused) for _ in range(4)))
+    assert all(isinstance(error, ServiceUnavailable) for error in errors)
+    assert rows(conn, "SELECT state, refused, reason FROM circuit_breakers") == [
+        ("open", True, "embedding https://service.test/v1 refuses the key, or its quota is used up: HTTP 401 (invalid_api_key).")
+    ]
+    assert rows(conn, "SELECT kind, detail FROM alerts") == [("service_refused", {"service": NAME})]
+    assert rows(conn, "SELECT reset_breaker(%s), reset_breaker('unknown')", NAME) == [(True, False)]
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+
+
+async def test_of_fifty_that_ask_at_once_one_probes(make: Make, conn: psycopg.Connection) -> None:
+    services = [await opened(make(rules=replace(QUICK, probe_seconds=600), connections=5)) for _ in range(5)]
+    await fails(services[0], answers(HttpStatusError(401, {})))
+    await asyncio.sleep(0.35)
+    breakers = [SharedBreaker(service._pool, service.terms) for service in services]
+    told = await asyncio.gather(*(breakers[number % 5].ask(uuid4()) for number in range(50)))
+    assert sum(answer.probes for answer in told) == 1
+    assert rows(conn, "SELECT state, waiting FROM circuit_breakers") == [("half_open", 49)]
+    assert len({answer.wait_seconds for answer in told if not answer.probes}) == 49
+
+
+async def test_a_probe_whose_worker_was_killed_gives_way_to_another(make: Make, conn: psycopg.Connection, database: str) -> None:
+    service = await opened(make())
+    await fails(service, answers(HttpStatusError(401, {})))
+    await asyncio.sleep(0.35)
+    assert run_caller(database, "kill@probing") == -signal.SIGKILL
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("half_open",)]
+    assert isinstance(await fails(service, ok), ServiceUnavailable)
+    await asyncio.sleep(1.1)
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+
+
+@pytest.mark.parametrize("point", ["call_entered", "call_answered"])
+async def test_a_call_whose_worker_was_killed_stays_unknown_and_counts_with_its_estimate(
+    conn: psycopg.Connection, database: str, point: str
+) -> None:
+    assert run_caller(database, f"kill@{point}") == -signal.SIGKILL
+    assert rows(conn, "SELECT outcome, finished_at, cost, estimated_cost FROM provider_usage") == [
+        ("unknown", None, None, Decimal("0.002"))
+    ]
+    conn.execute("UPDATE provider_usage SET give_up_at = now() - interval '1 s'")
+    assert rows(conn, "SELECT doc_id, calls, calls_unknown, cost FROM cost_by_document") == [("a", 1, 1, Decimal("0.002"))]
+
+
+def run_caller(database: str, fault: str) -> int:
+    """Make one good call in a process of its own, with a fault."""
+    command = [sys.executable, "-c", "from tests.integration.test_services import call_once; call_once()"]
+    return subprocess.run(
+        command, env={**os.environ, "DATABASE_URL": database, "DOCMILL_FAULTS": fault}, cwd=REPOSITORY,
+        timeout=60, check=False,
+    ).returncode  # fmt: skip
+
+
+def call_once() -> None:
+    async def whole() -> None:
+        settings = Settings()
+        async with make_pool(settings, os.environ["DATABASE_URL"]) as pool:
+            await Service(pool, TERMS, worker="other:1").call(ok, PURPOSE)
+
+    asyncio.run(whole())
+
+
+async def test_a_cancelled_call_stays_unknown_and_a_cancelled_probe_lets_another_go_at_once(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(rules=replace(QUICK, probe_seconds=1000)))
+    await fails(service, answers(HttpStatusError(401, {})))
+    await asyncio.sleep(0.35)
+    started = asyncio.Event()
+
+    async def hang() -> Reply[str]:
+        started.set()
+        await asyncio.sleep(60)
+        return GOOD
+
+    calling = asyncio.create_task(service.call(hang, PURPOSE))
+    await started.wait()
+    calling.cancel()
+    with suppress(asyncio.CancelledError):
+        await calling
+    await until(lambda: rows(conn, "SELECT state FROM circuit_breakers") == [("open",)])
+    assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at DESC LIMIT 1") == [("unknown",)]
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+
+
+async def test_a_429_is_waited_for_in_place_if_short_and_else_in_the_queue(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(patience_seconds=1, requests_per_minute=1000))
+    assert (await service.call(answers(HttpStatusError(429, {"retry-after-ms": "50"}), GOOD), PURPOSE)).value == "fine"
+    assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [("rate_limited",), ("ok",)]
+    assert rows(conn, "SELECT share < 0.71 FROM provider_budget_use") == [(True,)]
+    error = await fails(service, answers(HttpStatusError(429, {"retry-after": "20"})))
+    assert isinstance(error, RateLimitError) and error.retry_after == 20
+    waiting = await fails(service, ok)
+    assert isinstance(waiting, RateLimitError) and waiting.retry_after is not None and 18 < waiting.retry_after <= 20
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+
+
+async def test_headers_of_a_good_answer_that_say_stop_stop_all_workers(make: Make, conn: psycopg.Connection) -> None:
+    one, two = await opened(make()), await opened(make())
+    headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m0s"}
+    await one.call(answers(replace(GOOD, headers=headers)), PURPOSE)
+    error = await fails(two, ok)
+    assert isinstance(error, RateLimitError) and error.retry_after is not None and 55 < error.retry_after <= 60
+
+
+async def test_a_503_that_says_when_to_come_back_is_believed_by_all(make: Make, conn: psycopg.Connection) -> None:
+    one, two = await opened(make(rules=Rules())), await opened(make(rules=Rules()))
+    assert type(await fails(one, answers(HttpStatusError(503, {"retry-after": "40"})))) is RetryableError
+    error = await fails(two, ok)
+    assert isinstance(error, RateLimitError) and error.retry_after is not None and 35 < error.retry_after <= 40
+
+
+async def test_what_a_service_says_wrongly_keeps_no_call_from_being_entered(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(tokens_per_minute=100_000))
+    odd: Any = "many"
+    for reply in (replace(GOOD, tokens_in=-5), replace(GOOD, tokens_in=10**30, pages=2**40), replace(GOOD, tokens_out=odd)):
+        await service.call(answers(reply), PURPOSE)
+    await fails(service, answers(HttpStatusError(400, {}, "c", "lone \ud800 and \x00")))
+    assert rows(conn, "SELECT outcome, tokens_in, tokens_out, pages FROM provider_usage ORDER BY started_at") == [
+        ("ok", None, None, None), ("ok", None, None, None), ("ok", 900, None, None), ("rejected", None, None, None)
+    ]  # fmt: skip
+
+
+async def test_a_request_larger_than_a_minutes_budget_is_refused_for_good(make: Make) -> None:
+    service = await opened(make(tokens_per_minute=999))
+    error = await fails(service, ok)
+    assert isinstance(error, PermanentError) and "EMBEDDING_TOKENS_PER_MINUTE is 999" in str(error)
+
+
+async def test_calls_that_cost_nothing_are_entered_only_where_they_fail(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    free = replace(PURPOSE, tokens=0, recorded=False)
+    await service.call(ok, free)
+    assert rows(conn, "SELECT count(*) FROM provider_usage") == [(0,)]
+    await fails(service, down, free)
+    assert rows(conn, "SELECT outcome FROM provider_usage") == [("failed",)]
+
+
+async def test_no_call_is_made_before_its_intent_is_written_and_a_paid_answer_survives_an_outage(
+    make: Make, conn: psycopg.Connection, database: str
+) -> None:
+    service = await opened(make())
+    name = conn.info.dbname
+    sent = 0
+
+    async def send() -> Reply[str]:
+        nonlocal sent
+        sent += 1
+        if sent == 1:
+            away(True)
+        return GOOD
+
+    with psycopg.connect(database.replace(name, "postgres"), autocommit=True) as admin:
+
+        def away(gone: bool) -> None:
+            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {not gone}")
+            if gone:
+                admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+
+        first = asyncio.create_task(service.call(send, PURPOSE))
+        await until(lambda: sent > 0)
+        second = asyncio.create_task(service.call(send, PURPOSE))
+        await asyncio.sleep(0.5)
+        assert sent == 1 and not second.done()
+        away(False)
+        assert [(await task).value for task in (first, second)] == ["fine", "fine"]
+    with psycopg.connect(database, autocommit=True) as again:
+        await until(lambda: rows(again, "SELECT outcome FROM provider_usage") == [("ok",), ("ok",)])
+
+
+async def test_a_document_that_failed_the_probe_goes_behind_those_who_wait(make: Make) -> None:
+    service = await opened(make(rules=replace(QUICK, open_seconds=20)))
+    culprit = await fails(service, answers(HttpStatusError(401, {})))
+    others = [await fails(service, ok) for _ in range(20)]
+    assert isinstance(culprit, ServiceUnavailable)
+    waits = [error.retry_after or 0 for error in others if isinstance(error, ServiceUnavailable)]
+    assert len(waits) == 20 and max(waits) < (culprit.retry_after or 0)
+
+
+async def test_after_the_probe_calls_are_let_in_at_a_growing_rate(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(patience_seconds=1.5))
+    await fails(service, answers(HttpStatusError(401, {})))
+    await asyncio.sleep(0.35)
+    await service.call(ok, PURPOSE)
+    results = await asyncio.gather(*(service.call(ok, PURPOSE) for _ in range(30)), return_exceptions=True)
+    let_in = sum(isinstance(result, Reply) for result in results)
+    assert 1 <= let_in <= 3
+    waits = [result.retry_after for result in results if isinstance(result, ServiceUnavailable)]
+    assert len(waits) == 30 - let_in and all(wait is not None and wait < 6 for wait in waits)
+
+
+async def test_success_writes_nothing_to_the_breaker(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    await service.call(ok, PURPOSE)
+    before = rows(conn, "SELECT xmin::text, ctid::text FROM circuit_breakers")
+    for _ in range(5):
+        await service.call(ok, PURPOSE)
+    assert rows(conn, "SELECT xmin::text, ctid::text FROM circuit_breakers") == before
+
+
+def docmill(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "breaker", *arguments], capture_output=True, text=True, timeout=90, check=False
+    )
+
+
+@pytest.mark.usefixtures("settings")
+def test_the_command_lists_and_resets(conn: psycopg.Connection) -> None:
+    conn.execute("SELECT take_budget(%s, 100, 0, 5, 5)", [NAME])
+    conn.execute("UPDATE circuit_breakers SET state = 'open', reason = 'HTTP 401', refused = TRUE, try_at = now() + interval '1 h'")
+    (row,) = json.loads(docmill("list", "--json").stdout)
+    assert (row["service"], row["state"], row["reason"], row["requests_last_minute"]) == (NAME, "open", "HTTP 401", 1)
+    shown = docmill("list").stdout
+    assert f"{NAME}\n" in shown and "HTTP 401" in shown and "1 of 100 requests" in shown
+    done = docmill("reset", NAME, "nobody")
+    assert (done.returncode, done.stdout) == (1, f"Closed: {NAME}\n") and 'no service "nobody"' in done.stderr
+    assert rows(conn, "SELECT state, try_at FROM circuit_breakers") == [("closed", None)]

@@ -1,0 +1,19 @@
+"""A certificate authority of the tests' own."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+
+class Authority:
+    """Issues a certificate for 127.0.0.1 and localhost; `file` is what clients trust (SSL_CERT_FILE)."""
+
+    def __init__(self, folder: Path) -> None:
+        import trustme
+
+        authority = trustme.CA()
+        self.file = folder / "ca.pem"
+        authority.cert_pem.write_to_path(str(self.file))
+        self.server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1", "localhost").configure_cert(self.server_context)
