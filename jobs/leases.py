@@ -65,7 +65,8 @@ class LeaseKeeper:
 
     def __init__(self, settings: Settings, conninfo: str, on_tick: Callable[[psycopg.Connection], None] | None = None) -> None:
         """`on_tick` runs in the thread every few seconds, over its connection."""
-        self._seconds = settings.lease_seconds
+        self.seconds = settings.lease_seconds
+        """How long a claim holds without renewal."""
         self._tick_seconds = min(settings.lease_seconds / 4, 5.0)
         self._conninfo = make_conninfo(conninfo, **connect_options(settings))
         self._on_tick = on_tick
@@ -89,7 +90,7 @@ class LeaseKeeper:
 
     def hold(self, doc_id: str, claim: int, *, claimed_at: float, on_lost: Callable[[bool], None]) -> Lease:
         """Begin to renew a claim that was made no earlier than `claimed_at`."""
-        lease = Lease(doc_id, claim, claimed_at + self._seconds, math.inf, on_lost)
+        lease = Lease(doc_id, claim, claimed_at + self.seconds, math.inf, on_lost)
         with self._lock:
             self._leases[doc_id, claim] = lease
         self.start()
@@ -115,7 +116,7 @@ class LeaseKeeper:
             with self._lock:
                 leases = list(self._leases.values())
             now = clock.seconds()
-            due = [e for e in leases if now < e.deadline and e.good_until - now < 0.8 * self._seconds]
+            due = [e for e in leases if now < e.deadline and e.good_until - now < 0.8 * self.seconds]
             self._try("Leases were not renewed", partial(self._renew, leases=due))
             if self._on_tick is not None:
                 self._try("The registry was not told of this worker", self._on_tick)
@@ -129,7 +130,7 @@ class LeaseKeeper:
         """Run an action over the thread's connection. Whatever goes wrong, the thread goes on: all documents in hand hang on it."""
         try:
             conn = self._connection()
-            with cut_off(conn, after=self._seconds / 2):
+            with cut_off(conn, after=self.seconds / 2):
                 action(conn)
         except Exception as error:
             logger.warning("{}: {}", complaint, describe(error))
@@ -152,7 +153,7 @@ class LeaseKeeper:
         rows = conn.execute(
             query("renew_leases"),
             {
-                "lease_seconds": self._seconds,
+                "lease_seconds": self.seconds,
                 "doc_ids": [lease.doc_id for lease in leases],
                 "claims": [lease.claim for lease in leases],
             },
@@ -163,7 +164,7 @@ class LeaseKeeper:
             if gone:
                 self._lose(lease, superseded=True)
             elif renewed:
-                lease.good_until = asked_at + self._seconds
+                lease.good_until = asked_at + self.seconds
 
     def _lose(self, lease: Lease, *, superseded: bool) -> None:
         with self._lock:

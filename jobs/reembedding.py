@@ -22,7 +22,7 @@ from jobs.pipeline.company import Company
 from jobs.redaction import describe
 from jobs.serving import embedder_of
 from jobs.stages import Embedder
-from jobs.tasks import company
+from jobs.tasks import company, services
 from models.errors import ConfigurationError
 from models.settings import Settings
 from models.stages import EMBED_QUEUE
@@ -180,7 +180,15 @@ class Slice:
 @app.task(name="reembed", queue=EMBED_QUEUE, queueing_lock="reembed", priority=-10, pass_context=True)
 async def reembed(context: JobContext) -> None:
     """Work on re-embedding for a slice and queue the next one. A lost job is made up for by the reconciler of any worker."""
-    delay = await Slice(app.settings, app.pool, worker=app.worker_name, stopping=app.stopping, company=company).run()
+    part = Slice(
+        app.settings,
+        app.pool,
+        worker=app.worker_name,
+        stopping=app.stopping,
+        find_embedder=lambda settings, model: embedder_of(settings, model, services.caller("embedding")),
+        company=company,
+    )
+    delay = await part.run()
     if delay is not None:
         async with app.pool.connection() as conn:
             await one(conn, "queue_reembedding", {"delay": delay, "job_id": context.job.id})

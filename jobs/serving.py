@@ -8,26 +8,28 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.adapters.embedders import make_embedder, make_embedder_of
+from jobs.adapters.exchange import DIRECT
 from jobs.pipeline.claims import Connection, one
 from jobs.stages import Embedder
+from models.calls import Caller
 from models.errors import ConfigurationError
 from models.settings import Settings
 
 
 @cache
-def own_embedder(settings: Settings) -> Embedder:
-    """Return the embedder that EMBEDDING_PROVIDER names, one a process."""
-    return make_embedder(settings)
+def own_embedder(settings: Settings, caller: Caller = DIRECT) -> Embedder:
+    """Return the embedder that EMBEDDING_PROVIDER names, one a process and caller."""
+    return make_embedder(settings, caller)
 
 
 @cache
-def embedder_of(settings: Settings, model: str) -> Embedder:
-    """Return the embedder of a model, one a process; a ConfigurationError where it cannot be made here."""
+def embedder_of(settings: Settings, model: str, caller: Caller = DIRECT) -> Embedder:
+    """Return the embedder of a model, one a process and caller; a ConfigurationError where it cannot be made here."""
     try:
-        own = own_embedder(settings)
+        own = own_embedder(settings, caller)
     except ConfigurationError:
-        return make_embedder_of(settings, model)
-    return own if own.model == model else make_embedder_of(settings, model)
+        return make_embedder_of(settings, model, caller)
+    return own if own.model == model else make_embedder_of(settings, model, caller)
 
 
 async def serving_model(conn: Connection) -> str | None:
@@ -39,20 +41,21 @@ async def serving_model(conn: Connection) -> str | None:
 class ServingEmbedder:
     """Chooses the embedder of each document: the serving model's where it can be made here, else EMBEDDING_PROVIDER's."""
 
-    def __init__(self, settings: Settings, pool: AsyncConnectionPool[Connection]) -> None:
+    def __init__(self, settings: Settings, pool: AsyncConnectionPool[Connection], caller: Caller = DIRECT) -> None:
         self._settings = settings
         self._pool = pool
+        self._caller = caller
         self._told: set[str] = set()
 
     async def choose(self) -> Embedder:
         """Return the embedder that a document is to be embedded with now."""
         async with self._pool.connection() as conn:
             model = await serving_model(conn)
-        own = own_embedder(self._settings)
+        own = own_embedder(self._settings, self._caller)
         if model is None or model == own.model:
             return own
         try:
-            made = embedder_of(self._settings, model)
+            made = embedder_of(self._settings, model, self._caller)
         except ConfigurationError as error:
             # Other workers will add the serving model's vectors; until then only searches by word find these passages.
             self._tell(model, f"Documents are embedded with {own.model} although {model} serves searches: {error}")

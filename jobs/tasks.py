@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from procrastinate import JobContext
 
+from jobs.adapters.embedders import HostedEmbedder
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
@@ -12,6 +13,7 @@ from jobs.pipeline.company import Company
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Job
 from jobs.retry import StageRetry
+from jobs.services import OwnServices
 from jobs.serving import ServingEmbedder, own_embedder
 from jobs.stages import Tools
 from models.errors import PermanentError
@@ -22,6 +24,9 @@ _settings = app.settings
 _runners: list[Runner] = []
 company = Company()
 """Who works in this process: a document that is suspected of crashing it is alone in it, without re-embedding too."""
+
+services = OwnServices(_settings, pool=lambda: app.pool, worker=app.worker_name, stopping=app.stopping, at_close=app.at_close)
+"""The outside services that this worker calls."""
 
 retry = StageRetry(
     max_attempts=_settings.max_retry_attempts, base=_settings.retry_base_delay_seconds, max_delay=_settings.retry_max_delay_seconds
@@ -43,12 +48,12 @@ def _runner() -> Runner:
             settings=_settings,
             storage=LocalStorage.from_settings(_settings),
             sandbox=sandbox,
-            embedder=own_embedder(_settings),
+            embedder=own_embedder(_settings, services.caller("embedding")),
             known_vectors=reading.known_vectors,
             find_original=reading.find_original,
             original_text=reading.original_text,
             original_extraction=reading.original_extraction,
-            choose_embedder=ServingEmbedder(_settings, app.pool).choose,
+            choose_embedder=ServingEmbedder(_settings, app.pool, services.caller("embedding")).choose,
         )
         _runners.append(
             Runner(
@@ -67,6 +72,8 @@ def _runner() -> Runner:
         async def close() -> None:
             _runners.clear()
             await sandbox.aclose()
+            if isinstance(tools.embedder, HostedEmbedder):
+                await tools.embedder.aclose()
 
         app.at_close.append(close)
     return _runners[0]

@@ -216,9 +216,18 @@ class DocmillApp(App):
         self._running = DocmillWorker(app=self, **{**self.worker_defaults, **kwargs})
         return self._running
 
+    def _check_providers(self) -> None:
+        from jobs.adapters.providers import check_providers  # noqa: PLC0415 - loads numpy, which only a worker needs
+
+        check_providers(self.settings)
+
     async def run_worker_async(self, **kwargs: Any) -> None:
-        """Run a worker until it is asked to stop, then close what its tasks opened."""
+        """Run a worker until it is asked to stop, then close what its tasks opened.
+
+        ConfigurationError: the settings of a provider are not enough to work with.
+        """
         conninfo = await asyncio.to_thread(conninfo_of, self.settings)
+        self._check_providers()
         import_tasks: Callable[[], None] = self.perform_import_paths
         import_tasks()
         worker = self._worker(**kwargs)

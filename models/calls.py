@@ -60,3 +60,7 @@ class Caller(Protocol):
         Raises RateLimitError, ServiceUnavailable, TimeoutError, RetryableError or PermanentError.
         """
         ...
+
+    def __hash__(self) -> int:
+        """Callers are told apart by identity, so that adapters can be kept one a caller."""
+        ...

@@ -24,6 +24,7 @@ class Provider(StrEnum):
     LOCAL = "local"
     FAST = "fast"
     HASH = "hash"
+    OPENAI = "openai"
 
 
 class Switch(StrEnum):

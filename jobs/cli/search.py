@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 from rich.padding import Padding
 from rich.text import Text
 
+from jobs.adapters.embedders import HostedEmbedder
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import out, print_json, printable, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
@@ -85,11 +88,19 @@ async def _search(settings: Settings, mode: str, params: dict[str, Any]) -> list
         return await rows(settings, _QUERIES[mode], **params)
     while True:
         model = await _serving(settings)
-        vectors = await _embedder(settings, model).embed([params["text"]], kind="query")
+        vectors = await _embed(_embedder(settings, model), params["text"])
         found = await rows(settings, _QUERIES[mode], **params, vector=vectors[0], embedding_model=model)
         if await _serving(settings) == model:
             return found
         # Searches went over to another model meanwhile, which alone is sure to know every passage.
+
+
+async def _embed(embedder: Embedder, text: str) -> NDArray[np.float32]:
+    try:
+        return await embedder.embed([text], kind="query")
+    finally:
+        if isinstance(embedder, HostedEmbedder):
+            await embedder.aclose()
 
 
 async def _serving(settings: Settings) -> str:

@@ -28,7 +28,7 @@ _CHUNK_TYPES = [
     "int4", "int4", "int4", "int4", "text", "jsonb", "vector", "text",
 ]  # fmt: skip
 _CHUNK_BUFFER_TYPES = ["text", "int4", "int4", "uuid", "text", "text", "text[]", "int4", "int4", "int4", "int4", "jsonb"]
-_VECTOR_BUFFER_TYPES = ["text", "int4", "int4", "text", "vector"]
+VECTOR_BUFFER_TYPES = ["text", "int4", "int4", "text", "vector"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,7 @@ async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:
 def _mark_saved(work: Work, outcome: Outcome) -> None:
     work.saved = work.document
     work.retry_count = outcome.retry_count
+    work.paid = False
     work.events.clear()
 
 
@@ -216,7 +217,7 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
     if complete:
         if work.served_version is not None:
             await _drop_served(conn, params)
-        await _copy(conn, "copy_chunks", _CHUNK_TYPES, _chunk_rows(document))
+        await copy_rows(conn, "copy_chunks", _CHUNK_TYPES, _chunk_rows(document))
         # From the copy on no other model can come to serve until this transaction has ended.
         serving = await one(conn, "serving_model", {})
         if serving is not None and serving["embedding_model"] != document.embedding_model and not work.takes_any_model:
@@ -225,10 +226,14 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
             await conn.execute(query("clear_buffers"), params)
         return
     if document.chunks is not None and document.chunks is not saved.chunks:
-        await _copy(conn, "copy_chunk_buffer", _CHUNK_BUFFER_TYPES, _chunk_buffer_rows(document))
+        await copy_rows(conn, "copy_chunk_buffer", _CHUNK_BUFFER_TYPES, _chunk_buffer_rows(document))
         work.buffered = True
     if document.vectors is not None and document.vectors is not saved.vectors:
-        await _copy(conn, "copy_vector_buffer", _VECTOR_BUFFER_TYPES, _vector_buffer_rows(document))
+        kept = work.kept_vectors if work.kept_model == document.embedding_model else set()
+        if work.buffered:
+            await conn.execute(query("drop_other_vectors"), {**params, "embedding_model": document.embedding_model, "indexes": list(kept)})
+        rows = (row for row in _vector_buffer_rows(document) if row[2] not in kept)
+        await copy_rows(conn, "copy_vector_buffer", VECTOR_BUFFER_TYPES, rows)
         work.buffered = True
     if document.raw_extraction is not None and document.raw_extraction is not saved.raw_extraction:
         await conn.execute(query("store_extraction"), {**params, "raw_extraction": Jsonb(document.raw_extraction)})
@@ -240,7 +245,8 @@ async def _drop_served(conn: Connection, params: dict[str, Any]) -> None:
     await conn.execute(query("drop_other_markdown"), params)
 
 
-async def _copy(conn: Connection, name: str, types: list[str], rows: Iterable[tuple[Any, ...]]) -> None:
+async def copy_rows(conn: Connection, name: str, types: list[str], rows: Iterable[tuple[Any, ...]]) -> None:
+    """Send rows to a named COPY, binary."""
     async with conn.cursor() as cursor, cursor.copy(query(name)) as copy:
         copy.set_types(types)
         for row in rows:

@@ -16,6 +16,7 @@ from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, Outcome, checkpoint_durably
 from jobs.pipeline.claims import Connection
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
+from jobs.pipeline.keeping import unbroken
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
@@ -68,21 +69,10 @@ class Endings:
         if lease is not None:
             lease.on_lost = _nobody_minds
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
-        writing = asyncio.ensure_future(
+        # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
+        _, cancelled = await unbroken(
             checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
         )
-        cancelled = False
-        while not writing.done():
-            try:
-                # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                if writing.cancelled():
-                    raise
-                cancelled = True
-            except Exception:
-                break
-        writing.result()
         if outcome.state is not State.WORKING:
             work.ended = True
             self._finished_jobs.add(work.job_id)

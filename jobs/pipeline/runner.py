@@ -20,6 +20,7 @@ from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_do
 from jobs.pipeline.company import Company
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.endings import Endings
+from jobs.pipeline.keeping import Keeping
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
@@ -206,7 +207,7 @@ class Runner:
             try:
                 async with asyncio.timeout(limit) as deadline:
                     await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
-                    document = await self._stages[stage.name](work.document, self._tools)
+                    document = await self._stages[stage.name](work.document, self._tools_for(work, lease))
                     await faults.at(f"stage_done:{stage.name}", work.document.doc_id)
             except TimeoutError as error:
                 if not deadline.expired():
@@ -227,6 +228,17 @@ class Runner:
         )
         return elapsed
 
+    def _tools_for(self, work: Work, lease: Lease) -> Tools:
+        keeping = Keeping(
+            self._pool,
+            work,
+            lease,
+            lease_seconds=self._leases.seconds,
+            checkpoint=self._endings.keep,
+            stopping=self._stopping,
+        )
+        return replace(self._tools, paid=keeping)
+
     async def _after(self, job: Job, stage: Stage, work: Work, lease: Lease, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
         following = due_stage(work.document.milestone)
@@ -237,7 +249,9 @@ class Runner:
         if self._settings.handoff == "queue" or waits or self._stopping() or not self._listens(job.queues, following):
             await self._endings.leave(work, lease, following)
             return None
-        if work.suspect or elapsed >= self._settings.checkpoint_seconds or work.carried_bytes() > self._settings.carry_limit_mb * 1_000_000:
+        settings = self._settings
+        much = work.carried_bytes() > settings.carry_limit_mb * 1_000_000
+        if work.suspect or work.paid or much or elapsed >= settings.checkpoint_seconds:
             await self._endings.keep(work)
         return following
 

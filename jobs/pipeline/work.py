@@ -47,6 +47,11 @@ class Work:
     """A checkpoint has ended the work on it here."""
     takes_any_model: bool = False
     """It has been embedded again for a model that had come to serve; whatever serves now, re-embedding does the rest."""
+    kept_model: str | None = None
+    kept_vectors: set[int] = field(default_factory=set)
+    """Passages whose vectors of that model are durable although their stage is not through."""
+    paid: bool = False
+    """An outside service has been called for what is not durable yet."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
 

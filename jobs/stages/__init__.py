@@ -6,7 +6,7 @@ so that a stage can be tried without a database.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, ParamSpec, Protocol, TypeVar
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.adapters.storage import Fingerprint
+from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
 from models.settings import Settings
 
@@ -54,6 +55,27 @@ class Storage(Protocol):
         ...
 
 
+class Paid(Protocol):
+    """The way to outside services for one document in hand, and to what they have been paid for already."""
+
+    @property
+    def shares(self) -> tuple[CallShare, ...]:
+        """Whom the ledger names for a call."""
+        ...
+
+    def through(self, caller: Caller) -> Caller:
+        """Return a way to a service on which nothing is paid for unless the document is ours and earlier stages are durable."""
+        ...
+
+    async def kept_vectors(self, model: str) -> dict[int, NDArray[np.float32]]:
+        """Return what is durable of this version's vectors: number of the passage -> vector."""
+        ...
+
+    async def keep_vectors(self, model: str, vectors: Mapping[int, NDArray[np.float32]]) -> None:
+        """Make vectors of passages durable while the stage goes on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What a stage may use beside the document in hand."""
@@ -72,3 +94,5 @@ class Tools:
     """What was extracted from such a document, if its text is the same."""
     choose_embedder: Callable[[], Awaitable[Embedder]] | None = None
     """The embedder of the model that serves searches now; None for `embedder` always."""
+    paid: Paid | None = None
+    """Of the document in hand; None where nothing is kept while a stage goes on."""

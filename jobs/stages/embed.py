@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.stages import Tools
+from jobs.adapters.embedders import HostedEmbedder, bisect
+from jobs.adapters.usage import in_thread
+from jobs.stages import Embedder, Tools
 from models.chunks import Chunk
 from models.documents import Document
-from models.errors import PermanentError
+from models.errors import PermanentError, RequestRefused
+
+Vectors = NDArray[np.float32]
 
 
-def missing_texts(chunks: tuple[Chunk, ...], known: dict[str, NDArray[np.float32]]) -> dict[str, str]:
+def missing_texts(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors]) -> dict[str, str]:
     """Return what must be embedded: content_sha256 -> text, each text once, in order of first appearance."""
     return {chunk.content_sha256: chunk.content for chunk in chunks if chunk.content_sha256 not in known}
 
 
-def refuse_vectors(name: str, vectors: NDArray[np.float32], count: int, dimensions: int) -> None:
+def refuse_vectors(name: str, vectors: Vectors, count: int, dimensions: int) -> None:
     """Raise a PermanentError unless there is one finite vector of the right size a text."""
     if vectors.shape != (count, dimensions):
         raise PermanentError(f"{name}: the embedder returned shape {vectors.shape} for {count} texts of {dimensions} dimensions.")
@@ -27,16 +33,97 @@ def refuse_vectors(name: str, vectors: NDArray[np.float32], count: int, dimensio
 
 
 async def run(document: Document, tools: Tools) -> Document:
-    """Return the document with one vector a chunk, in order, and the model's name."""
+    """Return the document with one vector a chunk, in order, and the model's name. What a service is paid for is kept on the way.
+
+    PermanentError: the service refuses a passage, which the message names. Otherwise what the embedder raises.
+    """
     embedder = tools.embedder if tools.choose_embedder is None else await tools.choose_embedder()
     chunks = document.chunks or ()
     document = replace(document, embedding_model=embedder.model)
     vectors = dict(await tools.known_vectors(document))
+    if isinstance(embedder, HostedEmbedder) and tools.paid is not None:
+        kept = await tools.paid.kept_vectors(embedder.model)
+        vectors.update((chunks[index].content_sha256, vector) for index, vector in kept.items())
     missing = missing_texts(chunks, vectors)
-    if missing:
-        made = await embedder.embed(list(missing.values()))
-        refuse_vectors(document.file_name, made, len(missing), embedder.dimensions)
-        vectors.update(zip(missing, made, strict=True))
+    async for made in _embed(document, embedder, missing, tools):
+        vectors.update(made)
     rows = [vectors[chunk.content_sha256] for chunk in chunks]
     stacked = np.stack(rows) if rows else np.empty((0, embedder.dimensions), np.float32)
     return replace(document, vectors=stacked, embedded_count=len(missing))
+
+
+async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, str], tools: Tools) -> AsyncIterator[dict[str, Vectors]]:
+    """Yield vectors by content_sha256 until there is one a missing text."""
+    if not missing:
+        return
+    if not isinstance(embedder, HostedEmbedder):
+        made = await embedder.embed(list(missing.values()))
+        refuse_vectors(document.file_name, made, len(missing), embedder.dimensions)
+        yield dict(zip(missing, made, strict=True))
+        return
+    hosted = _Hosted(document, embedder, missing, tools)
+    for part in await hosted.plan():
+        try:
+            yield await hosted.request(part)
+        except RequestRefused as refused:
+            async for found in hosted.narrow(part, refused):
+                yield found
+
+
+class _Hosted:
+    """The requests to a service for the texts of one document."""
+
+    def __init__(self, document: Document, embedder: HostedEmbedder, missing: Mapping[str, str], tools: Tools) -> None:
+        self._document, self._embedder, self._paid = document, embedder, tools.paid
+        self._hashes, self._texts = list(missing), list(missing.values())
+        self._places: dict[str, list[int]] = {}
+        for chunk in document.chunks or ():
+            self._places.setdefault(chunk.content_sha256, []).append(chunk.index)
+
+    async def plan(self) -> list[slice]:
+        """Return the slices of the texts that make one request each; PermanentError for a text that cannot be sent."""
+        try:
+            return await in_thread(self._embedder.plan, self._texts)
+        except RequestRefused:
+            for index, text in enumerate(self._texts):
+                try:
+                    await in_thread(self._embedder.plan, [text])
+                except RequestRefused as refused:
+                    raise self._refused(index, refused) from None
+            raise
+
+    async def request(self, part: slice) -> dict[str, Vectors]:
+        """Embed the texts of one slice and keep their vectors."""
+        texts, hashes = self._texts[part], self._hashes[part]
+        shares, caller = ((), None) if self._paid is None else (self._paid.shares, self._paid.through(self._embedder.caller))
+        made = (await self._embedder.embed_part(texts, shares=shares, caller=caller)).value
+        refuse_vectors(self._document.file_name, made, len(texts), self._embedder.dimensions)
+        found = dict(zip(hashes, made, strict=True))
+        if self._paid is not None:
+            places = {index: vector for sha256, vector in found.items() for index in self._places[sha256]}
+            await self._paid.keep_vectors(self._embedder.model, places)
+        return found
+
+    async def narrow(self, part: slice, refused: RequestRefused) -> AsyncIterator[dict[str, Vectors]]:
+        """Embed in halves a slice that was refused as a whole, and raise a PermanentError for the first text that is refused alone."""
+        if part.stop - part.start == 1:
+            raise self._refused(part.start, refused)
+        search = bisect(part)
+        half = next(search)
+        with suppress(StopIteration):  # no half is refused any more: together they were too much
+            while True:
+                try:
+                    yield await self.request(half)
+                except RequestRefused as again:
+                    if half.stop - half.start == 1:
+                        raise self._refused(half.start, again) from None
+                    half = search.send(True)
+                else:
+                    half = search.send(False)
+
+    def _refused(self, index: int, refused: RequestRefused) -> PermanentError:
+        chunk = (self._document.chunks or ())[self._places[self._hashes[index]][0]]
+        page = "" if chunk.page_start is None else f" on page {chunk.page_start}"
+        error = PermanentError(f"{self._document.file_name}: passage {chunk.index}{page} cannot be embedded: {refused}")
+        error.call = refused.call
+        return error

@@ -240,6 +240,28 @@ COPY chunk_buffer (
     doc_id, version, chunk_index, id, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata
 ) FROM STDIN (FORMAT BINARY);
 
+-- name: lock_claim
+-- First statement of what is stored while a stage goes on. No row: the claim has moved on and nothing may be written.
+SELECT d.doc_id
+FROM file_extractions AS d
+WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working'
+FOR NO KEY UPDATE;
+
+-- name: find_kept_vectors
+SELECT b.chunk_index, b.embedding
+FROM vector_buffer AS b
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s AND b.embedding_model = %(embedding_model)s;
+
+-- name: drop_buffered_vectors
+DELETE FROM vector_buffer AS b
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s AND b.chunk_index = ANY(%(indexes)s);
+
+-- name: drop_other_vectors
+-- Those of another model, and those of which it is not known that they were written.
+DELETE FROM vector_buffer AS b
+WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s
+    AND NOT (b.embedding_model = %(embedding_model)s AND b.chunk_index = ANY(%(indexes)s));
+
 -- name: copy_vector_buffer
 COPY vector_buffer (doc_id, version, chunk_index, embedding_model, embedding) FROM STDIN (FORMAT BINARY);
 

@@ -1,0 +1,149 @@
+"""What a stage pays for, made durable while the stage goes on: a finished request before the next one begins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg_pool import AsyncConnectionPool
+
+from jobs import clock, faults
+from jobs.leases import Lease
+from jobs.outages import outlive
+from jobs.pipeline.checkpoint import VECTOR_BUFFER_TYPES, FencedOff, copy_rows
+from jobs.pipeline.claims import Connection, one, rows
+from jobs.pipeline.work import Work
+from models.calls import Caller, CallPurpose, CallShare, Reply
+from sql import query
+
+T = TypeVar("T")
+_MARGIN = 0.1
+"""Share of LEASE_SECONDS that a lease must still hold for a paid call to start."""
+_LOOK_SECONDS = 0.05
+
+
+class Keeping:
+    """One document's way to outside services, and to what they have been paid for already. See jobs.stages.Paid."""
+
+    def __init__(
+        self,
+        pool: AsyncConnectionPool[Connection],
+        work: Work,
+        lease: Lease,
+        *,
+        lease_seconds: float,
+        checkpoint: Callable[[Work], Awaitable[None]],
+        stopping: Callable[[], bool],
+    ) -> None:
+        """`checkpoint` makes durable what the stages before have made."""
+        self._pool, self._work, self._lease = pool, work, lease
+        self._margin = _MARGIN * lease_seconds
+        self._checkpoint, self._stopping = checkpoint, stopping
+
+    @property
+    def shares(self) -> tuple[CallShare, ...]:
+        """Whom the ledger names for a call: this document alone."""
+        document = self._work.document
+        return (CallShare(document.doc_id, document.user_id, document.batch_id, document.correlation_id),)
+
+    def through(self, caller: Caller) -> Caller:
+        """Return a way to a service on which no call starts without a good lease, or before all earlier stages are durable."""
+        return _Guarded(self, caller)
+
+    async def ready(self) -> None:
+        """Return when something may be paid for. FencedOff: the claim has moved on. CheckpointFailed: earlier results cannot be stored."""
+        work = self._work
+        if work.document is not work.saved:
+            # A passage that is embedded now must be the same passage after a crash.
+            await self._checkpoint(work)
+        while True:
+            if self.may_call():
+                work.paid = True
+                return
+            # It is renewed, or its loss or the stage's deadline cancels this task.
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def may_call(self) -> bool:
+        """Say whether the claim is ours for long enough to start a call, as far as can be known without asking."""
+        return not self._work.fenced and clock.seconds() < self._lease.good_until - self._margin
+
+    async def kept_vectors(self, model: str) -> dict[int, NDArray[np.float32]]:
+        """Return what is durable of this version's vectors of a model: number of the passage -> vector."""
+        document = self._work.document
+        params = {"doc_id": document.doc_id, "version": document.version, "embedding_model": model}
+        async with self._pool.connection() as conn:
+            found = await rows(conn, "find_kept_vectors", params)
+        self._work.kept_model, self._work.kept_vectors = model, {row["chunk_index"] for row in found}
+        return {row["chunk_index"]: row["embedding"].to_numpy() for row in found}
+
+    async def keep_vectors(self, model: str, vectors: Mapping[int, NDArray[np.float32]]) -> None:
+        """Store vectors of passages, named by their numbers, or raise FencedOff."""
+        document = self._work.document
+        params = {"doc_id": document.doc_id, "version": document.version}
+
+        async def store(conn: Connection) -> None:
+            await conn.execute(query("drop_buffered_vectors"), {**params, "indexes": list(vectors)})
+            values = ((document.doc_id, document.version, index, model, vector) for index, vector in vectors.items())
+            await copy_rows(conn, "copy_vector_buffer", VECTOR_BUFFER_TYPES, values)
+
+        if await self._write(store):
+            if self._work.kept_model != model:
+                self._work.kept_model, self._work.kept_vectors = model, set()
+            self._work.kept_vectors |= set(vectors)
+
+    async def _write(self, store: Callable[[Connection], Awaitable[None]]) -> bool:
+        """Write in a transaction that is fenced by the claim; say whether it was written, which it is not where the worker stops while
+        the database is away. A cancellation waits for its end."""
+        work = self._work
+
+        async def write() -> bool:
+            async with self._pool.connection() as conn, conn.transaction():
+                if await one(conn, "lock_claim", {"doc_id": work.document.doc_id, "claim": work.claim}) is None:
+                    raise FencedOff
+                await store(conn)
+                await faults.at("keeping", work.document.doc_id)
+            return True
+
+        written, cancelled = await unbroken(outlive("Keeping what was paid for", write, until=self._stopping))
+        # There may be rows of it even where nobody said so.
+        work.buffered = True
+        if cancelled:
+            raise asyncio.CancelledError
+        await faults.at("kept", work.document.doc_id)
+        return bool(written)
+
+
+class _Guarded:
+    def __init__(self, keeping: Keeping, caller: Caller) -> None:
+        self._keeping, self._caller = keeping, caller
+
+    async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
+        """Make a call once the work may pay for it."""
+
+        async def guarded() -> Reply[T]:
+            if not self._keeping.may_call():
+                # The wait for the service's budget has outlasted the lease. Whoever lost it is being cancelled.
+                raise asyncio.CancelledError
+            return await send()
+
+        await self._keeping.ready()
+        return await self._caller.call(guarded, purpose)
+
+
+async def unbroken(action: Awaitable[Any]) -> tuple[Any, bool]:
+    """Wait for something to its end, also where this task is cancelled meanwhile; return what it returned and whether it was."""
+    running = asyncio.ensure_future(action)
+    cancelled = False
+    while not running.done():
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if running.cancelled():
+                raise
+            cancelled = True
+        except Exception:
+            break
+    return running.result(), cancelled
