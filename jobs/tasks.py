@@ -5,6 +5,8 @@ from __future__ import annotations
 from procrastinate import JobContext
 
 from jobs.adapters.embedders import HostedEmbedder
+from jobs.adapters.llamaparse import LlamaParse, make_llamaparse
+from jobs.adapters.llm import ModelExtractor, make_extractor
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
@@ -44,6 +46,8 @@ def _runner() -> Runner:
             ),
         )
         reading = Reading(app.pool)
+        extractor = make_extractor(_settings, services.caller("extraction"))
+        hosted_parser = make_llamaparse(_settings, services.caller("parse"))
         tools = Tools(
             settings=_settings,
             storage=LocalStorage.from_settings(_settings),
@@ -53,6 +57,8 @@ def _runner() -> Runner:
             find_original=reading.find_original,
             original_text=reading.original_text,
             original_extraction=reading.original_extraction,
+            extractor=extractor,
+            hosted_parser=hosted_parser,
             choose_embedder=ServingEmbedder(_settings, app.pool, services.caller("embedding")).choose,
         )
         _runners.append(
@@ -72,8 +78,9 @@ def _runner() -> Runner:
         async def close() -> None:
             _runners.clear()
             await sandbox.aclose()
-            if isinstance(tools.embedder, HostedEmbedder):
-                await tools.embedder.aclose()
+            for client in (tools.embedder, extractor, hosted_parser):
+                if isinstance(client, HostedEmbedder | ModelExtractor | LlamaParse):
+                    await client.aclose()
 
         app.at_close.append(close)
     return _runners[0]

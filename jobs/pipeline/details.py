@@ -13,7 +13,10 @@ def stage_detail(stage: str, document: Document) -> dict[str, Any]:
         case "validate":
             return {"file_type": document.file_type, "mime_type": document.mime_type, "file_size": document.file_size}
         case "parse":
-            made = {"parser": document.parser, "pages": len(document.pages), "characters": len(document.markdown or "")}
+            made: dict[str, Any] = {"parser": document.parser, "pages": len(document.pages), "characters": len(document.markdown or "")}
+            for name in ("parsed_locally", "failed_pages"):
+                if name in document.parse_metadata:
+                    made[name] = document.parse_metadata[name]
             return made | _reused(document)
         case "check":
             return {"characters": len(document.markdown or ""), "duplicate_of": document.duplicate_of}

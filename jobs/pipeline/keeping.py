@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from jobs.outages import outlive
 from jobs.pipeline.checkpoint import VECTOR_BUFFER_TYPES, FencedOff, copy_rows
 from jobs.pipeline.claims import Connection, one, rows
 from jobs.pipeline.work import Work
+from jobs.stages import HostedJob, JobPart
 from models.calls import Caller, CallPurpose, CallShare, Reply
 from sql import query
 
@@ -93,6 +95,27 @@ class Keeping:
             if self._work.kept_model != model:
                 self._work.kept_model, self._work.kept_vectors = model, set()
             self._work.kept_vectors |= set(vectors)
+
+    async def kept_jobs(self, service: str) -> dict[str, HostedJob]:
+        """Return the jobs that were started for this version at a service: part -> job."""
+        document = self._work.document
+        params = {"doc_id": document.doc_id, "version": document.version, "service": service}
+        async with self._pool.connection() as conn:
+            found = await rows(conn, "find_hosted_jobs", params)
+        self._work.buffered = self._work.buffered or bool(found)
+        return {row["part"]: HostedJob(row["job_id"], row["seconds"]) for row in found}
+
+    async def keep_job(self, service: str, part: JobPart, job_id: str) -> None:
+        """Store a job's id, or raise FencedOff."""
+        await self._write(partial(self._do, "store_hosted_job", part=part, job_id=job_id, service=service))
+
+    async def drop_job(self, part: JobPart) -> None:
+        """Forget a job, or raise FencedOff."""
+        await self._write(partial(self._do, "drop_hosted_job", part=part))
+
+    async def _do(self, name: str, conn: Connection, **params: Any) -> None:
+        document = self._work.document
+        await conn.execute(query(name), {"doc_id": document.doc_id, "version": document.version, **params})
 
     async def _write(self, store: Callable[[Connection], Awaitable[None]]) -> bool:
         """Write in a transaction that is fenced by the claim; say whether it was written, which it is not where the worker stops while

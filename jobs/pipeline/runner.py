@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
@@ -20,6 +21,7 @@ from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_do
 from jobs.pipeline.company import Company
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.endings import Endings
+from jobs.pipeline.failure import describe_failure
 from jobs.pipeline.keeping import Keeping
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
@@ -79,6 +81,7 @@ class Runner:
         self._worker = worker
         self._stopping = stopping
         self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
+        self._retry = retry
         self._stages = stages or STAGE_FUNCTIONS
         self._company = company or Company()
 
@@ -162,7 +165,7 @@ class Runner:
                         await self._endings.skip(work, lease, original)
                         break
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
-                        elapsed = await self._run_stage(stage, work, lease)
+                        elapsed = await self._run_or_do_without(stage, work, lease)
                         stage = await self._after(job, stage, work, lease, elapsed)
         except FencedOff:
             await self._endings.tell_fenced(work, stage)
@@ -197,7 +200,23 @@ class Runner:
                 await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
             yield
 
-    async def _run_stage(self, stage: Stage, work: Work, lease: Lease) -> float:
+    async def _run_or_do_without(self, stage: Stage, work: Work, lease: Lease) -> float:
+        """Run one stage. A document whose extraction fails for good goes on without, unless EXTRACTION_REQUIRED."""
+        try:
+            return await self._run_stage(stage, work, lease, self._stages[stage.name])
+        except (FencedOff, CheckpointFailed):
+            raise
+        except Exception as error:
+            attempt = work.attempt_at(stage.due_at)
+            if stage.name != "extract" or self._settings.extraction_required or self._retry.plan(error, attempt) is not None:
+                raise
+            failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
+            told = {"error_type": failure.error_type, "error_message": failure.message}
+            work.events.append(StageEvent("extraction_failed", stage.name, attempt, detail=told))
+            logger.error("The document goes on without its extraction: {}: {}", failure.error_type, failure.message)
+            return await self._run_stage(stage, work, lease, partial(extract.run_without, failure=told))
+
+    async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
         """Run one stage, note its event, and return how long it took in seconds."""
         started = clock.seconds()
         limit = self._settings.stage_timeout_seconds
@@ -207,7 +226,7 @@ class Runner:
             try:
                 async with asyncio.timeout(limit) as deadline:
                     await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
-                    document = await self._stages[stage.name](work.document, self._tools_for(work, lease))
+                    document = await run(work.document, self._tools_for(work, lease))
                     await faults.at(f"stage_done:{stage.name}", work.document.doc_id)
             except TimeoutError as error:
                 if not deadline.expired():

@@ -14,6 +14,8 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.adapters.llamaparse import LlamaParse
+from jobs.adapters.llm import ModelExtractor
 from jobs.adapters.storage import Fingerprint
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
@@ -55,6 +57,18 @@ class Storage(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class HostedJob:
+    """A job at an outside service that has been paid for."""
+
+    job_id: str
+    waited: float = 0.0
+    """Seconds since it was started."""
+
+
+JobPart = Literal["file", "failed_pages"]
+
+
 class Paid(Protocol):
     """The way to outside services for one document in hand, and to what they have been paid for already."""
 
@@ -73,6 +87,18 @@ class Paid(Protocol):
 
     async def keep_vectors(self, model: str, vectors: Mapping[int, NDArray[np.float32]]) -> None:
         """Make vectors of passages durable while the stage goes on."""
+        ...
+
+    async def kept_jobs(self, service: str) -> dict[str, HostedJob]:
+        """Return the jobs that were started for this version at a service: part -> job."""
+        ...
+
+    async def keep_job(self, service: str, part: JobPart, job_id: str) -> None:
+        """Make a job's id durable."""
+        ...
+
+    async def drop_job(self, part: JobPart) -> None:
+        """Forget a job that is of no use any more."""
         ...
 
 
@@ -94,5 +120,9 @@ class Tools:
     """What was extracted from such a document, if its text is the same."""
     choose_embedder: Callable[[], Awaitable[Embedder]] | None = None
     """The embedder of the model that serves searches now; None for `embedder` always."""
+    extractor: ModelExtractor | None = None
+    """Extraction by a language model beside the local one; None for EXTRACTION_PROVIDER=local."""
+    hosted_parser: LlamaParse | None = None
+    """Parsing by an outside service; None for PARSING_PROVIDER=local."""
     paid: Paid | None = None
     """Of the document in hand; None where nothing is kept while a stage goes on."""

@@ -64,6 +64,10 @@ class ProviderSettings(BaseSettings):
     llamaparse_timeout_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 300
     """Seconds for one whole request to LlamaParse: an upload, or the download of all pages."""
 
+    partial_parse: Annotated[Literal["keep", "fail"], AnyCase] = "keep"
+    """A document of which LlamaParse fails on some pages twice. keep: it goes on without them, and parse_metadata names them.
+    fail: it is failed."""
+
     # Extraction by a language model
     extraction_provider: Annotated[Literal["local", "openai"], AnyCase] = "local"
     """local: what can be read off a text without a model. openai: also what a language model finds in it, over OpenAI's chat protocol."""

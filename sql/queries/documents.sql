@@ -262,6 +262,21 @@ DELETE FROM vector_buffer AS b
 WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s
     AND NOT (b.embedding_model = %(embedding_model)s AND b.chunk_index = ANY(%(indexes)s));
 
+-- name: find_hosted_jobs
+SELECT h.part, h.job_id, extract(epoch FROM now() - h.started_at)::float8 AS seconds
+FROM hosted_jobs AS h
+WHERE h.doc_id = %(doc_id)s AND h.version = %(version)s AND h.service = %(service)s;
+
+-- name: store_hosted_job
+INSERT INTO hosted_jobs AS h (doc_id, version, part, job_id, service)
+VALUES (%(doc_id)s, %(version)s, %(part)s, %(job_id)s, %(service)s)
+ON CONFLICT (doc_id, version, part) DO UPDATE
+SET job_id = EXCLUDED.job_id, service = EXCLUDED.service, started_at = EXCLUDED.started_at;
+
+-- name: drop_hosted_job
+DELETE FROM hosted_jobs AS h
+WHERE h.doc_id = %(doc_id)s AND h.version = %(version)s AND h.part = %(part)s;
+
 -- name: copy_vector_buffer
 COPY vector_buffer (doc_id, version, chunk_index, embedding_model, embedding) FROM STDIN (FORMAT BINARY);
 
@@ -276,6 +291,8 @@ WITH chunks AS (
     DELETE FROM chunk_buffer AS b WHERE b.doc_id = %(doc_id)s
 ), vectors AS (
     DELETE FROM vector_buffer AS b WHERE b.doc_id = %(doc_id)s
+), hosted AS (
+    DELETE FROM hosted_jobs AS h WHERE h.doc_id = %(doc_id)s
 )
 DELETE FROM extraction_buffer AS b WHERE b.doc_id = %(doc_id)s;
 

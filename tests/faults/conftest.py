@@ -72,6 +72,10 @@ SHORT = {
         "test_a_batch_in_a_callers_long_transaction_gets_in_nobodys_way[inline-commit]",
         "test_a_stopped_worker_leaves_the_rest_of_an_archive_to_the_next_without_a_count[queue]",
     ],
+    "test_hosted": [
+        "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-120]",
+        "test_a_kill_while_the_service_parses_pays_no_page_twice[queue]",
+    ],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
         "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",

@@ -57,6 +57,8 @@ LEFT = {
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
     "a buffered vector": """SELECT DISTINCT b.doc_id FROM vector_buffer b JOIN file_extractions d USING (doc_id)
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
+    "a hosted job": """SELECT DISTINCT b.doc_id FROM hosted_jobs b JOIN file_extractions d USING (doc_id)
+        WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
     "a buffered extraction": """SELECT DISTINCT b.doc_id FROM extraction_buffer b JOIN file_extractions d USING (doc_id)
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
 }

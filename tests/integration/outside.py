@@ -13,6 +13,8 @@ from pydantic import SecretStr
 from jobs.adapters.embedders import HostedEmbedder
 from jobs.adapters.embedders.hosted import Limits
 from jobs.adapters.exchange import Service, Timeouts
+from jobs.adapters.llamaparse import LlamaParse
+from jobs.adapters.llm import ModelExtractor, load_shape
 from jobs.breaker import Rules
 from jobs.pipeline.runner import Runner
 from jobs.retry import RetryPlan, StageRetry
@@ -45,11 +47,19 @@ class Outside:
         service = Service("The embedding service", url, SecretStr(key) if key else None, TIMES)
         return HostedEmbedder(service, "m", 32, Limits(max_texts=max_texts), self.front("embedding"))
 
+    def extractor(self, url: str, key: str | None = None) -> ModelExtractor:
+        service = Service("The extraction service", url, SecretStr(key) if key else None, TIMES)
+        return ModelExtractor(service, "m", load_shape(None), caller=self.front("extraction"))
+
+    def parser(self, url: str, key: str | None = None) -> LlamaParse:
+        service = Service("LlamaParse", url, SecretStr(key) if key else None, TIMES)
+        return LlamaParse(service, poll_seconds=0.01, deadline=20, caller=self.front("parse"))
+
     def runner(self, stages: dict[str, Any], worker: str = "test:1", settings: dict[str, Any] | None = None, **tools: Any) -> Runner:
         """A runner with real stages, by name, and tools for them; the other stages are plain."""
         made = self.bench.runner(worker, **(settings or {}))
         made._tools = replace(made._tools, **tools)
-        made._endings._retry = _Soon(max_attempts=3, base=0.01, max_delay=0.02)
+        made._retry = made._endings._retry = _Soon(max_attempts=3, base=0.01, max_delay=0.02)
 
         async def chunk(document: Document, _: Any) -> Document:
             self.bench.calls.append("chunk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.adapters.embedders import HashedWords
+from jobs.leases import Lease
 from jobs.pipeline.runner import Runner
 from jobs.stages import embed
 from models.documents import Document
@@ -143,20 +145,22 @@ async def test_a_worker_that_was_fenced_off_in_mid_embed_keeps_nothing_and_asks_
 async def test_no_request_is_sent_without_a_good_lease(outside: Outside, endpoint: OpenAIServer) -> None:
     outside.bench.submit()
     worker = runner(outside, endpoint)
-    hold = worker._leases.hold
+    held: list[Lease] = []
 
-    def expired(*args: Any, **kwargs: Any) -> Any:
-        lease = hold(*args, **kwargs)
-        lease.deadline = lease.good_until = -1.0
-        return lease
+    def expired(doc_id: str, claim: int, *, claimed_at: float, on_lost: Callable[[bool], None]) -> Lease:
+        held.append(Lease(doc_id, claim, claimed_at - 1, math.inf, on_lost))
+        return held[0]
 
-    worker._leases.hold = expired  # type: ignore[method-assign]
+    worker._leases.hold = expired  # type: ignore[method-assign]  # nobody renews it
     found = outside.bench.fetch()
     assert found is not None
-    await worker.run(*found)
+    working = asyncio.create_task(worker.run(*found))
+    async with asyncio.timeout(20):
+        await asyncio.to_thread(wait_for, lambda: outside.state()[0] == "chunks_stored")
+    await asyncio.sleep(0.3)
     assert endpoint.tally.requests == 0
-    worker._leases.hold = hold  # type: ignore[method-assign]
-    await outside.work(worker)
+    held[0].good_until = math.inf
+    await working
     await whole(outside, endpoint)
 
 

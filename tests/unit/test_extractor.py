@@ -308,7 +308,7 @@ def test_real_documents_fit_the_schema() -> None:
 
 async def test_the_stage_fills_raw_extraction_from_a_child_process() -> None:
     sandbox = ProcessSandbox(children=1)
-    tools = cast("Tools", SimpleNamespace(sandbox=sandbox))
+    tools = cast("Tools", SimpleNamespace(extractor=None, paid=None, sandbox=sandbox))
     document = Document("d", 1, "u", "invoice.pdf", "p", Milestone.EMBEDDINGS_STORED, markdown=INVOICE, parse_metadata={"title": "Own"})
     try:
         done = await extract_stage.run(document, tools)

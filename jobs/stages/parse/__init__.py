@@ -1,4 +1,4 @@
-"""parse: a validated file becomes markdown with page marks, in a child process with limits, or is known already under another id."""
+"""parse: a file becomes markdown with page marks, by a service or in a child process with limits, or is known under another id."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from jobs.adapters.parsing import parse_isolated
 from jobs.stages import Tools
+from jobs.stages.parse.hosted import parse_hosted
 from models.documents import Document, OriginalText, PageMark, ParsedFile
 from models.errors import PermanentError
 
@@ -47,8 +48,13 @@ async def run(document: Document, tools: Tools) -> Document:
     if tools.settings.duplicate_policy == "reuse" and (original := await tools.original_text(document)) is not None:
         return copied(document, original)
     path = tools.storage.resolve(document.file_path)
-    parsed = await parse_isolated(
-        tools.sandbox, path, document.file_name, document.file_type, document.mime_type, page_limit=tools.settings.max_pages
-    )
+    found = await parse_hosted(document, path, tools)
+    if isinstance(found, str):
+        parsed = await parse_isolated(
+            tools.sandbox, path, document.file_name, document.file_type, document.mime_type, page_limit=tools.settings.max_pages
+        )
+        parsed = replace(parsed, metadata={**parsed.metadata, "parsed_locally": found}) if found else parsed
+    else:
+        parsed = found
     markdown, marks = join_pages(parsed)
     return replace(document, markdown=markdown, pages=marks, parser=parsed.parser, parse_metadata=parsed.metadata, reused_from=None)

@@ -1,0 +1,88 @@
+"""Workers that are killed while services behind sockets work for them: what is paid for twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from tests.faults.harness import Arena, text_document
+from tests.faults.invariant import check_invariant
+from tests.servers import LlamaParseServer, OpenAIServer
+from tests.servers.faults import Fault
+
+TEXTS = 16
+KILLS = (3, 7, 8)
+
+
+@pytest.mark.parametrize("paragraphs", [120])
+def test_a_kill_in_mid_embed_pays_at_most_one_request_twice(arena: Arena, paragraphs: int) -> None:
+    with OpenAIServer(dimensions=32) as server:
+        arena.environment |= {
+            "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": server.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
+            "EMBEDDING_MAX_TEXTS": str(TEXTS), "MAX_CRASHES": "20",
+        }  # fmt: skip
+
+        def killing(number: int, seconds: float) -> Fault | None:
+            # The request is answered, and paid for, and nobody is there to hear it.
+            if number in KILLS:
+                arena.fault()
+                worker.signal(signal.SIGKILL)
+            return None
+
+        arena.submit({"long": text_document(1, paragraphs=paragraphs)})
+        server.script(killing)
+        arena.reconciler()
+        worker = arena.worker(restart=True)
+        arena.settle(120)
+        chunks = arena.one("SELECT chunk_count FROM file_extractions WHERE state = 'complete'")
+        assert chunks > TEXTS * 5
+        needed = -(-len(server.tally.seen) // TEXTS)
+        line = {
+            "scenario": "kill -9 in mid-embed", "mode": arena.mode, "passages": chunks, "requests": server.tally.requests,
+            "needed": needed, "kills": len(KILLS), "paid_twice": server.tally.paid_twice(),
+        }  # fmt: skip
+        print(f"\nfaults: {json.dumps(line)}", flush=True)
+        assert server.tally.requests <= needed + len(KILLS)
+        assert server.tally.paid_twice() <= TEXTS * len(KILLS)
+        with arena.connect() as conn:
+            assert not check_invariant(conn, {"long"}, {})
+        outcomes = dict(arena.all("SELECT outcome, count(*) FROM provider_usage GROUP BY 1"))
+        assert outcomes == {"ok": needed, "unknown": len(KILLS)}
+
+
+def test_a_kill_while_the_service_parses_pays_no_page_twice(arena: Arena) -> None:
+    html = b"\f".join(b"<p>Page %d of the report on pumps and valves.</p>" % number for number in range(5))
+    with OpenAIServer(dimensions=32, key="sk-1") as models, LlamaParseServer(key="llx-1") as server:
+        server.seconds = 3.0
+        arena.environment |= {
+            "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": models.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
+            "EMBEDDING_API_KEY": "sk-1", "EXTRACTION_PROVIDER": "openai", "EXTRACTION_BASE_URL": models.url, "EXTRACTION_API_KEY": "sk-1",
+            "PARSING_PROVIDER": "llamaparse", "LLAMAPARSE_BASE_URL": server.root, "LLAMAPARSE_API_KEY": "llx-1",
+            "LLAMAPARSE_POLL_SECONDS": "0.1",
+        }  # fmt: skip
+
+        def killing(number: int, seconds: float) -> Fault | None:
+            if number == 3:
+                arena.fault()
+                worker.signal(signal.SIGKILL)
+            return None
+
+        server.script(killing)
+        arena.submit({"page.html": html})
+        arena.reconciler()
+        worker = arena.worker(restart=True)
+        arena.settle(90)
+        assert (server.tally.uploads, server.tally.texts, models.tally.paid_twice()) == (1, 5, 0)
+        assert arena.one("SELECT parser FROM document_markdown").startswith("llamaparse ")
+        assert arena.one("SELECT raw_extraction->'model_extraction'->>'model' FROM file_extractions").startswith("gpt-4.1-mini")
+        assert dict(arena.all("SELECT kind, count(*) FROM provider_usage WHERE outcome = 'ok' GROUP BY 1")) == {
+            "parse": 1, "embedding": 1, "extraction": 1,
+        }  # fmt: skip
+        with arena.connect() as conn:
+            assert not check_invariant(conn, {"page.html"}, {})
+            logs = "".join(path.read_text(encoding="utf-8") for path in arena.folder.glob("*.log"))
+            stored = str(conn.execute("SELECT array_agg(to_jsonb(e)) FROM document_events AS e").fetchone())
+        assert "sk-1" not in logs + stored
+        assert "llx-1" not in logs + stored
