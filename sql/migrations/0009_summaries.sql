@@ -234,7 +234,8 @@ BEGIN ATOMIC
         UNION ALL
         SELECT min(f.started_at), 'first_work', 'work began' FROM files AS f WHERE f.started_at >= (batch).run_started_at
         UNION ALL
-        SELECT max(a.ended_at), 'unpacked', format('%s archives unpacked, %s files found', count(*), coalesce(sum(a.unpacked_count), 0))
+        SELECT max(a.ended_at), 'unpacked', format('%s unpacked, %s found', CASE count(*) WHEN 1 THEN '1 archive' ELSE count(*) || ' archives' END,
+            CASE sum(a.unpacked_count) WHEN 1 THEN '1 file' ELSE coalesce(sum(a.unpacked_count), 0) || ' files' END)
         FROM batch_archives AS a
         WHERE a.run_id = (batch).run_id AND a.state = 'unpacked'
         UNION ALL
@@ -248,7 +249,8 @@ BEGIN ATOMIC
         FROM counted AS c
         WHERE summary_timeline.ended_at IS NOT NULL
     )
-    SELECT jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'text', e.text) ORDER BY e.at, e.text)
+    SELECT jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'text', e.text)
+        ORDER BY e.at, array_position(ARRAY['submitted', 'sealed', 'unpacked', 'first_work', 'progress', 'ended'], e.event), e.text)
     FROM events AS e
     WHERE e.at IS NOT NULL;
 END;
