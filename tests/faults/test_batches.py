@@ -88,7 +88,7 @@ def test_a_worker_killed_between_a_last_document_and_its_batch_leaves_no_batch_o
 
 @pytest.mark.parametrize("ending", ["commit", "rollback"])
 def test_a_batch_submitted_in_a_callers_long_transaction_stops_no_worker(arena: Arena, ending: str) -> None:
-    mine, other = documents(8), documents(16, prefix="e", variant=5)
+    mine, other = documents(8), documents(16, prefix="e")
     with arena.connect() as conn:
         submit_batch(conn, "mine", mine)
     arena.accepted(mine, other)
