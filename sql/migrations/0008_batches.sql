@@ -117,6 +117,26 @@ END;
 $$;
 COMMENT ON FUNCTION add_archive IS 'Takes an archive into a run with the job that unpacks it and returns its id; null if the run has it already.';
 
+CREATE FUNCTION run_is_whole(batch processing_jobs) RETURNS boolean LANGUAGE sql STABLE AS $$
+    -- Submitting the same again is nothing to do only if it is. What an archive said for good (encrypted, over a limit) it would say again.
+    SELECT NOT EXISTS (
+        SELECT FROM file_extractions AS d
+        WHERE d.batch_id = batch.batch_id AND d.run_id = batch.run_id AND d.state = 'cancelled'
+    ) AND NOT EXISTS (
+        SELECT FROM batch_archives AS a
+        WHERE a.run_id = batch.run_id AND a.state IN ('failed', 'cancelled')
+            AND (a.entry_path = '' OR a.state = 'cancelled' OR a.retry_count > 0 OR a.requeue_count > 0 OR a.attempts > 1)
+    ) AND (
+        EXISTS (SELECT FROM batch_archives AS a WHERE a.run_id = batch.run_id AND a.state IN ('waiting', 'unpacking'))
+        OR (SELECT count(*) FROM file_extractions AS d WHERE d.batch_id = batch.batch_id AND d.run_id = batch.run_id) >= batch.direct_files + (
+            SELECT coalesce(sum(coalesce(a.entry_count, 0)) - count(*) FILTER (WHERE a.parent_id IS NOT NULL), 0)
+            FROM batch_archives AS a WHERE a.run_id = batch.run_id
+        )
+    );
+$$;
+COMMENT ON FUNCTION run_is_whole IS
+    'Whether the current run of a batch has all that was submitted with it, or will: no document is gone or cancelled, no archive failed for a reason that can pass.';
+
 CREATE FUNCTION submit_zip(
     batch_id text, user_id text, source_path text, zip_path text, content_sha256 text, metadata jsonb, priority integer,
     correlation_id text, lock_timeout_ms integer, OUT outcome text, OUT run_id uuid, OUT status text
@@ -129,7 +149,7 @@ BEGIN
     -- A look without a lock: whoever submits the same zip at the same moment makes a run that finds nothing changed.
     SELECT b.* INTO known FROM processing_jobs AS b WHERE b.batch_id = submit_zip.batch_id;
     IF known.user_id = submit_zip.user_id AND known.content_sha256 = submit_zip.content_sha256
-        AND known.status NOT IN ('failed', 'cancelled')
+        AND known.status NOT IN ('failed', 'cancelled') AND run_is_whole(known)
     THEN
         outcome := 'unchanged';
         run_id := known.run_id;
@@ -148,7 +168,7 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION submit_zip IS
-    'Takes in a stored zip as a batch. outcome: accepted, new_run, or unchanged (the last run had the same content: nothing happens).';
+    'Takes in a stored zip as a batch. outcome: accepted, new_run, or unchanged (the last run had the same content, and is whole: nothing happens).';
 
 CREATE FUNCTION submit_batch(
     zip_path text, batch_id text DEFAULT NULL, user_id text DEFAULT 'default', metadata jsonb DEFAULT '{}', priority integer DEFAULT 0,

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import submit_batch
+from jobs import cancel_document, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.batch import archive as archive_module
@@ -464,3 +464,61 @@ def test_a_zip_with_ten_thousand_names_is_listed_in_one_go(tmp_path: Path) -> No
             made.writestr(f"{number}.txt", b"")
     limits = ArchiveLimits.from_settings(Settings())
     assert len(list_archive(str(tmp_path / "many.zip"), "many.zip", limits).members) == 10_000
+
+
+def one_document(bench: Bench, batch_id: str = "b") -> tuple[str, str]:
+    """doc_id and place of a document of the batch's archives."""
+    doc_id, path = bench.one("SELECT doc_id, source_path FROM file_extractions WHERE batch_id = %s ORDER BY id DESC LIMIT 1", batch_id)
+    return doc_id, path
+
+
+@pytest.mark.parametrize("source", ["zip", "folder"])
+@pytest.mark.parametrize("how", ["deleted", "cancelled"])
+async def test_the_same_zip_again_brings_back_what_was_deleted_or_cancelled_by_hand(how: str, source: str, bench: Bench) -> None:
+    (bench.folder / "in").mkdir()
+    path = bench.zip(FILES, "in/batch.zip")
+    path = path if source == "zip" else path.parent
+    submit_batch(path, batch_id="b")
+    await bench.unpack()
+    doc_id, place = one_document(bench)
+    if how == "cancelled":
+        cancel_document(doc_id)
+    bench.finish()
+    if how == "deleted":
+        assert delete_document(doc_id)
+    bench.settle("b")
+    others = bench.all("SELECT doc_id, version, claim, updated_at FROM file_extractions WHERE doc_id <> %s ORDER BY 1", doc_id)
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    await bench.unpack()
+    assert bench.documents()[place] == "queued"
+    assert bench.all("SELECT doc_id, version, claim, updated_at FROM file_extractions WHERE doc_id <> %s ORDER BY 1", doc_id) == others
+    bench.finish()
+    assert bench.settle("b") == "completed"
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
+
+
+async def test_the_same_zip_again_unpacks_the_rest_of_one_that_broke_off_in_the_middle(bench: Bench) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+
+    def fill_up(_: str) -> None:
+        if len(bench.calls) == 3:
+            raise RetryableError("The storage is full.")
+
+    bench.before_call = fill_up
+    await bench.unpack(max_retry_attempts=0)
+    bench.finish()
+    assert (bench.settle("b"), len(bench.documents())) == ("completed_with_errors", 3)
+    bench.before_call = lambda _: None
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    await bench.unpack()
+    assert len(bench.documents()) == len(FILES)
+
+
+async def test_the_same_zip_again_does_nothing_where_an_archive_inside_is_bad_for_good(bench: Bench) -> None:
+    path = bench.zip({"a.txt": "a", "bad.zip": b"PK\x03\x04 and nothing more"})
+    submit_batch(path, batch_id="b")
+    await bench.unpack()
+    bench.finish()
+    assert bench.settle("b") == "completed_with_errors"
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
