@@ -135,8 +135,9 @@ BEGIN ATOMIC
     )
     SELECT c.unfinished, c.files,
         CASE
-            WHEN (batch).given_up THEN 'failed'
+            -- Cancelled last, if both: it must stay so, or its run would take in documents again.
             WHEN (batch).status = 'cancelled' THEN 'cancelled'
+            WHEN (batch).given_up THEN 'failed'
             WHEN c.succeeded = c.files THEN 'completed'
             WHEN c.succeeded > 0 THEN 'completed_with_errors'
             ELSE 'failed'
