@@ -176,6 +176,7 @@ CREATE FUNCTION submit_batch(
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     id text := batch_id;
+    owner text := coalesce(user_id, 'default');
 BEGIN
     IF zip_path IS NULL OR zip_path = '' OR zip_path ~ '(^/|(^|/)\.\.(/|$)|[[:cntrl:]]|\\)' THEN
         RAISE EXCEPTION 'zip_path "%" must be relative to the storage base path, without "..", backslashes or control characters',
@@ -183,10 +184,10 @@ BEGIN
     END IF;
     IF id IS NULL THEN
         -- As in submit_document: RFC 9562 version 8.
-        id := encode(substring(sha256(convert_to(user_id || chr(10) || zip_path, 'UTF8')) FOR 16), 'hex');
+        id := encode(substring(sha256(convert_to(owner || chr(10) || zip_path, 'UTF8')) FOR 16), 'hex');
         id := overlay(overlay(id PLACING '8' FROM 13 FOR 1) PLACING 'a' FROM 17 FOR 1)::uuid::text;
     END IF;
-    PERFORM submit_zip(id, coalesce(user_id, 'default'), zip_path, zip_path, content_sha256, coalesce(metadata, '{}'),
+    PERFORM submit_zip(id, owner, zip_path, zip_path, content_sha256, coalesce(metadata, '{}'),
         coalesce(priority, 0), coalesce(correlation_id, gen_random_uuid()::text), 5000);
     RETURN id;
 END;
@@ -238,7 +239,8 @@ BEGIN
     WHERE a.id = archive_id AND a.state = 'unpacking';
     SELECT sum(a.entry_count), sum(a.unpacked_bytes) INTO all_entries, all_bytes
     FROM batch_archives AS a
-    WHERE a.id = root OR a.parent_id = root;
+    -- One that was refused as a whole takes nothing.
+    WHERE (a.id = root OR a.parent_id = root) AND (a.state <> 'failed' OR a.unpacked_count > 0);
 END;
 $$;
 COMMENT ON FUNCTION record_listing IS 'Notes what an archive holds and returns what it and all archives with it in the same outermost one hold together.';
