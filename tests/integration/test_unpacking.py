@@ -522,3 +522,43 @@ async def test_the_same_zip_again_does_nothing_where_an_archive_inside_is_bad_fo
     bench.finish()
     assert bench.settle("b") == "completed_with_errors"
     assert submit_batch(path, batch_id="b").outcome == "unchanged"
+
+
+async def test_a_document_that_was_deleted_while_its_archive_waits_for_a_worker_does_not_come_back(bench: Bench) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+
+    def die(_: str) -> None:
+        if len(bench.calls) == 3:
+            raise Interrupted
+
+    bench.before_call = die
+    with pytest.raises(Interrupted):
+        await bench.unpack()
+    doc_id, place = one_document(bench)
+    assert delete_document(doc_id)
+    bench.before_call = lambda _: None
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'todo' WHERE task_name = 'unpack'")
+    await bench.unpack()
+    assert set(bench.documents()) == set(FILES) - {place}
+    bench.finish()
+    assert bench.settle("b") == "completed"
+    assert submit_batch(path, batch_id="b").outcome == "new_run", "somebody who submits it again wants it"
+    await bench.unpack()
+    assert set(bench.documents()) == set(FILES)
+
+
+async def test_an_archive_that_broke_the_shared_limits_takes_nothing_of_them(bench: Bench) -> None:
+    large, small = zip_bytes({"x.txt": b"a" * 700_000}), zip_bytes({"y.txt": "b"})
+    submit_batch(bench.zip({"f.txt": b"c" * 400_000, "large.zip": large, "small.zip": small}), batch_id="b")
+    await bench.unpack(max_archive_unpacked_mb=1)
+    assert dict(bench.all("SELECT entry_path, state FROM batch_archives")) == {
+        "": "unpacked", "large.zip/": "failed", "small.zip/": "unpacked",
+    }  # fmt: skip
+
+
+async def test_an_archive_and_a_folder_of_the_same_name_are_told_apart(bench: Bench) -> None:
+    entries = [Raw(b"x.zip", zip_bytes({"a.txt": "inside"})), Raw(b"x.zip/a.txt", b"beside")]
+    submit_batch(bench.zip(raw_zip(entries)), batch_id="b")
+    await bench.unpack()
+    assert bench.documents() == {"x.zip/a.txt": "queued", "x (2).zip/a.txt": "queued"}
