@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import cancel_document, delete_document, submit_batch
+from jobs import cancel_document, delete_batch, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.batch import archive as archive_module
 from jobs.batch.unpacking import CRASHES, Unpacker
 from jobs.database import make_pool
 from jobs.front import close_sync
+from jobs.leftovers import remove_noted_files
 from jobs.pipeline.claims import Connection
 from jobs.reconcile import Reconciler
 from jobs.submit import derive_doc_id
@@ -562,3 +564,35 @@ async def test_an_archive_and_a_folder_of_the_same_name_are_told_apart(bench: Be
     submit_batch(bench.zip(raw_zip(entries)), batch_id="b")
     await bench.unpack()
     assert bench.documents() == {"x.zip/a.txt": "queued", "x (2).zip/a.txt": "queued"}
+
+
+async def test_what_was_stored_while_the_batch_was_being_deleted_goes_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_batch(bench.zip({**FILES, "in.zip": zip_bytes({"x.txt": "x"})}), batch_id="b")
+
+    async def delete(point: str, _: str) -> None:
+        if point == "unpack_stored":
+            await asyncio.to_thread(delete_batch, "b")
+
+    monkeypatch.setattr("jobs.faults.at", delete)
+    await bench.unpack()
+    files = [path for path in bench.settings.storage_base_path.rglob("*") if path.is_file()]
+    for path in files:
+        os.utime(path, (0, 0))
+    assert len(files) > 1
+    assert remove_noted_files(bench.settings, bench.conn) == len(files)
+    assert not any(path.exists() for path in files)
+
+
+async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_entries(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    stored = bench.settings.storage_base_path / bench.one("SELECT zip_path FROM processing_jobs")[0]
+
+    def remove(_: str) -> None:
+        if len(bench.calls) == 3:
+            stored.unlink()
+
+    bench.before_call = remove
+    await bench.unpack()
+    assert set(bench.documents().values()) == {"queued"}
+    state, message = bench.one("SELECT state, error_message FROM batch_archives")
+    assert (state, "does not exist" in message) == ("failed", True)
