@@ -245,12 +245,13 @@ BEGIN
         )
         SELECT array_agg(p.name) INTO queues FROM present AS p WHERE p.name IS NOT NULL;
     END IF;
-    -- Nobody's jobs are few: a look whether there is one is cheaper than trying to take it.
+    -- Nobody's jobs are few: a look whether there is one is cheaper than trying to take it. Those of a priority below 0, re-embedding among
+    -- them, have no turn: they are for when no document waits.
     IF others_first AND EXISTS (
         SELECT FROM unnest(queues) AS q (name)
         CROSS JOIN LATERAL (
             SELECT FROM procrastinate_jobs AS j
-            WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user = ''
+            WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user = '' AND j.priority >= 0
             LIMIT 1
         ) AS waiting
     ) THEN
@@ -319,13 +320,10 @@ BEGIN
             RETURN job;
         END IF;
     END LOOP;
-    IF others_first THEN
-        RETURN NULL;
-    END IF;
     RETURN take_job(queues, '', NULL, p_worker_id);
 END;
 $$;
 COMMENT ON FUNCTION docmill_fetch_job IS
-    'Takes the job whose turn it is, as procrastinate_fetch_job_v2 does otherwise; all null if there is none. after_user: who was served last. others_first: whether jobs that are nobody''s go before. max_documents: in work at once per user, 0 for any number.';
+    'Takes the job whose turn it is, as procrastinate_fetch_job_v2 does otherwise; all null if there is none. after_user: who was served last. others_first: whether jobs that are nobody''s, of a priority of 0 or more, go before. max_documents: in work at once per user, 0 for any number.';
 
 CALL pin_search_path();
