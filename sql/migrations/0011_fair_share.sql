@@ -88,17 +88,12 @@ BEGIN
 END;
 $$;
 
-CREATE FUNCTION release_due_jobs(at_most integer) RETURNS integer LANGUAGE plpgsql AS $$
+CREATE FUNCTION release_due_jobs(at_most integer) RETURNS void LANGUAGE plpgsql AS $$
 -- Nobody else sees them before this transaction ends, and then idle workers are told, as procrastinate tells them of a new job.
 DECLARE
     released bigint;
     released_queue text;
 BEGIN
-    -- Most of the time nothing is due, and that costs one look at an index.
-    PERFORM FROM procrastinate_jobs AS j WHERE j.status = 'todo' AND j.scheduled_at <= now() ORDER BY j.scheduled_at LIMIT 1;
-    IF NOT FOUND THEN
-        RETURN 0;
-    END IF;
     FOR released_queue, released IN
         WITH ready AS (
             UPDATE procrastinate_jobs AS j
@@ -117,10 +112,9 @@ BEGIN
         PERFORM pg_notify(channel, json_build_object('type', 'job_inserted', 'job_id', released)::text)
         FROM unnest(ARRAY['procrastinate_any_queue_v1', 'procrastinate_queue_v1#' || released_queue]) AS channel;
     END LOOP;
-    RETURN 1;
 END;
 $$;
-COMMENT ON FUNCTION release_due_jobs IS 'Lets jobs whose scheduled time has come be fetched, at most so many, and tells idle workers; 0 if none was due.';
+COMMENT ON FUNCTION release_due_jobs IS 'Lets jobs whose scheduled time has come be fetched, at most so many, and tells idle workers.';
 
 CREATE FUNCTION take_job(queues character varying[], of_user text, first_id bigint, p_worker_id bigint) RETURNS procrastinate_jobs
 LANGUAGE plpgsql AS $$
@@ -228,7 +222,11 @@ DECLARE
     busy_first bigint[] := '{}';
     busy_with bigint[] := '{}';
 BEGIN
-    PERFORM release_due_jobs(1000);
+    -- Most of the time nothing is due, and that costs one look at an index.
+    PERFORM FROM procrastinate_jobs AS j WHERE j.status = 'todo' AND j.scheduled_at <= now() ORDER BY j.scheduled_at LIMIT 1;
+    IF FOUND THEN
+        PERFORM release_due_jobs(1000);
+    END IF;
     IF queues IS NULL THEN
         WITH RECURSIVE present (name) AS (
             (
@@ -252,6 +250,7 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT FROM procrastinate_jobs AS j
             WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user = '' AND j.priority >= 0
+            ORDER BY j.priority DESC, j.docmill_begun DESC, j.id
             LIMIT 1
         ) AS waiting
     ) THEN
@@ -284,7 +283,9 @@ BEGIN
         END IF;
         at_end := candidate IS NULL OR coalesce(candidate > until COLLATE "C", FALSE);
         IF at_end OR cardinality(busy) >= most_busy_users THEN
-            FOR place IN SELECT b.place FROM unnest(busy_with) WITH ORDINALITY AS b (jobs, place) ORDER BY b.jobs, b.place LOOP
+            FOREACH place IN ARRAY CASE cardinality(busy) WHEN 0 THEN '{}' WHEN 1 THEN '{1}'::integer[] ELSE ARRAY(
+                SELECT b.place FROM unnest(busy_with) WITH ORDINALITY AS b (jobs, place) ORDER BY b.jobs, b.place
+            ) END LOOP
                 IF max_documents = 0 THEN
                     job := take_job(queues, busy[place], busy_first[place], p_worker_id);
                 ELSE
