@@ -43,7 +43,7 @@ class DocmillJobManager(JobManager):
                 max_documents=self._max_documents,
             )
             if row["id"] is not None:
-                # Jobs that are nobody's take turns with all users'.
+                # Jobs that are nobody's take turns with all users', unless their priority is below 0.
                 self._others_first = row["docmill_user"] != ""
                 self._served = row["docmill_user"] or self._served
                 return Job.from_row(row)

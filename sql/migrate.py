@@ -17,6 +17,7 @@ from models.errors import ConfigurationError
 from sql import query
 
 _LOCK = 0x646F636D696C6C  # "docmill" in ASCII: the key of the session advisory lock that lets one migration run at a time
+_TRIES = 5  # of a migration that meets those who use the database in a deadlock
 
 
 def _applied(conn: psycopg.Connection, component: str) -> set[str]:
@@ -28,10 +29,17 @@ def _own() -> list[Traversable]:
 
 
 def _apply(conn: psycopg.Connection, component: str, name: str, path: Path | Traversable) -> None:
-    with conn.transaction():
-        # Migrations ship with the packages and hold no caller's text.
-        conn.execute(path.read_text(encoding="utf-8").encode())
-        conn.execute(query("record_migration"), {"component": component, "name": name})
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with conn.transaction():
+                # Migrations ship with the packages and hold no caller's text.
+                conn.execute(path.read_text(encoding="utf-8").encode())
+                conn.execute(query("record_migration"), {"component": component, "name": name})
+            return
+        except psycopg.errors.DeadlockDetected:
+            # With a submitter or a worker, who take the tables in their own order; it has gone on by now.
+            if not tries_left:
+                raise
 
 
 def _migrate_procrastinate(conn: psycopg.Connection) -> list[str]:

@@ -52,10 +52,15 @@ class Acceptance:
         ids = list(paths)
         async with self._pool.connection() as conn:
             for start in range(0, len(ids), _LOOK_AT):
-                params = {"doc_ids": ids[start : start + _LOOK_AT], "user_id": archive.user_id}
+                asked = ids[start : start + _LOOK_AT]
+                params = {"doc_ids": asked, "user_id": archive.user_id, "batch_id": archive.batch_id, "run_id": archive.run_id}
                 for row in await rows(conn, "find_known_documents", params):
                     self._known[row["doc_id"]] = row["content_sha256"], row["state"]
                     if row["run_id"] == archive.run_id:
+                        self.done.add(paths[row["doc_id"]])
+                # What was accepted before and deleted since does not come back because a worker goes on.
+                for row in await rows(conn, "find_deleted_since", params):
+                    if row["doc_id"] not in self._known:
                         self.done.add(paths[row["doc_id"]])
             inner = await rows(conn, "find_inner_archives", {"archive_id": archive.id})
         self.done.update(row["entry_path"].removeprefix(archive.entry_path).rstrip("/") for row in inner)

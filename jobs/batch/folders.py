@@ -140,8 +140,10 @@ class FolderRun:
         return bool(made.hexdigest() == known["content_sha256"])
 
     def _stands(self, batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
-        """Say whether the batch's last run was sealed and holds just these documents, those in archives aside."""
+        """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""
         if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents):
+            return False
+        if self._looked.resume and not batch["whole"]:
             return False
         return all(document["run_id"] == batch["run_id"] for document in documents)
 

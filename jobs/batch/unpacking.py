@@ -154,13 +154,21 @@ class Unpacker:
 
         stored = dict(await asyncio.gather(*(store(result) for result in results)))
         await self._at("stored", archive)
-        for inner, upload in stored.items():
-            if isinstance(upload, StoredUpload):
-                await acceptance.add_archive(inner, upload)
-                await self._at("inner_added", archive)
-        entries = {path: entry for path, entry in stored.items() if isinstance(entry, EntryRow)}
-        if entries:
-            await acceptance.accept(entries)
+        try:
+            for inner, upload in stored.items():
+                if isinstance(upload, StoredUpload):
+                    await acceptance.add_archive(inner, upload)
+                    await self._at("inner_added", archive)
+            entries = {path: entry for path, entry in stored.items() if isinstance(entry, EntryRow)}
+            if entries:
+                await acceptance.accept(entries)
+        except Superseded:
+            # Whoever deleted the batch could not know of these files. They go unless somebody refers to them.
+            for kept in stored.values():
+                if kept.file_path:
+                    doc_id = kept.doc_id if isinstance(kept, EntryRow) else None
+                    await self._one("note_unneeded_file", path=kept.file_path, doc_id=doc_id)
+            raise
         await self._at("accepted", archive)
 
     async def _extract(self, path: Path, members: Sequence[Member], folder: Path) -> list[Unpacked]:

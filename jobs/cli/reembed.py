@@ -43,7 +43,9 @@ def start(
     switch: Annotated[
         Switch, typer.Option(help="Go over as soon as all is ready, or when told by `docmill reembed switch`.")
     ] = Switch.AUTO,
-    priority: Annotated[int, typer.Option(metavar="N", help="Below 0: waiting documents go first. 0: takes turns with them.")] = -10,
+    priority: Annotated[
+        int, typer.Option(metavar="N", min=-(2**31), max=2**31 - 1, help="Below 0: waiting documents go first. 0: takes turns with them.")
+    ] = -10,
     json: Json = False,
 ) -> None:
     """Begin to make the vectors of another model."""

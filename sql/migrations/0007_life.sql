@@ -10,9 +10,6 @@
 
 CREATE SEQUENCE document_claims;
 COMMENT ON SEQUENCE document_claims IS 'Fencing tokens. No number is given to two claims of an installation.';
-SELECT setval('document_claims', 1 + greatest(
-    (SELECT max(d.claim) FROM file_extractions AS d), (SELECT max(e.claim) FROM document_events AS e), 0
-), FALSE);
 
 ALTER TABLE file_extractions ADD COLUMN owns_content boolean NOT NULL DEFAULT FALSE;
 COMMENT ON COLUMN file_extractions.owns_content IS
@@ -26,6 +23,10 @@ CREATE INDEX file_extractions_originals ON file_extractions (user_id, content_sh
 CREATE INDEX file_extractions_duplicates ON file_extractions (id) WHERE state = 'duplicate';
 CREATE INDEX file_extractions_duplicates_of ON file_extractions (duplicate_of) WHERE state = 'duplicate';
 CREATE INDEX processing_jobs_cancelled ON processing_jobs (completed_at) WHERE status = 'cancelled';
+-- Now that the table is locked: nobody claims with a number of before any more.
+SELECT setval('document_claims', 1 + greatest(
+    (SELECT max(d.claim) FROM file_extractions AS d), (SELECT max(e.claim) FROM document_events AS e), 0
+), FALSE);
 
 -- As before, and: the claim is the next number whenever it changes, and who ends no longer owns its content.
 CREATE OR REPLACE FUNCTION refuse_invalid_transition() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -117,6 +117,26 @@ END;
 $$;
 COMMENT ON FUNCTION add_archive IS 'Takes an archive into a run with the job that unpacks it and returns its id; null if the run has it already.';
 
+CREATE FUNCTION run_is_whole(batch processing_jobs) RETURNS boolean LANGUAGE sql STABLE AS $$
+    -- Submitting the same again is nothing to do only if it is. What an archive said for good (encrypted, over a limit) it would say again.
+    SELECT NOT EXISTS (
+        SELECT FROM file_extractions AS d
+        WHERE d.batch_id = batch.batch_id AND d.run_id = batch.run_id AND d.state = 'cancelled'
+    ) AND NOT EXISTS (
+        SELECT FROM batch_archives AS a
+        WHERE a.run_id = batch.run_id AND a.state IN ('failed', 'cancelled')
+            AND (a.entry_path = '' OR a.state = 'cancelled' OR a.retry_count > 0 OR a.requeue_count > 0 OR a.attempts > 1)
+    ) AND (
+        EXISTS (SELECT FROM batch_archives AS a WHERE a.run_id = batch.run_id AND a.state IN ('waiting', 'unpacking'))
+        OR (SELECT count(*) FROM file_extractions AS d WHERE d.batch_id = batch.batch_id AND d.run_id = batch.run_id) >= batch.direct_files + (
+            SELECT coalesce(sum(coalesce(a.entry_count, 0)) - count(*) FILTER (WHERE a.parent_id IS NOT NULL), 0)
+            FROM batch_archives AS a WHERE a.run_id = batch.run_id
+        )
+    );
+$$;
+COMMENT ON FUNCTION run_is_whole IS
+    'Whether the current run of a batch has all that was submitted with it, or will: no document is gone or cancelled, no archive failed for a reason that can pass.';
+
 CREATE FUNCTION submit_zip(
     batch_id text, user_id text, source_path text, zip_path text, content_sha256 text, metadata jsonb, priority integer,
     correlation_id text, lock_timeout_ms integer, OUT outcome text, OUT run_id uuid, OUT status text
@@ -129,7 +149,7 @@ BEGIN
     -- A look without a lock: whoever submits the same zip at the same moment makes a run that finds nothing changed.
     SELECT b.* INTO known FROM processing_jobs AS b WHERE b.batch_id = submit_zip.batch_id;
     IF known.user_id = submit_zip.user_id AND known.content_sha256 = submit_zip.content_sha256
-        AND known.status NOT IN ('failed', 'cancelled')
+        AND known.status NOT IN ('failed', 'cancelled') AND run_is_whole(known)
     THEN
         outcome := 'unchanged';
         run_id := known.run_id;
@@ -148,7 +168,7 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION submit_zip IS
-    'Takes in a stored zip as a batch. outcome: accepted, new_run, or unchanged (the last run had the same content: nothing happens).';
+    'Takes in a stored zip as a batch. outcome: accepted, new_run, or unchanged (the last run had the same content, and is whole: nothing happens).';
 
 CREATE FUNCTION submit_batch(
     zip_path text, batch_id text DEFAULT NULL, user_id text DEFAULT 'default', metadata jsonb DEFAULT '{}', priority integer DEFAULT 0,
@@ -156,6 +176,7 @@ CREATE FUNCTION submit_batch(
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     id text := batch_id;
+    owner text := coalesce(user_id, 'default');
 BEGIN
     IF zip_path IS NULL OR zip_path = '' OR zip_path ~ '(^/|(^|/)\.\.(/|$)|[[:cntrl:]]|\\)' THEN
         RAISE EXCEPTION 'zip_path "%" must be relative to the storage base path, without "..", backslashes or control characters',
@@ -163,10 +184,10 @@ BEGIN
     END IF;
     IF id IS NULL THEN
         -- As in submit_document: RFC 9562 version 8.
-        id := encode(substring(sha256(convert_to(user_id || chr(10) || zip_path, 'UTF8')) FOR 16), 'hex');
+        id := encode(substring(sha256(convert_to(owner || chr(10) || zip_path, 'UTF8')) FOR 16), 'hex');
         id := overlay(overlay(id PLACING '8' FROM 13 FOR 1) PLACING 'a' FROM 17 FOR 1)::uuid::text;
     END IF;
-    PERFORM submit_zip(id, coalesce(user_id, 'default'), zip_path, zip_path, content_sha256, coalesce(metadata, '{}'),
+    PERFORM submit_zip(id, owner, zip_path, zip_path, content_sha256, coalesce(metadata, '{}'),
         coalesce(priority, 0), coalesce(correlation_id, gen_random_uuid()::text), 5000);
     RETURN id;
 END;
@@ -218,7 +239,8 @@ BEGIN
     WHERE a.id = archive_id AND a.state = 'unpacking';
     SELECT sum(a.entry_count), sum(a.unpacked_bytes) INTO all_entries, all_bytes
     FROM batch_archives AS a
-    WHERE a.id = root OR a.parent_id = root;
+    -- One that was refused as a whole takes nothing.
+    WHERE (a.id = root OR a.parent_id = root) AND (a.state <> 'failed' OR a.unpacked_count > 0);
 END;
 $$;
 COMMENT ON FUNCTION record_listing IS 'Notes what an archive holds and returns what it and all archives with it in the same outermost one hold together.';

@@ -135,8 +135,9 @@ BEGIN ATOMIC
     )
     SELECT c.unfinished, c.files,
         CASE
-            WHEN (batch).given_up THEN 'failed'
+            -- Cancelled last, if both: it must stay so, or its run would take in documents again.
             WHEN (batch).status = 'cancelled' THEN 'cancelled'
+            WHEN (batch).given_up THEN 'failed'
             WHEN c.succeeded = c.files THEN 'completed'
             WHEN c.succeeded > 0 THEN 'completed_with_errors'
             ELSE 'failed'
@@ -234,7 +235,8 @@ BEGIN ATOMIC
         UNION ALL
         SELECT min(f.started_at), 'first_work', 'work began' FROM files AS f WHERE f.started_at >= (batch).run_started_at
         UNION ALL
-        SELECT max(a.ended_at), 'unpacked', format('%s archives unpacked, %s files found', count(*), coalesce(sum(a.unpacked_count), 0))
+        SELECT max(a.ended_at), 'unpacked', format('%s unpacked, %s found', CASE count(*) WHEN 1 THEN '1 archive' ELSE count(*) || ' archives' END,
+            CASE sum(a.unpacked_count) WHEN 1 THEN '1 file' ELSE coalesce(sum(a.unpacked_count), 0) || ' files' END)
         FROM batch_archives AS a
         WHERE a.run_id = (batch).run_id AND a.state = 'unpacked'
         UNION ALL
@@ -248,7 +250,8 @@ BEGIN ATOMIC
         FROM counted AS c
         WHERE summary_timeline.ended_at IS NOT NULL
     )
-    SELECT jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'text', e.text) ORDER BY e.at, e.text)
+    SELECT jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'text', e.text)
+        ORDER BY e.at, array_position(ARRAY['submitted', 'sealed', 'unpacked', 'first_work', 'progress', 'ended'], e.event), e.text)
     FROM events AS e
     WHERE e.at IS NOT NULL;
 END;
@@ -793,38 +796,57 @@ COMMENT ON FUNCTION forget_deleted_documents IS
 
 CREATE TABLE summaries_to_renew (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    batch_id text NOT NULL
+    batch_id text NOT NULL,
+    is_its_own boolean NOT NULL DEFAULT TRUE
 );
-COMMENT ON TABLE summaries_to_renew IS 'A row for each deleted document of a batch, until the batch''s summaries say no more about it.';
+COMMENT ON TABLE summaries_to_renew IS 'A row for each deleted document and batch that it is or was in, until the batch''s summaries say no more about it.';
+COMMENT ON COLUMN summaries_to_renew.is_its_own IS 'Whether the document was in the batch when it was deleted; else another batch had taken it over.';
 COMMENT ON COLUMN summaries_to_renew.id IS 'Surrogate key.';
 COMMENT ON COLUMN summaries_to_renew.batch_id IS 'The batch.';
+CREATE INDEX run_summaries_batch ON run_summaries (batch_id);
 CREATE INDEX summaries_to_renew_batch ON summaries_to_renew (batch_id);
 
 CREATE FUNCTION note_deleted_document() RETURNS trigger LANGUAGE plpgsql AS $$
 -- Not done at once: this transaction holds a document, so it may not wait for its batch.
 BEGIN
-    INSERT INTO summaries_to_renew (batch_id)
-    SELECT DISTINCT o.batch_id FROM old_documents AS o WHERE o.batch_id IS NOT NULL;
+    INSERT INTO summaries_to_renew (batch_id, is_its_own)
+    SELECT m.batch_id, bool_or(m.is_its_own)
+    FROM (
+        SELECT o.batch_id, TRUE AS is_its_own FROM old_documents AS o WHERE o.batch_id IS NOT NULL
+        UNION ALL
+        SELECT e.batch_id, FALSE
+        FROM old_documents AS o
+        JOIN document_events AS e ON e.doc_id = o.doc_id
+        WHERE EXISTS (SELECT FROM run_summaries AS r WHERE r.batch_id = e.batch_id)
+    ) AS m
+    GROUP BY m.batch_id;
     RETURN NULL;
 END;
 $$;
-COMMENT ON FUNCTION note_deleted_document IS 'Notes that the summaries of a batch speak of a document that has been deleted.';
+COMMENT ON FUNCTION note_deleted_document IS 'Notes the batches whose summaries may speak of a document that has been deleted.';
 CREATE TRIGGER file_extractions_deleted AFTER DELETE ON file_extractions
     REFERENCING OLD TABLE AS old_documents FOR EACH STATEMENT EXECUTE FUNCTION note_deleted_document();
 
 CREATE FUNCTION renew_summaries(batch_id text) RETURNS text LANGUAGE plpgsql AS $$
 #variable_conflict use_column
+DECLARE
+    is_due boolean;
 BEGIN
     PERFORM FROM processing_jobs AS b WHERE b.batch_id = renew_summaries.batch_id FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = renew_summaries.batch_id) THEN
         RETURN NULL;
     END IF;
     -- The notes first: what is deleted from here on makes a note of its own.
-    DELETE FROM summaries_to_renew AS n WHERE n.batch_id = renew_summaries.batch_id;
+    WITH noted AS (
+        DELETE FROM summaries_to_renew AS n WHERE n.batch_id = renew_summaries.batch_id RETURNING n.is_its_own
+    )
+    SELECT bool_or(n.is_its_own) INTO is_due FROM noted AS n;
     IF NOT EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = renew_summaries.batch_id) THEN
         RETURN NULL;
     END IF;
-    PERFORM settle_batch(renew_summaries.batch_id);
+    IF is_due THEN
+        PERFORM settle_batch(renew_summaries.batch_id);
+    END IF;
     PERFORM forget_deleted_documents(renew_summaries.batch_id);
     RETURN 'renewed';
 END;

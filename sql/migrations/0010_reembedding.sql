@@ -520,6 +520,8 @@ BEGIN
     IF coalesce(start_reembedding.to_model, '') = '' OR coalesce(start_reembedding.switch, '') NOT IN ('auto', 'manual') THEN
         RAISE EXCEPTION 'to_model must name a model, and switch be auto or manual' USING ERRCODE = 'invalid_parameter_value';
     END IF;
+    -- Of two who start at once the second sees the first one's run.
+    PERFORM pg_advisory_xact_lock(hashtextextended('docmill start of a re-embedding', 0));
     SELECT s.* INTO serving FROM serving_embeddings AS s;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there are no passages yet: the first document will be embedded as EMBEDDING_PROVIDER says'
@@ -538,7 +540,9 @@ BEGIN
         serving.embedding_model, serving.dimensions, start_reembedding.to_model, start_reembedding.switch,
         coalesce(start_reembedding.priority, -10)
     ) RETURNING id INTO made;
-    -- What is left of a cancelled run to the same model is taken up.
+    -- What is left of a cancelled run to the same model is taken up, and what had failed is tried at once.
+    UPDATE embeddings_to_make AS l SET attempts = 0, not_before = NULL, error_message = NULL
+    WHERE l.embedding_model = start_reembedding.to_model AND l.not_before IS NOT NULL;
     UPDATE reembeddings AS r SET ended_at = now()
     WHERE r.state = 'cancelled' AND r.ended_at IS NULL AND r.to_model = start_reembedding.to_model;
     PERFORM share_embeddings_with_readers();

@@ -88,17 +88,12 @@ BEGIN
 END;
 $$;
 
-CREATE FUNCTION release_due_jobs(at_most integer) RETURNS integer LANGUAGE plpgsql AS $$
+CREATE FUNCTION release_due_jobs(at_most integer) RETURNS void LANGUAGE plpgsql AS $$
 -- Nobody else sees them before this transaction ends, and then idle workers are told, as procrastinate tells them of a new job.
 DECLARE
     released bigint;
     released_queue text;
 BEGIN
-    -- Most of the time nothing is due, and that costs one look at an index.
-    PERFORM FROM procrastinate_jobs AS j WHERE j.status = 'todo' AND j.scheduled_at <= now() ORDER BY j.scheduled_at LIMIT 1;
-    IF NOT FOUND THEN
-        RETURN 0;
-    END IF;
     FOR released_queue, released IN
         WITH ready AS (
             UPDATE procrastinate_jobs AS j
@@ -117,10 +112,9 @@ BEGIN
         PERFORM pg_notify(channel, json_build_object('type', 'job_inserted', 'job_id', released)::text)
         FROM unnest(ARRAY['procrastinate_any_queue_v1', 'procrastinate_queue_v1#' || released_queue]) AS channel;
     END LOOP;
-    RETURN 1;
 END;
 $$;
-COMMENT ON FUNCTION release_due_jobs IS 'Lets jobs whose scheduled time has come be fetched, at most so many, and tells idle workers; 0 if none was due.';
+COMMENT ON FUNCTION release_due_jobs IS 'Lets jobs whose scheduled time has come be fetched, at most so many, and tells idle workers.';
 
 CREATE FUNCTION take_job(queues character varying[], of_user text, first_id bigint, p_worker_id bigint) RETURNS procrastinate_jobs
 LANGUAGE plpgsql AS $$
@@ -131,12 +125,14 @@ DECLARE
     found_id bigint;
     job procrastinate_jobs;
 BEGIN
-    SELECT c.id INTO found_id
-    FROM procrastinate_jobs AS c
-    WHERE c.id = first_id AND c.status = 'todo' AND c.scheduled_at IS NULL AND c.lock IS NULL
-    FOR UPDATE SKIP LOCKED;
+    UPDATE procrastinate_jobs AS j SET status = 'doing', worker_id = p_worker_id
+    WHERE j.id = (
+        SELECT c.id FROM procrastinate_jobs AS c
+        WHERE c.id = first_id AND c.status = 'todo' AND c.scheduled_at IS NULL AND c.lock IS NULL
+        FOR UPDATE SKIP LOCKED
+    )
+    RETURNING j.* INTO job;
     IF FOUND THEN
-        UPDATE procrastinate_jobs AS j SET status = 'doing', worker_id = p_worker_id WHERE j.id = found_id RETURNING j.* INTO job;
         RETURN job;
     END IF;
     FOR queue IN
@@ -183,9 +179,6 @@ DECLARE
     documents bigint;
     job procrastinate_jobs;
 BEGIN
-    IF max_documents = 0 THEN
-        RETURN take_job(queues, of_user, first_id, p_worker_id);
-    END IF;
     PERFORM pg_advisory_xact_lock(hashtextextended('docmill documents of ' || of_user, 0));
     SELECT count(*) INTO documents FROM procrastinate_jobs AS j
     WHERE j.status = 'doing' AND j.docmill_user = of_user AND stage_queue(j.task_name) IS NOT NULL;
@@ -229,7 +222,11 @@ DECLARE
     busy_first bigint[] := '{}';
     busy_with bigint[] := '{}';
 BEGIN
-    PERFORM release_due_jobs(1000);
+    -- Most of the time nothing is due, and that costs one look at an index.
+    PERFORM FROM procrastinate_jobs AS j WHERE j.status = 'todo' AND j.scheduled_at <= now() ORDER BY j.scheduled_at LIMIT 1;
+    IF FOUND THEN
+        PERFORM release_due_jobs(1000);
+    END IF;
     IF queues IS NULL THEN
         WITH RECURSIVE present (name) AS (
             (
@@ -246,24 +243,39 @@ BEGIN
         )
         SELECT array_agg(p.name) INTO queues FROM present AS p WHERE p.name IS NOT NULL;
     END IF;
-    IF others_first THEN
+    -- Nobody's jobs are few: a look whether there is one is cheaper than trying to take it. Those of a priority below 0, re-embedding among
+    -- them, have no turn: they are for when no document waits.
+    IF others_first AND EXISTS (
+        SELECT FROM unnest(queues) AS q (name)
+        CROSS JOIN LATERAL (
+            SELECT FROM procrastinate_jobs AS j
+            WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user = '' AND j.priority >= 0
+            ORDER BY j.priority DESC, j.docmill_begun DESC, j.id
+            LIMIT 1
+        ) AS waiting
+    ) THEN
         job := take_job(queues, '', NULL, p_worker_id);
         IF job.id IS NOT NULL THEN
             RETURN job;
         END IF;
     END IF;
     LOOP
-        SELECT next.docmill_user, next.id INTO candidate, first_id
-        FROM unnest(queues) AS q (name)
-        CROSS JOIN LATERAL (
-            SELECT j.docmill_user, j.priority, j.docmill_begun, j.id
-            FROM procrastinate_jobs AS j
-            WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user > candidate
-            ORDER BY j.docmill_user, j.priority DESC, j.docmill_begun DESC, j.id
-            LIMIT 1
-        ) AS next
-        ORDER BY next.docmill_user, next.priority DESC, next.docmill_begun DESC, next.id
-        LIMIT 1;
+        IF candidate = until COLLATE "C" THEN
+            -- The walk began behind this one and has found nobody there.
+            candidate := NULL;
+        ELSE
+            SELECT next.docmill_user, next.id INTO candidate, first_id
+            FROM unnest(queues) AS q (name)
+            CROSS JOIN LATERAL (
+                SELECT j.docmill_user, j.priority, j.docmill_begun, j.id
+                FROM procrastinate_jobs AS j
+                WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.name AND j.docmill_user > candidate
+                ORDER BY j.docmill_user, j.priority DESC, j.docmill_begun DESC, j.id
+                LIMIT 1
+            ) AS next
+            ORDER BY next.docmill_user, next.priority DESC, next.docmill_begun DESC, next.id
+            LIMIT 1;
+        END IF;
         IF candidate IS NULL AND until IS NULL AND beginning <> '' THEN
             candidate := '';
             until := beginning;
@@ -271,8 +283,14 @@ BEGIN
         END IF;
         at_end := candidate IS NULL OR coalesce(candidate > until COLLATE "C", FALSE);
         IF at_end OR cardinality(busy) >= most_busy_users THEN
-            FOR place IN SELECT b.place FROM unnest(busy_with) WITH ORDINALITY AS b (jobs, place) ORDER BY b.jobs, b.place LOOP
-                job := take_users_job(queues, busy[place], busy_first[place], p_worker_id, max_documents);
+            FOREACH place IN ARRAY CASE cardinality(busy) WHEN 0 THEN '{}' WHEN 1 THEN '{1}'::integer[] ELSE ARRAY(
+                SELECT b.place FROM unnest(busy_with) WITH ORDINALITY AS b (jobs, place) ORDER BY b.jobs, b.place
+            ) END LOOP
+                IF max_documents = 0 THEN
+                    job := take_job(queues, busy[place], busy_first[place], p_worker_id);
+                ELSE
+                    job := take_users_job(queues, busy[place], busy_first[place], p_worker_id, max_documents);
+                END IF;
                 IF job.id IS NOT NULL THEN
                     RETURN job;
                 END IF;
@@ -293,18 +311,20 @@ BEGIN
             busy_with := busy_with || in_work;
             CONTINUE;
         END IF;
-        job := take_users_job(queues, candidate, first_id, p_worker_id, max_documents);
+        -- Without a limit there is no need for take_users_job, whose block costs a subtransaction.
+        IF max_documents = 0 THEN
+            job := take_job(queues, candidate, first_id, p_worker_id);
+        ELSE
+            job := take_users_job(queues, candidate, first_id, p_worker_id, max_documents);
+        END IF;
         IF job.id IS NOT NULL THEN
             RETURN job;
         END IF;
     END LOOP;
-    IF others_first THEN
-        RETURN NULL;
-    END IF;
     RETURN take_job(queues, '', NULL, p_worker_id);
 END;
 $$;
 COMMENT ON FUNCTION docmill_fetch_job IS
-    'Takes the job whose turn it is, as procrastinate_fetch_job_v2 does otherwise; all null if there is none. after_user: who was served last. others_first: whether jobs that are nobody''s go before. max_documents: in work at once per user, 0 for any number.';
+    'Takes the job whose turn it is, as procrastinate_fetch_job_v2 does otherwise; all null if there is none. after_user: who was served last. others_first: whether jobs that are nobody''s, of a priority of 0 or more, go before. max_documents: in work at once per user, 0 for any number.';
 
 CALL pin_search_path();

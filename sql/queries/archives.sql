@@ -37,6 +37,13 @@ SELECT set_config('lock_timeout', '1s', TRUE);
 -- name: find_inner_archives
 SELECT a.entry_path FROM batch_archives AS a WHERE a.parent_id = %(archive_id)s;
 
+-- name: find_deleted_since
+-- Documents that somebody has deleted since the run was begun.
+SELECT DISTINCT e.doc_id
+FROM document_events AS e
+JOIN processing_jobs AS b ON b.batch_id = %(batch_id)s AND b.run_id = %(run_id)s AND e.at >= b.run_started_at
+WHERE e.doc_id = ANY(%(doc_ids)s) AND e.event = 'deleted' AND e.user_id = %(user_id)s;
+
 -- name: accept_entries
 SELECT accept_entries(%(archive_id)s, %(entries)s, %(unpacked_count)s, %(lock_timeout_ms)s) AS accepted;
 

@@ -34,6 +34,9 @@ LIMIT %(most)s;
 -- name: note_older_file
 INSERT INTO files_to_remove AS n (path, doc_id) VALUES (%(path)s, %(doc_id)s) ON CONFLICT (path) DO NOTHING;
 
+-- name: note_unneeded_file
+INSERT INTO files_to_remove AS n (path, doc_id) VALUES (%(path)s, %(doc_id)s) ON CONFLICT (path) DO NOTHING RETURNING n.path;
+
 -- name: judge_file
 SELECT judge_file(%(path)s) AS verdict;
 

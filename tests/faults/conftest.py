@@ -66,6 +66,9 @@ SHORT = {
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[queue-sync_deletes]",
     ],
+    "test_reembedding": [
+        "test_workers_killed_at_every_step_of_a_reembedding_lose_nothing_and_searches_never_miss_a_passage[inline]",
+    ],
     "test_unpacking": [
         "test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_run[inline]",
         "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",

@@ -48,7 +48,9 @@ def text_document(number: int, variant: int = 0, paragraphs: int = 6) -> bytes:
 
 
 def documents(count: int, prefix: str = "d", variant: int = 0) -> dict[str, bytes]:
-    return {f"{prefix}{number:04}": text_document(number, variant) for number in range(count)}
+    """Documents of a series, whose contents no other series has: equals would wait for each other."""
+    series = b"" if prefix == "d" else f"\n\nSeries {prefix}.".encode()
+    return {f"{prefix}{number:04}": text_document(number, variant) + series for number in range(count)}
 
 
 def samples() -> dict[str, bytes]:

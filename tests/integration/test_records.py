@@ -13,7 +13,7 @@ from jobs.front import close_async, close_sync
 from models.errors import ErrorType, OperationRefused, RetryableError, SubmitConflict, SubmitError
 from models.settings import load_settings
 from models.stages import Milestone, State
-from tests.integration.batches import BATCH, batch_of, begin, reconciler, refuse, summary
+from tests.integration.batches import BATCH, accept, batch_of, begin, reconciler, refuse, summary
 from tests.integration.conftest import Bench
 from tests.summaries import check
 
@@ -277,3 +277,14 @@ async def test_a_document_that_killed_its_worker_is_not_reprocessed(bench: Bench
     answer, reason = await reprocess(bench)
     assert answer is False
     assert "its worker died of it" in reason
+
+
+async def test_a_failed_batch_that_is_cancelled_stays_cancelled_and_takes_in_nothing(bench: Bench) -> None:
+    run = begin(bench.conn)
+    accept(bench.conn, run, "a")
+    jobs.fail_batch("b", "the wrong folder")
+    assert jobs.cancel_batch("b") == 1
+    bench.conn.execute("SELECT settle_batch('b')")
+    assert bench.one(BATCH)[:3] == ("cancelled", True, "the wrong folder")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        accept(bench.conn, run, "late")

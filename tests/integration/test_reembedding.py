@@ -19,6 +19,7 @@ from models.errors import ConfigurationError, PermanentError, ServiceUnavailable
 from models.settings import Settings
 from sql import query
 from sql.migrate import _apply, _migrate_procrastinate, _own, migrate
+from tests.fetching import in_parallel
 from tests.reembedding import NEW, OLD, Shelf, vector
 
 INDEXES = "SELECT indexname FROM pg_indexes WHERE indexname LIKE '%%hnsw%%' ORDER BY 1"
@@ -407,6 +408,33 @@ async def test_one_run_at_a_time_and_only_to_another_model(shelf: Shelf) -> None
     shelf.start(OLD.model)
     await shelf.until("complete")
     shelf.check_vectors()
+
+
+def test_of_two_who_start_at_once_one_is_told_of_the_other(shelf: Shelf, database: str) -> None:
+    fill(shelf, 1)
+
+    def start(mine: psycopg.Connection) -> str:
+        try:
+            with mine.transaction():
+                mine.execute("SELECT start_reembedding(%s)", [NEW.model])
+                mine.execute("SELECT pg_sleep(0.2)")
+        except psycopg.errors.ObjectNotInPrerequisiteState as error:
+            return str(error)
+        return "begun"
+
+    told = sorted(in_parallel(database, 2, start))
+    assert told[0] == "begun"
+    assert "must end first" in told[1]
+
+
+async def test_a_run_that_is_started_again_tries_at_once_what_had_failed(shelf: Shelf) -> None:
+    fill(shelf, 1)
+    shelf.start()
+    await shelf.step()
+    assert shelf.one("SELECT put_off_embeddings(%s, ARRAY['d0'], 'no', 3600)", NEW.model) == 1
+    shelf.one("SELECT cancel_reembedding()")
+    shelf.start()
+    await shelf.until("complete")
 
 
 async def test_there_is_one_job_at_a_time_and_a_lost_one_is_made_up_for(shelf: Shelf) -> None:

@@ -152,6 +152,12 @@ def test_the_command_starts_shows_and_steers_a_run(stocked: Shelf, capsys: pytes
     assert "is cancelled" in say("cancel")
 
 
+def test_a_priority_that_no_job_can_have_is_refused_as_such(stocked: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    for priority in ("3000000000", "99999999999999999999999", "-3000000000"):
+        code, _, err = docmill(capsys, "reembed", "start", "--to", "hash", "--priority", priority)
+        assert (code, "--priority" in err) == (2, True), err
+
+
 def test_the_command_knows_every_provider() -> None:
     words: Callable[[str], str] = allowed_values
     assert " or ".join(Provider) == words("embedding_provider")

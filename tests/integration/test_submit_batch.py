@@ -212,6 +212,7 @@ def test_a_zip_that_lies_in_storage_is_submitted_by_sql(conn: psycopg.Connection
     before = conn.execute("SELECT xmin::text, run_id FROM processing_jobs").fetchall()
     conn.execute("SELECT submit_batch('uploads/y.zip', 'mine', content_sha256 => repeat('1', 64))")
     assert conn.execute("SELECT xmin::text, run_id FROM processing_jobs").fetchall() == before
+    assert conn.execute("SELECT submit_batch('uploads/x.zip', user_id => NULL)").fetchone() == row[:1]
 
 
 @pytest.mark.parametrize("path", ["/etc/x.zip", "../x.zip", "a\\b.zip", ""])

@@ -11,7 +11,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 import sql.migrate
-from tests.integration.batches import BATCH, accept, add_archive, batch_of, begin, seal, summary
+from tests.integration.batches import BATCH, accept, add_archive, batch_of, begin, reconciler, seal, summary
 from tests.integration.conftest import Bench
 from tests.summaries import check, shape
 
@@ -155,6 +155,23 @@ async def test_a_deleted_documents_card_leaves_the_summaries_of_all_its_runs(ben
         assert "a.txt" not in json.dumps(nested)
     bench.conn.execute("SELECT settle_batch('b')")
     assert bench.one("SELECT total_files FROM processing_jobs") == (1,), "settled again, the present run tells of what there is"
+
+
+async def test_a_deleted_documents_card_leaves_the_summary_of_a_batch_that_it_had_left(bench: Bench) -> None:
+    batch_of(bench, "a", "c")
+    await bench.drain()
+    other = begin(bench.conn, "other")
+    accept(bench.conn, other, "a", "c", batch_id="other")
+    seal(bench.conn, other, 2, "other")
+    for batch_id in ("b", "other"):
+        cards = "SELECT jsonb_path_query_array(ui_json, '$.files[*].doc_id') FROM run_summaries WHERE batch_id = %s"
+        assert bench.one(cards, batch_id) == (["a", "c"],)
+    bench.conn.execute("SELECT delete_document('a')")
+    assert (await reconciler(bench).pass_once())["renewed"] == 2
+    for batch_id, total in (("b", 2), ("other", 1)):
+        assert bench.one(cards, batch_id) == (["c"],)
+        assert bench.one("SELECT total_files FROM processing_jobs WHERE batch_id = %s", batch_id) == (total,)
+    assert bench.one("SELECT count(*) FROM summaries_to_renew") == (0,)
 
 
 def test_batches_from_before_are_taken_over_as_they_stood(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:

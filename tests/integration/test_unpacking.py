@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import submit_batch
+from jobs import cancel_document, delete_batch, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.batch import archive as archive_module
 from jobs.batch.unpacking import CRASHES, Unpacker
 from jobs.database import make_pool
 from jobs.front import close_sync
+from jobs.leftovers import remove_noted_files
 from jobs.pipeline.claims import Connection
 from jobs.reconcile import Reconciler
 from jobs.submit import derive_doc_id
@@ -464,3 +466,133 @@ def test_a_zip_with_ten_thousand_names_is_listed_in_one_go(tmp_path: Path) -> No
             made.writestr(f"{number}.txt", b"")
     limits = ArchiveLimits.from_settings(Settings())
     assert len(list_archive(str(tmp_path / "many.zip"), "many.zip", limits).members) == 10_000
+
+
+def one_document(bench: Bench, batch_id: str = "b") -> tuple[str, str]:
+    """doc_id and place of a document of the batch's archives."""
+    doc_id, path = bench.one("SELECT doc_id, source_path FROM file_extractions WHERE batch_id = %s ORDER BY id DESC LIMIT 1", batch_id)
+    return doc_id, path
+
+
+@pytest.mark.parametrize("source", ["zip", "folder"])
+@pytest.mark.parametrize("how", ["deleted", "cancelled"])
+async def test_the_same_zip_again_brings_back_what_was_deleted_or_cancelled_by_hand(how: str, source: str, bench: Bench) -> None:
+    (bench.folder / "in").mkdir()
+    path = bench.zip(FILES, "in/batch.zip")
+    path = path if source == "zip" else path.parent
+    submit_batch(path, batch_id="b")
+    await bench.unpack()
+    doc_id, place = one_document(bench)
+    if how == "cancelled":
+        cancel_document(doc_id)
+    bench.finish()
+    if how == "deleted":
+        assert delete_document(doc_id)
+    bench.settle("b")
+    others = bench.all("SELECT doc_id, version, claim, updated_at FROM file_extractions WHERE doc_id <> %s ORDER BY 1", doc_id)
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    await bench.unpack()
+    assert bench.documents()[place] == "queued"
+    assert bench.all("SELECT doc_id, version, claim, updated_at FROM file_extractions WHERE doc_id <> %s ORDER BY 1", doc_id) == others
+    bench.finish()
+    assert bench.settle("b") == "completed"
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
+
+
+async def test_the_same_zip_again_unpacks_the_rest_of_one_that_broke_off_in_the_middle(bench: Bench) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+
+    def fill_up(_: str) -> None:
+        if len(bench.calls) == 3:
+            raise RetryableError("The storage is full.")
+
+    bench.before_call = fill_up
+    await bench.unpack(max_retry_attempts=0)
+    bench.finish()
+    assert (bench.settle("b"), len(bench.documents())) == ("completed_with_errors", 3)
+    bench.before_call = lambda _: None
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    await bench.unpack()
+    assert len(bench.documents()) == len(FILES)
+
+
+async def test_the_same_zip_again_does_nothing_where_an_archive_inside_is_bad_for_good(bench: Bench) -> None:
+    path = bench.zip({"a.txt": "a", "bad.zip": b"PK\x03\x04 and nothing more"})
+    submit_batch(path, batch_id="b")
+    await bench.unpack()
+    bench.finish()
+    assert bench.settle("b") == "completed_with_errors"
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
+
+
+async def test_a_document_that_was_deleted_while_its_archive_waits_for_a_worker_does_not_come_back(bench: Bench) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+
+    def die(_: str) -> None:
+        if len(bench.calls) == 3:
+            raise Interrupted
+
+    bench.before_call = die
+    with pytest.raises(Interrupted):
+        await bench.unpack()
+    doc_id, place = one_document(bench)
+    assert delete_document(doc_id)
+    bench.before_call = lambda _: None
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'todo' WHERE task_name = 'unpack'")
+    await bench.unpack()
+    assert set(bench.documents()) == set(FILES) - {place}
+    bench.finish()
+    assert bench.settle("b") == "completed"
+    assert submit_batch(path, batch_id="b").outcome == "new_run", "somebody who submits it again wants it"
+    await bench.unpack()
+    assert set(bench.documents()) == set(FILES)
+
+
+async def test_an_archive_that_broke_the_shared_limits_takes_nothing_of_them(bench: Bench) -> None:
+    large, small = zip_bytes({"x.txt": b"a" * 700_000}), zip_bytes({"y.txt": "b"})
+    submit_batch(bench.zip({"f.txt": b"c" * 400_000, "large.zip": large, "small.zip": small}), batch_id="b")
+    await bench.unpack(max_archive_unpacked_mb=1)
+    assert dict(bench.all("SELECT entry_path, state FROM batch_archives")) == {
+        "": "unpacked", "large.zip/": "failed", "small.zip/": "unpacked",
+    }  # fmt: skip
+
+
+async def test_an_archive_and_a_folder_of_the_same_name_are_told_apart(bench: Bench) -> None:
+    entries = [Raw(b"x.zip", zip_bytes({"a.txt": "inside"})), Raw(b"x.zip/a.txt", b"beside")]
+    submit_batch(bench.zip(raw_zip(entries)), batch_id="b")
+    await bench.unpack()
+    assert bench.documents() == {"x.zip/a.txt": "queued", "x (2).zip/a.txt": "queued"}
+
+
+async def test_what_was_stored_while_the_batch_was_being_deleted_goes_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_batch(bench.zip({**FILES, "in.zip": zip_bytes({"x.txt": "x"})}), batch_id="b")
+
+    async def delete(point: str, _: str) -> None:
+        if point == "unpack_stored":
+            await asyncio.to_thread(delete_batch, "b")
+
+    monkeypatch.setattr("jobs.faults.at", delete)
+    await bench.unpack()
+    files = [path for path in bench.settings.storage_base_path.rglob("*") if path.is_file()]
+    for path in files:
+        os.utime(path, (0, 0))
+    assert len(files) > 1
+    assert remove_noted_files(bench.settings, bench.conn) == len(files)
+    assert not any(path.exists() for path in files)
+
+
+async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_entries(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    stored = bench.settings.storage_base_path / bench.one("SELECT zip_path FROM processing_jobs")[0]
+
+    def remove(_: str) -> None:
+        if len(bench.calls) == 3:
+            stored.unlink()
+
+    bench.before_call = remove
+    await bench.unpack()
+    assert set(bench.documents().values()) == {"queued"}
+    state, message = bench.one("SELECT state, error_message FROM batch_archives")
+    assert (state, "does not exist" in message) == ("failed", True)

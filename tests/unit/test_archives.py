@@ -137,6 +137,8 @@ def test_entries_of_one_name_are_all_kept_and_told_apart(tmp_path: Path) -> None
     assert names(tmp_path, *map(Raw, given)) == [
         "d/a.txt", "d/a (3).txt", "d/a (4).txt", "d/a (2).txt", "none", "none (2)", "A.txt", "a.TXT",
     ]  # fmt: skip
+    folders = [b"x.zip", b"x.zip/a.txt", b"x (2).zip/a.txt", b"x.zip", b"x.zi"]
+    assert names(tmp_path, *map(Raw, folders)) == ["x (3).zip", "x.zip/a.txt", "x (2).zip/a.txt", "x (4).zip", "x.zi"]
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,11 @@ _LARGEST_DICTIONARY = 1 << 26  # bytes that an LZMA entry may ask for
 def unpack_members(path: str, members: Sequence[Member], folder: str, limits: ArchiveLimits) -> list[Unpacked]:
     """Unpack members into files in the folder, named by where they lie in the archive, and return what became of each, in order.
 
-    A member at fault is returned with its reason and leaves no file. RetryableError: the folder's disk is full or failing.
+    A member at fault is returned with its reason and leaves no file. RetryableError: the disk of the archive or of the folder fails or is
+    full. PermanentError: the archive has gone.
     """
     made = []
-    with Path(path).open("rb") as file:
+    with storage_faults(Path(path).parent, Path(path).name), Path(path).open("rb") as file:
         for member in members:
             target = Path(folder) / str(member.offset)
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from jobs.adapters.archives.directory import Directory, DirectoryEntry, read_directory
 from jobs.adapters.archives.members import ArchiveLimits, Listing, Member
 from jobs.adapters.archives.names import LONGEST_PATH, decode_names, escapes, is_folder, is_system_file, shown_path, tell_apart
+from jobs.adapters.storage.faults import storage_faults
 from models.errors import PermanentError
 
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
@@ -22,11 +23,15 @@ _SHOWN = 80  # characters of a name in a message about the archive
 
 
 def list_archive(path: str, name: str, limits: ArchiveLimits) -> Listing:
-    """Return what the archive at `path`, called `name` in errors, holds. PermanentError if it is bad or over a limit as a whole."""
-    try:
-        return _list(Path(path), limits)
-    except PermanentError as error:
-        raise PermanentError(f"{name}: {error}.") from None
+    """Return what the archive at `path`, called `name` in errors, holds.
+
+    PermanentError if it is bad or over a limit as a whole, RetryableError if the storage fails.
+    """
+    with storage_faults(Path(path).parent, Path(path).name):
+        try:
+            return _list(Path(path), limits)
+        except PermanentError as error:
+            raise PermanentError(f"{name}: {error}.") from None
 
 
 def _list(path: Path, limits: ArchiveLimits) -> Listing:

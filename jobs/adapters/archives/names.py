@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from jobs.adapters.archives.directory import DirectoryEntry
@@ -97,25 +98,34 @@ def shown_path(name: str) -> str:
 
 
 def tell_apart(paths: Iterable[str]) -> list[str]:
-    """Return the paths with ` (2)`, ` (3)` and so on before the suffix of those that have come before."""
+    """Return the paths with ` (2)`, ` (3)` and so on before the suffix of those that have come before, or are a folder of others too."""
     wanted = list(paths)
+    ordered = sorted(wanted)
     taken = set(wanted)
     seen: dict[str, int] = {}
-    return [_next_free(path, seen, taken) for path in wanted]
+    return [_next_free(path, seen, taken, ordered) for path in wanted]
 
 
-def _next_free(path: str, seen: dict[str, int], taken: set[str]) -> str:
+def _is_folder_of(path: str, ordered: Sequence[str]) -> bool:
+    """Say whether one of the sorted paths lies below a path."""
+    at = bisect_left(ordered, f"{path}/")
+    return at < len(ordered) and ordered[at].startswith(f"{path}/")
+
+
+def _next_free(path: str, seen: dict[str, int], taken: set[str], ordered: Sequence[str]) -> str:
     number = seen.get(path, 0) + 1
     seen[path] = number
     if number == 1:
-        return path
+        if not _is_folder_of(path, ordered):
+            return path
+        number = 2
     folder, slash, name = path.rpartition("/")
     stem, dot, suffix = name.rpartition(".")
     if not stem:
         stem, dot, suffix = name, "", ""
     while True:
         other = f"{folder}{slash}{stem} ({number}){dot}{suffix}"
-        if other not in taken:
+        if other not in taken and not _is_folder_of(other, ordered):
             taken.add(other)
             seen[path] = number
             return other
