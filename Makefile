@@ -14,8 +14,9 @@ PYTHON ?=
 PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3
 # Fail the tests when fewer percent of the lines and branches than this are covered.
 COVERAGE_MIN ?= 90
-# Two workers leave a small machine usable; PYTEST_ARGS="-n 0 -k name" overrules.
-PYTEST_ARGS ?= -n 2
+# Two workers leave a small machine usable, and whoever is done early takes over from the other, because the slow tests lie together;
+# PYTEST_ARGS="-n 0 -k name" overrules.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 # samples/README.md quotes the questions below, so it would be its own best answer.
 DEMO_FILES := $(filter-out samples/README.md,$(wildcard samples/*))
 DEMO_QUESTION_EN := What is the penalty for late delivery?

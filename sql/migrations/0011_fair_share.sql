@@ -183,7 +183,8 @@ BEGIN
     SELECT count(*) INTO documents FROM procrastinate_jobs AS j
     WHERE j.status = 'doing' AND j.docmill_user = of_user AND stage_queue(j.task_name) IS NOT NULL;
     IF documents < max_documents THEN
-        job := take_job(queues, of_user, first_id, p_worker_id);
+        -- Not first_id, which was seen before this waited for the lock: a document that was handed on meanwhile goes before it.
+        job := take_job(queues, of_user, NULL, p_worker_id);
     END IF;
     IF job.id IS NULL THEN
         RAISE EXCEPTION 'nothing taken' USING ERRCODE = 'DM001';

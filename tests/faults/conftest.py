@@ -22,7 +22,6 @@ SHORT = {
     ],
     "test_postgres": [
         "test_workers_outlive_trouble_with_postgres_untouched[inline-immediate crash]",
-        "test_workers_outlive_trouble_with_postgres_untouched[queue-8 s outage]",
         "test_a_storm_of_terminated_backends_loses_nothing_and_listening_comes_back[queue-5]",
         "test_a_lease_connection_that_hangs_costs_no_document_and_no_patience[inline]",
         "test_a_refused_checkpoint_is_written_in_the_end[queue-40P01]",
@@ -39,7 +38,6 @@ SHORT = {
     "test_batches": [
         "test_last_documents_that_end_in_the_same_moment_end_their_batch_once[inline]",
         "test_a_worker_killed_between_a_last_document_and_its_batch_leaves_no_batch_open[queue]",
-        "test_a_batch_submitted_in_a_callers_long_transaction_stops_no_worker[inline-rollback]",
     ],
     "test_removal": [
         "test_a_deed_while_each_stage_runs_wins[inline-cancel]",
@@ -72,8 +70,6 @@ SHORT = {
     "test_unpacking": [
         "test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_run[inline]",
         "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",
-        "test_a_batch_in_a_callers_long_transaction_gets_in_nobodys_way[inline-commit]",
-        "test_a_stopped_worker_leaves_the_rest_of_an_archive_to_the_next_without_a_count[queue]",
     ],
     "test_hosted": [
         "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-120]",
