@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from jobs.arguments import check_metadata, check_priority
 from jobs.front import async_connection, sync_connection
 from jobs.redaction import describe
-from jobs.submit import check_metadata, check_priority
 from models.documents import FileType
 from models.errors import ErrorType, OperationRefused, SubmitConflict
 from models.records import Advice, BatchRecord, BatchStatistics, DocumentRecord, Retry, RunSummary

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
-import re
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -16,9 +14,9 @@ from typing import Any, BinaryIO, TypedDict, Unpack, cast
 
 import psycopg
 from psycopg.rows import dict_row
-from psycopg.types.json import Jsonb
 
 from jobs.adapters.storage import LocalStorage, safe_display_name, storable_path
+from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id
 from jobs.front import async_connection, sync_connection
 from jobs.redaction import describe
 from models.errors import RetryableError, SubmitConflict, SubmitError
@@ -29,10 +27,6 @@ from sql import query
 
 File = str | os.PathLike[str] | bytes | BinaryIO
 
-DOCUMENT_NAMESPACE = uuid.UUID("6f0d2a3e-5b7c-5d1e-9a44-646f636d696c")
-"""Namespace of derived doc_ids: UUIDv5 of user and absolute path, or of user and SHA-256 for bytes and open files."""
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _MEMORY_LIMIT = 8_000_000  # bytes of an open file that are kept in memory while its hash is not known yet
 
 
@@ -44,53 +38,6 @@ class Place:
     batch_id: str | None = None
     run_id: uuid.UUID | None = None
     source_path: str | None = None
-
-
-def derive_doc_id(user_id: str, what: str) -> str:
-    """Return the UUIDv5 of a user and an absolute path, or of a user and a SHA-256."""
-    return str(uuid.uuid5(DOCUMENT_NAMESPACE, f"{user_id}\n{what}"))
-
-
-def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path from the root on, without `..`, links left as they are."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`, Path.resolve follows links
-
-
-def path_doc_id(user_id: str, path: Path) -> str:
-    """Return the derived id of the document, folder or archive at an absolute path, also of one whose name is no UTF-8."""
-    return derive_doc_id(user_id, str(path).encode("utf-8", "backslashreplace").decode())
-
-
-def check_name(kind: str, value: str) -> str:
-    """Return the value of a doc_id, user_id, batch_id or correlation_id if it has 1 to 200 characters and no control characters."""
-    if not isinstance(value, str) or not 1 <= len(value) <= 200 or _CONTROL.search(value):
-        raise SubmitError(f"{kind} {value!r} must be 1 to 200 characters without control characters.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise SubmitError(f"{kind} {value!r} has a character that is not valid Unicode.") from error
-    return value
-
-
-def check_metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
-    """Return a submitter's own data as Postgres takes it; SubmitError if it is no JSON object that Postgres can hold."""
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise SubmitError(f"metadata must be a mapping, not {type(metadata).__name__}.")
-    try:
-        text = json.dumps(dict(metadata or {}), allow_nan=False, ensure_ascii=False)
-        text.encode()
-    except (TypeError, ValueError) as error:  # a UnicodeEncodeError is a ValueError
-        raise SubmitError(f"metadata must be JSON: {error}.") from error
-    if "\\u0000" in text:
-        raise SubmitError("metadata must not hold NUL characters: Postgres cannot store them.")
-    return Jsonb(json.loads(text))
-
-
-def check_priority(priority: int) -> int:
-    """Return a priority if it is a whole number of 32 bits."""
-    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
-        raise SubmitError(f"priority {priority!r} must be a whole number of 32 bits.")
-    return priority
 
 
 def _hash_stream(file: BinaryIO) -> tuple[BinaryIO, str]:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from jobs.adapters.archives import Member
 from jobs.adapters.storage import LocalStorage, StoredUpload, safe_display_name
-from jobs.submit import derive_doc_id
+from jobs.arguments import derive_doc_id
 
 GROUP_ENTRIES = 100
 """Entries that are unpacked, stored and accepted together, in one transaction."""

@@ -19,6 +19,7 @@ from jobs.adapters.sniff_types import NAMES
 from jobs.adapters.storage import LocalStorage, storable_path
 from jobs.adapters.storage.faults import source_faults
 from jobs.adapters.storage.sources import read_blocks
+from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id
 from jobs.batch.folders import FolderRun, accept
 from jobs.batch.steps import Ask, Steps, run_steps, run_steps_async
 from jobs.batch.submission import (
@@ -32,7 +33,7 @@ from jobs.batch.submission import (
     look_at_batch,
     refused_batch,
 )
-from jobs.submit import Place, absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id, prepare
+from jobs.submit import Place, prepare
 from models.documents import FileType
 from models.errors import ConfigurationError, DocmillError, SubmitError
 from models.settings import Settings, load_settings

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from jobs.arguments import check_name
 from jobs.batch import BatchSubmission, FileResult, is_zip, submit_batch_async, submit_file, submit_folder
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import aside, complain, print_json, say
@@ -20,7 +21,6 @@ from jobs.cli.session import quiet_logs, rows, run_async
 from jobs.cli.unpacked import documents_in_archives, open_archives
 from jobs.cli.waiting import OwnWorker, wait_for_archives, wait_for_batches, wait_for_documents
 from jobs.front import close_async
-from jobs.submit import check_name
 from models.errors import ConfigurationError, DocmillError, SubmitError
 from models.settings import Settings, load_settings
 from models.stages import UNFINISHED_STATES

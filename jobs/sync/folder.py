@@ -10,8 +10,8 @@ from pathlib import Path
 
 from jobs import faults
 from jobs.adapters.folders import Listing
+from jobs.arguments import absolute_path, check_name, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
-from jobs.submit import absolute_path, check_name, path_doc_id
 from jobs.sync.looking import (
     FolderLook,
     Look,

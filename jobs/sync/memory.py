@@ -14,9 +14,10 @@ import psycopg
 from psycopg.rows import dict_row
 
 from jobs.adapters.storage import storable_path, storable_text
+from jobs.arguments import derive_doc_id, path_doc_id
 from jobs.database import connect_options, conninfo_of
 from jobs.front import async_connection
-from jobs.submit import derive_doc_id, path_doc_id, refused
+from jobs.submit import refused
 from jobs.sync.plan import Archive, Move, Stored
 from models.errors import SubmitConflict
 from models.settings import Settings

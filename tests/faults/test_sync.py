@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submit import path_doc_id
+from jobs.arguments import path_doc_id
 from tests.faults.harness import Arena, text_document
 from tests.running import REPOSITORY
 

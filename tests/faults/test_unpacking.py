@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs import submit_batch
+from jobs.arguments import derive_doc_id
 from jobs.batch.archive import GROUP_ENTRIES
-from jobs.submit import derive_doc_id
 from tests.archives import zip_bytes
 from tests.faults.harness import Arena, text_document
 

@@ -10,9 +10,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from jobs.arguments import absolute_path, path_doc_id
 from jobs.batch import BatchSubmission, submit_file, submit_folder
 from jobs.front import close_async
-from jobs.submit import absolute_path, path_doc_id
 from models.settings import Settings
 
 

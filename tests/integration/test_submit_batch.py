@@ -12,9 +12,9 @@ import psycopg
 import pytest
 
 from jobs import submit_batch, submit_batch_async
+from jobs.arguments import absolute_path, path_doc_id
 from jobs.batch.steps import run_steps
 from jobs.front import close_async, close_sync
-from jobs.submit import absolute_path, path_doc_id
 from models.errors import SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from tests.archives import write_zip

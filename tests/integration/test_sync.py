@@ -16,10 +16,10 @@ import pytest
 
 from jobs.adapters.folders import list_folder
 from jobs.adapters.storage.sources import read_blocks
+from jobs.arguments import path_doc_id
 from jobs.batch import submit_folder
 from jobs.front import close_async
 from jobs.reconcile import Reconciler
-from jobs.submit import path_doc_id
 from jobs.sync.folder import FolderSync
 from jobs.sync.looking import Look, digest_files, look_at_folder
 from jobs.sync.memory import folder_lock

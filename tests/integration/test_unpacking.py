@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import cancel_document, delete_batch, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
+from jobs.arguments import derive_doc_id
 from jobs.batch import archive as archive_module
 from jobs.batch.unpacking import CRASHES, Unpacker
 from jobs.database import make_pool
@@ -24,7 +25,6 @@ from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
 from jobs.pipeline.claims import Connection
 from jobs.reconcile import Reconciler
-from jobs.submit import derive_doc_id
 from models.errors import RetryableError
 from models.settings import Settings, load_settings
 from tests.archives import Raw, raw_zip, write_zip, zip_bytes
