@@ -127,13 +127,18 @@ def refused(error: psycopg.Error, doc_id: str) -> Exception:
     """Translate what Postgres said to a submission."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f"The batch takes in no more documents of this run: {describe(error)}.")
+    return taken_or_held(error, f'doc_id "{doc_id}"', "this document")
+
+
+def taken_or_held(error: psycopg.Error, name: str, held: str) -> Exception:
+    """Translate what Postgres said where another user or another transaction was first; any other error is returned as it is."""
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
         return SubmitConflict(
-            f'doc_id "{doc_id}": another transaction holds this document; nothing was submitted. Try again once it has ended '
+            f"{name}: another transaction holds {held}; nothing was submitted. Try again once it has ended "
             "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
         )
     if isinstance(error, psycopg.errors.UniqueViolation):
-        return SubmitError(f'doc_id "{doc_id}" is taken; choose another.')
+        return SubmitError(f"{name} is taken; choose another.")
     return error
 
 

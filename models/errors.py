@@ -141,12 +141,12 @@ class SubmitConflict(RetryableError):
     """Another transaction holds this document; nothing was stored. Try again after it ends."""
 
 
-class NotFound(PermanentError):
-    """There is no document or batch of that name."""
-
-
 class OperationRefused(PermanentError):
-    """The document or batch is not there, or in a state that does not allow what was asked; nothing was changed."""
+    """The document or batch is in a state that does not allow what was asked, or is not there; nothing was changed."""
+
+
+class NotFound(OperationRefused):
+    """There is no document or batch of that name."""
 
 
 class ConfigurationError(PermanentError):

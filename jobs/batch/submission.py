@@ -12,6 +12,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from jobs.batch.steps import Ask, Steps
+from jobs.submit import taken_or_held
 from models.errors import DocmillError, SubmitConflict, SubmitError
 from models.submissions import Submission
 
@@ -98,13 +99,6 @@ def look_at_batch(batch_id: str, user_id: str) -> Steps[dict[str, Any] | None]:
 
 def refused_batch(error: psycopg.Error, batch_id: str) -> Exception:
     """Translate what Postgres said to the submission of a batch."""
-    if isinstance(error, psycopg.errors.UniqueViolation):
-        return SubmitError(f'batch_id "{batch_id}" is taken; choose another.')
-    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
-        return SubmitConflict(
-            f'batch_id "{batch_id}": another transaction holds this batch or a document of it; nothing was submitted. '
-            "Try again once it has ended (SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
-        )
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f'batch_id "{batch_id}" has been begun again meanwhile.')
-    return error
+    return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
 from jobs import submit_batch
-from jobs.front import close_sync
-from models.settings import Settings, load_settings
 from tests.archives import Raw, raw_zip, write_zip
 from tests.running import REPOSITORY, wait_for, worker
 
@@ -18,12 +15,7 @@ SAMPLES = sorted(p for p in (REPOSITORY / "samples").iterdir() if p.name != "REA
 STILL_OPEN = "SELECT count(*) FROM processing_jobs WHERE status IN ('pending', 'processing')"
 
 
-@pytest.fixture(autouse=True)
-def front_door(settings: Settings) -> Any:
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("front_door")
 
 
 def work(conn: psycopg.Connection, tmp_path: Path, **environment: str) -> None:

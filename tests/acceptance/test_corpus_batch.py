@@ -13,8 +13,6 @@ import psycopg
 import pytest
 
 from jobs import submit_batch
-from jobs.front import close_sync
-from models.settings import Settings, load_settings
 from tests.running import wait_for, worker
 from tests.summaries import check
 
@@ -27,13 +25,9 @@ PASSAGES = "SELECT content_sha256 FROM document_chunks WHERE doc_id = %s"
 
 
 @pytest.fixture(autouse=True)
-def front_door(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
+def short_waits(front_door: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LEASE_SECONDS": "4", "RECONCILE_SECONDS": "0.5", "WORKER_POLL_SECONDS": "0.1"}.items():
         monkeypatch.setenv(name, value)
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
 
 
 def pack(archive: Path, corpus: Path, changed: dict[str, bytes]) -> int:

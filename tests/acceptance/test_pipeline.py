@@ -11,8 +11,7 @@ import psycopg
 import pytest
 
 from jobs import submit_document
-from jobs.front import close_sync
-from models.settings import Settings, load_settings
+from models.settings import Settings
 from tests.running import REPOSITORY, wait_for, worker
 
 PASSAGES = """SELECT d.file_name, c.id, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end, c.embedding::text,
@@ -20,12 +19,7 @@ PASSAGES = """SELECT d.file_name, c.id, c.chunk_index, c.content, c.heading_path
 SAMPLES = sorted(p for p in (REPOSITORY / "samples").iterdir() if p.name != "README.md")
 
 
-@pytest.fixture(autouse=True)
-def front_door(settings: Settings) -> Any:
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("front_door")
 
 
 def unfinished(conn: psycopg.Connection) -> int:

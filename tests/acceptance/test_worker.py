@@ -11,19 +11,13 @@ import psycopg
 import pytest
 
 from jobs import submit_document
-from jobs.front import close_sync
 from jobs.registry import STUCK_EXIT_CODE
-from models.settings import Settings, load_settings
 from tests.running import wait_for, worker
 
 
 @pytest.fixture(autouse=True)
-def front_door(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Any:
+def short_leases(front_door: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEASE_SECONDS", "2")
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
 
 
 def one(conn: psycopg.Connection, statement: str) -> tuple[Any, ...]:

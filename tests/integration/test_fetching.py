@@ -12,8 +12,8 @@ import pytest
 from procrastinate.manager import JobManager
 from procrastinate.worker import Worker
 
+from jobs.connector import DocmillConnector
 from jobs.fetching import DocmillJobManager
-from jobs.worker import DocmillConnector
 from models.settings import Settings
 from sql import migrate as migrations
 from tests.fetching import Fetcher, defer, finish, in_parallel, submit

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import psycopg
 import pytest
 
 import jobs
-from jobs.front import close_sync
 from jobs.reconcile import Reconciler
 from models.documents import Document
 from models.errors import NotFound, SubmitConflict
-from models.settings import Settings, load_settings
+from models.settings import load_settings
 from models.stages import State
 from sql import migrate as migrations
 from tests.integration.conftest import STAGE_NAMES, Bench
@@ -22,12 +20,7 @@ from tests.integration.conftest import STAGE_NAMES, Bench
 TABLES = ("file_extractions", "document_markdown", "document_chunks", "chunk_buffer", "vector_buffer", "extraction_buffer")
 
 
-@pytest.fixture(autouse=True)
-def front_door(settings: Settings) -> Iterator[None]:
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("front_door")
 
 
 def counts(bench: Bench) -> dict[str, int]:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -14,19 +13,11 @@ import pytest
 
 import jobs
 from jobs.adapters.storage import LocalStorage
-from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
-from models.settings import Settings, load_settings
 from tests.integration.conftest import Bench
 from tests.running import wait_for
 
-
-@pytest.fixture(autouse=True)
-def front_door(settings: Settings) -> Iterator[None]:
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("front_door")
 
 
 def file_of(bench: Bench, doc_id: str) -> Path:

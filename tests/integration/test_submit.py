@@ -15,17 +15,11 @@ import pytest
 
 from jobs import submit_document, submit_document_async
 from jobs.adapters.storage import local
-from jobs.front import async_connection, close_async, close_sync
+from jobs.front import async_connection, close_async
 from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 
-
-@pytest.fixture(autouse=True)
-def front_door(settings: Settings) -> Any:
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("front_door")
 
 
 @pytest.fixture

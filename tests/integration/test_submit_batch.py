@@ -14,19 +14,13 @@ import pytest
 from jobs import submit_batch, submit_batch_async
 from jobs.arguments import absolute_path, path_doc_id
 from jobs.batch.steps import run_steps
-from jobs.front import close_async, close_sync
+from jobs.front import close_async
 from models.errors import SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from tests.archives import write_zip
 from tests.running import REPOSITORY
 
-
-@pytest.fixture(autouse=True)
-def front_door(settings: Settings) -> Any:
-    load_settings.cache_clear()
-    yield
-    close_sync()
-    load_settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("front_door")
 
 
 @pytest.fixture
