@@ -74,6 +74,8 @@ class Sharing:
     def expect(self, job_id: int, coming: bool) -> None:
         """Say whether a job's document, which is in this worker's hands, may still ask; where none may, no request waits."""
         (self._coming.add if coming else self._coming.discard)(job_id)
+        if self._line and not coming:
+            self._send_what_is_due()
 
     async def embed(
         self,
