@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
+from jobs.leases import Lease
 from jobs.pipeline.runner import Runner
 from jobs.stages import embed
 from tests.integration.conftest import Bench
@@ -58,7 +60,7 @@ async def at_once(outside: Outside, worker: Runner) -> None:
 
 
 def states(outside: Outside) -> dict[str, tuple[str, int]]:
-    return {row[0]: row[1:] for row in outside.bench.all("SELECT doc_id, state::text, retry_count FROM file_extractions")}  # type: ignore[misc]
+    return {row[0]: row[1:] for row in outside.bench.all("SELECT doc_id, state::text, retry_count FROM file_extractions")}
 
 
 @pytest.mark.parametrize("handoff", ["inline", "queue"])
@@ -137,15 +139,15 @@ async def test_a_document_whose_lease_is_lost_before_sending_is_not_in_the_reque
         outside.bench.submit(doc_id)
     worker = runner(outside, endpoint)
     front = outside.fronts[0]
-    begin, held = front._ledger.begin, []
+    begin = front._ledger.begin
+    held: list[Lease] = []
 
     async def lost_meanwhile(entry: Any) -> Any:
         asked = await begin(entry)
         if not held:
             held.extend(lease for lease in outside.bench.leases._leases.values() if lease.doc_id == "d01")
-            held[0].good_until -= 1000
-            held[0].good_until, before = 0.0, held[0].good_until + 1000
-            asyncio.get_running_loop().call_later(0.3, lambda: setattr(held[0], "good_until", before + 3600))
+            held[0].good_until = 0.0
+            asyncio.get_running_loop().call_later(0.3, lambda: setattr(held[0], "good_until", math.inf))
         return asked
 
     monkeypatch.setattr(front._ledger, "begin", lost_meanwhile)
