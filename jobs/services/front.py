@@ -9,7 +9,8 @@ from typing import Any, NoReturn, TypeVar
 
 from loguru import logger
 
-from jobs import budget, clock, faults
+from jobs import clock, faults
+from jobs.adapters.exchange.told import pause_told, retry_after
 from jobs.outages import outlive
 from jobs.services.ledger import Entry, Ledger, new_entry
 from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
@@ -102,7 +103,7 @@ class Service:
         await self._ledger.finish(entry, reply, None)
         if entry.probes:
             await outlive("Closing the breaker", lambda: self._breaker.tell(entry.id, None), until=self._stopping)
-        if pause := budget.pause_told(reply.headers, entry.purpose.tokens):
+        if pause := pause_told(reply.headers, entry.purpose.tokens):
             await self._pause(pause)
 
     async def _record_failure(self, entry: Entry, outcome: Outcome) -> float | None:
@@ -111,7 +112,7 @@ class Service:
         wait: float | None = None
         if entry.probes or outcome.word in BLAMES_SERVICE or outcome.word == "refused":
             wait = await outlive("Telling the breaker", lambda: self._breaker.tell(entry.id, outcome), until=self._stopping)
-        if outcome.word == "failed" and (told := budget.retry_after(outcome.headers or {})):
+        if outcome.word == "failed" and (told := retry_after(outcome.headers or {})):
             await self._pause(min(told, self.terms.rules.max_open_seconds))
         if outcome.word != "rate_limited":
             return wait
