@@ -215,7 +215,7 @@ async def test_of_fifty_that_ask_at_once_one_probes(make: Make, conn: psycopg.Co
     await fails(services[0], answers(refusal(401, {})))
     await asyncio.sleep(0.35)
     breakers = [SharedBreaker(service._pool, service.terms) for service in services]
-    told = await asyncio.gather(*(breakers[number % 5].ask(uuid4()) for number in range(50)))
+    told = await asyncio.gather(*(breakers[number % 5].ask(uuid4(), []) for number in range(50)))
     assert sum(answer.probes for answer in told) == 1
     assert rows(conn, "SELECT state, waiting FROM circuit_breakers") == [("half_open", 49)]
     assert len({answer.wait_seconds for answer in told if not answer.probes}) == 49
