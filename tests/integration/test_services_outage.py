@@ -31,7 +31,7 @@ DOCUMENTS = 60
 
 @dataclass
 class FlakyServer:
-    """Answers each request with the status that `status` gives for its number and its time since the start; notes when they came."""
+    """Answers each request with the status that `status` gives for its number and its time since the first one; notes when they came."""
 
     status: Callable[[int, float], int]
     headers: str = ""
@@ -42,6 +42,7 @@ class FlakyServer:
         try:
             while True:
                 await reader.readuntil(b"\r\n\r\n")
+                self.begun = self.begun or time.monotonic()
                 at = time.monotonic() - self.begun
                 status = self.status(len(self.came), at)
                 self.came.append((at, status))
@@ -100,7 +101,6 @@ async def running(settings: Settings, database: str, server: FlakyServer) -> Asy
         await pool.open()
     services = [Service(pool, terms, worker=f"test:{number}") for number, pool in enumerate(pools)]
     documents = Documents()
-    server.begun = time.monotonic()
     try:
         places = [asyncio.Semaphore(4) for _ in range(WORKERS)]
         await asyncio.gather(
