@@ -94,9 +94,9 @@ async def running(settings: Settings, database: str, server: FlakyServer) -> Asy
     """Run the documents on several workers, each with connections of its own, and yield what became of them."""
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-    terms = Terms(service_id("embedding", url, None), "embedding", rules=RULES, total_seconds=5, patience_seconds=0.2)
+    terms = Terms(service_id("embedding", url, None), "embedding", rules=RULES, total_seconds=40, patience_seconds=0.2)
     pools = [make_pool(settings, database, max_size=4) for _ in range(WORKERS)]
-    clients = [Outside("The embedding service", url, None, Timeouts(1, 2, 5)) for _ in range(WORKERS)]
+    clients = [Outside("The embedding service", url, None, Timeouts(20, 20, 30)) for _ in range(WORKERS)]
     for pool in pools:
         await pool.open()
     services = [Service(pool, terms, worker=f"test:{number}") for number, pool in enumerate(pools)]
