@@ -133,6 +133,17 @@ class RequestRefused(PermanentError):
     """
 
 
+class CostLimitReached(PermanentError):
+    """A call was not made, because a document or its batch would cost more than MAX_COST_PER_DOCUMENT or MAX_COST_PER_BATCH.
+
+    `over`: doc_id -> why, for those of the documents that would have shared the call that may not pay for it. The others may, together.
+    """
+
+    def __init__(self, over: Mapping[str, str]) -> None:
+        super().__init__("\n".join(over.values()))
+        self.over = over
+
+
 class SubmitError(PermanentError):
     """A submission was refused; nothing was stored."""
 
