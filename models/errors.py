@@ -101,6 +101,10 @@ class ServiceUnavailable(RetryableError):
         self.retry_after = retry_after
 
 
+class WaitedTooLong(TimeoutError):
+    """A document has waited for an outside service for MAX_WAIT_HOURS, without counting: it is not tried again by itself."""
+
+
 class CredentialRefused(ServiceUnavailable):
     """A service refuses this installation, not the document: its key, its quota, its model or its address. Somebody has to act."""
 
