@@ -172,6 +172,13 @@ async def outside(bench: Bench) -> AsyncIterator[Outside]:
     await made.aclose()
 
 
+@pytest.fixture
+async def sandbox() -> AsyncIterator[ProcessSandbox]:
+    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
+    yield made
+    await made.aclose()
+
+
 async def test_a_wait_after_a_request_that_was_kept_is_a_new_one(outside: Outside, endpoint: OpenAIServer) -> None:
     bench = outside.bench
     endpoint.script(faults.sequence(faults.rate_limited("30"), None, faults.rate_limited("30"), None))
@@ -187,10 +194,11 @@ async def test_a_wait_after_a_request_that_was_kept_is_a_new_one(outside: Outsid
     assert outside.state() == ("complete", "complete", 0)
 
 
-async def test_a_document_that_has_waited_too_long_for_its_extraction_stays_searchable(outside: Outside, endpoint: OpenAIServer) -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
+async def test_a_document_that_has_waited_too_long_for_its_extraction_stays_searchable(
+    outside: Outside, endpoint: OpenAIServer, sandbox: ProcessSandbox
+) -> None:
     bench, outside.passages = outside.bench, 2
-    endpoint.script(faults.rate_limited("30"))
+    endpoint.script(faults.sequence(faults.rate_limited("30")))
     bench.submit()
     made = outside.runner({"extract": extract.run}, sandbox=sandbox, extractor=outside.extractor(endpoint.url))
     made._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
@@ -201,4 +209,3 @@ async def test_a_document_that_has_waited_too_long_for_its_extraction_stays_sear
     assert outside.state() == ("complete", "complete", 0)
     failure = bench.one("SELECT raw_extraction->'failure' FROM file_extractions")[0]
     assert failure["error_type"] == "TIMEOUT" and "MAX_WAIT_HOURS=2" in failure["error_message"]
-    await sandbox.aclose()
