@@ -13,7 +13,7 @@ import psycopg
 from procrastinate import BaseRetryStrategy, RetryDecision
 from procrastinate.jobs import Job
 
-from models.errors import DocmillError, ErrorType, PermanentError, RateLimitError, ServiceUnavailable
+from models.errors import DocmillError, ErrorType, PermanentError, RateLimitError, ServiceUnavailable, WaitedTooLong
 
 _RETRYABLE_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "25006", "25P03", "25P04"})
 _RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resources (disk full, out of memory), system error
@@ -114,14 +114,33 @@ class RetryPlan:
 class StageRetry(BaseRetryStrategy):
     """The retry strategy of a stage task. The runner asks `plan`; procrastinate asks only when something escapes the runner."""
 
-    def __init__(self, *, max_attempts: int, base: float, max_delay: float) -> None:
+    def __init__(self, *, max_attempts: int, base: float, max_delay: float, max_wait_hours: float = 0) -> None:
+        """`base` and `max_delay` in seconds. `max_wait_hours` is how long waits may last that do not count; 0 for any time."""
         self.max_attempts = max_attempts
         self.base = base
         self.max_delay = max_delay
+        self.max_wait_hours = max_wait_hours
+
+    def judge(self, error: Exception, waited: float) -> Exception:
+        """Return the error that counts, where a document has waited so many seconds already: WaitedTooLong instead of one more wait."""
+        if not self.max_wait_hours or waited < self.max_wait_hours * 3600 or not isinstance(error, RateLimitError | ServiceUnavailable):
+            return error
+        since = datetime.now(UTC) - timedelta(seconds=waited)
+        ended = WaitedTooLong(f"Waited since {since:%Y-%m-%d %H:%M} UTC, longer than MAX_WAIT_HOURS={self.max_wait_hours:g}. Last: {error}")
+        ended.call, ended.__cause__ = error.call, error
+        return ended
+
+    def within_wait(self, plan: RetryPlan, waited: float) -> RetryPlan:
+        """Return the plan with a wait that does not count ended when it may last no longer: then comes the last try."""
+        if not self.max_wait_hours or plan.counts:
+            return plan
+        return RetryPlan(min(plan.delay, max(0.0, self.max_wait_hours * 3600 - waited)), counts=False)
 
     def plan(self, error: BaseException, attempt: int) -> RetryPlan | None:
         """Return when to try again after failure number `attempt` (from 0), or None for a dead letter."""
         error_type = classify_error(error)
+        if isinstance(error, WaitedTooLong):
+            return None
         if isinstance(error, RateLimitError | ServiceUnavailable):
             told = _UNAVAILABLE_WAIT if error.retry_after is None else error.retry_after
             # Half as much again, at most, spread out, so that those who wait do not all come back in the same second.

@@ -31,7 +31,10 @@ services = OwnServices(_settings, pool=lambda: app.pool, worker=app.worker_name,
 """The outside services that this worker calls."""
 
 retry = StageRetry(
-    max_attempts=_settings.max_retry_attempts, base=_settings.retry_base_delay_seconds, max_delay=_settings.retry_max_delay_seconds
+    max_attempts=_settings.max_retry_attempts,
+    base=_settings.retry_base_delay_seconds,
+    max_delay=_settings.retry_max_delay_seconds,
+    max_wait_hours=_settings.max_wait_hours,
 )
 
 

@@ -57,7 +57,8 @@ class Caller(Protocol):
     async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
         """Run `send`, when the service may be called, and keep the books. `send` may be run again after a 429; it may raise NotSent.
 
-        Raises RateLimitError, ServiceUnavailable, TimeoutError, RetryableError or PermanentError.
+        Raises RateLimitError, ServiceUnavailable, TimeoutError, RetryableError or PermanentError; CostLimitReached, which says for which of
+        the documents, where the call would cost more than may be spent: it is not made.
         """
         ...
 

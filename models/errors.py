@@ -115,6 +115,10 @@ class ServiceUnavailable(RetryableError):
         self.retry_after = retry_after
 
 
+class WaitedTooLong(TimeoutError):
+    """A document has waited for an outside service for MAX_WAIT_HOURS, without counting: it is not tried again by itself."""
+
+
 class CredentialRefused(ServiceUnavailable):
     """A service refuses this installation, not the document: its key, its quota, its model or its address. Somebody has to act."""
 
@@ -149,6 +153,17 @@ class RequestRefused(PermanentError):
 
 class NotSent(DocmillError):
     """A call is not made after all: whoever it was for may not pay for it now. Raised by what sends it, before anything goes out."""
+
+
+class CostLimitReached(PermanentError):
+    """A call was not made, because a document or its batch would cost more than MAX_COST_PER_DOCUMENT or MAX_COST_PER_BATCH.
+
+    `over`: doc_id -> why, for those of the documents that would have shared the call that may not pay for it. The others may, together.
+    """
+
+    def __init__(self, over: Mapping[str, str]) -> None:
+        super().__init__("\n".join(over.values()))
+        self.over = over
 
 
 class SubmitError(PermanentError):

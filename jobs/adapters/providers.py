@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from jobs.adapters.embedders import make_hosted
 from jobs.adapters.llamaparse import make_llamaparse
@@ -25,8 +26,33 @@ def check_providers(settings: Settings) -> None:
         except ConfigurationError as error:
             problems.append(str(error))
     problems += _contradictions(settings)
+    used: dict[Literal["embedding", "extraction", "parse"], bool] = {
+        "embedding": settings.embedding_provider == "openai",
+        "extraction": settings.extraction_provider == "openai",
+        "parse": settings.parsing_provider == "llamaparse",
+    }
+    problems += [problem for kind, is_used in used.items() if is_used and (problem := unpriced(settings, kind))]
     if problems:
         raise ConfigurationError("The configuration is wrong:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def unpriced(settings: Settings, kind: Literal["embedding", "extraction", "parse"]) -> str | None:
+    """Return what is wrong where cost is limited and a price of a kind of service is not known: it would pass for free."""
+    prices = {
+        "embedding": {"EMBEDDING_PRICE_PER_MILLION_TOKENS": settings.embedding_price_per_million_tokens},
+        "extraction": {
+            "EXTRACTION_PRICE_PER_MILLION_INPUT_TOKENS": settings.extraction_price_per_million_input_tokens,
+            "EXTRACTION_PRICE_PER_MILLION_OUTPUT_TOKENS": settings.extraction_price_per_million_output_tokens,
+        },
+        "parse": {"PARSE_PRICE_PER_PAGE": settings.parse_price_per_page},
+    }[kind]
+    limits = {"MAX_COST_PER_DOCUMENT": settings.max_cost_per_document, "MAX_COST_PER_BATCH": settings.max_cost_per_batch}
+    limited = [name for name, limit in limits.items() if limit > 0]
+    missing = [name for name, price in prices.items() if price is None]
+    if not limited or not missing:
+        return None
+    verb = "needs" if len(limited) == 1 else "need"
+    return f"{' and '.join(limited)} {verb} {' and '.join(missing)}: the price as its service has it, or 0 for a server of one's own."
 
 
 def _contradictions(settings: Settings) -> list[str]:

@@ -53,6 +53,8 @@ class Outcome:
     next_delay: float = 0.0
     retry_count: int = 0
     failure: Failure | None = None
+    waits: bool = False
+    """Whether the document waits for an outside service, which counts as no attempt."""
 
 
 class FencedOff(Exception):
@@ -138,6 +140,8 @@ async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:
 
 
 def _mark_saved(work: Work, outcome: Outcome) -> None:
+    if work.saved.milestone != work.document.milestone:
+        work.waiting_since = None
     work.saved = work.document
     work.retry_count = outcome.retry_count
     work.paid = False
@@ -170,6 +174,8 @@ def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]
         "milestone": document.milestone,
         "state": outcome.state,
         "retry_count": outcome.retry_count,
+        "waits": outcome.waits,
+        "gained": work.gained,
         "error_type": outcome.failure.error_type if outcome.failure else None,
         "error_message": outcome.failure.message if outcome.failure else None,
         "waiting_for": turn and turn.service,

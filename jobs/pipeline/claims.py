@@ -11,6 +11,7 @@ import numpy as np
 import psycopg
 from psycopg.rows import DictRow, dict_row
 
+from jobs import clock
 from jobs.pipeline.work import Work
 from models.chunks import Chunk
 from models.documents import Document, FileType, PageMark
@@ -112,6 +113,7 @@ def _work(row: DictRow, job_id: int) -> Work:
         priority=row["priority"],
         served_version=row["served_version"],
         retry_count=row["retry_count"],
+        waiting_since=None if row["waited_seconds"] is None else clock.seconds() - row["waited_seconds"],
         suspect=row["crash_count"] > 0,
         may_parse=row["may_parse"],
     )

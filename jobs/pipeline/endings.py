@@ -84,8 +84,10 @@ class Endings:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
         if stage is None:
             raise error
-        attempt = work.attempt_at(stage.due_at)
+        attempt, waited = work.attempt_at(stage.due_at), work.waited_at(stage.due_at)
+        error = self._retry.judge(error, waited)
         plan = self._retry.plan(error, attempt)
+        plan = plan and self._retry.within_wait(plan, waited)
         failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
         work.events.append(failure_event(failure, plan, attempt))
         try:

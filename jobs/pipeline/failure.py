@@ -48,7 +48,7 @@ def outcome_of(plan: RetryPlan | None, failure: Failure, attempt: int) -> Outcom
     """Return where a failure leaves the document: waiting for its next try, or failed."""
     if plan is None:
         return Outcome(State.FAILED, retry_count=attempt, failure=failure)
-    return Outcome(State.RETRYING, failure.stage, plan.delay, attempt + plan.counts, failure)
+    return Outcome(State.RETRYING, failure.stage, plan.delay, attempt + plan.counts, failure, waits=not plan.counts)
 
 
 def fenced_params(work: Work, stage: str | None, worker: str) -> dict[str, Any]:

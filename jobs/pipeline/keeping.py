@@ -146,6 +146,7 @@ class Keeping:
         written, cancelled = await unbroken(outlive("Keeping what was paid for", write, until=self._stopping))
         # There may be rows of it even where nobody said so.
         work.buffered = True
+        work.gained = work.gained or bool(written)
         if cancelled:
             raise asyncio.CancelledError
         await faults.at("kept", work.document.doc_id)

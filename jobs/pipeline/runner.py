@@ -214,9 +214,10 @@ class Runner:
             raise
         except Exception as error:
             attempt = work.attempt_at(stage.due_at)
-            if stage.name != "extract" or self._settings.extraction_required or self._retry.plan(error, attempt) is not None:
+            final = self._retry.judge(error, work.waited_at(stage.due_at))
+            if stage.name != "extract" or self._settings.extraction_required or self._retry.plan(final, attempt) is not None:
                 raise
-            failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
+            failure = describe_failure(work.document, stage.name, final, attempt=attempt, worker=self._worker)
             told = {"error_type": failure.error_type, "error_message": failure.message}
             work.events.append(StageEvent("extraction_failed", stage.name, attempt, detail=told))
             logger.error("The document goes on without its extraction: {}: {}", failure.error_type, failure.message)

@@ -16,7 +16,7 @@ from typing import TypeVar
 from jobs.adapters.embedders import HostedEmbedder, SizedText, fill_request
 from jobs.stages import Embedded
 from models.calls import Caller, CallPurpose, CallShare, Reply
-from models.errors import NotSent, RateLimitError, RequestRefused, ServiceUnavailable
+from models.errors import CostLimitReached, NotSent, RateLimitError, RequestRefused, ServiceUnavailable
 
 T = TypeVar("T")
 
@@ -173,6 +173,12 @@ class Sharing:
             vectors = (await embedder.embed_sized(texts, shares=_shares(parts), caller=caller)).value
         except NotSent:
             self._put_back(parts)
+        except CostLimitReached as reached:
+            over = [(ask, reached.over.get(ask.share.doc_id)) for ask, _ in parts]
+            for ask, why in over:
+                if why is not None:
+                    _fail(ask, CostLimitReached({ask.share.doc_id: why}))
+            self._put_back([part for part, (_, why) in zip(parts, over, strict=True) if why is None])
         except RequestRefused as refused:
             if len(parts) == 1:
                 _tell(parts[0][0], Embedded(parts[0][1], None, refused))

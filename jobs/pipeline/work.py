@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs import clock
 from models.documents import Document
 from models.stages import Milestone
 
@@ -36,6 +37,10 @@ class Work:
     served_version: int | None
     retry_count: int
     """Failures that counted at the saved milestone."""
+    waiting_since: float | None = None
+    """When the document began to wait for an outside service at the saved milestone, by `jobs.clock`; None where it does not."""
+    gained: bool = False
+    """Something paid for has been kept since: a wait from now on is a new one."""
     buffered: bool = False
     """Whether rows of this version lie in the buffer tables."""
     events: list[StageEvent] = field(default_factory=list)
@@ -58,6 +63,12 @@ class Work:
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""
         return self.retry_count if milestone == self.saved.milestone else 0
+
+    def waited_at(self, milestone: Milestone) -> float:
+        """Seconds that the document has waited for an outside service at the stage that is due at a milestone."""
+        if self.waiting_since is None or self.gained or milestone != self.saved.milestone:
+            return 0.0
+        return max(0.0, clock.seconds() - self.waiting_since)
 
     def carried_bytes(self) -> int:
         """About how much memory the results take that are not durable yet."""

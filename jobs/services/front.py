@@ -13,6 +13,7 @@ from jobs import clock, faults
 from jobs.adapters.exchange.told import pause_told, retry_after
 from jobs.outages import outlive
 from jobs.services.ledger import Entry, Ledger, new_entry
+from jobs.services.limits import limit_reached
 from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
 from jobs.services.state import Pass, Pool, SharedBreaker, one
 from jobs.services.terms import Terms
@@ -83,6 +84,10 @@ class Service:
                 dropped = Outcome("not_sent", ServiceUnavailable("The service may no longer be called."))
                 await self._settle(self._ledger.finish(entry, None, dropped))
                 entry = new_entry(purpose)
+            elif asked.hindrance == "cost":
+                if entry.probes:
+                    await self._breaker.give_up(entry.id, 0.0)
+                raise limit_reached(asked.over, self.terms)
             elif asked.hindrance == "budget":
                 if entry.probes:
                     await self._breaker.give_up(entry.id, asked.wait_seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -34,10 +34,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What came of asking for a call; `hindrance` is breaker or budget where it may not be made."""
+    """What came of asking for a call; `hindrance` is cost, breaker or budget where it may not be made."""
 
     hindrance: str | None
     wait_seconds: float
+    over: list[dict[str, Any]] = field(default_factory=list)
+    """The documents that may not pay for it, as jobs.services.limits reads them."""
 
 
 def _count(told: object) -> int | None:
@@ -60,7 +62,7 @@ class Ledger:
         self._stopping = stopping
 
     async def begin(self, entry: Entry) -> Asked:
-        """Ask breaker and budget and write the intent. While the database is away this waits: no call is made without its intent."""
+        """Ask what may be spent, breaker and budget, and write the intent, without which no call is made: this waits for the database."""
         terms, purpose = self._terms, entry.purpose
         params = {
             **self._facts(entry),
@@ -69,13 +71,15 @@ class Ledger:
             "tokens_per_minute": terms.tokens_per_minute,
             "patience": terms.patience_seconds,
             "estimated_cost": terms.prices.of_estimate(purpose),
+            "max_cost_per_document": terms.max_cost_per_document,
+            "max_cost_per_batch": terms.max_cost_per_batch,
             "total_seconds": terms.total_seconds,
             "recorded": purpose.recorded,
         }
         row = await outlive("Entering a call", lambda: one(self._pool, "begin_call", params), until=self._stopping)
         if row is None:
             raise RetryableError(f"{terms.service} was not called: this worker stops, and the database is away.")
-        return Asked(None if row["granted"] else row["hindrance"], row["wait_seconds"] or 0.0)
+        return Asked(None if row["granted"] else row["hindrance"], row["wait_seconds"] or 0.0, row["over"] or [])
 
     async def finish(self, entry: Entry, reply: Reply[Any] | None, outcome: Outcome | None) -> None:
         """Write what became of a call, however long the database is away, unless this worker stops: then it stays unknown.

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
 
+from jobs.adapters.providers import unpriced
 from jobs.breaker import Rules
 from models.calls import CallPurpose, Reply
+from models.errors import ConfigurationError
 from models.settings import Settings
 
 Kind = Literal["embedding", "extraction", "parse"]
@@ -52,11 +54,15 @@ class Terms:
     patience_seconds: float = 5.0
     """How long a call may wait with its document in hand before that goes back to the queue."""
     prices: Prices = field(default_factory=Prices)
+    max_cost_per_document: Decimal = Decimal(0)
+    max_cost_per_batch: Decimal = Decimal(0)
     rules: Rules = field(default_factory=Rules)
 
 
 def terms_of(settings: Settings, kind: Kind, service: str) -> Terms:
-    """Return the terms that the settings say for a kind of service."""
+    """Return the terms that the settings say for a kind of service; ConfigurationError for a limit on what has no price."""
+    if problem := unpriced(settings, kind):
+        raise ConfigurationError(problem)
     seconds = {
         "embedding": settings.embedding_timeout_seconds,
         "extraction": settings.extraction_timeout_seconds,
@@ -73,14 +79,14 @@ def terms_of(settings: Settings, kind: Kind, service: str) -> Terms:
         "embedding": (
             settings.embedding_requests_per_minute,
             settings.embedding_tokens_per_minute,
-            Prices(input_per_million=settings.embedding_price_per_million_tokens),
+            Prices(input_per_million=settings.embedding_price_per_million_tokens or 0),
         ),
         "extraction": (
             settings.extraction_requests_per_minute,
             settings.extraction_tokens_per_minute,
-            Prices(settings.extraction_price_per_million_input_tokens, settings.extraction_price_per_million_output_tokens),
+            Prices(settings.extraction_price_per_million_input_tokens or 0, settings.extraction_price_per_million_output_tokens or 0),
         ),
-        "parse": (settings.parse_requests_per_minute, 0, Prices(per_page=settings.parse_price_per_page)),
+        "parse": (settings.parse_requests_per_minute, 0, Prices(per_page=settings.parse_price_per_page or 0)),
     }[kind]
     return Terms(
         service=service,
@@ -89,5 +95,7 @@ def terms_of(settings: Settings, kind: Kind, service: str) -> Terms:
         tokens_per_minute=tokens,
         total_seconds=seconds,
         prices=prices,
+        max_cost_per_document=Decimal(str(settings.max_cost_per_document)),
+        max_cost_per_batch=Decimal(str(settings.max_cost_per_batch)),
         rules=rules,
     )

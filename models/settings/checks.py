@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from annotated_types import Interval
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 
 
@@ -130,3 +131,4 @@ WebUrl = Annotated[
 ]
 BaseUrl = Annotated[str, AfterValidator(_base_address), Words(allowed="https://host/path or http://host:port/path, without a key in it")]
 Key = Annotated[SecretStr | None, AfterValidator(_key), Words(allowed="a key as its service shows it", default="unset")]
+Price = Annotated[float | None, Interval(ge=0, le=1_000_000), Words(allowed="0 to 1000000", default="unset")]

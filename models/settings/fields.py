@@ -86,7 +86,8 @@ class Settings(ProviderSettings):
     watchdog_seconds: Annotated[float, Interval(ge=1, le=86_400)] = 120
     """A worker whose event loop is stuck for this long, or whose queries hang this long although the database answers, ends itself."""
     max_wait_hours: Annotated[float, Interval(ge=0, le=8760)] = 72
-    """Longest wait for a rate limit or an outage; such waits count as no attempt."""
+    """Longest wait of a document for a rate limit or an outage, in hours; such waits count as no attempt. Then it is a dead letter.
+    0: as long as it takes."""
     batch_processing_timeout: Annotated[float, Interval(ge=1, le=604_800)] = 1800
     """Seconds without progress, while one of its documents is being worked on, after which a batch is failed."""
 
@@ -185,20 +186,12 @@ class Settings(ProviderSettings):
     """Most requests to the embedding service in any 60 s, over all workers that use the same address and key. 0: no limit."""
     embedding_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
     """Most tokens to the embedding service in any 60 s. 0: no limit."""
-    embedding_price_per_million_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
-    """Price of a million tokens, for the ledger."""
     extraction_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
     """Most requests to the extraction service in any 60 s, over all workers that use the same address and key. 0: no limit."""
     extraction_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
     """Most tokens to and from the extraction service in any 60 s. 0: no limit."""
-    extraction_price_per_million_input_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
-    """Price of a million tokens sent, for the ledger."""
-    extraction_price_per_million_output_tokens: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
-    """Price of a million tokens received, for the ledger."""
     parse_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
     """Most requests to the parsing service in any 60 s, over all workers that use the same address and key. 0: no limit."""
-    parse_price_per_page: Annotated[float, Interval(ge=0, le=1_000_000)] = 0
-    """Price of a parsed page, for the ledger."""
 
     # Alerts
     alert_webhook_url: WebUrl = None

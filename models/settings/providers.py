@@ -8,7 +8,7 @@ from annotated_types import Interval
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.settings.checks import AnyCase, BaseUrl, Key, Words
+from models.settings.checks import AnyCase, BaseUrl, Key, Price, Words
 
 
 class ProviderSettings(BaseSettings):
@@ -97,3 +97,20 @@ class ProviderSettings(BaseSettings):
     """Most tokens of one answer."""
     extraction_timeout_seconds: Annotated[float, Interval(ge=0.05, le=3600)] = 180
     """Seconds for one whole request to the extraction service, and its longest silence."""
+
+    # Prices and what may be spent
+    embedding_price_per_million_tokens: Price = None
+    """Price of a million tokens for EMBEDDING_MODEL, for the ledger; 0 for a server of one's own. Prices may be in any currency, all in the
+    same one. Unset: not known; calls are in the ledger at no cost, and no limit of cost can be set."""
+    extraction_price_per_million_input_tokens: Price = None
+    """Price of a million tokens sent to EXTRACTION_MODEL; see EMBEDDING_PRICE_PER_MILLION_TOKENS."""
+    extraction_price_per_million_output_tokens: Price = None
+    """Price of a million tokens received from it."""
+    parse_price_per_page: Price = None
+    """Price of a page at LLAMAPARSE_TIER."""
+    max_cost_per_document: Annotated[float, Interval(ge=0, le=1_000_000_000)] = 0
+    """Most that the calls for one document may cost, in the currency of the prices, all its versions and runs together. A call that would
+    go beyond is not made, and the document is a dead letter (or goes on without its extraction). Calls under way count with what they may
+    cost at most. Needs the prices of the services in use. 0: no limit."""
+    max_cost_per_batch: Annotated[float, Interval(ge=0, le=1_000_000_000)] = 0
+    """The same for all documents of a batch together. 0: no limit."""

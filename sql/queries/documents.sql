@@ -38,7 +38,7 @@ FROM (
 WHERE d.id = free.id
 RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correlation_id, d.file_name, d.file_path, d.metadata,
     d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count,
-    d.crash_count, d.claim,
+    d.crash_count, d.claim, extract(epoch FROM now() - d.waiting_since)::float8 AS waited_seconds,
     NOT %(serialise)s OR d.owns_content OR d.milestone <> 'uploaded' OR EXISTS (
         SELECT FROM file_extractions AS o
         WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.state = 'complete'
@@ -166,6 +166,13 @@ WITH fenced AS (
         waiting_for = CASE WHEN %(state)s = 'working' THEN d.waiting_for ELSE %(waiting_for)s END,
         waiting_revision = CASE WHEN %(state)s = 'working' THEN d.waiting_revision ELSE %(waiting_revision)s END,
         waiting_place = CASE WHEN %(state)s = 'working' THEN d.waiting_place ELSE %(waiting_place)s END,
+        waiting_since = CASE
+            WHEN %(state)s = 'retrying' AND %(waits)s THEN CASE
+                WHEN d.milestone = %(milestone)s::document_milestone AND NOT %(gained)s THEN coalesce(d.waiting_since, now())
+                ELSE now()
+            END
+            WHEN %(state)s IN ('working', 'queued') AND NOT %(gained)s THEN d.waiting_since
+        END,
         crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
         lone_crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.lone_crash_count ELSE 0 END,
         requeue_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.requeue_count ELSE 0 END,

@@ -1,12 +1,13 @@
 -- The shared state of outside services: see 0013_services.sql.
 
 -- name: begin_call
--- Asks breaker and budget, and writes the intent of a call that is let through, in one transaction. Sent twice, because the connection broke
--- at the commit, it takes the budget twice and writes the intent once.
+-- Asks what may be spent, breaker and budget, and writes the intent of a call that is let through, in one transaction. Sent twice, because
+-- the connection broke at the commit, it takes the budget twice and writes the intent once.
 WITH asked AS MATERIALIZED (
-    SELECT a.granted, a.wait_seconds, a.hindrance
-    FROM ask_to_call(
-        %(service)s, %(admitted)s, %(requests_per_minute)s, %(tokens_per_minute)s, %(tokens)s::bigint, %(patience)s
+    SELECT a.granted, a.wait_seconds, a.hindrance, a.over
+    FROM ask_to_pay(
+        %(id)s, %(doc_ids)s::text[], %(batch_ids)s::text[], %(shares)s::float8[], %(estimated_cost)s, %(max_cost_per_document)s,
+        %(max_cost_per_batch)s, %(service)s, %(admitted)s, %(requests_per_minute)s, %(tokens_per_minute)s, %(tokens)s::bigint, %(patience)s
     ) AS a
 ), noted AS (
     INSERT INTO provider_usage (
@@ -21,7 +22,7 @@ WITH asked AS MATERIALIZED (
     WHERE a.granted AND %(recorded)s
     ON CONFLICT (id) DO NOTHING
 )
-SELECT a.granted, a.wait_seconds, a.hindrance FROM asked AS a;
+SELECT a.granted, a.wait_seconds, a.hindrance, a.over FROM asked AS a;
 
 -- name: finish_call
 -- Writes what became of a call, once. A call whose intent was not recorded gets its row here if it failed.

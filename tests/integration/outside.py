@@ -36,11 +36,13 @@ class Outside:
 
     bench: Bench
     passages: int = 10
+    terms: dict[str, Any] = field(default_factory=dict)
+    """What is different in the terms of services made from now on."""
     fronts: list[Front] = field(default_factory=list)
 
     def front(self, kind: Any, worker: str = "test:1") -> Front:
         terms = Terms(f"{kind} http://local key:none", kind, prices=PRICES, rules=RULES, total_seconds=10, patience_seconds=0.05)
-        self.fronts.append(Front(self.bench.pool, terms, worker=worker))
+        self.fronts.append(Front(self.bench.pool, replace(terms, **self.terms), worker=worker))
         return self.fronts[-1]
 
     def embedder(self, url: str, key: str | None = None, max_texts: int = 4) -> HostedEmbedder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -96,6 +97,22 @@ async def test_a_poisoned_passage_in_a_shared_request_fails_its_document_alone(o
     (message,) = outside.bench.one("SELECT error_message FROM dead_letters")
     assert "passage 5 cannot be embedded" in message
     assert endpoint.tally.paid_twice() == 0
+
+
+async def test_a_document_that_may_cost_no_more_leaves_a_shared_request_to_the_others(outside: Outside, endpoint: Fragile) -> None:
+    outside.terms = {"max_cost_per_document": Decimal("0.01")}
+    for doc_id in DOCUMENTS[:4]:
+        outside.bench.submit(doc_id)
+    outside.bench.conn.execute("""
+        INSERT INTO provider_usage (id, service, kind, doc_ids, batch_ids, user_ids, shares, estimated_cost, give_up_at)
+        VALUES (gen_random_uuid(), 's', 'embedding', '{d01}', '{NULL}', '{ann}', '{1}', 1, now())""")
+    await at_once(outside, runner(outside, endpoint))
+    assert {doc_id: state for doc_id, (state, _) in states(outside).items()} == {
+        "d00": "complete", "d01": "failed", "d02": "complete", "d03": "complete",
+    }  # fmt: skip
+    (message,) = outside.bench.one("SELECT error_message FROM dead_letters")
+    assert "MAX_COST_PER_DOCUMENT=0.01" in message
+    assert not any(b"of d01" in seen.encode() for seen in endpoint.tally.seen)
 
 
 async def test_a_passage_that_breaks_the_service_costs_its_neighbours_no_attempt(outside: Outside, endpoint: Fragile) -> None:
