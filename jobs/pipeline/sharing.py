@@ -173,12 +173,6 @@ class Sharing:
             vectors = (await embedder.embed_sized(texts, shares=_shares(parts), caller=caller)).value
         except NotSent:
             self._put_back(parts)
-        except CostLimitReached as reached:
-            over = [(ask, reached.over.get(ask.share.doc_id)) for ask, _ in parts]
-            for ask, why in over:
-                if why is not None:
-                    _fail(ask, CostLimitReached({ask.share.doc_id: why}))
-            self._put_back([part for part, (_, why) in zip(parts, over, strict=True) if why is None])
         except RequestRefused as refused:
             if len(parts) == 1:
                 _tell(parts[0][0], Embedded(parts[0][1], None, refused))
@@ -187,19 +181,30 @@ class Sharing:
             await self._fly(parts[:middle])
             await self._fly(parts[middle:])
         except Exception as error:
-            if len(parts) == 1 or isinstance(error, RateLimitError | ServiceUnavailable):
-                for ask, _ in parts:
-                    _fail(ask, error if len(parts) == 1 else _copied(error))
-                return
-            # It may be the text of one of them that makes the service fail, and that shall cost no other an attempt.
-            for ask, _ in parts:
-                ask.alone = True
-            self._put_back(parts)
+            self._failed(parts, error)
         else:
             start = 0
             for ask, count in parts:
                 _tell(ask, Embedded(count, vectors[start : start + count]))
                 start += count
+
+    def _failed(self, parts: Sequence[_Part], error: Exception) -> None:
+        """Tell those whose failure it is, and let the others go again."""
+        if len(parts) == 1:
+            _fail(parts[0][0], error)
+        elif isinstance(error, RateLimitError | ServiceUnavailable):
+            for ask, _ in parts:
+                _fail(ask, _copied(error))
+        elif isinstance(error, CostLimitReached) and any(ask.share.doc_id in error.over for ask, _ in parts):
+            for ask, _ in parts:
+                if (why := error.over.get(ask.share.doc_id)) is not None:
+                    _fail(ask, CostLimitReached({ask.share.doc_id: why}))
+            self._put_back([(ask, count) for ask, count in parts if not ask.answer.done()])
+        else:
+            # It may be the text of one of them that makes the service fail, and that shall cost no other an attempt.
+            for ask, _ in parts:
+                ask.alone = True
+            self._put_back(parts)
 
     def _put_back(self, parts: Sequence[_Part]) -> None:
         """Let documents go with one of the next requests, before others."""

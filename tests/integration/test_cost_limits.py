@@ -204,8 +204,8 @@ async def test_a_probe_that_nobody_may_pay_for_lets_another_go_at_once(make: Any
     await asyncio.sleep(0.35)
     asking = service._ask_breaker
 
-    async def meanwhile(entry: Any) -> Any:
-        let_in = await asking(entry)
+    async def meanwhile(*asked: Any) -> Any:
+        let_in = await asking(*asked)
         conn.execute("INSERT INTO cost_totals VALUES ('document', 'a', 0, 1) ON CONFLICT (scope, name, stripe) DO UPDATE SET spent = 1")
         return let_in
 
