@@ -1,0 +1,251 @@
+"""A scenario with an outside service: what it does wrong until the scenario says it is well again, what that cost, and whether all is right.
+
+A minute of the settings' defaults is a second here (MINUTE), the waits inside a call and between two tries included, so that their
+proportions are those of an installation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jobs.adapters.embedders.hashed import HashedWords
+from tests.faults.harness import STILL_OPEN, WORDS, Arena, Worker, text_document
+from tests.faults.invariant import check_invariant
+from tests.servers import LlamaParseServer, LocalServer, OpenAIServer
+from tests.servers.faults import never
+
+Kind = Literal["embedding", "extraction", "parse"]
+MINUTE = 1.0
+KEY = "sk-service-faults-7f3a91"
+DIMENSIONS = 32
+TEXTS = 4
+"""Most texts of one request."""
+PREFIX: Mapping[Kind, str] = {"embedding": "EMBEDDING", "extraction": "EXTRACTION", "parse": "LLAMAPARSE"}
+SCALED = {
+    "BREAKER_OPEN_SECONDS": str(MINUTE), "BREAKER_WINDOW_SECONDS": str(MINUTE), "BREAKER_MAX_OPEN_SECONDS": str(15 * MINUTE),
+    "PROVIDER_CONNECT_SECONDS": "0.3", "RETRY_BASE_DELAY_SECONDS": str(2 * MINUTE / 60), "RETRY_MAX_DELAY_SECONDS": str(5 * MINUTE),
+}  # fmt: skip
+PATIENT = {"PROVIDER_READ_SECONDS": "20", "EMBEDDING_TIMEOUT_SECONDS": "20", "EXTRACTION_TIMEOUT_SECONDS": "20", "LLAMAPARSE_TIMEOUT_SECONDS": "20"}
+"""For services that answer: a busy machine is no failure of theirs."""
+IMPATIENT = {
+    "PROVIDER_READ_SECONDS": str(MINUTE), "EMBEDDING_TIMEOUT_SECONDS": str(2 * MINUTE), "EXTRACTION_TIMEOUT_SECONDS": str(3 * MINUTE),
+    "LLAMAPARSE_TIMEOUT_SECONDS": str(5 * MINUTE),
+}  # fmt: skip
+
+SPENT = "SELECT count(*) FROM document_events WHERE event = 'retry_scheduled' AND (detail->>'counts')::boolean"
+WAITED = "SELECT count(DISTINCT doc_id) FROM document_events WHERE event = 'retry_scheduled'"
+ENDED = "SELECT state::text, error_message, count(*) FROM file_extractions GROUP BY 1, 2"
+IN_HAND = "SELECT count(*) FROM file_extractions WHERE state = 'working'"
+BREAKER = "SELECT state, refused, open_seconds, opened_count FROM circuit_breakers WHERE service LIKE %s ORDER BY changed_at DESC LIMIT 1"
+CALLS = "SELECT outcome, count(*) FROM provider_usage WHERE kind = %s AND outcome <> 'not_sent' GROUP BY 1"
+EVERYTHING = """SELECT string_agg(to_jsonb(t)::text, ' ') FROM (
+    SELECT to_jsonb(e) FROM document_events AS e UNION ALL SELECT to_jsonb(l) FROM dead_letters AS l
+    UNION ALL SELECT to_jsonb(a) FROM alerts AS a UNION ALL SELECT to_jsonb(u) FROM provider_usage AS u
+    UNION ALL SELECT to_jsonb(c) FROM circuit_breakers AS c UNION ALL SELECT to_jsonb(f) FROM file_extractions AS f
+) AS t"""
+
+
+def server_of(kind: Kind, **given: Any) -> LocalServer:
+    """Return the local server that speaks the protocol of a kind of service; it asks for KEY."""
+    if kind == "parse":
+        return LlamaParseServer(**{"key": KEY, **given})
+    return OpenAIServer(dimensions=DIMENSIONS, **{"key": KEY, **given})
+
+
+def contents_of(kind: Kind, count: int) -> dict[str, bytes]:
+    """Return documents that need the service: for parsing, files that it serves, of three pages."""
+    if kind != "parse":
+        return {f"d{number:04}": text_document(number, paragraphs=8) for number in range(count)}
+    pages = [[f"<p>Page {page} of report {number} on the {WORDS[number % len(WORDS)]}.</p>" for page in range(3)] for number in range(count)]
+    return {f"d{number:04}.html": "\f".join(own).encode() for number, own in enumerate(pages)}
+
+
+@dataclass
+class Service:
+    """One kind of service in an arena, and the documents that need it."""
+
+    arena: Arena
+    kind: Kind
+    server: LocalServer
+    settings: Mapping[str, str] = field(default_factory=dict)
+    documents: dict[str, bytes] = field(default_factory=dict)
+    recovered: float | None = None
+    """When it was well again, by the server's clock."""
+    began: float = field(default_factory=time.monotonic)
+    workers: list[Worker] = field(default_factory=list)
+
+    def configure(self, url: str | None = None) -> None:
+        """Have workers use the service at its address, or another."""
+        address = url or (self.server.root if self.kind == "parse" else self.server.url)
+        prefix = PREFIX[self.kind]
+        own = {f"{prefix}_BASE_URL": address, f"{prefix}_API_KEY": KEY}
+        if self.kind == "embedding":
+            own |= {"EMBEDDING_PROVIDER": "openai", "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": str(DIMENSIONS), "EMBEDDING_MAX_TEXTS": str(TEXTS)}
+        elif self.kind == "extraction":
+            own |= {"EXTRACTION_PROVIDER": "openai", "EXTRACTION_MODEL": "m", "EXTRACTION_REQUIRED": "true"}
+        else:
+            own |= {"PARSING_PROVIDER": "llamaparse", "LLAMAPARSE_POLL_SECONDS": "0.05"}
+        self.arena.environment |= {**SCALED, **PATIENT, **self.settings, **own}
+
+    def submit(self, count: int) -> None:
+        """Submit so many documents."""
+        self.documents = contents_of(self.kind, count)
+        self.arena.submit(self.documents)
+
+    def work(self, count: int = 2, **environment: str) -> None:
+        """Start so many workers."""
+        self.workers += [self.arena.worker(**environment) for _ in range(count)]
+
+    def breaker(self) -> tuple[str, bool, float, int]:
+        """Return the state of its breaker, whether it refuses us, for how long it was opened, and how often."""
+        found: tuple[str, bool, float, int] | None = self.arena.one(BREAKER, f"{self.kind} %")
+        return found or ("closed", False, 0.0, 0)
+
+    def hold(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+        """Leave it as it is until something has come of it, which must not be the end of all documents."""
+
+        def reached() -> bool:
+            if condition():
+                return True
+            assert self.arena.one(STILL_OPEN), f"all documents ended without {what}: {self.arena.all(ENDED)} {self.calls()}"
+            return False
+
+        self.arena.wait(reached, what, timeout)
+
+    def probed_in_vain(self) -> bool:
+        """Say whether the breaker has opened, and a probe has failed since, or the refused documents wait."""
+        _, _, seconds, _ = self.breaker()
+        return seconds >= 2 * MINUTE
+
+    def all_wait(self) -> bool:
+        """Say whether every document has been told to wait, and none is being worked on."""
+        return bool(self.arena.one(WAITED) == len(self.documents) and self.arena.one(IN_HAND) == 0)
+
+    def recover(self) -> None:
+        """Be well from now on."""
+        self.server.script(never)
+        self.recovered = self.server.clock
+        self.arena.fault()
+
+    def calls(self) -> Counter[str]:
+        """Return how many calls the ledger has, by outcome, without those that were not sent."""
+        return Counter(dict(self.arena.all(CALLS, self.kind)))
+
+    def needed(self) -> int:
+        """Return the fewest calls that could have done it: of embedding as many full requests as the texts fill, whoever shares them."""
+        if self.kind == "embedding":
+            return math.ceil(len(self.server.tally.seen) / TEXTS)
+        return len(self.documents)
+
+    def stampede(self) -> int | None:
+        """Return the requests of the second that began with the first one after it was well again."""
+        if self.recovered is None:
+            return None
+        back = min((at for at in self.server.tally.at if at >= self.recovered), default=self.recovered)
+        return self.server.tally.in_first_second_after(back)
+
+    def report(self, scenario: str, did: str, dead: int = 0) -> dict[str, Any]:
+        """Say in a line what was done and what it took, for people and for the table, and return it."""
+        calls = self.calls()
+        line = {
+            "scenario": f"service: {scenario}", "mode": self.arena.mode, "did": did, "documents": len(self.documents),
+            "recovered_s": self.arena.seconds_to_recover, "kind": self.kind, "calls": sum(calls.values()), "needed": self.needed(),
+            "stampede": self.stampede(), "dead_letters": dead, "attempts": self.arena.one(SPENT),
+            "seconds": round(time.monotonic() - self.began, 1), "outcomes": dict(calls),
+        }  # fmt: skip
+        print(f"\nfaults: {json.dumps(line)}", flush=True)
+        if report := os.environ.get("FAULTS_REPORT"):
+            with Path(report).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+
+@contextmanager
+def service(arena: Arena, kind: Kind, settings: Mapping[str, str] | None = None, **server: Any) -> Iterator[Service]:
+    """Yield a service that is well, configured for the arena's workers."""
+    with server_of(kind, **server) as local:
+        outside = Service(arena, kind, local, settings or {})
+        outside.configure()
+        yield outside
+
+
+def check_all_right(outside: Service, states: Mapping[str, int] | None = None) -> None:
+    """Hold everything that was done against the promise: nothing lost or doubled, results right, books complete, the key nowhere."""
+    arena = outside.arena
+    with arena.connect() as conn:
+        findings = check_invariant(conn, set(outside.documents), {})
+    assert not findings, findings
+    found = dict(arena.all("SELECT state::text, count(*) FROM file_extractions GROUP BY 1"))
+    failures = arena.all("SELECT doc_id, error_type::text, error_message FROM file_extractions WHERE state <> 'complete'")
+    assert found == (states or {"complete": len(outside.documents)}), failures
+    {"embedding": _check_vectors, "extraction": _check_extractions, "parse": _check_texts}[outside.kind](outside)
+    logs = "".join(path.read_text(encoding="utf-8", errors="replace") for path in arena.folder.glob("*.log"))
+    assert KEY not in logs
+    assert KEY not in arena.one(EVERYTHING)
+
+
+def check_books(outside: Service, word: str, *, unheard: bool = False) -> None:
+    """Hold the ledger against what the server saw: a row for each request, the failed ones as `word`.
+
+    `unheard`: the failed calls never reached the server.
+    """
+    tally, calls = outside.server.tally, outside.calls()
+    bad = sum(count for name, count in tally.faults.items() if name != "permuted")
+    assert calls["unknown"] == 0, calls
+    if unheard:
+        assert calls[word] > 0, calls
+        assert calls == Counter({"ok": tally.requests, word: calls[word]})
+        return
+    paid = tally.requests - (_unrecorded(outside))
+    assert sum(calls.values()) == paid, (calls, tally.faults, tally.requests)
+    if word in ("timeout", "rate_limited"):
+        # An answer may come too late on a busy machine, and a pause is not known to all at once.
+        assert calls[word] >= bad, (calls, tally.faults)
+        return
+    assert calls == Counter({"ok": paid - bad, **({word: bad} if bad else {})}), (calls, tally.faults)
+
+
+def _unrecorded(outside: Service) -> int:
+    """Return the polls that were answered: they cost nothing and are not in the ledger."""
+    return outside.server.tally.polls if outside.kind == "parse" else 0
+
+
+def _check_vectors(outside: Service) -> None:
+    """Every passage has the vector that the server's model gives for it, whatever order it was sent in."""
+    rows = outside.arena.all("SELECT content, embedding::text, embedding_model FROM document_chunks")
+    assert {row[2] for row in rows} == {f"m@{DIMENSIONS}"}
+    model = HashedWords(DIMENSIONS)
+    for content, written, _ in rows:
+        expected = asyncio.run(model.embed([content]))[0]
+        assert np.allclose(np.array(json.loads(written)), expected, atol=1e-5), content[:80]
+
+
+def _check_extractions(outside: Service) -> None:
+    """Every document has what the model says of it, and of no other."""
+    rows = outside.arena.all("SELECT doc_id, raw_extraction FROM file_extractions WHERE state = 'complete'")
+    for doc_id, found in rows:
+        words = " ".join(outside.documents[doc_id].decode().split()[:8])
+        assert found["model_extraction"]["data"]["title"] == words, (doc_id, found)
+        assert "failure" not in found, (doc_id, found)
+
+
+def _check_texts(outside: Service) -> None:
+    """Every document has its pages; one that was parsed here instead says so."""
+    rows = outside.arena.all("SELECT doc_id, markdown, parser, parse_metadata FROM document_markdown")
+    for doc_id, markdown, parser, metadata in rows:
+        number = int(doc_id[1:5])
+        assert all(f"Page {page} of report {number} on" in markdown for page in range(3)), (doc_id, markdown)
+        assert parser.startswith("llamaparse ") != ("parsed_locally" in (metadata or {})), (doc_id, parser, metadata)
+
