@@ -145,7 +145,10 @@ class Service:
         if outcome.word == "rate_limited":
             raise RateLimitError(str(outcome.error), wait) from cause
         if outcome.word == "refused" or wait is not None:
-            raise ServiceUnavailable(str(outcome.error), wait) from cause
+            unavailable = ServiceUnavailable(str(outcome.error), wait)
+            if wait is not None and wait <= self._breaker.brief_seconds:
+                unavailable.call = outcome.error.call  # it was called and is called again: no reason yet to do without it
+            raise unavailable from cause
         if outcome.error is cause:
             raise cause
         raise outcome.error from cause

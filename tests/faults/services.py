@@ -129,9 +129,14 @@ class Service:
         _, _, seconds, _ = self.breaker()
         return seconds >= 2 * MINUTE
 
+    def told_to_wait(self) -> int:
+        """Return how many documents have been told to wait."""
+        count: int = self.arena.one(WAITED)
+        return count
+
     def all_wait(self) -> bool:
         """Say whether every document has been told to wait, and none is being worked on."""
-        return bool(self.arena.one(WAITED) == len(self.documents) and self.arena.one(IN_HAND) == 0)
+        return bool(self.told_to_wait() == len(self.documents) and self.arena.one(IN_HAND) == 0)
 
     def recover(self) -> None:
         """Be well from now on."""
