@@ -1,9 +1,9 @@
 """The circuit breaker of an outside service as a pure state machine. Its state lives in Postgres; jobs.services.state applies it there.
 
 Times are seconds since 1970 by the database's clock. A breaker opens after so many failures in a row, however slowly they came, or within a
-window, if they are a tenth of its calls: a busy service may fail now and then. After a while one call probes; with its success the breaker is closed, and for
-RAMP_SECONDS calls are let in at a growing rate, at the end of which they pass unasked. A failed probe, or failures during the ramp, open
-it again for twice as long.
+window, if they are a tenth of its calls: a busy service may fail now and then. After a while one call probes; with its success the breaker
+is closed, and for RAMP_SECONDS calls are let in at a growing rate, at the end of which they pass unasked. A failed probe, or failures
+during the ramp, open it again for twice as long.
 """
 
 from __future__ import annotations
