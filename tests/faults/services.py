@@ -1,12 +1,11 @@
 """A scenario with an outside service: what it does wrong until it is well again, what that cost, and whether all is right.
 
 A minute of the settings' defaults is a second here (MINUTE), the waits inside a call and between two tries included, so that their
-proportions are those of an installation.
+proportions are those of an installation. Leases are long: no worker is killed here, and a busy machine shall not look as if one were.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -19,11 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from jobs.adapters.embedders.hashed import HashedWords
 from tests.faults.harness import STILL_OPEN, WORDS, Arena, Worker, text_document
-from tests.faults.invariant import check_invariant
 from tests.servers import LlamaParseServer, LocalServer, OpenAIServer
 from tests.servers.faults import never
 
@@ -36,7 +31,7 @@ TEXTS = 4
 PREFIX: Mapping[Kind, str] = {"embedding": "EMBEDDING", "extraction": "EXTRACTION", "parse": "LLAMAPARSE"}
 SCALED = {
     "BREAKER_OPEN_SECONDS": str(MINUTE), "BREAKER_WINDOW_SECONDS": str(MINUTE), "BREAKER_MAX_OPEN_SECONDS": str(15 * MINUTE),
-    "PROVIDER_CONNECT_SECONDS": "0.3", "RETRY_BASE_DELAY_SECONDS": str(2 * MINUTE / 60), "RETRY_MAX_DELAY_SECONDS": str(5 * MINUTE),
+    "PROVIDER_CONNECT_SECONDS": "0.3", "LEASE_SECONDS": "30", "RETRY_BASE_DELAY_SECONDS": str(2 * MINUTE / 60), "RETRY_MAX_DELAY_SECONDS": str(5 * MINUTE),
 }  # fmt: skip
 PATIENT = {
     "PROVIDER_READ_SECONDS": "20",
@@ -46,9 +41,10 @@ PATIENT = {
 }
 """For services that answer: a busy machine is no failure of theirs."""
 IMPATIENT = {
-    "PROVIDER_READ_SECONDS": str(MINUTE), "EMBEDDING_TIMEOUT_SECONDS": str(2 * MINUTE), "EXTRACTION_TIMEOUT_SECONDS": str(3 * MINUTE),
+    "PROVIDER_READ_SECONDS": str(MINUTE), "EMBEDDING_TIMEOUT_SECONDS": str(5 * MINUTE), "EXTRACTION_TIMEOUT_SECONDS": str(5 * MINUTE),
     "LLAMAPARSE_TIMEOUT_SECONDS": str(5 * MINUTE),
 }  # fmt: skip
+"""For services that hang. The time for a whole call holds that of loading the client, which takes a second or two on a busy machine."""
 
 SPENT = "SELECT count(*) FROM document_events WHERE event = 'retry_scheduled' AND (detail->>'counts')::boolean"
 DEAD = "SELECT count(*) FROM dead_letters"
@@ -57,11 +53,6 @@ ENDED = "SELECT state::text, error_message, count(*) FROM file_extractions GROUP
 IN_HAND = "SELECT count(*) FROM file_extractions WHERE state = 'working'"
 BREAKER = "SELECT state, refused, open_seconds, opened_count FROM circuit_breakers WHERE service LIKE %s ORDER BY changed_at DESC LIMIT 1"
 CALLS = "SELECT outcome, count(*) FROM provider_usage WHERE kind = %s AND outcome <> 'not_sent' GROUP BY 1"
-EVERYTHING = """SELECT string_agg(to_jsonb(t)::text, ' ') FROM (
-    SELECT to_jsonb(e) FROM document_events AS e UNION ALL SELECT to_jsonb(l) FROM dead_letters AS l
-    UNION ALL SELECT to_jsonb(a) FROM alerts AS a UNION ALL SELECT to_jsonb(u) FROM provider_usage AS u
-    UNION ALL SELECT to_jsonb(c) FROM circuit_breakers AS c UNION ALL SELECT to_jsonb(f) FROM file_extractions AS f
-) AS t"""
 
 
 def server_of(kind: Kind, **given: Any) -> LocalServer:
@@ -219,72 +210,3 @@ def service(
             outside.start()
         outside.configure()
         yield outside
-
-
-def check_all_right(outside: Service, states: Mapping[str, int] | None = None) -> None:
-    """Hold everything that was done against the promise: nothing lost or doubled, results right, books complete, the key nowhere."""
-    arena = outside.arena
-    with arena.connect() as conn:
-        findings = check_invariant(conn, set(outside.documents), {})
-    assert not findings, findings
-    found = dict(arena.all("SELECT state::text, count(*) FROM file_extractions GROUP BY 1"))
-    failures = arena.all("SELECT doc_id, error_type::text, error_message FROM file_extractions WHERE state <> 'complete'")
-    assert found == (states or {"complete": len(outside.documents)}), failures
-    {"embedding": _check_vectors, "extraction": _check_extractions, "parse": _check_texts}[outside.kind](outside)
-    logs = "".join(path.read_text(encoding="utf-8", errors="replace") for path in arena.folder.glob("*.log"))
-    assert KEY not in logs
-    assert KEY not in arena.one(EVERYTHING)
-
-
-def check_books(outside: Service, word: str, *, unheard: bool = False) -> None:
-    """Hold the ledger against what the server saw: a row for each request, the failed ones as `word`.
-
-    `unheard`: the failed calls never reached the server.
-    """
-    tally, calls = outside.server.tally, outside.calls()
-    bad = sum(count for name, count in tally.faults.items() if name != "permuted")
-    assert calls["unknown"] == 0, calls
-    if unheard:
-        assert calls[word] > 0, calls
-        assert calls == Counter({"ok": tally.requests, word: calls[word]})
-        return
-    if outside.kind == "parse":
-        # Polls that were answered cost nothing and are not in it.
-        assert calls[word] == bad, (calls, tally.faults)
-        assert outside.parsed_there() <= calls["ok"] <= tally.uploads
-        assert set(calls) <= {"ok", word}
-        return
-    assert sum(calls.values()) == tally.requests, (calls, tally.faults, tally.requests)
-    if word in ("timeout", "rate_limited"):
-        # An answer may come too late on a busy machine, and a pause is not known to all at once.
-        assert calls[word] >= bad, (calls, tally.faults)
-        return
-    assert calls == Counter({"ok": tally.requests - bad, **({word: bad} if bad else {})}), (calls, tally.faults)
-
-
-def _check_vectors(outside: Service) -> None:
-    """Every passage has the vector that the server's model gives for it, whatever order it was sent in."""
-    rows = outside.arena.all("SELECT content, embedding::text, embedding_model FROM document_chunks")
-    assert {row[2] for row in rows} == {f"m@{DIMENSIONS}"}
-    model = HashedWords(DIMENSIONS)
-    for content, written, _ in rows:
-        expected = asyncio.run(model.embed([content]))[0]
-        assert np.allclose(np.array(json.loads(written)), expected, atol=1e-5), content[:80]
-
-
-def _check_extractions(outside: Service) -> None:
-    """Every document has what the model says of it, and of no other."""
-    rows = outside.arena.all("SELECT doc_id, raw_extraction FROM file_extractions WHERE state = 'complete'")
-    for doc_id, found in rows:
-        words = " ".join(outside.documents[doc_id].decode().split()[:8])
-        assert found["model_extraction"]["data"]["title"] == words, (doc_id, found)
-        assert "failure" not in found, (doc_id, found)
-
-
-def _check_texts(outside: Service) -> None:
-    """Every document has its pages; one that was parsed here instead says so."""
-    rows = outside.arena.all("SELECT doc_id, markdown, parser, parse_metadata FROM document_markdown")
-    for doc_id, markdown, parser, metadata in rows:
-        number = int(doc_id[1:5])
-        assert all(f"Page {page} of report {number} on" in markdown for page in range(3)), (doc_id, markdown)
-        assert parser.startswith("llamaparse ") != ("parsed_locally" in (metadata or {})), (doc_id, parser, metadata)

