@@ -34,12 +34,14 @@ def test_an_hours_outage_costs_no_document_and_few_calls(arena: Arena, kind: Kin
 
 @pytest.mark.parametrize("kind", ["embedding", "extraction"])
 def test_documents_get_through_a_service_that_comes_and_goes(arena: Arena, kind: Kind) -> None:
-    with service(arena, kind) as outside:
-        outside.server.script(flapping(2 * MINUTE, NAMED["500"]))
+    # The ten seconds in which calls are let in again one by one have no setting: up and down are long beside them, and the breaker's times
+    # short, as with a service that is up and down for minutes.
+    with service(arena, kind, {"BREAKER_MAX_OPEN_SECONDS": str(2 * MINUTE)}) as outside:
+        outside.server.script(flapping(6, NAMED["500"]))
         outside.submit(24)
         outside.work()
         arena.settle(300)
-        outside.report("flapping", "two minutes up, two minutes down")
+        outside.report("flapping", "up for 6 s, down for 6 s")
         check_all_right(outside)
         check_books(outside, "failed")
         assert outside.server.tally.faults["status_500"] > 0

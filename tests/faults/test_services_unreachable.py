@@ -38,7 +38,7 @@ def judge(outside: Service, name: str, did: str) -> None:
 def test_documents_outlast_a_host_that_takes_no_connection(arena: Arena, kind: Kind) -> None:
     down = ExitStack()
     port = urlsplit(down.enter_context(blackhole())).port
-    with down, service(arena, kind, later=True, port=port) as outside:
+    with down, service(arena, kind, {"PROVIDER_CONNECT_SECONDS": "0.3"}, later=True, port=port) as outside:
         fail_in_vain(outside)
         down.close()
         outside.start()
