@@ -174,7 +174,7 @@ class Service:
 
     def parsed_there(self) -> int:
         """Return how many documents have the text that the parsing service gave."""
-        count: int = self.arena.one("SELECT count(*) FROM document_markdown WHERE parser LIKE 'llamaparse %'")
+        count: int = self.arena.one("SELECT count(*) FROM document_markdown WHERE starts_with(parser, 'llamaparse ')")
         return count
 
     def stampede(self) -> int | None:
