@@ -1,9 +1,9 @@
 """The circuit breaker of an outside service as a pure state machine. Its state lives in Postgres; jobs.services.state applies it there.
 
-Times are seconds since 1970 by the database's clock. A breaker opens after so many failures within a window, if they came in a row or are
-a tenth of the calls: a busy service may fail now and then. After a while one call probes; with its success the breaker is closed, and for
-RAMP_SECONDS calls are let in at a growing rate, at the end of which they pass unasked. A failed probe, or failures during the ramp, open
-it again for twice as long.
+Times are seconds since 1970 by the database's clock. A breaker opens after so many failures in a row, however slowly they came, or within a
+window, if they are a tenth of its calls: a busy service may fail now and then. After a while one call probes; with its success the breaker
+is closed, and for RAMP_SECONDS calls are let in at a growing rate, at the end of which they pass unasked. A failed probe, or failures
+during the ramp, open it again for twice as long.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Failed:
     failures: int
     calls: int
     in_a_row: int
-    """Failures since a call was last answered."""
+    """Failures since a call was last answered, also before the window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ def _ramps(breaker: Breaker, now: float) -> bool:
 def _is_enough(breaker: Breaker, failed: Failed, now: float, rules: Rules) -> bool:
     """Say whether failures open a closed breaker."""
     enough = min(RAMP_FAILURES, rules.failures) if _ramps(breaker, now) else rules.failures
-    seldom = failed.failures < SMALLEST_PART * failed.calls and failed.in_a_row < enough
-    return breaker.state == "closed" and failed.failures >= enough and not seldom
+    often = failed.failures >= enough and failed.failures >= SMALLEST_PART * failed.calls
+    return breaker.state == "closed" and (often or failed.in_a_row >= enough)
 
 
 def _opened(breaker: Breaker, reason: str, now: float, rules: Rules, *, refused: bool, longer: bool) -> Breaker:

@@ -169,7 +169,10 @@ class Service:
         if outcome.word == "rate_limited":
             raise self._waits(RateLimitError(str(outcome.error), wait), None) from cause
         if outcome.word == "refused" or wait is not None:
-            raise self._waits(ServiceUnavailable(str(outcome.error), wait), told) from cause
+            unavailable = ServiceUnavailable(str(outcome.error), wait)
+            if wait is not None and wait <= self._breaker.brief_seconds:
+                unavailable.call = outcome.error.call  # it was called and is called again: no reason yet to do without it
+            raise self._waits(unavailable, told) from cause
         if outcome.error is cause:
             raise cause
         raise outcome.error from cause

@@ -25,7 +25,8 @@ _TRIES = 100  # of a compare and swap; each that fails means that somebody else'
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A breaker as it was read, with the evidence: calls and failures since the window began or since it was closed."""
+    """A breaker as it was read, with the evidence: calls and failures since the window began or since it was closed, and failures in a
+    row also before the window, as slow ones may all lie in different ones."""
 
     breaker: Breaker
     revision: int
@@ -83,13 +84,19 @@ class SharedBreaker:
             wait = wait_of(breaker, place, seen.now)
             return Pass(wait, seen.revision, ramps=breaker.state == "closed", reason=breaker.reason, place=place)
 
+    @property
+    def brief_seconds(self) -> float:
+        """How long a document waits for a service that fails without a break and is still called: 5 s by default."""
+        return self._terms.rules.open_seconds / 12
+
     async def _place(self, seen: Seen, doc_ids: Sequence[str]) -> int | None:
         params = {"service": self._terms.service, "revision": seen.revision, "doc_ids": list(doc_ids)}
         row = await one(self._pool, "take_place", params)
         return None if row is None else int(row["place"])
 
     async def tell(self, call: UUID, outcome: Outcome | None, doc_ids: Sequence[str] = ()) -> Pass | None:
-        """Say how a call went; None for well. Return how long to wait where the breaker is open because of it."""
+        """Say how a call went; None for well. Return how long to wait where it is the service that fails, whoever calls: longer than
+        `brief_seconds`, and with a place, where its breaker is open because of it."""
         if outcome is None or outcome.word in ("rejected", "rate_limited"):
             # It was answered, so it is there.
             await self._apply(lambda _: Succeeded(call))
@@ -102,7 +109,9 @@ class SharedBreaker:
         else:
             return None
         if seen.breaker.state == "closed":
-            return None
+            # One failure may be the document's own doing. Another one, and nobody was answered in between: few documents alone with a
+            # service that is down would all have spent their attempts before there are failures enough to open its breaker.
+            return Pass(self.brief_seconds, seen.revision, reason=reason) if seen.in_a_row > 1 else None
         if before.state != "open" and seen.breaker.state == "open":
             logger.warning("{} is not called for {:.0f} s: {}", self._terms.service, seen.breaker.open_seconds, reason)
         place = await self._place(seen, doc_ids) or 0
@@ -117,7 +126,10 @@ class SharedBreaker:
     async def look(self) -> Seen:
         """Read the breaker; one that has no row yet is closed."""
         terms = self._terms
-        params = {"service": terms.service, "window_seconds": terms.rules.window_seconds, "total_seconds": terms.total_seconds}
+        params = {
+            "service": terms.service, "window_seconds": terms.rules.window_seconds, "total_seconds": terms.total_seconds,
+            "failures": terms.rules.failures,
+        }  # fmt: skip
         row = await one(self._pool, "look_at_breaker", params)
         if row is None:
             return Seen(Breaker(), -1, 0.0, 0, 0, 0)

@@ -174,8 +174,8 @@ class Settings(ProviderSettings):
     provider_read_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
     """Longest silence of an outside service in mid-call, in seconds."""
     breaker_failures: Annotated[int, Interval(ge=1, le=10_000)] = 5
-    """Failures of an outside service within BREAKER_WINDOW_SECONDS, over all workers, after which it is not called for a while: in a row,
-    or a tenth of its calls. A refused key or a quota that is used up is enough at once."""
+    """Failures of an outside service, over all workers, after which it is not called for a while: in a row, or within
+    BREAKER_WINDOW_SECONDS and a tenth of its calls. A refused key or a quota that is used up is enough at once."""
     breaker_window_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
     """Seconds in which the failures must lie."""
     breaker_open_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60

@@ -47,26 +47,38 @@ WITH finished AS (
 SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.started_at, %(difference)s) END FROM finished AS f;
 
 -- name: look_at_breaker
--- The breaker with the evidence of the last calls. Only asked after a failure, and where a call did not pass.
+-- The breaker with the evidence of the last calls. Only asked after a failure, and where a call did not pass. Failures in a row are looked
+-- for among the last calls, further back than the window: of a service that hangs, each takes as long as that, and few lie in one window.
 SELECT c.state, c.reason, c.refused, c.revision, c.open_seconds, c.probe_by, c.opened_count,
     extract(epoch FROM clock_timestamp())::float8 AS now,
     extract(epoch FROM c.try_at)::float8 AS try_at,
     extract(epoch FROM c.closed_at)::float8 AS closed_at,
     extract(epoch FROM c.passes_from)::float8 AS passes_from,
-    coalesce(e.failures, 0) AS failures, coalesce(e.calls, 0) AS calls, coalesce(e.in_a_row, 0) AS in_a_row
+    coalesce(e.failures, 0) AS failures, coalesce(e.calls, 0) AS calls, coalesce(r.in_a_row, 0) AS in_a_row
 FROM circuit_breakers AS c
 LEFT JOIN LATERAL (
-    SELECT count(*) AS calls, count(*) FILTER (WHERE w.failed) AS failures,
-        count(*) FILTER (WHERE w.failed AND w.finished_at > coalesce(w.last_good_at, 'epoch')) AS in_a_row
+    SELECT count(*) AS calls, count(*) FILTER (WHERE u.outcome IN ('failed', 'timeout', 'bad_answer')) AS failures
+    FROM provider_usage AS u
+    WHERE u.service = c.service
+        AND u.finished_at > greatest(c.closed_at, clock_timestamp() - make_interval(secs => %(window_seconds)s))
+        AND u.started_at > clock_timestamp() - make_interval(secs => %(window_seconds)s + %(total_seconds)s)
+) AS e ON c.state = 'closed'
+LEFT JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE l.failed AND l.finished_at > coalesce(l.last_good_at, 'epoch')) AS in_a_row
     FROM (
         SELECT u.finished_at, u.outcome IN ('failed', 'timeout', 'bad_answer') AS failed,
             max(u.finished_at) FILTER (WHERE u.outcome IN ('ok', 'rejected')) OVER () AS last_good_at
-        FROM provider_usage AS u
-        WHERE u.service = c.service
-            AND u.finished_at > greatest(c.closed_at, clock_timestamp() - make_interval(secs => %(window_seconds)s))
-            AND u.started_at > clock_timestamp() - make_interval(secs => %(window_seconds)s + %(total_seconds)s)
-    ) AS w
-) AS e ON c.state = 'closed'
+        FROM (
+            SELECT v.finished_at, v.outcome
+            FROM provider_usage AS v
+            WHERE v.service = c.service AND v.finished_at > coalesce(c.closed_at, 'epoch') AND v.started_at > greatest(
+                c.closed_at - make_interval(secs => %(total_seconds)s),
+                clock_timestamp() - 10 * make_interval(secs => %(window_seconds)s + %(total_seconds)s)
+            )
+            ORDER BY v.started_at DESC LIMIT greatest(200, 4 * %(failures)s)
+        ) AS u
+    ) AS l
+) AS r ON c.state = 'closed'
 WHERE c.service = %(service)s;
 
 -- name: change_breaker

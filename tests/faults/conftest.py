@@ -75,6 +75,19 @@ SHORT = {
         "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-120]",
         "test_a_kill_while_the_service_parses_pays_no_page_twice[queue]",
     ],
+    "test_services": [
+        "test_every_document_outlasts_a_service_that_fails[inline-embedding-hang_in_body]",
+        "test_every_document_outlasts_a_service_that_fails[queue-extraction-429_retry_after]",
+        "test_a_document_alone_with_a_failing_service_waits_too[inline-500-embedding]",
+    ],
+    "test_services_refusing": [
+        "test_documents_wait_for_a_key_that_works_again_and_spend_nothing[queue-401-embedding]",
+        "test_files_are_parsed_somewhere_whatever_the_parsing_service_does[inline-truncated-bad_answer]",
+    ],
+    "test_services_moody": [
+        "test_documents_get_through_a_service_that_answers_every_fifth_request_or_do_when_requeued[inline-extraction]",
+    ],
+    "test_services_unreachable": [],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
         "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",

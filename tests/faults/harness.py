@@ -275,6 +275,11 @@ class Arena:
             since = max(since, time.monotonic() - (time.time() - marks[-1]))
         self._recovered = time.monotonic() - since if since else None
 
+    @property
+    def seconds_to_recover(self) -> float | None:
+        """From the last fault to the end of the last document."""
+        return None if self._recovered is None else round(self._recovered, 1)
+
     def judge(self, scenario: str, did: str) -> None:
         """Hold the database against the invariant, say in a line what was done and found, and fail if anything is broken."""
         reference = self._reference.rows
@@ -290,7 +295,7 @@ class Arena:
             "scenario": scenario, "mode": self.mode, "did": did, "documents": len(self._accepted),
             "faults": self.faults + len(self.marks()), "lost": sum(map(len, findings.lost.values())),
             "doubled": sum(map(len, findings.doubled.values())),
-            "recovered_s": None if self._recovered is None else round(self._recovered, 1), "states": states,
+            "recovered_s": self.seconds_to_recover, "states": states,
         }  # fmt: skip
         print(f"\nfaults: {json.dumps(line)}", flush=True)
         if report := os.environ.get("FAULTS_REPORT"):

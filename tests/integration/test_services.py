@@ -195,8 +195,10 @@ async def test_each_failure_is_entered_and_raised_as_what_it_is(
 
 async def test_five_failures_over_two_workers_open_it_for_both_and_success_closes_it(make: Make, conn: psycopg.Connection) -> None:
     one, two = await opened(make()), await opened(make())
-    kinds = [type(await fails(one if number % 2 else two)) for number in range(5)]
-    assert kinds == [RetryableError] * 4 + [ServiceUnavailable]
+    kinds = [type(await fails(one if number % 2 else two)) for number in range(4)]
+    assert kinds == [RetryableError] + [ServiceUnavailable] * 3
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+    await fails(one)
     entered = rows(conn, "SELECT count(*) FROM provider_usage")
     for service in (one, two):
         error = await fails(service, ok)
@@ -208,11 +210,35 @@ async def test_five_failures_over_two_workers_open_it_for_both_and_success_close
     assert rows(conn, "SELECT count(*) FROM alerts") == [(0,)]
 
 
+AGO = "UPDATE provider_usage SET finished_at = finished_at - %s::interval, started_at = started_at - %s::interval"
+
+
+async def test_failures_in_a_row_open_it_however_slowly_they_come(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    for _ in range(4):
+        await fails(service)
+        conn.execute(AGO, ["61 s", "61 s"])
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+    await fails(service)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
+
+
+async def test_a_failure_counts_against_a_document_only_where_others_were_answered(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    assert type(await fails(service)) is RetryableError
+    waits = await fails(service)
+    assert isinstance(waits, ServiceUnavailable) and waits.retry_after == QUICK.open_seconds / 12
+    await service.call(ok, PURPOSE)
+    assert type(await fails(service)) is RetryableError
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+
+
 async def test_failures_outside_the_window_and_before_the_closing_do_not_count(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make())
     for _ in range(4):
         await fails(service)
-    conn.execute("UPDATE provider_usage SET finished_at = finished_at - interval '61 s', started_at = started_at - interval '61 s'")
+    await service.call(ok, PURPOSE)
+    conn.execute(AGO, ["61 s", "61 s"])
     assert type(await fails(service)) is RetryableError
     for _ in range(3):
         await fails(service)

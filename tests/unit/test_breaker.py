@@ -54,6 +54,7 @@ def test_failures_that_are_few_among_many_calls_do_not_open_it_and_a_row_of_them
     assert decide(Breaker(), failed(failures=20, calls=6000, in_a_row=1), 0, RULES) == Breaker()
     assert decide(Breaker(), failed(failures=20, calls=6000, in_a_row=5), 0, RULES).state == "open"
     assert decide(Breaker(), failed(failures=5, calls=9, in_a_row=1), 0, RULES).state == "open"  # every other call
+    assert decide(Breaker(), failed(failures=1, calls=1, in_a_row=5), 0, RULES).state == "open"  # each slower than the window is long
 
 
 def test_one_call_probes_and_only_after_the_time_is_up() -> None:
