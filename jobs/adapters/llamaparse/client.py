@@ -141,9 +141,9 @@ class LlamaParse:
             raise failed
         if state.status == "CANCELLED":
             raise _lost(f"The LlamaParse job {job_id} was cancelled.", FailedCall(self.service.host, sent=True, status=200))
-        if state.pages is None:
-            return answer.reply(None, pages=0)
-        return replace(answer.reply(state.pages, pages=len(state.pages.pages)), settles=job_id)
+        pages = state.pages
+        reply: Reply[HostedPages | None] = answer.reply(pages, pages=0 if pages is None else len(pages.pages))
+        return reply if pages is None else replace(reply, settles=job_id)
 
     def _read(self, answer: Answer) -> JobState:
         data = read_json(self.service, answer)
