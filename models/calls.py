@@ -49,6 +49,8 @@ class Reply(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     """Of the answer, names in lower case."""
     request_id: str | None = None
+    settles: str | None = None
+    """`request_id` of an earlier call for the same document: `pages` is what was to be paid for that one."""
 
 
 class Caller(Protocol):

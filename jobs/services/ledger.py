@@ -86,10 +86,23 @@ class Ledger:
 
         Of calls that are not recorded only the failed ones are written.
         """
+        if reply is not None and reply.settles is not None:
+            await self._settle_pages(entry, reply.settles, _count(reply.pages) or 0)
         if not entry.purpose.recorded and (outcome is None or outcome.word == "not_sent"):
             return
         params = self._facts(entry) | self._result(entry, reply, outcome)
         await outlive("Entering an answer", lambda: one(self._pool, "finish_call", params), until=self._stopping)
+
+    async def _settle_pages(self, entry: Entry, request_id: str, pages: int) -> None:
+        """Set the price of an earlier call right, which is found by its document."""
+        params = {
+            "doc_id": entry.purpose.shares[0].doc_id if entry.purpose.shares else None,
+            "kind": self._terms.kind,
+            "request_id": request_id,
+            "pages": pages,
+            "cost": self._terms.prices.of(0, 0, pages),
+        }
+        await outlive("Entering what was paid for", lambda: one(self._pool, "settle_pages", params), until=self._stopping)
 
     async def passes(self, entry: Entry) -> bool:
         """Say whether a call that has waited for its time may still be sent."""

@@ -71,6 +71,37 @@ CREATE OR REPLACE FUNCTION cost_of_batch(batch_id text) RETURNS numeric LANGUAGE
     SELECT coalesce(sum(t.spent), 0) FROM cost_totals AS t WHERE t.scope = 'batch' AND t.name = cost_of_batch.batch_id;
 $$;
 
+CREATE VIEW cost_by_batch WITH (security_invoker = true) AS
+SELECT
+    s.batch_id, u.kind, u.model,
+    count(DISTINCT u.id) AS calls,
+    count(DISTINCT u.id) FILTER (WHERE u.outcome = 'ok') AS calls_ok,
+    count(DISTINCT u.id) FILTER (WHERE u.outcome = 'unknown' AND u.give_up_at < now()) AS calls_unknown,
+    count(DISTINCT s.doc_id) AS documents,
+    round(sum(u.tokens_in * s.share)) AS tokens_in,
+    round(sum(u.tokens_out * s.share)) AS tokens_out,
+    sum(u.pages * s.share) AS pages,
+    sum(coalesce(u.cost, u.estimated_cost) * s.share::numeric) AS cost,
+    min(u.started_at) AS first_call_at,
+    max(u.started_at) AS last_call_at
+FROM provider_usage AS u, unnest(u.doc_ids, u.batch_ids, u.shares) AS s (doc_id, batch_id, share)
+WHERE s.batch_id IS NOT NULL
+GROUP BY s.batch_id, u.kind, u.model;
+COMMENT ON VIEW cost_by_batch IS 'What the calls for each batch have cost, all runs together, by kind of service and model. One sum alone: cost_of_batch(batch_id).';
+COMMENT ON COLUMN cost_by_batch.batch_id IS 'The batch that the documents belonged to then.';
+COMMENT ON COLUMN cost_by_batch.kind IS 'embedding, extraction or parse.';
+COMMENT ON COLUMN cost_by_batch.model IS 'The model or tier that was asked for.';
+COMMENT ON COLUMN cost_by_batch.calls IS 'Calls in which a document of the batch had a share, failed ones too.';
+COMMENT ON COLUMN cost_by_batch.calls_ok IS 'Calls that were answered well.';
+COMMENT ON COLUMN cost_by_batch.calls_unknown IS 'Calls that were sent and whose answer never came.';
+COMMENT ON COLUMN cost_by_batch.documents IS 'Documents that they were for.';
+COMMENT ON COLUMN cost_by_batch.tokens_in IS 'Tokens sent; of a shared call the batch has its documents'' shares.';
+COMMENT ON COLUMN cost_by_batch.tokens_out IS 'Tokens received.';
+COMMENT ON COLUMN cost_by_batch.pages IS 'Pages that were paid for.';
+COMMENT ON COLUMN cost_by_batch.cost IS 'Price; calls without a known outcome count with their estimate.';
+COMMENT ON COLUMN cost_by_batch.first_call_at IS 'When the first was sent.';
+COMMENT ON COLUMN cost_by_batch.last_call_at IS 'When the last was sent.';
+
 CREATE FUNCTION over_cost(
     call uuid, doc_ids text[], batch_ids text[], shares double precision[], estimate numeric, per_document numeric, per_batch numeric
 ) RETURNS jsonb LANGUAGE plpgsql AS $$

@@ -46,6 +46,13 @@ WITH finished AS (
 )
 SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.started_at, %(difference)s) END FROM finished AS f;
 
+-- name: settle_pages
+-- Sets the price of a call right that was entered with its estimate, now that its pages are known. Asked again, it changes nothing.
+UPDATE provider_usage AS u SET pages = %(pages)s, cost = %(cost)s
+WHERE u.doc_ids @> ARRAY[%(doc_id)s::text] AND u.kind = %(kind)s AND u.request_id = %(request_id)s AND u.outcome = 'ok'
+    AND (u.pages, u.cost) IS DISTINCT FROM (%(pages)s, %(cost)s)
+RETURNING u.id;
+
 -- name: look_at_breaker
 -- The breaker with the evidence of the last calls. Only asked after a failure, and where a call did not pass. Failures in a row are looked
 -- for among the last calls, further back than the window: of a service that hangs, each takes as long as that, and few lie in one window.

@@ -200,3 +200,22 @@ async def test_new_content_forgets_the_job_for_the_old_one(outside: Outside, end
     outside.bench.conn.execute("INSERT INTO hosted_jobs (doc_id, version, part, job_id, service) VALUES ('a', 1, 'file', 'old', 's')")
     outside.bench.submit(content="b")
     assert outside.bench.one("SELECT count(*) FROM hosted_jobs") == (0,)
+
+
+async def test_a_parse_is_entered_with_an_estimate_of_its_pages_and_paid_for_by_those_that_come_back(
+    outside: Outside, endpoint: LlamaParseServer, sandbox: Any
+) -> None:
+    endpoint.seconds = 1
+    outside.bench.submit()
+    look = "SELECT pages, estimated_cost::float8, cost::float8, cost_of_document('a')::float8 FROM provider_usage"
+    working = asyncio.create_task(outside.work(runner(outside, endpoint, sandbox)))
+    seen: list[tuple[Any, ...]] = []
+    for _ in range(2000):
+        if seen := outside.bench.all(look + " WHERE outcome = 'ok'"):
+            break
+        await asyncio.sleep(0.01)
+    assert seen[0][1:] == (0.003, 0.003, 0.003)  # one page, by its size
+    await working
+    assert outside.state() == ("complete", "complete", 0)
+    assert outside.bench.all(look) == [(3, 0.003, 0.009, 0.009)]
+    assert outside.bench.all("SELECT batch_id, calls FROM cost_by_batch") == []

@@ -3,13 +3,16 @@
 from jobs.adapters.llamaparse.answers import FailedPage, HostedPages, to_parsed_file
 from jobs.adapters.llamaparse.client import JobLost, LlamaParse, make_llamaparse
 from jobs.adapters.llamaparse.formats import extension_of, refusal
+from jobs.adapters.llamaparse.page_count import count_pages, guess_pages
 
 __all__ = [
     "FailedPage",
     "HostedPages",
     "JobLost",
     "LlamaParse",
+    "count_pages",
     "extension_of",
+    "guess_pages",
     "make_llamaparse",
     "refusal",
     "to_parsed_file",

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ class LlamaParse:
         job_id = data.get("id") if isinstance(data, dict) else None
         if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
             raise self.service.bad_answer("took the file but sent no job id.")
-        return answer.reply(job_id)
+        # The job's id serves support better than the request's, and settles the price when the pages are known.
+        return replace(answer.reply(job_id), request_id=job_id)
 
     async def poll(self, job_id: str, *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> HostedPages | None:
         """Return the pages of a job, None while it is working. One exchange.
@@ -139,7 +141,9 @@ class LlamaParse:
             raise failed
         if state.status == "CANCELLED":
             raise _lost(f"The LlamaParse job {job_id} was cancelled.", FailedCall(self.service.host, sent=True, status=200))
-        return answer.reply(state.pages, pages=0 if state.pages is None else len(state.pages.pages))
+        pages = state.pages
+        reply: Reply[HostedPages | None] = answer.reply(pages, pages=0 if pages is None else len(pages.pages))
+        return reply if pages is None else replace(reply, settles=job_id)
 
     def _read(self, answer: Answer) -> JobState:
         data = read_json(self.service, answer)

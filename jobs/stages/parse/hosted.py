@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from jobs.adapters.llamaparse import HostedPages, JobLost, LlamaParse, refusal, to_parsed_file
+from jobs.adapters.llamaparse import HostedPages, JobLost, LlamaParse, count_pages, guess_pages, refusal, to_parsed_file
 from jobs.stages import HostedJob, JobPart, Tools
 from models.documents import Document, ParsedFile
 from models.errors import ParseError, RequestRefused, ServiceUnavailable
@@ -51,6 +52,7 @@ class _Jobs:
 
     def __init__(self, document: Document, path: Path, parser: LlamaParse, tools: Tools) -> None:
         self._document, self._path, self._parser, self._paid = document, path, parser, tools.paid
+        self._sandbox, self._most_pages = tools.sandbox, tools.settings.max_pages
         self._deadline = tools.settings.llamaparse_deadline_seconds
         self._shares = () if tools.paid is None else tools.paid.shares
         self._caller = parser.caller if tools.paid is None else tools.paid.through(parser.caller)
@@ -64,7 +66,12 @@ class _Jobs:
         if job is None:
             assert self._document.mime_type is not None
             job_id = await self._parser.start(
-                self._path, self._document.mime_type, pages=numbers or (), shares=self._shares, caller=self._caller
+                self._path,
+                self._document.mime_type,
+                pages=numbers or (),
+                page_estimate=0 if numbers else await self._page_estimate(),
+                shares=self._shares,
+                caller=self._caller,
             )
             job = HostedJob(job_id)
             if self._paid is not None:
@@ -81,6 +88,15 @@ class _Jobs:
             if error.call is None and job.waited > _WORTH_ASKING * self._deadline:
                 await self._drop(part)
             raise
+
+    async def _page_estimate(self) -> int:
+        """Return how many pages will be paid for: counted where the file says it, else guessed from its size."""
+        document, limit = self._document, self._most_pages
+        assert document.file_type is not None
+        counted: int | None = None
+        with suppress(ParseError, CallTimeout):  # a file that takes its reader down may still be one that the service can read
+            counted = await self._sandbox.run(count_pages, str(self._path), document.file_type, limit)
+        return counted or guess_pages(document.file_size or 0, limit)
 
     async def failed_again(self, pages: HostedPages) -> HostedPages:
         """Return what became of pages that had failed, tried alone."""
