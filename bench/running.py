@@ -53,7 +53,10 @@ WORDS = [
 
 @contextmanager
 def bench_server(*, connections: int | None = None) -> Iterator[tuple[PostgresServer, Path]]:
-    """Yield an embedded server with its defaults (fsync on) and a scratch folder; both are gone afterwards. `connections`: max_connections."""
+    """Yield an embedded server with its defaults (fsync on) and a scratch folder; both are gone afterwards.
+
+    `connections`: how many it takes; 100 by default.
+    """
     with tempfile.TemporaryDirectory(prefix="docmill-bench-") as scratch:
         folder = Path(scratch)
         folder.chmod(0o755)
