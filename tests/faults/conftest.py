@@ -75,7 +75,7 @@ SHORT = {
         "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",
     ],
     "test_hosted": [
-        "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-120]",
+        "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-80]",
         "test_a_kill_while_the_service_parses_pays_no_page_twice[queue]",
     ],
     "test_deploy": [
