@@ -55,7 +55,7 @@ class Caller(Protocol):
     """The way to an outside service that adapters are given."""
 
     async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
-        """Run `send`, when the service may be called, and keep the books. `send` may be run again after a 429.
+        """Run `send`, when the service may be called, and keep the books. `send` may be run again after a 429; it may raise NotSent.
 
         Raises RateLimitError, ServiceUnavailable, TimeoutError, RetryableError or PermanentError.
         """

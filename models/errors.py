@@ -133,6 +133,10 @@ class RequestRefused(PermanentError):
     """
 
 
+class NotSent(DocmillError):
+    """A call is not made after all: whoever it was for may not pay for it now. Raised by what sends it, before anything goes out."""
+
+
 class SubmitError(PermanentError):
     """A submission was refused; nothing was stored."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,13 +13,16 @@ from numpy.typing import NDArray
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
+from jobs.adapters.embedders import HostedEmbedder, SizedText
 from jobs.leases import Lease
 from jobs.outages import outlive
 from jobs.pipeline.checkpoint import VECTOR_BUFFER_TYPES, FencedOff, copy_rows
 from jobs.pipeline.claims import Connection, one, rows
+from jobs.pipeline.sharing import Guarded, Sharing
 from jobs.pipeline.work import Work
-from jobs.stages import HostedJob, JobPart
+from jobs.stages import Embedded, HostedJob, JobPart
 from models.calls import Caller, CallPurpose, CallShare, Reply
+from models.errors import NotSent
 from sql import query
 
 T = TypeVar("T")
@@ -39,9 +43,10 @@ class Keeping:
         lease_seconds: float,
         checkpoint: Callable[[Work], Awaitable[None]],
         stopping: Callable[[], bool],
+        sharing: Sharing,
     ) -> None:
-        """`checkpoint` makes durable what the stages before have made."""
-        self._pool, self._work, self._lease = pool, work, lease
+        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's."""
+        self._pool, self._work, self._lease, self._sharing = pool, work, lease, sharing
         self._margin = _MARGIN * lease_seconds
         self._checkpoint, self._stopping = checkpoint, stopping
 
@@ -53,7 +58,15 @@ class Keeping:
 
     def through(self, caller: Caller) -> Caller:
         """Return a way to a service on which no call starts without a good lease, or before all earlier stages are durable."""
-        return _Guarded(self, caller)
+        return _Ready(self, caller)
+
+    async def embed(self, embedder: HostedEmbedder, texts: Sequence[SizedText], *, alone: bool = False) -> Embedded:
+        """Embed the first of the texts with one request that other documents may share, once this one may pay for it."""
+        told: Embedded | None = None
+        while told is None:
+            await self.ready()
+            told = await self._sharing.embed(embedder, texts, share=self.shares[0], may_call=self.may_call, alone=alone)
+        return told
 
     async def ready(self) -> None:
         """Return when something may be paid for. FencedOff: the claim has moved on. CheckpointFailed: earlier results cannot be stored."""
@@ -139,21 +152,16 @@ class Keeping:
         return bool(written)
 
 
-class _Guarded:
+class _Ready:
     def __init__(self, keeping: Keeping, caller: Caller) -> None:
-        self._keeping, self._caller = keeping, caller
+        self._keeping, self._caller = keeping, Guarded(caller, keeping.may_call)
 
     async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
-        """Make a call once the work may pay for it."""
-
-        async def guarded() -> Reply[T]:
-            if not self._keeping.may_call():
-                # The wait for the service's budget has outlasted the lease. Whoever lost it is being cancelled.
-                raise asyncio.CancelledError
-            return await send()
-
-        await self._keeping.ready()
-        return await self._caller.call(guarded, purpose)
+        """Make a call once the work may pay for it. Who has lost the lease meanwhile is being cancelled."""
+        while True:
+            await self._keeping.ready()
+            with suppress(NotSent):
+                return await self._caller.call(send, purpose)
 
 
 async def unbroken(action: Awaitable[Any]) -> tuple[Any, bool]:

@@ -23,6 +23,7 @@ from jobs.pipeline.details import stage_detail
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.failure import describe_failure
 from jobs.pipeline.keeping import Keeping
+from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
@@ -45,6 +46,8 @@ STAGE_FUNCTIONS: dict[str, StageFunction] = {
     "extract": extract.run,
     "finalize": finalize.run,
 }
+
+_UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Runner:
         self._retry = retry
         self._stages = stages or STAGE_FUNCTIONS
         self._company = company or Company()
+        self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
 
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
@@ -135,6 +139,7 @@ class Runner:
             try:
                 await self._carry(job, work, lease)
             finally:
+                self._sharing.expect(work.job_id, False)
                 self._leases.release(lease)
         if document.batch_id is not None and not work.fenced:
             async with self._pool.connection() as conn:
@@ -161,6 +166,7 @@ class Runner:
             async with self._place(work):
                 await self._load(work)
                 while stage is not None:
+                    self._sharing.expect(work.job_id, stage.name in _UNTIL_EMBED)
                     if stage.name == "parse" and (original := await self._original(work)) is not None:
                         await self._endings.skip(work, lease, original)
                         break
@@ -255,6 +261,7 @@ class Runner:
             lease_seconds=self._leases.seconds,
             checkpoint=self._endings.keep,
             stopping=self._stopping,
+            sharing=self._sharing,
         )
         return replace(self._tools, paid=keeping)
 

@@ -16,7 +16,7 @@ from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
 from jobs.services.state import Pool, SharedBreaker, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
-from models.errors import PermanentError, RateLimitError, ServiceUnavailable
+from models.errors import NotSent, PermanentError, RateLimitError, ServiceUnavailable
 
 T = TypeVar("T")
 _RESENDS = 2  # of a call that was answered 429 with a pause that is short enough to wait for
@@ -55,6 +55,9 @@ class Service:
             except asyncio.CancelledError:
                 if entry.probes:
                     self._spawn(self._breaker.give_up(entry.id, 0.0))
+                raise
+            except NotSent as error:
+                await self._settle(self._withdraw(entry, error))
                 raise
             except Exception as error:
                 outcome = outcome_of(error, self.terms)
@@ -97,6 +100,12 @@ class Service:
             return entry  # a probe was under way or due soon: ask again
         await faults.at("probing" if told.probes else "let_in", _doc(entry.purpose))
         return replace(entry, admitted=told.revision, probes=told.probes)
+
+    async def _withdraw(self, entry: Entry, error: NotSent) -> None:
+        """Enter that a call which was let through is not made, and give back what it was granted."""
+        await self._ledger.finish(entry, None, Outcome("not_sent", error))
+        if entry.probes:
+            await self._breaker.give_up(entry.id, 0.0)
 
     async def _record_success(self, entry: Entry, reply: Reply[Any]) -> None:
         await self._ledger.finish(entry, reply, None)

@@ -14,11 +14,13 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.adapters.embedders import HostedEmbedder, SizedText
 from jobs.adapters.llamaparse import LlamaParse
 from jobs.adapters.llm import ModelExtractor
 from jobs.adapters.storage import Fingerprint
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
+from models.errors import RequestRefused
 from models.settings import Settings
 
 P = ParamSpec("P")
@@ -69,6 +71,17 @@ class HostedJob:
 JobPart = Literal["file", "failed_pages"]
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What a request has brought for the first `count` of the texts that were asked for."""
+
+    count: int
+    vectors: NDArray[np.float32] | None
+    """One row a text; None where they are refused."""
+    refused: RequestRefused | None = None
+    """Why the service refuses these texts, which no other document's were with."""
+
+
 class Paid(Protocol):
     """The way to outside services for one document in hand, and to what they have been paid for already."""
 
@@ -79,6 +92,10 @@ class Paid(Protocol):
 
     def through(self, caller: Caller) -> Caller:
         """Return a way to a service on which nothing is paid for unless the document is ours and earlier stages are durable."""
+        ...
+
+    async def embed(self, embedder: HostedEmbedder, texts: Sequence[SizedText], *, alone: bool = False) -> Embedded:
+        """Embed the first of the texts with one request, which other documents may share unless `alone`; as many as find room there."""
         ...
 
     async def kept_vectors(self, model: str) -> dict[int, NDArray[np.float32]]:

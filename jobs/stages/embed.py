@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.adapters.embedders import HostedEmbedder, bisect
+from jobs.adapters.embedders import HostedEmbedder, SizedText, bisect
 from jobs.adapters.usage import in_thread
-from jobs.stages import Embedder, Tools
+from jobs.stages import Embedded, Embedder, Tools
 from models.chunks import Chunk
 from models.documents import Document
 from models.errors import PermanentError, RequestRefused
@@ -61,65 +61,82 @@ async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, s
         refuse_vectors(document.file_name, made, len(missing), embedder.dimensions)
         yield dict(zip(missing, made, strict=True))
         return
-    hosted = _Hosted(document, embedder, missing, tools)
-    for part in await hosted.plan():
-        try:
-            yield await hosted.request(part)
-        except RequestRefused as refused:
-            async for found in hosted.narrow(part, refused):
-                yield found
+    async for found in _Hosted(document, embedder, missing, tools).run():
+        yield found
 
 
 class _Hosted:
-    """The requests to a service for the texts of one document."""
+    """The texts of one document on their way to a service."""
 
     def __init__(self, document: Document, embedder: HostedEmbedder, missing: Mapping[str, str], tools: Tools) -> None:
         self._document, self._embedder, self._paid = document, embedder, tools.paid
         self._hashes, self._texts = list(missing), list(missing.values())
+        self._sized: list[SizedText] = []
         self._places: dict[str, list[int]] = {}
         for chunk in document.chunks or ():
             self._places.setdefault(chunk.content_sha256, []).append(chunk.index)
 
-    async def plan(self) -> list[slice]:
-        """Return the slices of the texts that make one request each; PermanentError for a text that cannot be sent."""
+    async def run(self) -> AsyncIterator[dict[str, Vectors]]:
+        """Yield what each request brings, once it is kept; PermanentError for a text that cannot be embedded."""
+        self._sized = await self._size()
+        start, end = 0, len(self._sized)
+        while start < end:
+            made = await self._embed(slice(start, end))
+            part = slice(start, start + made.count)
+            if made.refused is None:
+                yield await self._kept(part, made)
+            else:
+                async for found in self._narrow(part, made.refused):
+                    yield found
+            start = part.stop
+
+    async def _size(self) -> list[SizedText]:
+        """Return the texts as they are sent; PermanentError for one that cannot be sent."""
         try:
-            return await in_thread(self._embedder.plan, self._texts)
+            return await in_thread(self._embedder.size, self._texts)
         except RequestRefused:
             for index, text in enumerate(self._texts):
                 try:
-                    await in_thread(self._embedder.plan, [text])
+                    await in_thread(self._embedder.size, [text])
                 except RequestRefused as refused:
                     raise self._refused(index, refused) from None
             raise
 
-    async def request(self, part: slice) -> dict[str, Vectors]:
-        """Embed the texts of one slice and keep their vectors."""
-        texts, hashes = self._texts[part], self._hashes[part]
-        shares, caller = ((), None) if self._paid is None else (self._paid.shares, self._paid.through(self._embedder.caller))
-        made = (await self._embedder.embed_part(texts, shares=shares, caller=caller)).value
-        refuse_vectors(self._document.file_name, made, len(texts), self._embedder.dimensions)
-        found = dict(zip(hashes, made, strict=True))
+    async def _embed(self, part: slice, *, alone: bool = False) -> Embedded:
+        """Embed the first texts of a part with one request."""
+        texts = self._sized[part]
+        if self._paid is not None:
+            return await self._paid.embed(self._embedder, texts, alone=alone)
+        first = self._embedder.plan(texts)[0]
+        try:
+            return Embedded(first.stop, (await self._embedder.embed_sized(texts[first])).value)
+        except RequestRefused as refused:
+            return Embedded(first.stop, None, refused)
+
+    async def _kept(self, part: slice, made: Embedded) -> dict[str, Vectors]:
+        """Keep the vectors of a part and return them by content_sha256."""
+        assert made.vectors is not None
+        refuse_vectors(self._document.file_name, made.vectors, made.count, self._embedder.dimensions)
+        found = dict(zip(self._hashes[part], made.vectors, strict=True))
         if self._paid is not None:
             places = {index: vector for sha256, vector in found.items() for index in self._places[sha256]}
             await self._paid.keep_vectors(self._embedder.model, places)
         return found
 
-    async def narrow(self, part: slice, refused: RequestRefused) -> AsyncIterator[dict[str, Vectors]]:
-        """Embed in halves a slice that was refused as a whole, and raise a PermanentError for the first text that is refused alone."""
+    async def _narrow(self, part: slice, refused: RequestRefused) -> AsyncIterator[dict[str, Vectors]]:
+        """Embed in halves a part that was refused as a whole, and raise a PermanentError for the first text that is refused alone."""
         if part.stop - part.start == 1:
             raise self._refused(part.start, refused)
         search = bisect(part)
         half = next(search)
         with suppress(StopIteration):  # no half is refused any more: together they were too much
             while True:
-                try:
-                    yield await self.request(half)
-                except RequestRefused as again:
-                    if half.stop - half.start == 1:
-                        raise self._refused(half.start, again) from None
-                    half = search.send(True)
-                else:
-                    half = search.send(False)
+                made = await self._embed(half, alone=True)
+                if made.refused is None:
+                    yield await self._kept(half, made)
+                elif half.stop - half.start == 1:
+                    raise self._refused(half.start, made.refused)
+                half = search.send(made.refused is not None)
 
     def _refused(self, index: int, refused: RequestRefused) -> PermanentError:
         chunk = (self._document.chunks or ())[self._places[self._hashes[index]][0]]

@@ -24,7 +24,7 @@ from jobs.database import make_pool
 from jobs.services import Prices, Service, Terms
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
-from models.errors import BadAnswer, DocmillError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, UnknownError
+from models.errors import BadAnswer, DocmillError, NotSent, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, UnknownError
 from models.errors import TimeoutError as CallTimeout
 from models.settings import Settings
 from tests.running import REPOSITORY
@@ -112,6 +112,28 @@ async def test_a_good_call_is_entered_with_what_it_was_for_and_what_it_cost(make
         )
     ]  # fmt: skip
     assert rows(conn, "SELECT tokens_last_minute, requests_last_minute FROM provider_budget_use") == [(900, 1)]
+
+
+async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_its_tokens_and_its_probe_back(
+    make: Make, conn: psycopg.Connection
+) -> None:
+    service = await opened(make(tokens_per_minute=100_000))
+    withdrawn = answers(NotSent("Nobody may pay for it."))
+    assert type(await fails(service, withdrawn)) is NotSent
+    assert rows(conn, "SELECT outcome, cost, error_message, error_type FROM provider_usage") == [
+        ("not_sent", 0, "Nobody may pay for it.", None)
+    ]
+    assert rows(conn, "SELECT tokens_last_minute FROM provider_budget_use") == [(0,)]
+    for _ in range(5):
+        await fails(service)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
+    await asyncio.sleep(0.35)
+    while type(await fails(service, withdrawn)) is not NotSent:
+        await asyncio.sleep(0.05)
+    assert rows(conn, "SELECT state, probe_by FROM circuit_breakers") == [("open", None)]
+    # Somebody else may probe at once.
+    await asyncio.sleep(0.05)
+    assert (await service.call(ok, PURPOSE)).value == "fine"
 
 
 async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn: psycopg.Connection) -> None:

@@ -153,7 +153,7 @@ async def test_a_long_text_is_refused_where_the_rule_says_so_before_anything_is_
 async def test_a_text_longer_than_a_request_takes_several(server: OpenAIServer) -> None:
     text = " ".join(f"word{number}" for number in range(2000))
     called = embedder(server, max_texts=4, max_tokens=400, max_text_tokens=100)
-    assert called.plan(["a", text, "b"]) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert called.plan(called.size(["a", text, "b"])) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     reply = await called.embed_part([text])
     assert reply.value.shape == (1, 64)
     assert server.tally.requests > 10
@@ -195,7 +195,7 @@ async def embed_all(called: HostedEmbedder, texts: Sequence[str]) -> tuple[list[
         rows.update(zip(range(part.start, part.stop), reply.value, strict=True))
         return False
 
-    for part in called.plan(texts):
+    for part in called.plan(called.size(texts)):
         if not await refused(part):
             continue
         search = bisect(part)
@@ -229,7 +229,7 @@ async def test_every_exchange_goes_through_what_is_put_around_it(server: OpenAIS
 
     shares = (CallShare("a"),)
     called = embedder(server, max_texts=10)
-    for part in called.plan(TEXTS):
+    for part in called.plan(called.size(TEXTS)):
         reply = await called.embed_part(TEXTS[part], shares=shares, caller=Counted())
         assert reply.tokens_in is not None and 0 < reply.tokens_in <= seen[-1]
     assert len(seen) == server.tally.requests == 10
@@ -254,7 +254,7 @@ async def test_a_wrong_key_is_the_service_s_refusal_and_is_not_shown(server: Ope
 async def test_a_service_that_answers_only_every_fifth_request_is_got_through(server: OpenAIServer) -> None:
     server.script(faults.only_every(5, faults.NAMED["503"]))
     called, tries = embedder(server, max_texts=50), 0
-    for part in called.plan(TEXTS):
+    for part in called.plan(called.size(TEXTS)):
         while True:
             tries += 1
             try:

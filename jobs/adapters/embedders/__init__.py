@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 
 from jobs.adapters.embedders.hashed import HashedText, HashedWords
-from jobs.adapters.embedders.hosted import OWN_DIMENSIONS, HostedEmbedder, make_hosted
+from jobs.adapters.embedders.hosted import OWN_DIMENSIONS, HostedEmbedder, SizedText, make_hosted
 from jobs.adapters.embedders.minilm import SentenceModel, make_minilm, make_own_model
-from jobs.adapters.embedders.requests import bisect, plan_requests
+from jobs.adapters.embedders.requests import bisect, fill_request, plan_requests
 from jobs.adapters.embedders.static import Static
 from jobs.adapters.exchange import DIRECT
 from models.calls import Caller
@@ -20,8 +20,10 @@ __all__ = [
     "HashedWords",
     "HostedEmbedder",
     "SentenceModel",
+    "SizedText",
     "Static",
     "bisect",
+    "fill_request",
     "make_embedder",
     "make_embedder_of",
     "make_hosted",

@@ -49,8 +49,17 @@ class Limits:
     long_texts: Literal["split", "refuse"] = "split"
 
 
+@dataclass(frozen=True, slots=True)
+class SizedText:
+    """A text as it is sent: whole, or in pieces that the model reads whole, each with its estimated tokens. Blank ones are not sent."""
+
+    pieces: tuple[tuple[str, int], ...]
+    tokens: int
+    """Of all pieces."""
+
+
 class HostedEmbedder:
-    """Texts into vectors over HTTP. `plan` and `embed_part` let a caller store each request's vectors; `embed` does it all."""
+    """Texts into vectors over HTTP. `size` and `embed_sized` let a caller make up each request; `embed` does it all."""
 
     def __init__(
         self,
@@ -78,28 +87,38 @@ class HostedEmbedder:
         """Return a safe upper estimate of a text's tokens, as budgets and plans count them."""
         return estimate_tokens(text)
 
-    def plan(self, texts: Sequence[str]) -> list[slice]:
-        """Return the slices of the texts that make one request each. A tenth of a millisecond for a thousand characters."""
-        pieces = [self._pieces(text) for text in texts]
-        counts = [sum(tokens for _, tokens in own) for own in pieces]
-        limits = self.limits
-        return plan_requests(counts, max_texts=limits.max_texts, max_tokens=limits.max_tokens, pieces=[len(own) for own in pieces])
+    def size(self, texts: Sequence[str]) -> list[SizedText]:
+        """Return the texts as they are sent; RequestRefused for one that may not be. A tenth of a millisecond for a thousand characters."""
+        made = [tuple((piece, tokens) for piece, tokens in self._pieces(text) if piece.strip()) for text in texts]
+        return [SizedText(pieces, sum(tokens for _, tokens in pieces)) for pieces in made]
+
+    def plan(self, texts: Sequence[SizedText]) -> list[slice]:
+        """Return the slices of the texts that make one request each."""
+        limits, tokens, pieces = self.limits, [text.tokens for text in texts], [len(text.pieces) for text in texts]
+        return plan_requests(tokens, max_texts=limits.max_texts, max_tokens=limits.max_tokens, pieces=pieces)
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> Vectors:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order. Passages and queries are treated alike.
 
-        A text without any character to be seen is the first axis and costs nothing. Errors as of `embed_part`.
+        A text without any character to be seen is the first axis and costs nothing. Errors as of `embed_sized`.
         """
-        parts = [(await self.embed_part(texts[part])).value for part in await in_thread(self.plan, texts)]
+        sized = await in_thread(self.size, texts)
+        parts = [(await self.embed_sized(sized[part])).value for part in self.plan(sized)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), dtype=np.float32)
 
     async def embed_part(self, texts: Sequence[str], *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> Reply[Vectors]:
+        """Embed texts that fit into one request: see `embed_sized`."""
+        return await self.embed_sized(await in_thread(self.size, texts), shares=shares, caller=caller)
+
+    async def embed_sized(
+        self, texts: Sequence[SizedText], *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None
+    ) -> Reply[Vectors]:
         """Embed the texts of one slice of `plan`: one request, several only where a single text is longer than a request may be.
 
         `shares` are the documents that it is for. Raises what Service.exchange and the caller raise. RequestRefused: a text among these
         cannot be embedded, and `bisect` says how to find it.
         """
-        sized = [(row, piece, tokens) for row, text in enumerate(texts) for piece, tokens in self._pieces(text) if piece.strip()]
+        sized = [(row, piece, tokens) for row, text in enumerate(texts) for piece, tokens in text.pieces]
         pieces = [(row, piece) for row, piece, _ in sized]
         weights = [tokens for _, _, tokens in sized]
         found: dict[int, list[tuple[int, Vectors]]] = {}

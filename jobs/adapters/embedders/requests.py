@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 
 def plan_requests(tokens: Sequence[int], *, max_texts: int, max_tokens: int, pieces: Sequence[int] | None = None) -> list[slice]:
@@ -23,6 +24,67 @@ def plan_requests(tokens: Sequence[int], *, max_texts: int, max_tokens: int, pie
     if start < len(tokens):
         slices.append(slice(start, len(tokens)))
     return slices
+
+
+class Weight(Protocol):
+    """What a text takes up of a request."""
+
+    @property
+    def pieces(self) -> Sequence[object]:
+        """The pieces that it is sent in."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Its estimated tokens."""
+        ...
+
+
+class _Room:
+    """What is left of a request while it is made up."""
+
+    def __init__(self, texts: int, tokens: int) -> None:
+        self.texts, self.tokens = texts, tokens
+
+    def longest(self, texts: Sequence[Weight], start: int = 0) -> int:
+        """Return how many of the texts from `start` on still fit, in order."""
+        pieces, tokens, end = self.texts, self.tokens, start
+        while end < len(texts):
+            pieces, tokens = pieces - len(texts[end].pieces), tokens - texts[end].tokens
+            if pieces < 0 or tokens < 0:
+                break
+            end += 1
+        return end - start
+
+    def take(self, texts: Sequence[Weight]) -> None:
+        self.texts -= sum(len(text.pieces) for text in texts)
+        self.tokens -= sum(text.tokens for text in texts)
+
+
+def fill_request(waiting: Sequence[Sequence[Weight]], *, max_texts: int, max_tokens: int, cut: bool) -> list[int]:
+    """Return how many texts of each waiting document go into the next request, always its first ones.
+
+    The first document, which has waited longest, gets at least one text in; if that is longer than a request may be, it goes alone. Then
+    everybody whose texts all fit into an even share goes whole, so that nobody small waits behind somebody large, and then the others in
+    their order as far as there is room. One that does not go whole is left for the next request, unless it is the first, or `cut` says
+    that there will be none for a while.
+    """
+    room, taken = _Room(max_texts, max_tokens), [0] * len(waiting)
+    share = _Room(max_texts // len(waiting), max_tokens // len(waiting))
+
+    def take(index: int, count: int) -> None:
+        room.take(waiting[index][taken[index] : taken[index] + count])
+        taken[index] += count
+
+    take(0, room.longest(waiting[0][:1]))
+    if not taken[0]:
+        return [1, *taken[1:]]
+    for index in sorted(range(len(waiting)), key=lambda index: share.longest(waiting[index]) < len(waiting[index])):
+        left = len(waiting[index]) - taken[index]
+        fits = room.longest(waiting[index], taken[index])
+        if fits == left or index == 0 or cut:
+            take(index, fits)
+    return taken
 
 
 def bisect(part: slice) -> Generator[slice, bool, list[int]]:
