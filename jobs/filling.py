@@ -111,10 +111,11 @@ class Filling:
         keys, contents = list(texts), list(texts.values())
         if not keys:
             return
-        for part in await in_thread(embedder.plan, contents) if isinstance(embedder, HostedEmbedder) else [slice(0, len(keys))]:
+        sized = await in_thread(embedder.size, contents) if isinstance(embedder, HostedEmbedder) else []
+        for part in embedder.plan(sized) if isinstance(embedder, HostedEmbedder) else [slice(0, len(keys))]:
             async with asyncio.timeout(self._settings.stage_timeout_seconds):
                 if isinstance(embedder, HostedEmbedder):
-                    made = (await embedder.embed_part(contents[part], shares=_shares(passages, set(keys[part])))).value
+                    made = (await embedder.embed_sized(sized[part], shares=_shares(passages, set(keys[part])))).value
                 else:
                     made = await embedder.embed(contents[part])
             refuse_vectors(f"Re-embedding with {embedder.model}", made, len(keys[part]), embedder.dimensions)
