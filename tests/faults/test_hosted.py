@@ -13,9 +13,12 @@ from tests.faults.invariant import check_invariant
 from tests.servers import LlamaParseServer, OpenAIServer
 from tests.servers.faults import Fault
 
+TEXTS = 16
+KILLS = (3, 7, 8)
+
 
 @pytest.mark.parametrize(
-    ("passages", "texts", "kills", "lease"), [(80, 16, (3, 7, 8), "2"), (5000, 256, (1, 4, 10, 11, 17, 23), "10")], ids=["80", "5000"]
+    ("passages", "texts", "kills", "lease"), [(80, TEXTS, KILLS, "2"), (5000, 256, (1, 4, 10, 11, 17, 23), "10")], ids=["80", "5000"]
 )
 def test_a_kill_in_mid_embed_pays_at_most_one_request_twice(
     arena: Arena, passages: int, texts: int, kills: tuple[int, ...], lease: str
