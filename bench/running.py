@@ -63,6 +63,9 @@ def bench_server(*, connections: int | None = None) -> Iterator[tuple[PostgresSe
         if connections is not None:
             with get_server(folder / "postgres") as server, psycopg.connect(server.get_uri(), autocommit=True) as admin:
                 admin.execute(f"ALTER SYSTEM SET max_connections = {connections}")
+            end = time.perf_counter() + 30
+            while (folder / "postgres" / "postmaster.pid").exists() and time.perf_counter() < end:
+                time.sleep(0.1)  # one that has not quite stopped would be taken for running
         with get_server(folder / "postgres") as server:
             yield server, folder
 
