@@ -52,11 +52,20 @@ WORDS = [
 
 
 @contextmanager
-def bench_server() -> Iterator[tuple[PostgresServer, Path]]:
-    """Yield an embedded server with its defaults (fsync on) and a scratch folder; both are gone afterwards."""
+def bench_server(*, connections: int | None = None) -> Iterator[tuple[PostgresServer, Path]]:
+    """Yield an embedded server with its defaults (fsync on) and a scratch folder; both are gone afterwards.
+
+    `connections`: how many it takes; 100 by default.
+    """
     with tempfile.TemporaryDirectory(prefix="docmill-bench-") as scratch:
         folder = Path(scratch)
         folder.chmod(0o755)
+        if connections is not None:
+            with get_server(folder / "postgres") as server, psycopg.connect(server.get_uri(), autocommit=True) as admin:
+                admin.execute(f"ALTER SYSTEM SET max_connections = {connections}")
+            end = time.perf_counter() + 30
+            while (folder / "postgres" / "postmaster.pid").exists() and time.perf_counter() < end:
+                time.sleep(0.1)  # one that has not quite stopped would be taken for running
         with get_server(folder / "postgres") as server:
             yield server, folder
 
@@ -86,9 +95,9 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def workers(settings: Settings, count: int = 1) -> Iterator[list[subprocess.Popen[bytes]]]:
+def workers(settings: Settings, count: int = 1, *arguments: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Yield running `procrastinate worker` processes and stop them gracefully afterwards."""
-    command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker"]
+    command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker", *arguments]
     started = [subprocess.Popen(command, env=environment(settings), cwd=Path(__file__).parents[1]) for _ in range(count)]
     try:
         yield started

@@ -1,9 +1,12 @@
-"""Making the vectors that passages lack: a batch from the list is embedded, then kept. Failures are sorted by whose fault they are."""
+"""Making the vectors that passages lack: a batch from the list is embedded, then kept. Failures are sorted by whose fault they are.
+
+A hosted model is paid a request at a time, and each finished request is kept before the next one begins.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,35 +16,45 @@ from numpy.typing import NDArray
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
+from jobs.adapters.embedders import HostedEmbedder
+from jobs.adapters.usage import in_thread
+from jobs.outages import outlive
 from jobs.pipeline.claims import Connection, rows
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
 from jobs.stages import Embedder
 from jobs.stages.embed import refuse_vectors
+from models.calls import CallShare
 from models.errors import ErrorType, RateLimitError, ServiceUnavailable
 from models.settings import Settings
 from sql import query
 
 PASSAGES = 256
 """Passages of one batch: embedded together, then kept in one transaction."""
-DOCUMENTS = 64
-"""Most documents of one batch."""
+DOCUMENTS = 256
+"""Most documents of one batch: as many as passages, or requests for small documents would be less than full."""
 AGAIN_SECONDS = 1.0
 """Until the next look at documents that somebody's transactions hold."""
 FAILED_SECONDS = 60.0
 """Wait of a document that cannot be embedded; doubled with each failure."""
 
+_KEEP_SECONDS = (0.2, 0.5, 1.0)
+"""Before vectors that were paid for are stored again: somebody may have held a document for a moment."""
+
 _OF_THE_DOCUMENT = frozenset({ErrorType.PERMANENT, ErrorType.UNKNOWN})
 """Errors that may be about one text; all others are about the service or the database."""
 
 Row = dict[str, Any]
+Text = tuple[str, str]
+"""A user and the content_sha256 of a text of theirs."""
+Vectors = dict[Text, NDArray[np.float32]]
 
 
 class Filling:
     """Works off the list of documents that lack vectors, from front to end, for one slice."""
 
-    def __init__(self, settings: Settings, pool: AsyncConnectionPool[Connection], worker: str) -> None:
-        self._settings, self._pool, self._worker = settings, pool, worker
+    def __init__(self, settings: Settings, pool: AsyncConnectionPool[Connection], worker: str, stopping: Callable[[], bool]) -> None:
+        self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self._after: dict[str, str] = {}
         self._got_on: set[str] = set()
         self._failures = 0
@@ -78,35 +91,70 @@ class Filling:
     async def _embed(self, embedder: Embedder, names: list[str], batch: list[Row]) -> bool:
         """Embed passages, each text once a user, and keep their vectors; say whether anything was got on with."""
         passages = [row for row in batch if row["id"] is not None]
-        texts = {(row["user_id"], row["content_sha256"]): row["content"] for row in passages}
-        vectors = await self._known(embedder.model, texts)
-        missing = [key for key in texts if key not in vectors]
-        if missing:
+        texts: dict[Text, str] = {_text(row): row["content"] for row in passages}
+        known = await self._known(embedder.model, texts)
+        waiting = {key: content for key, content in texts.items() if key not in known}
+        unfinished = {row["doc_id"] for row in passages if _text(row) in waiting}
+        # What is known already, and documents that lack nothing, wait for no service.
+        got_on = await self._keep(embedder, passages, known, [name for name in names if name not in unfinished])
+        async for made in self._make(embedder, passages, waiting):
+            await faults.at("reembed:embedded", names[0])
+            kept = await self._keep(embedder, passages, made, [])
+            got_on = got_on or kept
+            await faults.at("reembed:stored", names[0])
+            if not kept or self._stopping():
+                break  # the run was cancelled, or its documents are held: nothing more is paid for them now
+        return got_on
+
+    async def _make(self, embedder: Embedder, passages: list[Row], texts: dict[Text, str]) -> AsyncIterator[Vectors]:
+        """Yield vectors until there is one a text: those of a request at a time where each one is paid for."""
+        keys, contents = list(texts), list(texts.values())
+        if not keys:
+            return
+        sized = await in_thread(embedder.size, contents) if isinstance(embedder, HostedEmbedder) else []
+        for part in embedder.plan(sized) if isinstance(embedder, HostedEmbedder) else [slice(0, len(keys))]:
             async with asyncio.timeout(self._settings.stage_timeout_seconds):
-                made = await embedder.embed([texts[key] for key in missing])
-            refuse_vectors(f"Re-embedding with {embedder.model}", made, len(missing), embedder.dimensions)
-            vectors.update(zip(missing, made, strict=True))
-        await faults.at("reembed:embedded", names[0])
-        kept = await self._rows(
-            "store_embeddings",
-            embedding_model=embedder.model,
-            doc_ids=names,
-            chunk_ids=[row["id"] for row in passages],
-            embeddings=[vectors[row["user_id"], row["content_sha256"]] for row in passages],
-        )
-        await faults.at("reembed:stored", names[0])
-        if not (kept[0]["stored"] or kept[0]["settled"]):
+                if isinstance(embedder, HostedEmbedder):
+                    made = (await embedder.embed_sized(sized[part], shares=_shares(passages, set(keys[part])))).value
+                else:
+                    made = await embedder.embed(contents[part])
+            refuse_vectors(f"Re-embedding with {embedder.model}", made, len(keys[part]), embedder.dimensions)
+            yield dict(zip(keys[part], made, strict=True))
+
+    async def _keep(self, embedder: Embedder, passages: list[Row], vectors: Vectors, whole: list[str]) -> bool:
+        """Store the vectors of the passages that have one now; say whether anything was got on with. `whole`: documents that lack none."""
+        kept = [row for row in passages if _text(row) in vectors]
+        names = list(dict.fromkeys([*whole, *(row["doc_id"] for row in kept)]))
+        if not names:
             return False
-        told = {"embedding_model": embedder.model, "dimensions": embedder.dimensions, "got_on": kept[0]["got_on"], "worker": self._worker}
+        params = {"embedding_model": embedder.model, "doc_ids": names, "chunk_ids": [row["id"] for row in kept]}
+        embeddings = [vectors[_text(row)] for row in kept]
+        stored = settled = got_on = 0
+        for pause in (*_KEEP_SECONDS, None) if isinstance(embedder, HostedEmbedder) else (None,):
+            found = await self._store(embedder, **params, embeddings=embeddings)
+            stored, settled, got_on = stored + found["stored"], settled + found["settled"], got_on + found["got_on"]
+            if stored >= len(kept) or pause is None:
+                break
+            await asyncio.sleep(pause)
+        if not (stored or settled):
+            return False
+        told = {"embedding_model": embedder.model, "dimensions": embedder.dimensions, "got_on": got_on, "worker": self._worker}
         await self._do("note_reembedding_progress", **told)
         return True
 
-    async def _known(self, model: str, texts: Iterable[tuple[str, str]]) -> dict[tuple[str, str], NDArray[np.float32]]:
-        """Return what users already have under the model: (user_id, content_sha256) -> vector."""
+    async def _store(self, embedder: Embedder, **params: Any) -> Row:
+        """Store vectors; those that were paid for wait for a database that is away, unless this worker stops."""
+        if not isinstance(embedder, HostedEmbedder):
+            return (await self._rows("store_embeddings", **params))[0]
+        kept = await outlive("Keeping what was paid for", lambda: self._rows("store_embeddings", **params), until=self._stopping)
+        return {"stored": 0, "settled": 0, "got_on": 0} if kept is None else kept[0]
+
+    async def _known(self, model: str, texts: Iterable[Text]) -> Vectors:
+        """Return what users already have under the model."""
         by_user: dict[str, list[str]] = {}
         for user, sha256 in texts:
             by_user.setdefault(user, []).append(sha256)
-        found: dict[tuple[str, str], NDArray[np.float32]] = {}
+        found: Vectors = {}
         for user, hashes in by_user.items():
             for row in await self._rows("find_known_vectors", user_id=user, hashes=hashes, embedding_model=model):
                 found[user, row["content_sha256"]] = row["embedding"].to_numpy()
@@ -151,3 +199,22 @@ class Filling:
     async def _do(self, name: str, **params: Any) -> None:
         async with self._pool.connection() as conn:
             await conn.execute(query(name), params)
+
+
+def _text(row: Row) -> Text:
+    return row["user_id"], row["content_sha256"]
+
+
+def _shares(passages: Iterable[Row], texts: Collection[Text]) -> tuple[CallShare, ...]:
+    """Return whom the ledger names for a request with these texts, by length; a text that several documents have is the first one's.
+
+    A re-embedding is no cost of the batch that a document once came with, so none is named.
+    """
+    left, lengths, users = set(texts), dict[str, int](), dict[str, str]()
+    for row in passages:
+        if _text(row) in left:
+            left.remove(_text(row))
+            lengths[row["doc_id"]] = lengths.get(row["doc_id"], 0) + len(row["content"])
+            users[row["doc_id"]] = row["user_id"]
+    total = sum(lengths.values())
+    return tuple(CallShare(name, users[name], share=length / total) for name, length in lengths.items())

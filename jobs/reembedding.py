@@ -57,7 +57,7 @@ class Slice:
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self._find_embedder = find_embedder
         self._company = company or Company()
-        self._filling = Filling(settings, pool, worker)
+        self._filling = Filling(settings, pool, worker, stopping)
         self._moved_to = ""
 
     async def run(self, seconds: float = SLICE_SECONDS) -> float | None:

@@ -92,7 +92,9 @@ async def _show(settings: Settings, *, json: bool) -> ExitCode:
 def _print_run(run: Row) -> None:
     say(f"\nRe-embedding {run['id']}: {run['state']}", style="bold")
     progress = f"{run['done']} of {run['total']} passages"
-    if run["rate"]:
+    if run["listed_at"] is None and run["state"] in ("running", "paused"):
+        progress = "being listed by a worker"
+    elif run["rate"]:
         progress += f", {run['rate']:.1f} a second"
     if run["seconds_left"] is not None:
         progress += f", about {duration(float(run['seconds_left']))} left"

@@ -113,7 +113,8 @@ SELECT cancel_reembedding() AS state;
 
 -- name: show_reembeddings
 SELECT s.id, s.state, s.from_model, s.to_model, s.switch, s.priority, s.done, s.total, s.lacking, s.failing, s.to_move, s.rate,
-    s.seconds_left, s.error_message, s.worker, s.started_at, s.updated_at, s.ready_at, s.switched_at, s.ended_at
+    s.seconds_left, s.error_message, s.worker, s.started_at, r.listed_at, s.updated_at, s.ready_at, s.switched_at, s.ended_at
 FROM reembedding_status AS s
+JOIN reembeddings AS r ON r.id = s.id
 ORDER BY s.id DESC
 LIMIT %(limit)s;

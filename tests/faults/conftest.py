@@ -67,12 +67,15 @@ SHORT = {
     "test_reembedding": [
         "test_workers_killed_at_every_step_of_a_reembedding_lose_nothing_and_searches_never_miss_a_passage[inline]",
     ],
+    "test_reembedding_hosted": [
+        "test_a_run_to_a_hosted_model_and_back_pays_each_text_once_but_for_one_request_a_kill_and_searches_never_miss_a_passage[queue]",
+    ],
     "test_unpacking": [
         "test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_run[inline]",
         "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",
     ],
     "test_hosted": [
-        "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-120]",
+        "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-80]",
         "test_a_kill_while_the_service_parses_pays_no_page_twice[queue]",
     ],
     "test_services": [

@@ -16,40 +16,46 @@ TEXTS = 16
 KILLS = (3, 7, 8)
 
 
-@pytest.mark.parametrize("paragraphs", [120])
-def test_a_kill_in_mid_embed_pays_at_most_one_request_twice(arena: Arena, paragraphs: int) -> None:
+@pytest.mark.parametrize(
+    ("passages", "texts", "kills", "lease"), [(80, TEXTS, KILLS, "2"), (5000, 256, (1, 4, 10, 11, 17, 23), "10")], ids=["80", "5000"]
+)
+def test_a_kill_in_mid_embed_pays_at_most_one_request_twice(
+    arena: Arena, passages: int, texts: int, kills: tuple[int, ...], lease: str
+) -> None:
     with OpenAIServer(dimensions=32) as server:
         arena.environment |= {
             "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": server.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
-            "EMBEDDING_MAX_TEXTS": str(TEXTS), "MAX_CRASHES": "20",
+            "EMBEDDING_MAX_TEXTS": str(texts), "MAX_CRASHES": "20", "LEASE_SECONDS": lease,
         }  # fmt: skip
 
         def killing(number: int, seconds: float) -> Fault | None:
             # The request is answered, and paid for, and nobody is there to hear it.
-            if number in KILLS:
+            if number in kills:
                 arena.fault()
                 worker.signal(signal.SIGKILL)
             return None
 
-        arena.submit({"long": text_document(1, paragraphs=paragraphs)})
+        arena.submit({"long": text_document(1, paragraphs=passages)})
         server.script(killing)
         arena.reconciler()
         worker = arena.worker(restart=True)
-        arena.settle(120)
+        arena.settle(900)
         chunks = arena.one("SELECT chunk_count FROM file_extractions WHERE state = 'complete'")
-        assert chunks > TEXTS * 5
-        needed = -(-len(server.tally.seen) // TEXTS)
+        assert chunks >= passages
+        needed = -(-len(server.tally.seen) // texts)
         line = {
             "scenario": "kill -9 in mid-embed", "mode": arena.mode, "passages": chunks, "requests": server.tally.requests,
-            "needed": needed, "kills": len(KILLS), "paid_twice": server.tally.paid_twice(),
+            "needed": needed, "kills": len(kills), "paid_twice": server.tally.paid_twice(),
+            "recovered_s": None if arena._recovered is None else round(arena._recovered, 1),
         }  # fmt: skip
         print(f"\nfaults: {json.dumps(line)}", flush=True)
-        assert server.tally.requests <= needed + len(KILLS)
-        assert server.tally.paid_twice() <= TEXTS * len(KILLS)
+        assert server.tally.requests <= needed + len(kills)
+        assert arena.faults == len(kills)
+        assert server.tally.paid_twice() <= texts * len(kills)
         with arena.connect() as conn:
             assert not check_invariant(conn, {"long"}, {})
         outcomes = dict(arena.all("SELECT outcome, count(*) FROM provider_usage GROUP BY 1"))
-        assert outcomes == {"ok": needed, "unknown": len(KILLS)}
+        assert outcomes == {"ok": needed, "unknown": len(kills)}
 
 
 def test_a_kill_while_the_service_parses_pays_no_page_twice(arena: Arena) -> None:
