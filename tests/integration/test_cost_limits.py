@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from decimal import Decimal
@@ -41,7 +41,7 @@ ADDED_UP = """
         FROM provider_usage AS u, unnest(u.batch_ids, u.shares) AS d (name, share) WHERE d.name IS NOT NULL
     ) AS c GROUP BY c.scope, c.name HAVING sum(c.cost) <> 0 ORDER BY c.scope, c.name
 """
-Make = Callable[..., Service]
+Make = Callable[..., Awaitable[Service]]
 
 
 def answered(status: int) -> Exception:

@@ -91,7 +91,7 @@ async def test_documents_of_a_batch_over_its_limit_that_cost_nothing_still_compl
     chunk = runner._stages["chunk"]
 
     async def known(document: Document, tools: Any) -> Document:
-        made = await chunk(document, tools)
+        made: Document = await chunk(document, tools)
         texts = [each.content.replace(" of known", " of before") for each in made.chunks or ()]
         return replace(made, chunks=tuple(map(renamed, made.chunks or (), texts)))
 

@@ -13,7 +13,8 @@ import psycopg
 import pytest
 
 from jobs import retry_extraction, retry_extraction_async
-from jobs.adapters.sandbox import Limits, ProcessSandbox
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox_child import Limits
 from jobs.cli import main
 from jobs.pipeline.runner import Runner
 from jobs.reconcile import Reconciler
