@@ -115,7 +115,7 @@ class Service:
 
     def work(self, count: int = 2, **environment: str) -> None:
         """Start so many workers."""
-        self.workers += [self.arena.worker(**environment) for _ in range(count)]
+        self.workers += [self.arena.worker(restart=False, **environment) for _ in range(count)]
 
     def work_anew(self, **environment: str) -> None:
         """Have the workers end their work, and others go on, with another environment: as when somebody has mended the configuration."""
