@@ -49,7 +49,7 @@ def check_books(outside: Service, word: str, *, unheard: bool = False) -> None:
         return
     if outside.kind == "parse":
         # Polls that were answered cost nothing and are not in it.
-        assert calls[word] == bad or calls[word] > bad and word == "timeout", (calls, tally.faults)
+        assert calls[word] == bad or (calls[word] > bad and word == "timeout"), (calls, tally.faults)
         assert outside.parsed_there() <= calls["ok"] <= tally.uploads
         assert set(calls) <= {"ok", word}
         return
