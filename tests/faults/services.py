@@ -131,7 +131,7 @@ class Service:
         found: tuple[str, bool, float, int] | None = self.arena.one(BREAKER, f"{self.kind} %")
         return found or ("closed", False, 0.0, 0)
 
-    def hold(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    def hold(self, condition: Callable[[], bool], what: str, timeout: float = 180) -> None:
         """Leave it as it is until something has come of it, which must not be the end of all documents."""
 
         def reached() -> bool:

@@ -59,9 +59,9 @@ def test_every_document_outlasts_a_service_that_fails(arena: Arena, kind: Kind, 
         if trouble.word == "rate_limited":
             outside.hold(lambda: outside.told_to_wait() >= COUNT // 2, "half of the documents to be told to wait")
         else:
-            outside.hold(lambda: outside.probed_in_vain() and outside.server.tally.requests >= 5, "a probe to fail", 120)
+            outside.hold(lambda: outside.probed_in_vain() and outside.server.tally.requests >= 5, "a probe to fail")
         outside.recover()
-        arena.settle(120)
+        arena.settle(240)
         line = outside.report(name, trouble.did)
         check_all_right(outside)
         check_books(outside, trouble.word)
@@ -77,6 +77,6 @@ def test_a_document_alone_with_a_failing_service_waits_too(arena: Arena, kind: K
         outside.work(1)
         outside.hold(outside.probed_in_vain, "a probe to fail")
         outside.recover()
-        arena.settle(120)
+        arena.settle(240)
         outside.report(f"{name}, one document", TROUBLES[name].did)
         check_all_right(outside)

@@ -76,7 +76,7 @@ def test_vectors_in_another_order_go_where_their_indexes_say(arena: Arena) -> No
         outside.server.script(always(NAMED["permuted"]))
         outside.submit(8)
         outside.work()
-        arena.settle(120)
+        arena.settle(240)
         line = outside.report("wrong order", "vectors in reverse order under right indexes")
         check_all_right(outside)
         assert (line["attempts"], set(line["outcomes"])) == (0, {"ok"})

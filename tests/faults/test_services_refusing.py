@@ -33,7 +33,7 @@ def test_documents_wait_for_a_key_that_works_again_and_spend_nothing(arena: Aren
         refuse(outside, name)
         outside.submit(COUNT)
         outside.work()
-        outside.hold(outside.all_wait, "all documents to wait", 120)
+        outside.hold(outside.all_wait, "all documents to wait")
         state, refused, _, opened = outside.breaker()
         assert (state in ("open", "half_open"), refused, opened) == (True, True, 1)
         assert arena.one(SPENT) == 0
@@ -42,7 +42,7 @@ def test_documents_wait_for_a_key_that_works_again_and_spend_nothing(arena: Aren
         assert outside.server.tally.requests <= 8 + 10
         outside.server.key = KEY
         outside.recover()
-        arena.settle(120)
+        arena.settle(240)
         line = outside.report(name, "the key is refused until the service knows it again" if name == "401" else f"{name} until paid")
         check_all_right(outside)
         assert dict(arena.all(ALERTS)) == {"service_refused": 1}
@@ -58,7 +58,7 @@ def test_files_are_parsed_here_while_the_parsing_service_refuses_the_key(arena: 
         refuse(outside, "401")
         outside.submit(COUNT)
         outside.work()
-        arena.settle(120)
+        arena.settle(240)
         assert outside.breaker()[1:2] == (True,)
         assert dict(arena.all(ALERTS)) == {"service_refused": 1}
         assert outside.parsed_there() == 0
@@ -66,7 +66,7 @@ def test_files_are_parsed_here_while_the_parsing_service_refuses_the_key(arena: 
         outside.recover()
         arena.wait(lambda: arena.one("SELECT try_at < now() FROM circuit_breakers"), "the time to probe")
         outside.submit(4)
-        arena.settle(120)
+        arena.settle(240)
         outside.report("401", "the key is refused; files are parsed here meanwhile")
         check_all_right(outside)
         assert arena.one(SPENT) == 0
@@ -83,7 +83,7 @@ def test_files_are_parsed_somewhere_whatever_the_parsing_service_does(arena: Are
         outside.server.script(first(3 if word == "rate_limited" else 12, NAMED[name]))
         outside.submit(COUNT)
         outside.work()
-        arena.settle(120)
+        arena.settle(240)
         line = outside.report(name, f"the first requests meet {name}; {outside.parsed_there()} of {COUNT} files parsed there")
         check_all_right(outside)
         check_books(outside, word)

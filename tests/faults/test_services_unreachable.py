@@ -19,12 +19,12 @@ COUNT = 12
 def fail_in_vain(outside: Service) -> None:
     outside.submit(COUNT)
     outside.work()
-    outside.hold(outside.probed_in_vain, "a probe to fail", 90)
+    outside.hold(outside.probed_in_vain, "a probe to fail")
     assert outside.server.tally.requests == 0
 
 
 def judge(outside: Service, name: str, did: str) -> None:
-    outside.arena.settle(120)
+    outside.arena.settle(240)
     line = outside.report(name, did)
     check_all_right(outside)
     check_books(outside, "failed", unheard=True)
