@@ -25,6 +25,9 @@ _RESENDS = 2  # of a call that was answered 429 with a pause that is short enoug
 _LOOK_AGAIN = 0.5  # seconds of waiting after which it is asked whether the service may still be called
 _SETTLE_SECONDS = 5.0  # that a call waits for its entry before it hands its answer on; the entry is written all the same
 _CLOSE_SECONDS = 3.0
+LATEST_SECONDS = 1.0
+"""How late a call may be sent without breaking the budget: its slots cover 62 s, one of which is lost to their own length."""
+_MOST_LATE = 5  # times in a row that a call is ready too late, before its document goes back to the queue
 
 
 class Service:
@@ -74,15 +77,22 @@ class Service:
 
     async def _enter(self, purpose: CallPurpose) -> Entry:
         """Return a call that may be sent now and whose intent is written."""
-        entry, told = new_entry(purpose), None
+        entry, told, late = new_entry(purpose), None, 0
         while True:
+            asked_at = clock.seconds()
             asked = await self._ledger.begin(entry)
             if asked.hindrance is None:
                 await asyncio.sleep(asked.wait_seconds)
-                if asked.wait_seconds < _LOOK_AGAIN or entry.probes or await self._ledger.passes(entry):
+                if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
+                    why = "The service may no longer be called."
+                elif self._limited() and clock.seconds() - asked_at - asked.wait_seconds > LATEST_SECONDS:
+                    # Sent now, it would be counted in another second than the one it falls into, and a minute could hold too many.
+                    why, late = "The call was ready too late for the time that the budget gave it.", late + 1
+                else:
                     return entry
-                dropped = Outcome("not_sent", ServiceUnavailable("The service may no longer be called."))
-                await self._settle(self._ledger.finish(entry, None, dropped))
+                await self._settle(self._withdraw(entry, NotSent(why)))
+                if late == _MOST_LATE:
+                    raise self._waits(RateLimitError(f"{why} This worker's machine has too much to do.", LATEST_SECONDS), None)
                 entry = new_entry(purpose)
             elif asked.hindrance == "cost":
                 if entry.probes:
@@ -95,6 +105,9 @@ class Service:
                 raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
                 entry, told = await self._ask_breaker(entry, told)
+
+    def _limited(self) -> bool:
+        return bool(self.terms.requests_per_minute or self.terms.tokens_per_minute)
 
     async def _ask_breaker(self, entry: Entry, before: Pass | None) -> tuple[Entry, Pass]:
         """Return the call as let through, after a short wait perhaps, and what it was told, or raise ServiceUnavailable."""

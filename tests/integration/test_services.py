@@ -155,6 +155,23 @@ async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_its_tok
     assert (await service.call(ok, PURPOSE)).value == "fine"
 
 
+async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(requests_per_minute=100))
+    begin, times = service._ledger.begin, 0
+
+    async def slowly(entry: Any) -> Any:
+        nonlocal times
+        asked, times = await begin(entry), times + 1
+        if times == 1:
+            await asyncio.sleep(1.05)  # as where the machine has too much to do
+        return asked
+
+    service._ledger.begin = slowly  # type: ignore[method-assign]
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+    assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [("not_sent",), ("ok",)]
+    assert times == 2
+
+
 async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make())
     shares = (CallShare("a", "ann", "b1", share=0.25), CallShare("b", "bob", None, share=0.75))
