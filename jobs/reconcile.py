@@ -7,6 +7,7 @@ is written down in `sql/migrations/0003_rescue.sql`; here is only what is looked
 from __future__ import annotations
 
 import asyncio
+from math import ceil
 from typing import Any
 
 import psycopg
@@ -15,6 +16,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
+from jobs.breaker import PLACES_PER_SECOND
 from jobs.redaction import describe
 from models.settings import Settings
 from sql import query
@@ -26,7 +28,7 @@ SIDE_TASKS = [
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
-EXPECTED = {"delete_replaced_document", "renew_summaries"}  # what is due rather than broken
+EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
 
 
@@ -73,6 +75,9 @@ class Reconciler:
         await self._reopen(done)
         await self._requeue_lost(done)
         await self._requeue_duplicates(done)
+        period = self._settings.reconcile_seconds
+        for row in await self._rows("find_recovered_services", seconds=period):
+            await self._repair(done, "bring_forward", service=row["service"], most=ceil(PLACES_PER_SECOND * period), seconds=period)
         for row in await self._rows("find_stragglers", most=MOST):
             await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
         for row in await self._rows("find_lost_archives", most=MOST):

@@ -205,6 +205,25 @@ async def retry_document_async(doc_id: str, *, connection: Async = None) -> Retr
     return Retry(row["stage"], (await _ask_async(connection, "count_retries", doc_id=doc_id))[0]["count"])
 
 
+def retry_extraction(doc_id: str, *, connection: Sync = None) -> str:
+    """Have the extraction of a complete document that lacks it tried again; return the stage that is due. Searches see it all the while.
+
+    Nothing happens if it is under way already. OperationRefused for a document without a failed extraction.
+    """
+    row = _ask(connection, "requeue_extraction", doc_id=doc_id)[0]
+    if connection is None and row["batch_id"] is not None:
+        _ask(None, "reopen_batch", batch_id=row["batch_id"])
+    return str(row["stage"])
+
+
+async def retry_extraction_async(doc_id: str, *, connection: Async = None) -> str:
+    """Do as `retry_extraction` does."""
+    row = (await _ask_async(connection, "requeue_extraction", doc_id=doc_id))[0]
+    if connection is None and row["batch_id"] is not None:
+        await _ask_async(None, "reopen_batch", batch_id=row["batch_id"])
+    return str(row["stage"])
+
+
 def should_reprocess(doc_id: str, *, connection: Sync = None) -> Advice:
     """Say whether a document should be processed again, and why.
 

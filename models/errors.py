@@ -39,12 +39,26 @@ class FailedCall:
     """Of the answer, names in lower case."""
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a document waits for that is to call an outside service; hangs on the error as `error.turn`."""
+
+    service: str
+    """As jobs.services names it."""
+    revision: int | None = None
+    """Of the service's breaker, when a place was given; None: it waits for the budget."""
+    place: int | None = None
+    """Behind those who were told to wait before; a document that asks again at the same revision keeps it."""
+
+
 class DocmillError(Exception):
     """Base of all errors that docmill raises on purpose. The message is meant for people: it names the file, the rule and the limit."""
 
     error_type = ErrorType.UNKNOWN
     call: FailedCall | None = None
     """The call of an outside service that failed, where it was one."""
+    turn: Turn | None = None
+    """What is waited for, where the service's breaker or budget says so."""
 
 
 class RetryableError(DocmillError):

@@ -166,6 +166,25 @@ def delete(
 
 
 @app.command(epilog=EXIT_CODES)
+def extract(
+    id: Annotated[list[str] | None, typer.Argument(metavar="DOC_ID", help="Documents whose extraction failed.")] = None,
+    *,
+    all: Annotated[bool, typer.Option("--all", help="All such documents, or those that the filters name.")] = False,
+    batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="Only documents of this batch.")] = None,
+    user: Annotated[str | None, typer.Option("--user", metavar="USER", help="Only this user's documents.")] = None,
+    json: Json = False,
+) -> None:
+    """Extract again where it failed. Nothing else is done or paid for again, and searches see the documents meanwhile."""
+    from jobs.cli.extraction import requeue_all, requeue_some  # noqa: PLC0415
+
+    if all == bool(id):
+        raise typer.BadParameter("give either doc_ids or --all.", param_hint="DOC_ID")
+    if (batch or user) and not all:
+        raise typer.BadParameter("filters go with --all, not with doc_ids.", param_hint="--all")
+    raise typer.Exit(requeue_all(batch, user, json=json) if all else requeue_some(id or [], json=json))
+
+
+@app.command(epilog=EXIT_CODES)
 def migrate() -> None:
     """Bring the database to the present schema; safe to run twice and from two hosts at once."""
     from jobs.cli.migrate import run  # noqa: PLC0415

@@ -19,7 +19,7 @@ from jobs.pipeline.work import Work
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
 from models.documents import Document
-from models.errors import ErrorType
+from models.errors import ErrorType, Turn
 from models.stages import State
 from sql import query
 
@@ -40,6 +40,8 @@ class Failure:
     message: str
     traceback: str
     context: dict[str, Any]
+    turn: Turn | None = None
+    """What it waits for, where a service's breaker or budget says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
 def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]:
     document = work.document
     complete = outcome.state is State.COMPLETE
+    turn = outcome.failure.turn if outcome.failure and outcome.state is State.RETRYING else None
     return {
         "doc_id": document.doc_id,
         "claim": work.claim,
@@ -169,6 +172,9 @@ def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]
         "retry_count": outcome.retry_count,
         "error_type": outcome.failure.error_type if outcome.failure else None,
         "error_message": outcome.failure.message if outcome.failure else None,
+        "waiting_for": turn and turn.service,
+        "waiting_revision": turn and turn.revision,
+        "waiting_place": turn and turn.place,
         "file_size": document.file_size,
         "content_sha256": document.content_sha256,
         "file_type": document.file_type,

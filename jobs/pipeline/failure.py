@@ -11,6 +11,7 @@ from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe, render_traceback
 from jobs.retry import RetryPlan, classify_error
 from models.documents import Document
+from models.errors import DocmillError
 from models.stages import State
 
 _MESSAGE_LIMIT = 2_000  # characters
@@ -31,6 +32,7 @@ def describe_failure(document: Document, stage: str, error: Exception, *, attemp
             "worker": worker,
             "file_name": document.file_name,
         },
+        turn=error.turn if isinstance(error, DocmillError) else None,
     )
 
 

@@ -9,14 +9,15 @@ from typing import Any, NoReturn, TypeVar
 
 from loguru import logger
 
-from jobs import budget, clock, faults
+from jobs import clock, faults
+from jobs.adapters.exchange.told import pause_told, retry_after
 from jobs.outages import outlive
 from jobs.services.ledger import Entry, Ledger, new_entry
 from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
-from jobs.services.state import Pool, SharedBreaker, one
+from jobs.services.state import Pass, Pool, SharedBreaker, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
-from models.errors import PermanentError, RateLimitError, ServiceUnavailable
+from models.errors import DocmillError, PermanentError, RateLimitError, ServiceUnavailable, Turn
 
 T = TypeVar("T")
 _RESENDS = 2  # of a call that was answered 429 with a pause that is short enough to wait for
@@ -58,17 +59,18 @@ class Service:
                 raise
             except Exception as error:
                 outcome = outcome_of(error, self.terms)
-                wait = await self._settle(self._record_failure(entry, outcome))
-                if outcome.word == "rate_limited" and wait is not None and wait <= self.terms.patience_seconds and resends < _RESENDS:
+                told = await self._settle(self._record_failure(entry, outcome))
+                soon = told is not None and told.wait_seconds <= self.terms.patience_seconds
+                if outcome.word == "rate_limited" and soon and resends < _RESENDS:
                     resends += 1
                     continue
-                self._raise(outcome, wait, error)
+                self._raise(outcome, told, error)
             await self._settle(self._record_success(entry, reply))
             return reply
 
     async def _enter(self, purpose: CallPurpose) -> Entry:
         """Return a call that may be sent now and whose intent is written."""
-        entry = new_entry(purpose)
+        entry, told = new_entry(purpose), None
         while True:
             asked = await self._ledger.begin(entry)
             if asked.hindrance is None:
@@ -81,43 +83,50 @@ class Service:
             elif asked.hindrance == "budget":
                 if entry.probes:
                     await self._breaker.give_up(entry.id, asked.wait_seconds)
-                told = f"The budget of {self.terms.service} is used up; there is room in {asked.wait_seconds:.0f} s."
-                raise RateLimitError(told, asked.wait_seconds)
+                words = f"The budget of {self.terms.service} is used up; there is room in {asked.wait_seconds:.0f} s."
+                raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
-                entry = await self._ask_breaker(entry)
+                entry, told = await self._ask_breaker(entry, told)
 
-    async def _ask_breaker(self, entry: Entry) -> Entry:
-        """Return the call as let through, after a short wait perhaps, or raise ServiceUnavailable."""
-        told = await outlive("Asking the breaker", lambda: self._breaker.ask(entry.id), until=self._stopping)
+    async def _ask_breaker(self, entry: Entry, before: Pass | None) -> tuple[Entry, Pass]:
+        """Return the call as let through, after a short wait perhaps, and what it was told, or raise ServiceUnavailable."""
+        doc_ids = _docs(entry.purpose)
+        told = await outlive("Asking the breaker", lambda: self._breaker.ask(entry.id, doc_ids, before), until=self._stopping)
         if told is None or told.wait_seconds > self.terms.patience_seconds:
             wait = None if told is None else told.wait_seconds
-            raise ServiceUnavailable(f"{self.terms.service} is not called for now: {told and told.reason}", wait)
+            raise self._waits(ServiceUnavailable(f"{self.terms.service} is not called for now: {told and told.reason}", wait), told)
         await asyncio.sleep(told.wait_seconds)
         if told.wait_seconds > 0 and not told.ramps:
-            return entry  # a probe was under way or due soon: ask again
+            return entry, told  # a probe was under way or due soon: ask again
         await faults.at("probing" if told.probes else "let_in", _doc(entry.purpose))
-        return replace(entry, admitted=told.revision, probes=told.probes)
+        return replace(entry, admitted=told.revision, probes=told.probes), told
+
+    def _waits(self, error: DocmillError, told: Pass | None) -> DocmillError:
+        """Return the error with what its document waits for: its place at the breaker, or the budget."""
+        error.turn = Turn(self.terms.service) if told is None else Turn(self.terms.service, told.revision, told.place)
+        return error
 
     async def _record_success(self, entry: Entry, reply: Reply[Any]) -> None:
         await self._ledger.finish(entry, reply, None)
         if entry.probes:
             await outlive("Closing the breaker", lambda: self._breaker.tell(entry.id, None), until=self._stopping)
-        if pause := budget.pause_told(reply.headers, entry.purpose.tokens):
+        if pause := pause_told(reply.headers, entry.purpose.tokens):
             await self._pause(pause)
 
-    async def _record_failure(self, entry: Entry, outcome: Outcome) -> float | None:
-        """Return the seconds that the document should wait because of it; None where the failure alone decides."""
+    async def _record_failure(self, entry: Entry, outcome: Outcome) -> Pass | None:
+        """Return how long the document should wait because of it; None where the failure alone decides."""
         await self._ledger.finish(entry, None, outcome)
-        wait: float | None = None
+        told: Pass | None = None
+        doc_ids = _docs(entry.purpose)
         if entry.probes or outcome.word in BLAMES_SERVICE or outcome.word == "refused":
-            wait = await outlive("Telling the breaker", lambda: self._breaker.tell(entry.id, outcome), until=self._stopping)
-        if outcome.word == "failed" and (told := budget.retry_after(outcome.headers or {})):
-            await self._pause(min(told, self.terms.rules.max_open_seconds))
+            told = await outlive("Telling the breaker", lambda: self._breaker.tell(entry.id, outcome, doc_ids), until=self._stopping)
+        if outcome.word == "failed" and (asked := retry_after(outcome.headers or {})):
+            await self._pause(min(asked, self.terms.rules.max_open_seconds))
         if outcome.word != "rate_limited":
-            return wait
+            return told
         params = {"service": self.terms.service, "seconds": outcome.told_seconds}
         row = await outlive("Slowing down", lambda: one(self._pool, "limit_budget", params), until=self._stopping)
-        return None if row is None else float(row["seconds"])
+        return None if row is None else Pass(float(row["seconds"]), 0)
 
     async def _pause(self, seconds: float) -> None:
         params = {"service": self.terms.service, "seconds": seconds}
@@ -141,14 +150,16 @@ class Service:
             # The answer is worth more than its entry, which stays unknown.
             logger.error("The result of a call to {} could not be entered: {}: {}", self.terms.service, type(error).__name__, error)
 
-    def _raise(self, outcome: Outcome, wait: float | None, cause: Exception) -> NoReturn:
+    def _raise(self, outcome: Outcome, told: Pass | None, cause: Exception) -> NoReturn:
+        wait = None if told is None else told.wait_seconds
         if outcome.word == "rate_limited":
-            raise RateLimitError(str(outcome.error), wait) from cause
+            raise self._waits(RateLimitError(str(outcome.error), wait), None) from cause
         if outcome.word == "refused" or wait is not None:
             unavailable = ServiceUnavailable(str(outcome.error), wait)
             if wait is not None and wait <= self._breaker.brief_seconds:
                 unavailable.call = outcome.error.call  # it was called and is called again: no reason yet to do without it
-            raise unavailable from cause
+                raise unavailable from cause
+            raise self._waits(unavailable, told) from cause
         if outcome.error is cause:
             raise cause
         raise outcome.error from cause
@@ -159,6 +170,10 @@ class Service:
             await asyncio.wait(set(self._settling), timeout=_CLOSE_SECONDS)
         for task in set(self._settling):
             task.cancel()
+
+
+def _docs(purpose: CallPurpose) -> list[str]:
+    return [share.doc_id for share in purpose.shares]
 
 
 def _doc(purpose: CallPurpose) -> str:

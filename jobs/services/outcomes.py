@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs import budget
-from jobs.adapters.http import HttpStatusError
 from jobs.redaction import describe
 from jobs.retry import classify_error
 from jobs.retry import of_http_status as classify_status
@@ -20,7 +18,6 @@ from models.errors import (
     PermanentError,
     RateLimitError,
     RetryableError,
-    ServiceUnavailable,
     UnknownError,
 )
 from models.errors import TimeoutError as CallTimeout
@@ -53,8 +50,6 @@ class Outcome:
 def outcome_of(error: Exception, terms: Terms) -> Outcome:
     """Judge what a call raised, by class, status and code."""
     name = terms.service.rpartition(" key:")[0]
-    if isinstance(error, HttpStatusError):
-        return _of_status(error, name, terms)
     if isinstance(error, DocmillError):
         return _of_judged(error)
     told = f"{type(error).__name__}: {describe(error)[:200]}"
@@ -87,24 +82,3 @@ def _of_judged(error: DocmillError) -> Outcome:
     else:
         word = _WORDS.get(error.error_type, "rejected")
     return Outcome(word, error, status, error.call.headers if error.call else None, told)
-
-
-def _of_status(error: HttpStatusError, name: str, terms: Terms) -> Outcome:
-    status, headers = error.status_code, error.headers
-    if status in terms.refusals or (status == 429 and error.code in terms.refusal_codes):
-        # What else the answer says may quote the key.
-        why = f"HTTP {status}" + (f" ({error.code})" if error.code else "")
-        return Outcome("refused", ServiceUnavailable(f"{name} refuses the key, or its quota is used up: {why}."), status, headers)
-    kind = classify_error(error)
-    message = f"{name} answered {error}."
-    match kind:
-        case ErrorType.RATE_LIMIT:
-            told = budget.retry_after(headers)
-            return Outcome("rate_limited", RateLimitError(message, told), status, headers, told)
-        case ErrorType.TIMEOUT:
-            return Outcome("timeout", CallTimeout(message), status, headers)
-        case ErrorType.PERMANENT:
-            return Outcome("rejected", PermanentError(message), status, headers)
-        case _:
-            # 5xx, and statuses that no API answers on purpose, such as redirects.
-            return Outcome("failed", RetryableError(message), status, headers)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+from urllib.parse import urlsplit
 
-from jobs.adapters.http import service_id
+from pydantic import SecretStr
+
 from jobs.services.front import Service
 from jobs.services.state import Pool
 from jobs.services.terms import Kind, terms_of
@@ -15,8 +18,16 @@ from models.settings import Settings
 T = TypeVar("T")
 
 
+def service_id(kind: str, base_url: str, key: SecretStr | None) -> str:
+    """Return the name under which all workers share what they know of a service: kind, address and a fingerprint of the key."""
+    parts = urlsplit(base_url)
+    port = f":{parts.port}" if parts.port else ""
+    print_ = "none" if key is None else hashlib.sha256(key.get_secret_value().encode()).hexdigest()[:12]
+    return f"{kind} {parts.scheme}://{parts.hostname or ''}{port}{parts.path.rstrip('/')} key:{print_}"
+
+
 def service_name(settings: Settings, kind: Kind) -> str:
-    """Return the name under which all workers share what they know of the service that the settings name for a kind."""
+    """Return the name of the service that the settings name for a kind."""
     base, key = {
         "embedding": (settings.embedding_base_url, settings.embedding_api_key),
         "extraction": (settings.extraction_base_url, settings.extraction_api_key),

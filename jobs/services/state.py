@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
@@ -45,6 +46,8 @@ class Pass:
     ramps: bool = False
     """Whether the service is up and only lets calls in one by one."""
     reason: str | None = None
+    place: int | None = None
+    """Behind those who were told to wait before; kept by whoever asks again at the same revision."""
 
 
 async def one(pool: Pool, name: str, params: dict[str, Any]) -> dict[str, Any] | None:
@@ -61,8 +64,11 @@ class SharedBreaker:
         self._pool = pool
         self._terms = terms
 
-    async def ask(self, call: UUID) -> Pass:
-        """Ask for a call that does not pass by itself: it probes, is given a place, or passes after all."""
+    async def ask(self, call: UUID, doc_ids: Sequence[str], told: Pass | None = None) -> Pass:
+        """Ask for a call that does not pass by itself: it probes, is given a place, or passes after all.
+
+        `told`: what it was told before. A document that has been given a place keeps it until the breaker changes.
+        """
         while True:
             _, seen = await self._apply(lambda _: Asked(call))
             breaker = seen.breaker
@@ -70,19 +76,26 @@ class SharedBreaker:
                 return Pass(0.0, seen.revision, probes=True)
             if passes(breaker, seen.now):
                 return Pass(0.0, seen.revision)
-            row = await one(self._pool, "take_place", {"service": self._terms.service, "revision": seen.revision})
-            if row is None:
+            place = told.place if told is not None and told.revision == seen.revision else None
+            if place is None:
+                place = await self._place(seen, doc_ids)
+            if place is None:
                 continue  # it has changed since
-            wait = wait_of(breaker, row["place"], seen.now)
-            return Pass(wait, seen.revision, ramps=breaker.state == "closed", reason=breaker.reason)
+            wait = wait_of(breaker, place, seen.now)
+            return Pass(wait, seen.revision, ramps=breaker.state == "closed", reason=breaker.reason, place=place)
 
     @property
     def brief_seconds(self) -> float:
         """How long a document waits for a service that fails without a break and is still called: 5 s by default."""
         return self._terms.rules.open_seconds / 12
 
-    async def tell(self, call: UUID, outcome: Outcome | None) -> float | None:
-        """Say how a call went; None for well. Return the seconds to wait where it is the service that fails, whoever calls; longer than
+    async def _place(self, seen: Seen, doc_ids: Sequence[str]) -> int | None:
+        params = {"service": self._terms.service, "revision": seen.revision, "doc_ids": list(doc_ids)}
+        row = await one(self._pool, "take_place", params)
+        return None if row is None else int(row["place"])
+
+    async def tell(self, call: UUID, outcome: Outcome | None, doc_ids: Sequence[str] = ()) -> Pass | None:
+        """Say how a call went; None for well. Return how long to wait where it is the service that fails, whoever calls; longer than
         `brief_seconds` where its breaker is open because of it."""
         if outcome is None or outcome.word in ("rejected", "rate_limited"):
             # It was answered, so it is there.
@@ -98,13 +111,13 @@ class SharedBreaker:
         if seen.breaker.state == "closed":
             # One failure may be the document's own doing. Another one, and nobody was answered in between: few documents alone with a
             # service that is down would all have spent their attempts before there are failures enough to open its breaker.
-            return self.brief_seconds if seen.in_a_row > 1 else None
+            return Pass(self.brief_seconds, seen.revision, reason=reason) if seen.in_a_row > 1 else None
         if before.state != "open" and seen.breaker.state == "open":
             logger.warning("{} is not called for {:.0f} s: {}", self._terms.service, seen.breaker.open_seconds, reason)
-        row = await one(self._pool, "take_place", {"service": self._terms.service, "revision": seen.revision})
-        wait = wait_of(seen.breaker, row["place"] if row else 0, seen.now)
+        place = await self._place(seen, doc_ids) or 0
+        wait = wait_of(seen.breaker, place, seen.now)
         # Whoever failed goes behind those who wait: what makes the service fail may be this document, and others shall probe before it.
-        return wait + max(self._terms.rules.open_seconds / 4, 0.1 * wait)
+        return Pass(wait + max(self._terms.rules.open_seconds / 4, 0.1 * wait), seen.revision, reason=reason, place=place)
 
     async def give_up(self, call: UUID, seconds: float) -> None:
         """Say that a probe is not sent after all."""

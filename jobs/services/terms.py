@@ -1,4 +1,4 @@
-"""On what terms a service is called: limits, prices, and which answers mean that it refuses us."""
+"""On what terms a service is called: limits and prices."""
 
 from __future__ import annotations
 
@@ -53,10 +53,6 @@ class Terms:
     """How long a call may wait with its document in hand before that goes back to the queue."""
     prices: Prices = field(default_factory=Prices)
     rules: Rules = field(default_factory=Rules)
-    refusals: frozenset[int] = frozenset({401, 402, 403})
-    """Statuses that mean that the service refuses us, whatever we ask."""
-    refusal_codes: frozenset[str] = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "quota_exceeded"})
-    """The same, of an error's code; these come with 429."""
 
 
 def terms_of(settings: Settings, kind: Kind, service: str) -> Terms:

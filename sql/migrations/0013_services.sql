@@ -3,7 +3,8 @@
 --
 -- A service is its kind, its address and a fingerprint of its key, as one text. A call takes two statements: one that looks at the breaker,
 -- takes the budget and writes the intent, and one that writes what became of it. When a breaker opens and closes is decided by jobs/breaker.py,
--- which compares and swaps by `revision`; nothing here decides it but reset_breaker.
+-- which compares and swaps by `revision`; nothing here decides it but reset_breaker. A document that waits for a breaker says so in its row:
+-- it keeps its place when it asks again, and is brought forward once the service is up.
 
 CREATE TABLE circuit_breakers (
     service text PRIMARY KEY CHECK (length(service) BETWEEN 1 AND 500 AND service !~ '[[:cntrl:]]'),
@@ -33,10 +34,17 @@ COMMENT ON COLUMN circuit_breakers.try_at IS 'open: when the next call may probe
 COMMENT ON COLUMN circuit_breakers.open_seconds IS 'How long it was last opened for; doubles with each probe that fails.';
 COMMENT ON COLUMN circuit_breakers.probe_by IS 'The call that probes; null unless half_open.';
 COMMENT ON COLUMN circuit_breakers.closed_at IS 'When it was last closed; failures before that do not count.';
-COMMENT ON COLUMN circuit_breakers.waiting IS 'Calls that have been told to wait since the state last changed; each is given its place behind the ones before it.';
+COMMENT ON COLUMN circuit_breakers.waiting IS 'Documents that have been told to wait since the state last changed; each is given its place behind the ones before it.';
 COMMENT ON COLUMN circuit_breakers.opened_count IS 'Times it went from closed to open.';
 COMMENT ON COLUMN circuit_breakers.revision IS 'Goes up with each change of state.';
 COMMENT ON COLUMN circuit_breakers.changed_at IS 'When the state last changed.';
+
+ALTER TABLE file_extractions ADD COLUMN waiting_for text, ADD COLUMN waiting_revision bigint, ADD COLUMN waiting_place bigint;
+COMMENT ON COLUMN file_extractions.waiting_for IS 'While retrying: the outside service, as circuit_breakers names it, whose breaker or budget it waits for; null where it waits for neither.';
+COMMENT ON COLUMN file_extractions.waiting_revision IS 'circuit_breakers.revision at which it was given its place; null where it waits for the budget.';
+COMMENT ON COLUMN file_extractions.waiting_place IS 'Its place among those that wait for the breaker. Once the service is up, the document is brought forward; null where it is not to be.';
+CREATE INDEX file_extractions_waiting_for ON file_extractions (waiting_for, not_before) WHERE waiting_place IS NOT NULL;
+COMMENT ON INDEX file_extractions_waiting_for IS 'Who waits for the breaker of a service.';
 
 CREATE TABLE provider_budgets (
     service text PRIMARY KEY REFERENCES circuit_breakers (service) ON DELETE CASCADE,
@@ -335,10 +343,53 @@ $$;
 COMMENT ON FUNCTION limit_budget IS
     'A service answered 429: has nothing sent for as long as it told (null: 1 s, doubling each time, at most 60), uses 0.7 of what was used of its limits, and returns the pause in seconds.';
 
+CREATE FUNCTION bring_forward(service text, at_most integer, seconds double precision) RETURNS integer LANGUAGE sql AS $$
+    WITH chosen AS MATERIALIZED (
+        SELECT d.id
+        FROM file_extractions AS d
+        WHERE d.waiting_for = bring_forward.service AND d.waiting_place IS NOT NULL AND d.state = 'retrying'
+            AND d.not_before > now() + make_interval(secs => seconds)
+        ORDER BY d.not_before
+        LIMIT at_most
+    ), free AS MATERIALIZED (
+        SELECT d.id, d.doc_id, d.milestone, d.not_before
+        FROM file_extractions AS d
+        WHERE d.id IN (SELECT c.id FROM chosen AS c) AND d.waiting_for = bring_forward.service AND d.state = 'retrying'
+            AND d.not_before > now() + make_interval(secs => seconds)
+        ORDER BY d.id
+        FOR NO KEY UPDATE SKIP LOCKED
+    ), spread AS MATERIALIZED (
+        SELECT f.id, due_stage(f.milestone) || ':' || f.doc_id AS queueing_lock,
+            now() + make_interval(secs => seconds * (row_number() OVER (ORDER BY f.not_before, f.id) - 1) / at_most) AS at
+        FROM free AS f
+    ), jobs AS (
+        UPDATE procrastinate_jobs AS j SET scheduled_at = s.at
+        FROM spread AS s
+        WHERE j.status = 'todo' AND j.queueing_lock = s.queueing_lock AND j.scheduled_at > s.at
+    ), brought AS (
+        UPDATE file_extractions AS d SET not_before = s.at
+        FROM spread AS s
+        WHERE d.id = s.id
+        RETURNING d.id
+    )
+    SELECT count(*)::integer FROM brought AS b;
+$$;
+COMMENT ON FUNCTION bring_forward IS
+    'Has at most so many documents that wait for a service''s breaker for longer than `seconds` start within them, evenly spread, and returns how many. Every worker does so every few seconds while the service is up.';
+
 CREATE FUNCTION reset_breaker(service text) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     known boolean;
 BEGIN
+    -- Those that wait for the budget are brought forward like those that wait for the breaker.
+    UPDATE file_extractions AS d SET waiting_place = 0
+    FROM (
+        SELECT f.id FROM file_extractions AS f
+        WHERE f.waiting_for = reset_breaker.service AND f.waiting_place IS NULL AND f.state = 'retrying'
+        ORDER BY f.id
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS free
+    WHERE d.id = free.id;
     UPDATE circuit_breakers AS c
     SET state = 'closed', refused = FALSE, passes_from = NULL, try_at = NULL, open_seconds = 0, probe_by = NULL,
         closed_at = clock_timestamp(), waiting = 0, revision = c.revision + 1, changed_at = clock_timestamp()
@@ -356,7 +407,7 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION reset_breaker IS
-    'Closes a service''s breaker at once and forgets what slowed its budget down; false if there is no such service. Documents that were told to wait still do.';
+    'Closes a service''s breaker at once and forgets what slowed its budget down; false if there is no such service. Documents that wait for it are brought forward by the workers within seconds, 20 a second for each worker.';
 
 CREATE FUNCTION cost_of_document(doc_id text) RETURNS numeric LANGUAGE sql STABLE AS $$
     SELECT coalesce(sum(coalesce(u.cost, u.estimated_cost) * s.share::numeric), 0)

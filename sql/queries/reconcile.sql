@@ -70,6 +70,21 @@ LIMIT %(most)s;
 -- name: cancel_straggler
 SELECT cancel_straggler(%(doc_id)s) AS outcome;
 
+-- name: find_recovered_services
+-- Services that are called again without asking, while documents wait for them for longer than until the next pass.
+SELECT c.service
+FROM circuit_breakers AS c
+WHERE c.state = 'closed' AND coalesce(c.passes_from, '-infinity') <= now()
+    AND NOT EXISTS (SELECT FROM provider_budgets AS p WHERE p.service = c.service AND p.paused_until > now())
+    AND EXISTS (
+        SELECT FROM file_extractions AS d
+        WHERE d.waiting_for = c.service AND d.waiting_place IS NOT NULL AND d.state = 'retrying'
+            AND d.not_before > now() + make_interval(secs => %(seconds)s)
+    );
+
+-- name: bring_forward
+SELECT nullif(bring_forward(%(service)s, %(most)s, %(seconds)s), 0) AS brought;
+
 -- name: find_dead_side_jobs
 -- Docmill's jobs that are no stages are judged by the registry: no live worker says that it runs them.
 SELECT j.id

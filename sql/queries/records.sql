@@ -66,6 +66,16 @@ SELECT requeue_document(%(doc_id)s) AS stage,
 -- name: count_retries
 SELECT count(*) AS count FROM dead_letters AS l WHERE l.doc_id = %(doc_id)s AND l.resolution = 'requeued';
 
+-- name: requeue_extraction
+SELECT requeue_extraction(%(doc_id)s) AS stage,
+    (SELECT d.batch_id FROM file_extractions AS d WHERE d.doc_id = %(doc_id)s) AS batch_id;
+
+-- name: requeue_extractions
+SELECT requeue_extractions(%(batch_id)s, %(user_id)s, %(ended_before)s, %(max_count)s) AS requeued;
+
+-- name: look_at_clock
+SELECT now() AS at;
+
 -- name: should_reprocess
 SELECT r.answer, r.reason FROM should_reprocess(%(doc_id)s, %(deadline_seconds)s, %(max_retries)s) AS r;
 

@@ -97,10 +97,16 @@ SELECT c.revision, CASE WHEN %(tell)s THEN alert(
 FROM changed AS c;
 
 -- name: take_place
--- A place behind all who have been told to wait since the breaker last changed, from 0.
-UPDATE circuit_breakers AS c SET waiting = c.waiting + 1
+-- A place behind all who have been told to wait since the breaker last changed, from 0. A document that asks again has its place already.
+WITH kept AS MATERIALIZED (
+    SELECT min(d.waiting_place) AS place
+    FROM file_extractions AS d
+    WHERE d.doc_id = ANY(%(doc_ids)s::text[]) AND d.waiting_for = %(service)s AND d.waiting_revision = %(revision)s
+)
+UPDATE circuit_breakers AS c SET waiting = c.waiting + (k.place IS NULL)::integer
+FROM kept AS k
 WHERE c.service = %(service)s AND c.revision = %(revision)s
-RETURNING c.waiting - 1 AS place;
+RETURNING coalesce(k.place, c.waiting - 1) AS place;
 
 -- name: pause_budget
 SELECT pause_budget(%(service)s, %(seconds)s);

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from decimal import Decimal
@@ -18,13 +18,22 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from jobs.adapters.http import HttpStatusError
+from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
 from jobs.database import make_pool
 from jobs.services import Prices, Service, Terms
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
-from models.errors import BadAnswer, DocmillError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, UnknownError
+from models.errors import (
+    BadAnswer,
+    DocmillError,
+    PermanentError,
+    RateLimitError,
+    RequestRefused,
+    RetryableError,
+    ServiceUnavailable,
+    UnknownError,
+)
 from models.errors import TimeoutError as CallTimeout
 from models.settings import Settings
 from tests.running import REPOSITORY
@@ -51,8 +60,16 @@ def answers(*told: Exception | Reply[str]) -> Send:
 
 
 GOOD = Reply("fine", tokens_in=900, request_id="r1")
+
+
+def refusal(status: int, headers: Mapping[str, str] | None = None, code: str = "", words: str = "") -> DocmillError:
+    """What an adapter makes of an answer that is no 2xx."""
+    body = json.dumps({"error": {"code": code, "message": words}}).encode()
+    return judge("The service", "service.test", status=status, headers=headers or {}, body=body, secret="")
+
+
 ok = answers(GOOD)
-down = answers(HttpStatusError(503, {}))
+down = answers(refusal(500))
 
 
 @pytest.fixture
@@ -129,13 +146,14 @@ async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn:
 @pytest.mark.parametrize(
     ("error", "raised", "word", "status", "paid"),
     [
-        (HttpStatusError(500, {}), RetryableError, "failed", 500, False),
-        (HttpStatusError(302, {}), RetryableError, "failed", 302, False),
-        (HttpStatusError(504, {}), CallTimeout, "timeout", 504, True),
-        (HttpStatusError(400, {}, "bad", "no"), PermanentError, "rejected", 400, False),
-        (HttpStatusError(401, {}), ServiceUnavailable, "refused", 401, False),
-        (HttpStatusError(429, {}, "insufficient_quota"), ServiceUnavailable, "refused", 429, False),
-        (HttpStatusError(429, {"retry-after": "7"}), RateLimitError, "rate_limited", 429, False),
+        (refusal(500, {}), RetryableError, "failed", 500, False),
+        (refusal(302, {}), ServiceUnavailable, "refused", 302, False),
+        (refusal(504, {}), CallTimeout, "timeout", 504, True),
+        (refusal(503, {}), ServiceUnavailable, "failed", 503, False),
+        (refusal(400, {}, "bad", "no"), RequestRefused, "rejected", 400, False),
+        (refusal(401, {}), ServiceUnavailable, "refused", 401, False),
+        (refusal(429, {}, "insufficient_quota"), ServiceUnavailable, "refused", 429, False),
+        (refusal(429, {"retry-after": "7"}), RateLimitError, "rate_limited", 429, False),
         (ConnectionResetError("reset"), RetryableError, "failed", None, False),
         (TimeoutError(), CallTimeout, "timeout", None, True),
         (BadAnswer("no JSON", tokens_in=500), BadAnswer, "bad_answer", None, True),
@@ -207,11 +225,11 @@ async def test_failures_outside_the_window_and_before_the_closing_do_not_count(m
 
 async def test_a_refused_key_opens_it_at_once_with_one_alert_and_a_reset_closes_it(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(rules=Rules()))
-    refused = answers(HttpStatusError(401, {}, "invalid_api_key", "never shown"))
+    refused = answers(refusal(401, {}, "invalid_api_key", "never shown"))
     errors = await asyncio.gather(*(fails(service, refused) for _ in range(4)))
     assert all(isinstance(error, ServiceUnavailable) for error in errors)
     assert rows(conn, "SELECT state, refused, reason FROM circuit_breakers") == [
-        ("open", True, "embedding https://service.test/v1 refuses the key, or its quota is used up: HTTP 401 (invalid_api_key).")
+        ("open", True, "The service at service.test answered HTTP 401 (invalid_api_key) [the key is refused]")
     ]
     assert rows(conn, "SELECT kind, detail FROM alerts") == [("service_refused", {"service": NAME})]
     assert rows(conn, "SELECT reset_breaker(%s), reset_breaker('unknown')", NAME) == [(True, False)]
@@ -220,10 +238,10 @@ async def test_a_refused_key_opens_it_at_once_with_one_alert_and_a_reset_closes_
 
 async def test_of_fifty_that_ask_at_once_one_probes(make: Make, conn: psycopg.Connection) -> None:
     services = [await opened(make(rules=replace(QUICK, probe_seconds=600), connections=5)) for _ in range(5)]
-    await fails(services[0], answers(HttpStatusError(401, {})))
+    await fails(services[0], answers(refusal(401, {})))
     await asyncio.sleep(0.35)
     breakers = [SharedBreaker(service._pool, service.terms) for service in services]
-    told = await asyncio.gather(*(breakers[number % 5].ask(uuid4()) for number in range(50)))
+    told = await asyncio.gather(*(breakers[number % 5].ask(uuid4(), []) for number in range(50)))
     assert sum(answer.probes for answer in told) == 1
     assert rows(conn, "SELECT state, waiting FROM circuit_breakers") == [("half_open", 49)]
     assert len({answer.wait_seconds for answer in told if not answer.probes}) == 49
@@ -231,7 +249,7 @@ async def test_of_fifty_that_ask_at_once_one_probes(make: Make, conn: psycopg.Co
 
 async def test_a_probe_whose_worker_was_killed_gives_way_to_another(make: Make, conn: psycopg.Connection, database: str) -> None:
     service = await opened(make())
-    await fails(service, answers(HttpStatusError(401, {})))
+    await fails(service, answers(refusal(401, {})))
     await asyncio.sleep(0.35)
     assert run_caller(database, "kill@probing") == -signal.SIGKILL
     assert rows(conn, "SELECT state FROM circuit_breakers") == [("half_open",)]
@@ -273,7 +291,7 @@ def call_once() -> None:
 
 async def test_a_cancelled_call_stays_unknown_and_a_cancelled_probe_lets_another_go_at_once(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(rules=replace(QUICK, probe_seconds=1000)))
-    await fails(service, answers(HttpStatusError(401, {})))
+    await fails(service, answers(refusal(401, {})))
     await asyncio.sleep(0.35)
     started = asyncio.Event()
 
@@ -294,10 +312,10 @@ async def test_a_cancelled_call_stays_unknown_and_a_cancelled_probe_lets_another
 
 async def test_a_429_is_waited_for_in_place_if_short_and_else_in_the_queue(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(patience_seconds=1, requests_per_minute=1000))
-    assert (await service.call(answers(HttpStatusError(429, {"retry-after-ms": "50"}), GOOD), PURPOSE)).value == "fine"
+    assert (await service.call(answers(refusal(429, {"retry-after-ms": "50"}), GOOD), PURPOSE)).value == "fine"
     assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [("rate_limited",), ("ok",)]
     assert rows(conn, "SELECT share < 0.71 FROM provider_budget_use") == [(True,)]
-    error = await fails(service, answers(HttpStatusError(429, {"retry-after": "20"})))
+    error = await fails(service, answers(refusal(429, {"retry-after": "20"})))
     assert isinstance(error, RateLimitError) and error.retry_after == 20
     waiting = await fails(service, ok)
     assert isinstance(waiting, RateLimitError) and waiting.retry_after is not None and 18 < waiting.retry_after <= 20
@@ -314,7 +332,7 @@ async def test_headers_of_a_good_answer_that_say_stop_stop_all_workers(make: Mak
 
 async def test_a_503_that_says_when_to_come_back_is_believed_by_all(make: Make, conn: psycopg.Connection) -> None:
     one, two = await opened(make(rules=Rules())), await opened(make(rules=Rules()))
-    assert type(await fails(one, answers(HttpStatusError(503, {"retry-after": "40"})))) is RetryableError
+    assert type(await fails(one, answers(refusal(503, {"retry-after": "40"})))) is ServiceUnavailable
     error = await fails(two, ok)
     assert isinstance(error, RateLimitError) and error.retry_after is not None and 35 < error.retry_after <= 40
 
@@ -324,9 +342,9 @@ async def test_what_a_service_says_wrongly_keeps_no_call_from_being_entered(make
     odd: Any = "many"
     for reply in (replace(GOOD, tokens_in=-5), replace(GOOD, tokens_in=10**30, pages=2**40), replace(GOOD, tokens_out=odd)):
         await service.call(answers(reply), PURPOSE)
-    await fails(service, answers(HttpStatusError(400, {}, "c", "lone \ud800 and \x00")))
+    await fails(service, answers(BadAnswer("lone \ud800 and \x00")))
     assert rows(conn, "SELECT outcome, tokens_in, tokens_out, pages FROM provider_usage ORDER BY started_at") == [
-        ("ok", None, None, None), ("ok", None, None, None), ("ok", 900, None, None), ("rejected", None, None, None)
+        ("ok", None, None, None), ("ok", None, None, None), ("ok", 900, None, None), ("bad_answer", None, None, None)
     ]  # fmt: skip
 
 
@@ -379,7 +397,7 @@ async def test_no_call_is_made_before_its_intent_is_written_and_a_paid_answer_su
 
 async def test_a_document_that_failed_the_probe_goes_behind_those_who_wait(make: Make) -> None:
     service = await opened(make(rules=replace(QUICK, open_seconds=20)))
-    culprit = await fails(service, answers(HttpStatusError(401, {})))
+    culprit = await fails(service, answers(refusal(401, {})))
     others = [await fails(service, ok) for _ in range(20)]
     assert isinstance(culprit, ServiceUnavailable)
     waits = [error.retry_after or 0 for error in others if isinstance(error, ServiceUnavailable)]
@@ -388,7 +406,7 @@ async def test_a_document_that_failed_the_probe_goes_behind_those_who_wait(make:
 
 async def test_after_the_probe_calls_are_let_in_at_a_growing_rate(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(patience_seconds=1.5))
-    await fails(service, answers(HttpStatusError(401, {})))
+    await fails(service, answers(refusal(401, {})))
     await asyncio.sleep(0.35)
     await service.call(ok, PURPOSE)
     results = await asyncio.gather(*(service.call(ok, PURPOSE) for _ in range(30)), return_exceptions=True)

@@ -13,11 +13,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs.adapters.http import HttpClient, Limits, service_id
+from jobs.adapters.exchange import Service as Outside
+from jobs.adapters.exchange import Timeouts, read_json
 from jobs.breaker import Rules
 from jobs.database import make_pool
 from jobs.retry import StageRetry
 from jobs.services import Service, Terms
+from jobs.services.own import service_id
 from models.calls import CallPurpose, CallShare, Reply
 from models.errors import DocmillError
 from models.settings import Settings
@@ -29,7 +31,7 @@ DOCUMENTS = 60
 
 @dataclass
 class FlakyServer:
-    """Answers each request with the status that `status` gives for its number and its time since the start; notes when they came."""
+    """Answers each request with the status that `status` gives for its number and its time since the first one; notes when they came."""
 
     status: Callable[[int, float], int]
     headers: str = ""
@@ -40,6 +42,7 @@ class FlakyServer:
         try:
             while True:
                 await reader.readuntil(b"\r\n\r\n")
+                self.begun = self.begun or time.monotonic()
                 at = time.monotonic() - self.begun
                 status = self.status(len(self.came), at)
                 self.came.append((at, status))
@@ -62,10 +65,10 @@ class Documents:
     dead: int = 0
     deferrals: list[int] = field(default_factory=list)
 
-    async def work(self, service: Service, client: HttpClient, doc_id: str, places: asyncio.Semaphore) -> None:
+    async def work(self, service: Service, client: Outside, doc_id: str, places: asyncio.Semaphore) -> None:
         async def send() -> Reply[Any]:
-            answer = await client.request("GET", "embed")
-            return Reply(answer.json(), tokens_in=10, status=answer.status, headers=answer.headers)
+            answer = await client.exchange("GET", "/embed", limit=1000)
+            return answer.reply(read_json(client, answer), tokens_in=10)
 
         attempts = deferrals = 0
         await asyncio.sleep(random.Random(doc_id).uniform(0, 1))
@@ -91,14 +94,13 @@ async def running(settings: Settings, database: str, server: FlakyServer) -> Asy
     """Run the documents on several workers, each with connections of its own, and yield what became of them."""
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-    terms = Terms(service_id("embedding", url, None), "embedding", rules=RULES, total_seconds=5, patience_seconds=0.2)
+    terms = Terms(service_id("embedding", url, None), "embedding", rules=RULES, total_seconds=40, patience_seconds=0.2)
     pools = [make_pool(settings, database, max_size=4) for _ in range(WORKERS)]
-    clients = [HttpClient(url, limits=Limits(1, 2, 5)) for _ in range(WORKERS)]
+    clients = [Outside("The embedding service", url, None, Timeouts(20, 20, 30)) for _ in range(WORKERS)]
     for pool in pools:
         await pool.open()
     services = [Service(pool, terms, worker=f"test:{number}") for number, pool in enumerate(pools)]
     documents = Documents()
-    server.begun = time.monotonic()
     try:
         places = [asyncio.Semaphore(4) for _ in range(WORKERS)]
         await asyncio.gather(

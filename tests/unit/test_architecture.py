@@ -34,7 +34,6 @@ RULES = (
     Rule("jobs.adapters", allowed=("jobs.adapters", "models"), forbidden=DATABASE + QUEUE),
     Rule("jobs.stages", allowed=("jobs.stages", "jobs.adapters", "models"), forbidden=DATABASE),
     Rule("jobs.breaker", allowed=(), forbidden=DATABASE + QUEUE),
-    Rule("jobs.budget", allowed=(), forbidden=DATABASE + QUEUE),
     Rule("jobs.services", forbidden=("jobs.cli", "jobs.worker", "jobs.stages", "jobs.pipeline", "procrastinate_app")),
     Rule("jobs.pipeline", forbidden=("jobs.cli", "jobs.worker", "procrastinate_app")),
     Rule("jobs.submit", forbidden=("jobs.cli", "jobs.worker", "jobs.stages", "procrastinate_app")),

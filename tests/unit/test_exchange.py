@@ -6,13 +6,13 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 from jobs.adapters.exchange import Service, Timeouts
-from jobs.adapters.exchange.told import retry_after
 from jobs.adapters.exchange.verdict import clean, read_excuse
 from models.errors import (
     BadAnswer,
@@ -25,7 +25,7 @@ from models.errors import (
     ServiceUnavailable,
     TimeoutError,
 )
-from tests.servers import Authority, LocalServer, Request, Response, blackhole, faults
+from tests.servers import Authority, LocalServer, Request, Response, TunnelProxy, blackhole, faults
 
 KEY = "sk-proj-abcdefghijklmnop0123456789"
 
@@ -169,11 +169,83 @@ async def test_a_handshake_that_never_ends_is_unavailable(tmp_path: Path, monkey
     assert caught.value.call is not None and not caught.value.call.sent
 
 
-async def test_a_proxy_of_the_usual_variable_is_used(server: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", server.root)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+PROXY_VARIABLES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy")
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No proxy is set, whatever this machine has."""
+    for name in PROXY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+async def test_a_proxy_of_the_usual_variable_is_used(server: Echo, proxies: pytest.MonkeyPatch) -> None:
+    proxies.setenv("HTTP_PROXY", server.root)
     answer = await get(service("http://embeddings.invalid/v1"))
     assert b"embeddings.invalid" in answer
+
+
+@contextmanager
+def behind_a_proxy(tmp_path: Path, proxies: pytest.MonkeyPatch, **proxy: str) -> Iterator[tuple[Echo, TunnelProxy]]:
+    """A server with a certificate of a CA of one's own, and the proxy that leads to it."""
+    authority = Authority(tmp_path)
+    proxies.setenv("SSL_CERT_FILE", str(authority.file))
+    with Echo(tls=authority.server_context) as secure, TunnelProxy(int(secure.root.rpartition(":")[2]), **proxy) as tunnels:
+        proxies.setenv("HTTPS_PROXY", tunnels.url)
+        yield secure, tunnels
+
+
+async def test_https_goes_through_a_tunnel_of_the_proxy_and_connections_are_used_again(tmp_path: Path, proxies: pytest.MonkeyPatch) -> None:
+    with behind_a_proxy(tmp_path, proxies, user="ann", password="proxy-pass") as (secure, tunnels):
+        called = service("https://localhost:4433/v1")  # a port on which nobody listens: only the proxy leads anywhere
+        for _ in range(3):
+            await called.exchange("POST", "/thing", limit=10_000, json={})
+        await called.aclose()
+        assert tunnels.opened == ["localhost:4433"]
+        assert secure.tally.requests == 3
+        assert "proxy-authorization" not in secure.log[0].headers
+        assert secure.log[0].headers["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("value", ["127.0.0.1", "*"])
+async def test_hosts_of_no_proxy_are_called_directly(tmp_path: Path, proxies: pytest.MonkeyPatch, value: str) -> None:
+    with behind_a_proxy(tmp_path, proxies) as (secure, tunnels):
+        proxies.setenv("NO_PROXY", value)
+        await get(service(secure.root))
+        assert (tunnels.asked, secure.tally.requests) == (0, 1)
+
+
+@pytest.mark.parametrize("proxy", [{"user": "ann", "password": "right"}, {"refusal": "502 Bad Gateway"}], ids=["407", "502"])
+async def test_a_proxy_that_refuses_is_an_outage_and_nothing_was_sent(
+    tmp_path: Path, proxies: pytest.MonkeyPatch, proxy: dict[str, str]
+) -> None:
+    with behind_a_proxy(tmp_path, proxies, **proxy) as (secure, tunnels):
+        proxies.setenv("HTTPS_PROXY", tunnels.url.replace("right", "proxy-pass"))
+        with pytest.raises(ServiceUnavailable, match="could not be reached") as caught:
+            await get(service("https://localhost:4433/v1"))
+        assert (tunnels.asked, secure.tally.requests) == (1, 0)
+    assert caught.value.call is not None and not caught.value.call.sent
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "proxy-pass" not in shown and KEY not in shown
+
+
+async def test_a_proxy_that_is_gone_is_an_outage(tmp_path: Path, proxies: pytest.MonkeyPatch) -> None:
+    with Echo() as gone:
+        proxies.setenv("HTTPS_PROXY", gone.root.replace("//", "//ann:proxy-pass@"))
+    with pytest.raises(ServiceUnavailable, match="could not be reached") as caught:
+        await get(service("https://localhost:4433/v1"))
+    assert "proxy-pass" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_an_answer_that_quotes_the_key_is_had_without_it(server: Echo) -> None:
+    assert KEY.encode() not in await get(service(server.root))
+    told = {"error": {"message": f"no such key {KEY}", "code": KEY, "type": KEY}}
+    server.script(faults.always(faults.status(400, Response.of(told).body.decode(), x_request_id=KEY)))
+    with pytest.raises(RequestRefused) as caught:
+        await get(service(server.root))
+    assert caught.value.call is not None
+    assert KEY not in f"{caught.value} {caught.value.call.code} {caught.value.call.headers}"
 
 
 async def test_connections_are_used_again(server: Echo) -> None:
@@ -245,31 +317,6 @@ async def test_no_error_log_or_repr_shows_the_key(server: Echo, fault: str, capl
     assert KEY not in shown
     assert KEY[8:24] not in shown
     assert server.log[0].headers["authorization"] == f"Bearer {KEY}"
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"retry-after": "7"}, 7),
-        ({"retry-after": "0.5"}, 0.5),
-        ({"retry-after": "7", "retry-after-ms": "1500"}, 1.5),
-        ({"retry-after": "Sun, 22 Nov 2026 10:00:30 GMT", "date": "Sun, 22 Nov 2026 10:00:00 GMT"}, 30),
-        ({"retry-after": "Sun, 22 Nov 2026 09:00:00 GMT", "date": "Sun, 22 Nov 2026 10:00:00 GMT"}, 0),
-        ({"retry-after": "Sun, 22 Nov 2026 10:00:30 GMT"}, None),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": "-1"}, None),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "999999999"}, 86_400),
-        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1h2m3.5s"}, 3723.5),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "later"}, None),
-        ({"x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "9s"}, None),
-        ({}, None),
-    ],
-)
-def test_how_long_to_wait_is_read_from_one_clock(headers: dict[str, str], seconds: float | None) -> None:
-    assert retry_after(headers) == seconds
 
 
 def test_foreign_words_are_bounded_on_one_line_and_without_keys() -> None:

@@ -144,6 +144,28 @@ def test_a_key_that_no_service_can_have_given_is_refused_without_showing_it(
     assert "hush" not in repr(load_settings())
 
 
+@pytest.mark.parametrize("variable", ["EMBEDDING_API_KEY", "EXTRACTION_API_KEY", "LLAMAPARSE_API_KEY"])
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("missing", "no such file"),
+        ("empty", "empty"),
+        (".", "not a regular file"),
+        ("/proc/self/mem", "cannot be read"),  # nobody reads its first byte, not even root
+        ("blank", "holds a blank"),
+    ],
+)
+def test_a_key_file_that_gives_no_key_is_refused_by_its_name(
+    variable: str, file: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "blank").write_text("sk-hush\nsk-hush\n")
+    monkeypatch.setenv(f"{variable}_FILE", str(tmp_path / file))
+    with pytest.raises(ConfigurationError, match=variable) as caught:
+        load_settings()
+    assert why in str(caught.value) and "hush" not in str(caught.value)
+
+
 def test_a_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(URL + "\n")
     (tmp_path / ".env").write_text("DATABASE_URL_FILE=secret\n")

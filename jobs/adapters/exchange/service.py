@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LARGEST_REFUSAL = 65_536
+_SHORTEST_KEY = 16
 _REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-correlation-id")
 _IDLE_SECONDS = 4.0  # shorter than servers keep a connection, so that none is used that is just being closed
 
@@ -134,9 +135,15 @@ class Service:
             raise self._failed(BadAnswer(f"{self._place()} sent an answer of more than {limit:,} bytes."), sent=True) from None
         except (httpx2.HTTPError, httpx2.StreamError, OSError, ssl.SSLError) as error:
             raise self._unanswered(error, times) from None
+        headers = {name.lower(): self._without_key(value.encode()).decode() for name, value in response.headers.items()}
+        body = self._without_key(body)
         if not good:
-            raise judge(self.name, self.host, status=response.status_code, headers=_lower(response.headers), body=body, secret=self._secret)
-        return Answer(response.status_code, _lower(response.headers), body)
+            raise judge(self.name, self.host, status=response.status_code, headers=headers, body=body, secret=self._secret)
+        return Answer(response.status_code, headers, body)
+
+    def _without_key(self, told: bytes) -> bytes:
+        """Return what a service said without the key, should it quote it. A shorter one could be part of anything, of vectors even."""
+        return told.replace(self._secret.encode(), b"***") if len(self._secret) >= _SHORTEST_KEY else told
 
     def _unanswered(self, error: Exception, times: Timeouts) -> DocmillError:
         """Return the error for an exchange without a whole answer. The foreign message is dropped: it may hold a header or an address."""
@@ -213,10 +220,6 @@ def read_json(service: Service, answer: Answer) -> Any:
     except (ValueError, RecursionError):
         problem = "sent an answer that is cut off or no JSON."
     raise service.bad_answer(problem)
-
-
-def _lower(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
 
 
 async def _read(response: httpx2.Response, limit: int, *, cut: bool) -> bytes:

@@ -31,6 +31,8 @@ _GATEWAY = frozenset({502, 503, 520, 521, 522, 523, 525, 526, 527, 529, 530})
 _SLOW = frozenset({408, 504, 524})
 _LATER = frozenset({409, 423, 425})
 _REFUSED_CONTENT = frozenset({400, 413, 414, 415, 422})
+_QUOTES_KEY = frozenset({401, 403, 407})
+"""Answers whose words may quote a part of the key; their code says enough."""
 _CODE = re.compile(r"[\w.-]{1,64}")
 _KEYLIKE = re.compile(r"\b(?:sk|pk|rk|llx|key|api)[-_][\w*.-]{4,}|\bbearer\s+\S+", re.IGNORECASE)
 
@@ -47,7 +49,7 @@ class Excuse:
 def read_excuse(body: bytes, secret: str) -> Excuse:
     """Return code, type and words of an error body of OpenAI's, FastAPI's or TEI's shape; empty for anything else, such as HTML.
 
-    The words are bounded, on one line, and without the key or anything that looks like one.
+    The words are bounded, on one line, and without the key or anything that looks like one; so are code and type.
     """
     try:
         data = json.loads(body)
@@ -59,11 +61,13 @@ def read_excuse(body: bytes, secret: str) -> Excuse:
     if not isinstance(error, dict):
         return Excuse()
     words = next((told for name in ("message", "detail", "error_message") if isinstance(told := error.get(name), str)), "")
-    return Excuse(code=_code(error.get("code")), kind=_code(error.get("type")), words=clean(words, secret))
+    return Excuse(code=_code(error.get("code"), secret), kind=_code(error.get("type"), secret), words=clean(words, secret))
 
 
-def _code(told: object) -> str | None:
-    return told if isinstance(told, str) and _CODE.fullmatch(told) else None
+def _code(told: object, secret: str) -> str | None:
+    if not isinstance(told, str) or not _CODE.fullmatch(told) or (secret and secret in told):
+        return None
+    return told
 
 
 def clean(words: str, secret: str) -> str:
@@ -79,7 +83,7 @@ def judge(name: str, host: str, *, status: int, headers: Mapping[str, str], body
     """Return the error for an answer that is no 2xx. `name` says in words what the service is for."""
     excuse = read_excuse(body, secret)
     said = f" ({excuse.code or excuse.kind})" if excuse.code or excuse.kind else ""
-    said += f": {excuse.words}" if excuse.words else ""
+    said += f": {excuse.words}" if excuse.words and status not in _QUOTES_KEY else ""
     error = _of_status(f"{name} at {host} answered HTTP {status}{said or '.'}", status, headers, excuse)
     error.call = FailedCall(host, sent=True, status=status, code=excuse.code or excuse.kind, headers=dict(headers))
     return error
@@ -91,6 +95,8 @@ def _of_status(message: str, status: int, headers: Mapping[str, str], excuse: Ex
         return CredentialRefused(f"{message} [the account's quota is used up]", "quota", wait)
     if status in (401, 403):
         return CredentialRefused(f"{message} [the key is refused]", "credential", wait)
+    if status == 407:
+        return CredentialRefused(f"{message} [the proxy wants other credentials]", "configuration", wait)
     if status in _GATEWAY:
         return ServiceUnavailable(message, BRIEF_WAIT if wait is None else wait)
     if status == 429:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 
-from jobs.budget import LONGEST_PAUSE, pause_told, retry_after, span
+from jobs.adapters.exchange.told import LONGEST_WAIT, pause_told, retry_after, span
 
 DATE = "Fri, 31 Jan 2025 08:00:00 GMT"
 
@@ -19,13 +19,20 @@ DATE = "Fri, 31 Jan 2025 08:00:00 GMT"
         ({"retry-after": "7"}, 7),
         ({"retry-after": " 1.5 "}, 1.5),
         ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"x-ms-retry-after-ms": "40"}, 0.04),
         ({"retry-after": "Fri, 31 Jan 2025 08:00:30 GMT", "date": DATE}, 30),
         ({"retry-after": "Fri, 31 Jan 2025 07:00:00 GMT", "date": DATE}, 0),
         ({"retry-after": "Fri, 31 Jan 2025 08:00:30 GMT"}, None),
-        ({"retry-after": "99999999"}, LONGEST_PAUSE),
+        ({"retry-after": "99999999"}, LONGEST_WAIT),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "-5"}, None),
         ({"retry-after": "٣"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1h2m3.5s"}, LONGEST_WAIT),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "later"}, None),
+        ({"x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "9s"}, None),
     ],
 )
 def test_retry_after_is_understood_or_left_alone(headers: dict[str, str], seconds: float | None) -> None:
@@ -65,5 +72,5 @@ texts = st.text(max_size=60) | st.text("0123456789.smhd", max_size=60) | st.inte
 @given(st.dictionaries(st.sampled_from(names), texts), st.integers(0, 10**9))
 @rules(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_header_breaks_anything_or_stops_us_for_longer_than_an_hour(headers: dict[str, str], tokens: int) -> None:
-    assert 0 <= pause_told(headers, tokens) <= LONGEST_PAUSE
-    assert 0 <= (retry_after(headers) or 0) <= LONGEST_PAUSE
+    assert 0 <= pause_told(headers, tokens) <= LONGEST_WAIT
+    assert 0 <= (retry_after(headers) or 0) <= LONGEST_WAIT
