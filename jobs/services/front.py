@@ -185,6 +185,7 @@ class Service:
             unavailable = ServiceUnavailable(str(outcome.error), wait)
             if wait is not None and wait <= self._breaker.brief_seconds:
                 unavailable.call = outcome.error.call  # it was called and is called again: no reason yet to do without it
+                raise unavailable from cause
             raise self._waits(unavailable, told) from cause
         if outcome.error is cause:
             raise cause
