@@ -58,6 +58,32 @@ def test_a_kill_in_mid_embed_pays_at_most_one_request_twice(
         assert outcomes == {"ok": needed, "unknown": len(kills)}
 
 
+def test_a_kill_in_a_shared_request_pays_at_most_what_was_under_way_twice(arena: Arena) -> None:
+    with OpenAIServer(dimensions=32, latency=0.05) as server:
+        arena.environment |= {
+            "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": server.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
+            "EMBEDDING_MAX_TEXTS": "8", "EMBEDDING_CONCURRENT_REQUESTS": "2", "WORKER_CONCURRENCY": "6", "MAX_CRASHES": "20",
+        }  # fmt: skip
+
+        def killing(number: int, seconds: float) -> Fault | None:
+            if number in KILLS:
+                arena.fault()
+                worker.signal(signal.SIGKILL)
+            return None
+
+        wanted = {f"d{number}": text_document(number, paragraphs=4) for number in range(24)}
+        arena.submit(wanted)
+        server.script(killing)
+        arena.reconciler()
+        worker = arena.worker(restart=True)
+        arena.settle(240)
+        assert server.tally.paid_twice() <= 2 * 8 * len(KILLS)
+        assert arena.one("SELECT max(cardinality(doc_ids)) FROM provider_usage") > 1
+        with arena.connect() as conn:
+            assert not check_invariant(conn, set(wanted), {})
+        assert arena.one("SELECT count(*) FROM provider_usage WHERE abs(1 - (SELECT sum(s) FROM unnest(shares) AS s)) > 1e-9") == 0
+
+
 def test_a_kill_while_the_service_parses_pays_no_page_twice(arena: Arena) -> None:
     html = b"\f".join(b"<p>Page %d of the report on pumps and valves.</p>" % number for number in range(5))
     with OpenAIServer(dimensions=32, key="sk-1") as models, LlamaParseServer(key="llx-1") as server:
