@@ -2,9 +2,9 @@
 
 Usage: python -m bench.inspection [--documents 1000000] [--passages 10000000] [--rounds 3] [--database URL]
 
-The rows are made with SQL: three quarters of the documents ended in the last seven days, the rest wait, in 250 batches and one of a fifth of
-all. Passages are skinny (3 dimensions) and without the indexes that only searches use. A database given with --database is filled if it holds
-no documents, and kept; otherwise a server of its own is made and taken away. Exit code 1: something took longer than 2 s.
+The rows are made with SQL: three quarters of the documents ended in the last seven days, the rest wait, in 250 batches and one of a fifth
+of all. Passages are skinny (3 dimensions) and without the indexes that only searches use. A database given with --database is filled if it
+holds no documents, and kept; otherwise a server of its own is made and taken away. Exit code 1: something took longer than 2 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ ALTER TABLE document_chunks DROP CONSTRAINT document_chunks_doc_id_version_chunk
 ALTER TABLE document_chunks ALTER COLUMN fulltext DROP EXPRESSION"""
 
 BATCHES = """
-INSERT INTO processing_jobs (batch_id, source_path, total_files, status, correlation_id, created_at, run_started_at, sealed_at, completed_at)
+INSERT INTO processing_jobs (
+    batch_id, source_path, total_files, status, correlation_id, created_at, run_started_at, sealed_at, completed_at
+)
 SELECT 'batch-' || b, '/in/' || b, 1, CASE WHEN b < 190 THEN 'completed' ELSE 'processing' END, 'c' || b, t, t, t,
     CASE WHEN b < 190 THEN t + interval '1 hour' END
 FROM generate_series(0, 250) AS b, LATERAL (SELECT now() - (251 - b) * interval '40 minutes' AS t) AS t"""
@@ -72,11 +74,15 @@ END"""
 
 EVENTS = """
 INSERT INTO document_events (
-    at, doc_id, version, batch_id, user_id, correlation_id, stage, event, attempt, duration_ms, cpu_ms, peak_memory_mb, worker, claim, detail
+    at, doc_id, version, batch_id, user_id, correlation_id, stage, event, attempt, duration_ms, cpu_ms, peak_memory_mb, worker, claim,
+    detail
 )
 SELECT d.updated_at - (12 - k) * interval '80 milliseconds', d.doc_id, 1, d.batch_id, 'default', d.correlation_id,
-    CASE WHEN k > 1 THEN (ARRAY['validate', 'parse', 'check', 'chunk', 'embed', 'embed', 'embed', 'embed', 'embed', 'extract', 'finalize'])[k - 1] END,
-    CASE k WHEN 1 THEN 'submitted' WHEN 12 THEN 'completed' ELSE CASE WHEN k BETWEEN 6 AND 9 OR k = 4 AND d.state = 'retrying' THEN 'retry_scheduled' ELSE 'stage_completed' END END,
+    CASE WHEN k > 1 THEN
+        (ARRAY['validate', 'parse', 'check', 'chunk', 'embed', 'embed', 'embed', 'embed', 'embed', 'extract', 'finalize'])[k - 1]
+    END,
+    CASE WHEN k = 1 THEN 'submitted' WHEN k = 12 THEN 'completed'
+        WHEN k BETWEEN 6 AND 9 OR k = 4 AND d.state = 'retrying' THEN 'retry_scheduled' ELSE 'stage_completed' END,
     0, CASE WHEN k > 1 AND k NOT BETWEEN 6 AND 9 THEN random() * 1000 END, random() * 100, 120,
     CASE WHEN k > 1 THEN 'host:' || d.id %% 50 END, 1, '{"file_type": "pdf", "counts": false}'
 FROM file_extractions AS d, generate_series(1, CASE WHEN d.state IN ('complete', 'failed', 'duplicate') THEN 12 ELSE 4 END) AS k
@@ -85,16 +91,20 @@ ORDER BY 1"""
 REST = """
 INSERT INTO procrastinate_jobs (queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user)
 SELECT stage_queue(due_stage(d.milestone)), due_stage(d.milestone), due_stage(d.milestone) || ':' || d.doc_id,
-    jsonb_build_object('doc_id', d.doc_id), CASE d.state WHEN 'working' THEN 'doing' ELSE 'todo' END::procrastinate_job_status, d.not_before,
-    'default'
+    jsonb_build_object('doc_id', d.doc_id), CASE d.state WHEN 'working' THEN 'doing' ELSE 'todo' END::procrastinate_job_status,
+    d.not_before, 'default'
 FROM file_extractions AS d WHERE d.state IN ('queued', 'working', 'retrying');
 INSERT INTO procrastinate_jobs (queue_name, task_name, args, status)
 SELECT 'cpu', 'validate', jsonb_build_object('doc_id', d.doc_id), 'succeeded' FROM file_extractions AS d WHERE d.state = 'complete';
 INSERT INTO procrastinate_events (job_id, type, at)
 SELECT j.id, t, now() - interval '1 hour'
-FROM procrastinate_jobs AS j, unnest(CASE j.status WHEN 'todo' THEN '{deferred}' ELSE '{deferred,started,succeeded}' END::procrastinate_job_event_type[]) AS t;
+FROM procrastinate_jobs AS j
+CROSS JOIN LATERAL unnest(
+    CASE j.status WHEN 'todo' THEN '{deferred}' ELSE '{deferred,started,succeeded}' END::procrastinate_job_event_type[]
+) AS t;
 INSERT INTO dead_letters (doc_id, version, batch_id, user_id, correlation_id, stage, error_type, error_message, traceback, created_at)
-SELECT d.doc_id, 1, d.batch_id, 'default', d.correlation_id, 'parse', 'PARSE_ERROR', 'something went wrong', repeat('line', 200), d.updated_at
+SELECT d.doc_id, 1, d.batch_id, 'default', d.correlation_id, 'parse', 'PARSE_ERROR', 'something went wrong', repeat('line', 200),
+    d.updated_at
 FROM file_extractions AS d WHERE d.state = 'failed';
 INSERT INTO worker_registry (worker, host, pid, concurrency, heartbeat_at, version, active_jobs)
 SELECT 'host:' || n, 'host', n, 4, now() + CASE WHEN n < 47 THEN interval '1 hour' ELSE interval '-1 hour' END, '1.0', ARRAY(
@@ -105,7 +115,8 @@ INSERT INTO provider_budgets (service, requests_per_minute) SELECT c.service, 60
 INSERT INTO provider_usage (id, service, kind, model, stage, doc_ids, batch_ids, user_ids, shares, outcome, cost, started_at, give_up_at,
     finished_at, latency_ms, tokens_in)
 SELECT gen_random_uuid(), 'embedding https://service/' || d.id %% 4 + 1, 'embedding', 'm', 'embed', ARRAY[d.doc_id], ARRAY[d.batch_id],
-    '{default}', '{1}', CASE WHEN d.id %% 300 = 0 THEN 'failed' ELSE 'ok' END, 0.0001, d.updated_at, d.updated_at, d.updated_at, random() * 900, 500
+    '{default}', '{1}', CASE WHEN d.id %% 300 = 0 THEN 'failed' ELSE 'ok' END, 0.0001, d.updated_at, d.updated_at, d.updated_at,
+    random() * 900, 500
 FROM file_extractions AS d WHERE d.state = 'complete';
 INSERT INTO serving_embeddings (embedding_model, dimensions) VALUES ('m', 3);
 INSERT INTO embeddings_to_make (embedding_model, doc_id, passages, is_urgent)
@@ -115,8 +126,8 @@ PASSAGES = """
 INSERT INTO document_chunks (
     id, doc_id, user_id, version, chunk_index, content, content_sha256, char_start, char_end, language, embedding, embedding_model
 )
-SELECT overlay('00000000-0000-0000-0000-000000000000' PLACING lpad(n::text, 12, '0') FROM 25 FOR 12)::uuid, 'document-' || n / 10, 'default', 1,
-    n %% 10, 'passage', repeat('0', 64), 0, 7, 'en', '[1,0,0]', 'm'
+SELECT overlay('00000000-0000-0000-0000-000000000000' PLACING lpad(n::text, 12, '0') FROM 25 FOR 12)::uuid, 'document-' || n / 10,
+    'default', 1, n %% 10, 'passage', repeat('0', 64), 0, 7, 'en', '[1,0,0]', 'm'
 FROM generate_series(1, %(passages)s) AS n"""
 
 INDEXES = """
@@ -145,7 +156,8 @@ QUESTIONS = {
     "index_health": "SELECT * FROM index_health",
     "duplicate_documents": "SELECT * FROM duplicate_documents",
     "explain_document, complete": "SELECT * FROM explain_document('document-777')",
-    "explain_document, waiting": "SELECT * FROM explain_document((SELECT doc_id FROM file_extractions WHERE state = 'queued' ORDER BY id DESC LIMIT 1))",
+    "explain_document, waiting": """SELECT * FROM explain_document(
+        (SELECT doc_id FROM file_extractions WHERE state = 'queued' ORDER BY id DESC LIMIT 1))""",
 }
 
 
