@@ -54,6 +54,7 @@ async def fill(bench: Bench) -> None:
         assert found is not None
         await bench.runner().run(*found)
         bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE id = %s", [found[0].id])
+    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() + interval '1 hour' WHERE scheduled_at IS NOT NULL")
     for name in ("working", "waiting 1", "waiting 2"):
         bench.submit(name)
         bench.conn.execute("UPDATE file_extractions SET batch_id = 'b', run_id = %s WHERE doc_id = %s", [run, name])
