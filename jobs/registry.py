@@ -17,6 +17,7 @@ from pathlib import Path
 import psycopg
 from loguru import logger
 
+from jobs.database import application_name
 from models.settings import Settings
 from sql import query
 
@@ -67,6 +68,7 @@ class Registry:
                 "documents": pulse.documents(),
                 "memory_mb": resident_mb(),
                 "cpu_seconds": time.process_time(),
+                "application_name": application_name(),
                 "version": version("docmill"),
             },
         )
