@@ -22,6 +22,7 @@ from sql import query
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
 SIDE_TASKS = [
     "look_after_vector_index",
+    "prune",
     "reembed",
     "remove_noted_files",
     "unpack",

@@ -51,8 +51,8 @@ def mend_service(conn: psycopg.Connection) -> None:
 def pass_hours(conn: psycopg.Connection, hours: float) -> None:
     """Let everything that was noted have been noted earlier."""
     conn.execute(
-        """UPDATE alert_conditions SET first_seen_at = first_seen_at - %(by)s * interval '1 hour', opened_at = opened_at - %(by)s * interval '1 hour',
-            notified_at = notified_at - %(by)s * interval '1 hour', last_seen_at = last_seen_at - %(by)s * interval '1 hour'""",
+        """UPDATE alert_conditions SET first_seen_at = first_seen_at - i.by, opened_at = opened_at - i.by, notified_at = notified_at - i.by,
+            last_seen_at = last_seen_at - i.by FROM (SELECT make_interval(secs => 3600 * %(by)s) AS by) AS i""",
         {"by": hours},
     )
 
