@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs import clock
 from models.documents import Document
 from models.stages import Milestone
 
@@ -54,10 +55,22 @@ class Work:
     """An outside service has been called for what is not durable yet."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
+    began_at: float = field(default_factory=clock.seconds)
+    """When it was claimed, by `jobs.clock`."""
+    stage_began_at: float | None = None
+    """When the stage that runs now, or ran last, began."""
 
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""
         return self.retry_count if milestone == self.saved.milestone else 0
+
+    def taken_ms(self) -> float:
+        """Milliseconds since it was claimed."""
+        return round((clock.seconds() - self.began_at) * 1000, 1)
+
+    def stage_taken_ms(self) -> float | None:
+        """Milliseconds since the stage began; None if none has."""
+        return None if self.stage_began_at is None else round((clock.seconds() - self.stage_began_at) * 1000, 1)
 
     def carried_bytes(self) -> int:
         """About how much memory the results take that are not durable yet."""
