@@ -118,7 +118,10 @@ def fetching(server: PostgresServer, folder: Path, jobs: int, fetches: int) -> N
         conn.execute("VACUUM ANALYZE")
         with psycopg.connect(url_of(settings), autocommit=True) as other:
             tables = ("procrastinate_jobs", "procrastinate_events")
-            fetcher = lambda: Fetcher(conn, OURS, ["cpu"]).figures(fetches)  # noqa: E731
+
+            def fetcher() -> str:
+                return Fetcher(conn, OURS, ["cpu"]).figures(fetches)
+
             before, size = fetcher(), megabytes(other, *tables)
             gone: dict[str, int] = {}
             took: list[float] = []

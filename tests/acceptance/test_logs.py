@@ -73,7 +73,7 @@ def test_a_worker_says_each_outcome_once_with_all_that_is_known_and_nothing_of_t
         everything = "SELECT count(*) = 10 FROM file_extractions"
         wait_for(lambda: conn.execute(everything).fetchone() == (True,) and conn.execute(OPEN).fetchone() == (0,), "the end", 120, process)
         name = f"{os.uname().nodename}:{process.pid}"
-    states = dict(conn.execute("SELECT doc_id, state::text FROM file_extractions WHERE batch_id IS NULL").fetchall())
+    states: dict[str, str] = dict(conn.execute("SELECT doc_id, state::text FROM file_extractions WHERE batch_id IS NULL").fetchall())
     assert states == ends
 
     lines = lines_of(tmp_path / "stderr")
@@ -88,7 +88,7 @@ def test_a_worker_says_each_outcome_once_with_all_that_is_known_and_nothing_of_t
     for line in told:
         assert {"correlation_id", "stage", "attempt", "duration_ms"} <= set(line), line
         assert line["duration_ms"] > 0 and isinstance(line["attempt"], int)
-    correlations = dict(conn.execute("SELECT doc_id, correlation_id FROM file_extractions").fetchall())
+    correlations: dict[str, str] = dict(conn.execute("SELECT doc_id, correlation_id FROM file_extractions").fetchall())
     assert {line["doc_id"]: line["correlation_id"] for line in told} == correlations
     (retry,) = (line for line in told if line["level"] == "WARNING")
     assert (retry["doc_id"], retry["stage"], retry["attempt"], retry["error_type"]) == ("words", "check", 0, "RETRYABLE")

@@ -173,11 +173,13 @@ async def test_letters_alerts_and_the_ledger_go_when_they_are_settled_and_old(be
     bench.conn.execute("UPDATE dead_letters SET resolved_at = now(), resolution = 'discarded' WHERE doc_id = 'resolved'")
     bench.conn.execute("UPDATE alerts SET forwarded_at = now() WHERE id = 1")
     age(bench, 500)
-    policies = {"dead_letter_retention_days": 90, "usage_retention_days": 400, "alert_retention_days": 90}
     # Both documents are still queued.
-    assert prune(bench, **policies) == {"alerts": 2}
+    assert prune(bench, dead_letter_retention_days=90, usage_retention_days=400, alert_retention_days=90) == {"alerts": 2}
     bench.conn.execute("UPDATE file_extractions SET state = 'cancelled' WHERE doc_id = 'resolved'")
-    assert prune(bench, **policies) == {"resolved dead letters": 1, "calls to outside services": 1}
+    assert prune(bench, dead_letter_retention_days=90, usage_retention_days=400, alert_retention_days=90) == {
+        "resolved dead letters": 1,
+        "calls to outside services": 1,
+    }
     assert bench.all("SELECT doc_id FROM dead_letters") == [("open",)]
     assert bench.all("SELECT doc_id FROM provider_usage") == [("open",)]
 
