@@ -70,11 +70,11 @@ COMMENT ON COLUMN alerts.kind IS 'dead_letter, the name of a rule of alert_rules
 
 CREATE VIEW alert_findings WITH (security_invoker = true) AS
 WITH waiting AS MATERIALIZED (
-    -- The thousand that were submitted first, as far as they are due.
+    -- Of the ten thousand that were submitted first those that are due.
     SELECT stage_queue(due_stage(w.milestone)) AS queue, w.doc_id, greatest(w.updated_at, w.not_before) AS since
     FROM (
         SELECT d.milestone, d.doc_id, d.updated_at, d.not_before
-        FROM file_extractions AS d WHERE d.state IN ('queued', 'retrying') ORDER BY d.id LIMIT 1000
+        FROM file_extractions AS d WHERE d.state IN ('queued', 'retrying') ORDER BY d.id LIMIT 10000
     ) AS w
     WHERE w.not_before IS NULL OR w.not_before <= now()
 ), queues AS MATERIALIZED (
@@ -85,7 +85,7 @@ WITH waiting AS MATERIALIZED (
     GROUP BY w.queue
 ), ended AS (
     SELECT count(*) FILTER (WHERE e.event = 'failed') AS failed, count(*) AS total
-    FROM (SELECT v.event, v.at FROM document_events AS v ORDER BY v.id DESC LIMIT 20000) AS e
+    FROM (SELECT v.event, v.at FROM document_events AS v ORDER BY v.id DESC LIMIT 10000) AS e
     WHERE e.event IN ('failed', 'completed', 'duplicate') AND e.at > now() - interval '1 hour'
 )
 SELECT r.rule, q.queue AS subject, q.seconds AS value,
