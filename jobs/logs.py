@@ -33,6 +33,9 @@ ROUTINE = frozenset(
 """Values of `action` in what procrastinate logs at INFO for every job. docmill's own lines say it better, so these are DEBUG here."""
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"} | {ord("\n"): "\n    "}
 
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""Which JSON may hold as they are, but at which some readers would cut a line in two."""
+
 
 def configure_logging(settings: Settings, *, role: str, worker: str | None = None) -> None:
     """Send all log records of this process to stderr and, with LOG_FILE_PATH, to a rotating file of its own. May be called again.
@@ -63,6 +66,8 @@ def configure_logging(settings: Settings, *, role: str, worker: str | None = Non
     logging.root.handlers[:] = [_Intercept()]
     logging.root.setLevel(level)
     logging.captureWarnings(True)
+    if (command := sys.modules.get("procrastinate.cli")) is not None:
+        setattr(command, "print_stderr", _log_printed)  # noqa: B010 - not part of its typed surface
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
 
@@ -83,7 +88,7 @@ def _render(record: Record, *, as_json: bool) -> None:
         when = record["time"].astimezone(UTC).isoformat(timespec="milliseconds")
         line = {"time": when, "level": record["level"].name, "message": message, "logger": name}
         line = context | line | ({"exception": details} if details else {})
-        extra["_json"] = json.dumps(line, ensure_ascii=False)
+        extra["_json"] = json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS)
     else:
         extra["_line"] = f"{name}: {message}".translate(_CONTROLS)
         extra["_context"] = "".join(f" {key}={value}" for key, value in context.items()).translate(_CONTROLS)
@@ -93,6 +98,12 @@ def _render(record: Record, *, as_json: bool) -> None:
 def _write_to_stderr(line: str) -> None:
     """Look stderr up for each line: a progress display replaces it to keep lines and bars apart."""
     sys.stderr.write(line)
+
+
+def _log_printed(*parts: object) -> None:
+    """Log what procrastinate's command would print beside the log: what it starts, and the error that it ends with."""
+    level = "INFO" if sys.exc_info()[0] is None else "CRITICAL"
+    logger.bind(_logger="procrastinate.cli").log(level, "{}", " ".join(map(str, parts)))
 
 
 class _Intercept(logging.Handler):

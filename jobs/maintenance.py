@@ -1,4 +1,4 @@
-"""Periodic tasks: looking after the vector indexes, and removing the files of deleted documents.
+"""Periodic tasks: looking after the vector indexes, removing the files of deleted documents, and pruning what was kept long enough.
 
 Small tables are searched exactly. The index of a model is built when that pays: once it has VECTOR_INDEX_THRESHOLD passages and the bulk of
 a load is through, because inserting into a standing index costs about three times what building it afterwards does.
@@ -17,7 +17,9 @@ from psycopg.rows import dict_row
 
 from jobs.database import connect_options, conninfo_of
 from jobs.leftovers import remove_noted_files as remove_files
+from jobs.orphans import PARTS, find_orphans
 from jobs.pipeline.claims import one
+from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings
 from procrastinate_app import app
 from sql import query
@@ -107,3 +109,29 @@ async def remove_noted_files(timestamp: int) -> int:
             return sum(iter(lambda: remove_files(app.settings, conn), 0))
 
     return await asyncio.to_thread(remove)
+
+
+@app.periodic(cron="17 * * * *")
+@app.task(name="prune", queue="maintenance", queueing_lock="prune", priority=1000)
+async def prune(timestamp: int) -> dict[str, int]:
+    """Remove what the settings let go, and look for orphans in the part of the storage whose hour it is; return how many of what."""
+
+    def work() -> dict[str, int]:
+        with psycopg.connect(conninfo_of(app.settings), **connect_options(app.settings), autocommit=True) as conn:
+            try:
+                removed = prune_rows(app.settings, conn, stop=app.stopping)
+            except SomebodyElsePrunes:
+                return {}
+            found = find_orphans(app.settings, conn, part=timestamp // 3600 % PARTS, stop=app.stopping)
+            if found.suspicious:
+                logger.warning(
+                    "{} files in storage belong to nothing in this database: too many to be left-overs, so they stay. Is it the right "
+                    "database? If they are to go: docmill prune --orphans",
+                    found.suspicious,
+                )
+            return removed | {"orphaned files": found.noted, "temporary files": found.temporary}
+
+    removed = await asyncio.to_thread(work)
+    if told := ", ".join(f"{count} {what}" for what, count in removed.items() if count):
+        logger.info("Pruned: {}", told)
+    return removed

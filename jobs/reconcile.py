@@ -24,12 +24,14 @@ from sql import query
 MOST = 100  # repairs of one kind in a pass: a pass stays short, the next one goes on
 SIDE_TASKS = [
     "look_after_vector_index",
+    "prune",
     "reembed",
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
+ALERT_SECONDS = 30.0  # between two looks at the alert rules, over all workers
 
 
 class Reconciler:
@@ -89,7 +91,21 @@ class Reconciler:
             await self._repair(done, "settle_batch", batch_id=row["batch_id"])
         for row in await self._rows("find_summaries_to_renew", most=MOST):
             await self._repair(done, "renew_summaries", batch_id=row["batch_id"])
+        await self._evaluate_alerts()
         return done
+
+    async def _evaluate_alerts(self) -> None:
+        """Look at the alert rules unless some worker has lately, and say what has changed. A rule that fails is no fault of the repairs."""
+        try:
+            changes = await self._rows("evaluate_alerts", every_seconds=ALERT_SECONDS)
+        except psycopg.DatabaseError as error:
+            if isinstance(error, psycopg.OperationalError):
+                raise
+            logger.warning("The alert rules could not be evaluated: {}", describe(error))
+            return
+        for row in changes:
+            level = "INFO" if row["change"] == "resolved" else "ERROR" if row["severity"] == "critical" else "WARNING"
+            logger.bind(rule=row["rule"], subject=row["subject"]).log(level, "Alert {}: {}", row["rule"], row["message"])
 
     async def _reopen(self, done: dict[str, int]) -> None:
         seen = await self._rows("find_batches_to_reopen", after=self._after_batch, window=WINDOW)
@@ -135,7 +151,8 @@ class Reconciler:
         await faults.at(f"after_repair:{name}", params.get("doc_id", ""))
         outcome = next(iter(found[0].values()), None) if found else None
         if outcome is not None:
-            logger.log("INFO" if name in EXPECTED else "WARNING", "{}: {} {}", name, next(iter(params.values())), outcome)
+            about = {key: params[key] for key in ("doc_id", "batch_id", "job_id") if key in params}
+            logger.bind(**about).log("INFO" if name in EXPECTED else "WARNING", "{}: {} {}", name, next(iter(params.values())), outcome)
             key = outcome if isinstance(outcome, str) else name
             done[key] = done.get(key, 0) + 1
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -29,7 +28,8 @@ from jobs.leases import LeaseKeeper
 from jobs.outages import DATABASE_ERRORS, outlive
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
-from jobs.registry import Pulse, Registry
+from jobs.registry import Pulse, Registry, worker_name
+from jobs.tracing import start_tracing
 from models.settings import Settings
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
@@ -150,7 +150,7 @@ class DocmillApp(App):
         )
         self.job_manager: DocmillJobManager = DocmillJobManager(self.connector, max_documents_per_user=settings.max_documents_per_user)
         self.settings = settings
-        self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
+        self.worker_name = worker_name()
         self.leases: LeaseKeeper | None = None
         self.finished_jobs: set[int] = set()
         """Ids of jobs whose row a checkpoint has finished already."""
@@ -189,6 +189,7 @@ class DocmillApp(App):
         self._check_providers()
         import_tasks: Callable[[], None] = self.perform_import_paths
         import_tasks()
+        stop_tracing = start_tracing(self.worker_name)
         worker = self._worker(**kwargs)
         pulse = Pulse(
             worker=self.worker_name,
@@ -211,3 +212,4 @@ class DocmillApp(App):
             self.at_close.clear()
             await asyncio.to_thread(leases.close, registry.sign_off)
             self.leases = None
+            await asyncio.to_thread(stop_tracing)

@@ -35,6 +35,7 @@ class Archive:
     priority: int
     retry_count: int
     source_path: str | None
+    correlation_id: str
 
     @property
     def name(self) -> str:

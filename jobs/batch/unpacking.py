@@ -60,7 +60,7 @@ class Unpacker:
         if row is None or began is None:
             return
         archive = Archive(**row)
-        with bound(batch_id=archive.batch_id):
+        with bound(batch_id=archive.batch_id, correlation_id=archive.correlation_id, stage="unpack"):
             if began["outcome"] == "begun":
                 await self._run(archive)
             await self._count_and_settle(archive)

@@ -189,6 +189,21 @@ def extract(
 
 
 @app.command(epilog=EXIT_CODES)
+def prune(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    orphans: Annotated[
+        bool, typer.Option("--orphans", help="Remove files that belong to nothing also where there are suspiciously many.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Remove what has been kept long enough, by the settings *_RETENTION_DAYS and ORPHAN_FILE_DAYS, as a worker does every hour."""
+    from jobs.cli.prune import run  # noqa: PLC0415
+
+    raise typer.Exit(run(dry_run=dry_run, orphans=orphans, json=json))
+
+
+@app.command(epilog=EXIT_CODES)
 def migrate() -> None:
     """Bring the database to the present schema; safe to run twice and from two hosts at once."""
     from jobs.cli.migrate import run  # noqa: PLC0415

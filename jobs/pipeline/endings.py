@@ -47,6 +47,7 @@ class Endings:
         """Hand the document on to its next stage's queue."""
         retry_count = work.attempt_at(work.document.milestone)
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
+        logger.bind(duration_ms=work.taken_ms()).debug("{} is handed on to {}", work.document.file_name, following.name)
 
     async def keep(self, work: Work) -> None:
         """Make what has been done durable and go on."""
@@ -55,14 +56,15 @@ class Endings:
     async def complete(self, work: Work, lease: Lease) -> None:
         """Swap the finished version in."""
         await self._checkpoint(work, Outcome(State.COMPLETE), lease)
-        logger.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
+        told = logger.bind(duration_ms=work.taken_ms(), passages=len(work.document.chunks or ()))
+        told.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
 
     async def skip(self, work: Work, lease: Lease, original: str) -> None:
         """End a document as a duplicate, without rows of its own."""
         work.document = replace(work.document, duplicate_of=original)
         work.events.append(StageEvent("duplicate", detail={"duplicate_of": original}))
         await self._checkpoint(work, Outcome(State.DUPLICATE), lease)
-        logger.success("{} is a duplicate of {}", work.document.file_name, original)
+        logger.bind(duration_ms=work.taken_ms()).success("{} is a duplicate of {}", work.document.file_name, original)
 
     async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
         """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
@@ -95,7 +97,7 @@ class Endings:
         except FencedOff:
             await self.tell_fenced(work, stage)
             return
-        with bound(stage=stage.name, attempt=attempt):
+        with bound(stage=stage.name, attempt=attempt, error_type=failure.error_type, duration_ms=work.stage_taken_ms()):
             if plan is None:
                 logger.error("{} failed: {}", failure.error_type, failure.message)
             else:
@@ -133,7 +135,7 @@ class Endings:
         """Drop the work and say so in the audit trail."""
         work.fenced = True
         name = stage.name if stage else None
-        logger.warning("The claim has moved on; the work on {} is dropped", name)
+        logger.bind(stage=name, duration_ms=work.taken_ms()).warning("The claim has moved on; the work on {} is dropped", name)
         try:
             async with self._pool.connection() as conn:
                 await conn.execute(query("tell_event"), fenced_params(work, name, self._worker))

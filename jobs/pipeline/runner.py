@@ -28,6 +28,7 @@ from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
+from jobs.tracing import span
 from models.documents import Document
 from models.errors import PermanentError
 from models.errors import TimeoutError as StageTimeout
@@ -127,7 +128,7 @@ class Runner:
             if work.wait_seconds is not None:
                 await self._put_off(conn, job, doc_id, work.wait_seconds)
                 why = f"waits for {work.waits_for}, which is equal" if work.waits_for else "cannot be had now"
-                logger.bind(doc_id=doc_id).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
+                logger.bind(doc_id=doc_id, stage=job.stage).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
             return None
 
     async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
@@ -135,9 +136,12 @@ class Runner:
 
     async def _work(self, job: Job, work: Work, lease: Lease) -> None:
         document = work.document
-        with bound(doc_id=document.doc_id, batch_id=document.batch_id, correlation_id=document.correlation_id, worker=self._worker):
+        about = {"doc_id": document.doc_id, "batch_id": document.batch_id, "correlation_id": document.correlation_id}
+        told = {**about, "user_id": document.user_id, "version": document.version, "claim": work.claim}
+        with bound(**about, worker=self._worker), span("document", trace=document.correlation_id, **told) as note:
             try:
                 await self._carry(job, work, lease)
+                note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
                 self._sharing.expect(work.job_id, False)
                 self._leases.release(lease)
@@ -220,16 +224,18 @@ class Runner:
             failure = describe_failure(work.document, stage.name, final, attempt=attempt, worker=self._worker)
             told = {"error_type": failure.error_type, "error_message": failure.message}
             work.events.append(StageEvent("extraction_failed", stage.name, attempt, detail=told))
-            logger.error("The document goes on without its extraction: {}: {}", failure.error_type, failure.message)
+            logger.bind(error_type=failure.error_type, duration_ms=work.stage_taken_ms()).error(
+                "The document goes on without its extraction: {}: {}", failure.error_type, failure.message
+            )
             return await self._run_stage(stage, work, lease, partial(extract.run_without, failure=told))
 
     async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
         """Run one stage, note its event, and return how long it took in seconds."""
-        started = clock.seconds()
+        started = work.stage_began_at = clock.seconds()
         limit = self._settings.stage_timeout_seconds
         lease.deadline = started + limit
         attempt = work.attempt_at(stage.due_at)
-        with measured() as usage:
+        with span(stage.name, doc_id=work.document.doc_id, stage=stage.name, attempt=attempt) as note, measured() as usage:
             try:
                 async with asyncio.timeout(limit) as deadline:
                     await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
@@ -239,8 +245,10 @@ class Runner:
                 if not deadline.expired():
                     raise
                 raise StageTimeout(f"{work.document.file_name}: {stage.name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
+            note(cpu_ms=usage.cpu_ms, peak_memory_mb=usage.peak_memory_mb, file_type=document.file_type, file_size=document.file_size)
         elapsed = clock.seconds() - started
         work.document = replace(document, milestone=stage.reaches)
+        logger.bind(duration_ms=round(elapsed * 1000, 1), cpu_ms=round(usage.cpu_ms, 1)).debug("{} is through", stage.name)
         work.events.append(
             StageEvent(
                 "completed" if stage.name == "finalize" else "stage_completed",

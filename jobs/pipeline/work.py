@@ -59,6 +59,10 @@ class Work:
     """An outside service has been called for what is not durable yet."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
+    began_at: float = field(default_factory=clock.seconds)
+    """When it was claimed, by `jobs.clock`."""
+    stage_began_at: float | None = None
+    """When the stage that runs now, or ran last, began."""
 
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""
@@ -69,6 +73,14 @@ class Work:
         if self.waiting_since is None or self.gained or milestone != self.saved.milestone:
             return 0.0
         return max(0.0, clock.seconds() - self.waiting_since)
+
+    def taken_ms(self) -> float:
+        """Milliseconds since it was claimed."""
+        return round((clock.seconds() - self.began_at) * 1000, 1)
+
+    def stage_taken_ms(self) -> float | None:
+        """Milliseconds since the stage began; None if none has."""
+        return None if self.stage_began_at is None else round((clock.seconds() - self.stage_began_at) * 1000, 1)
 
     def carried_bytes(self) -> int:
         """About how much memory the results take that are not durable yet."""

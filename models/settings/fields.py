@@ -200,6 +200,22 @@ class Settings(ProviderSettings):
     alert_timeout_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 5
     """Seconds that the webhook has to answer."""
 
+    # Retention
+    event_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 0
+    """Days that the audit trail of a document is kept that has ended and is still there. 0: for ever."""
+    deleted_event_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 365
+    """Days that the audit trail of a document is kept after its deletion. 0: for ever."""
+    job_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 7
+    """Days that ended jobs of docmill's tasks are kept in the queue's tables, with their events. 0: for ever."""
+    dead_letter_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 90
+    """Days that a dead letter is kept after it was requeued, discarded or superseded; open ones always are. 0: for ever."""
+    alert_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 90
+    """Days that alerts are kept; open ones, and those that a webhook may still be sent, always are. 0: for ever."""
+    usage_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 400
+    """Days that the ledger of calls to outside services is kept, from which costs are added up. 0: for ever."""
+    orphan_file_days: Annotated[int, Interval(ge=0, le=36_500)] = 7
+    """Days after which a stored file goes that no document, archive or batch refers to, because its submission was cut off. 0: never."""
+
     @field_validator("chunk_overlap")
     @classmethod
     def _less_than_half(cls, overlap: int, info: ValidationInfo) -> int:

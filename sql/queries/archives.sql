@@ -18,7 +18,7 @@ SELECT begin_unpacking(%(archive_id)s, %(max_attempts)s) AS outcome;
 
 -- name: look_at_archive
 SELECT a.id, a.batch_id, a.run_id, a.user_id, a.entry_path, a.source_prefix, a.file_path, a.content_sha256, a.depth, a.priority,
-    a.retry_count, b.source_path
+    a.retry_count, b.source_path, b.correlation_id
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.id = %(archive_id)s;

@@ -212,3 +212,6 @@ SELECT DISTINCT n.batch_id FROM summaries_to_renew AS n LIMIT %(most)s;
 
 -- name: renew_summaries
 SELECT renew_summaries(%(batch_id)s) AS outcome;
+
+-- name: evaluate_alerts
+SELECT e.change, e.rule, e.subject, e.severity, e.message FROM evaluate_alerts(%(every_seconds)s) AS e;
