@@ -34,6 +34,8 @@ class Pulse:
     jobs: Callable[[], list[int]]
     documents: Callable[[], list[str]]
     stopping: Callable[[], bool]
+    connections: Callable[[], int]
+    """How many database connections the event loop's side of the process holds."""
     oldest_query_at: Callable[[], float | None]
     """Since when the oldest query of the event loop waits for its answer; None when none does."""
     loop_beat_at: float = field(default_factory=time.monotonic)
@@ -67,6 +69,7 @@ class Registry:
                 "documents": pulse.documents(),
                 "memory_mb": resident_mb(),
                 "cpu_seconds": time.process_time(),
+                "connections": pulse.connections() + 1,  # the one that this is written over
                 "version": version("docmill"),
             },
         )

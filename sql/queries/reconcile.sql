@@ -111,14 +111,15 @@ FOR NO KEY UPDATE OF b SKIP LOCKED;
 -- name: beat
 -- The registry's heartbeat; a row that somebody removed comes back.
 INSERT INTO worker_registry AS w (
-    worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, version
+    worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, connections, version
 ) VALUES (
     %(worker)s, %(host)s, %(pid)s, %(queues)s, %(concurrency)s, %(stopping)s, %(active_jobs)s, %(documents)s, %(memory_mb)s,
-    %(cpu_seconds)s, %(version)s
+    %(cpu_seconds)s, %(connections)s, %(version)s
 )
 ON CONFLICT (worker) DO UPDATE
 SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.active_jobs, documents = EXCLUDED.documents,
-    memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, queues = EXCLUDED.queues, concurrency = EXCLUDED.concurrency;
+    memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, connections = EXCLUDED.connections, queues = EXCLUDED.queues,
+    concurrency = EXCLUDED.concurrency;
 
 -- name: sign_off
 DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
