@@ -63,6 +63,11 @@ def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
     return _start_embedded(settings.storage_base_path) if conninfo is None else conninfo
 
 
+def application_name() -> str:
+    """Return what this process' connections are called in pg_stat_activity: `docmill host:pid`, in the 63 bytes that Postgres keeps."""
+    return f"docmill {socket.gethostname()[:40]}:{os.getpid()}"
+
+
 def connect_options(settings: Settings) -> dict[str, Any]:
     """Return the keyword arguments that every connection is made with: a silently cut connection is noticed within a minute."""
     return {
@@ -72,7 +77,7 @@ def connect_options(settings: Settings) -> dict[str, Any]:
         "keepalives_interval": 5,
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
-        "application_name": f"docmill {socket.gethostname()}",
+        "application_name": application_name(),
     }
 
 

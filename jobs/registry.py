@@ -17,6 +17,7 @@ from pathlib import Path
 import psycopg
 from loguru import logger
 
+from jobs.database import application_name
 from models.settings import Settings
 from sql import query
 
@@ -34,8 +35,6 @@ class Pulse:
     jobs: Callable[[], list[int]]
     documents: Callable[[], list[str]]
     stopping: Callable[[], bool]
-    connections: Callable[[], int]
-    """How many database connections the event loop's side of the process holds."""
     oldest_query_at: Callable[[], float | None]
     """Since when the oldest query of the event loop waits for its answer; None when none does."""
     loop_beat_at: float = field(default_factory=time.monotonic)
@@ -69,7 +68,7 @@ class Registry:
                 "documents": pulse.documents(),
                 "memory_mb": resident_mb(),
                 "cpu_seconds": time.process_time(),
-                "connections": pulse.connections() + 1,  # the one that this is written over
+                "application_name": application_name(),
                 "version": version("docmill"),
             },
         )

@@ -49,16 +49,10 @@ class DocmillConnector(PsycopgConnector):
         super().__init__()
         self._settings = settings
         self._asked_at: dict[object, float] = {}
-        self._standalone = 0
 
     def oldest_query_at(self) -> float | None:
         """Return since when, by the monotonic clock, the oldest of procrastinate's queries waits for its answer; None when none does."""
         return min(list(self._asked_at.values()), default=None)
-
-    def connections(self) -> int:
-        """Return how many connections the pool and the listener hold now."""
-        pooled: int = self.pool.get_stats().get("pool_size", 0)
-        return pooled + self._standalone
 
     async def execute_query_one_async(self, query: LiteralString, **arguments: Any) -> dict[str, Any]:
         """Run a query, noting for the watchdog since when."""
@@ -79,11 +73,7 @@ class DocmillConnector(PsycopgConnector):
     async def _get_standalone_connection(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
         conninfo = await asyncio.to_thread(conninfo_of, self._settings, direct=True)
         async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(self._settings), autocommit=True) as connection:
-            self._standalone += 1
-            try:
-                yield connection
-            finally:
-                self._standalone -= 1
+            yield connection
 
     async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:
         """Listen until cancelled, over a new connection whenever the old one is gone."""
@@ -248,7 +238,6 @@ class DocmillApp(App):
             jobs=worker.job_ids,
             documents=lambda: [] if self.leases is None else self.leases.held(),
             stopping=worker.stopping,
-            connections=self._connector().connections,
             oldest_query_at=self._connector().oldest_query_at,
         )
         registry = Registry(self.settings, pulse, asyncio.get_running_loop())

@@ -114,12 +114,17 @@ INSERT INTO worker_registry AS w (
     worker, host, pid, queues, concurrency, stopping, active_jobs, documents, memory_mb, cpu_seconds, connections, version
 ) VALUES (
     %(worker)s, %(host)s, %(pid)s, %(queues)s, %(concurrency)s, %(stopping)s, %(active_jobs)s, %(documents)s, %(memory_mb)s,
-    %(cpu_seconds)s, %(connections)s, %(version)s
+    %(cpu_seconds)s, (SELECT count(*) FROM pg_stat_activity AS a WHERE a.application_name = %(application_name)s), %(version)s
 )
 ON CONFLICT (worker) DO UPDATE
 SET heartbeat_at = now(), stopping = EXCLUDED.stopping, active_jobs = EXCLUDED.active_jobs, documents = EXCLUDED.documents,
     memory_mb = EXCLUDED.memory_mb, cpu_seconds = EXCLUDED.cpu_seconds, connections = EXCLUDED.connections, queues = EXCLUDED.queues,
-    concurrency = EXCLUDED.concurrency;
+    concurrency = EXCLUDED.concurrency,
+    -- Less CPU time than before: another process has the same host and pid, as in a container that was started again.
+    started_at = CASE WHEN EXCLUDED.cpu_seconds < w.cpu_seconds THEN now() ELSE w.started_at END,
+    cpu_share = CASE WHEN EXCLUDED.cpu_seconds >= w.cpu_seconds THEN
+        (EXCLUDED.cpu_seconds - w.cpu_seconds) / nullif(extract(epoch FROM now() - w.heartbeat_at)::float8, 0)
+    END;
 
 -- name: sign_off
 DELETE FROM worker_registry AS w WHERE w.worker = %(worker)s;
