@@ -56,7 +56,11 @@ def make_app(settings: Settings) -> ASGIApp:
     app = Starlette(
         routes=_routes(),
         exception_handlers={
-            HTTPException: _not_shown, DatabaseAway: _database_away, TooSlow: _too_slow, psycopg.Error: _refused, Exception: _unforeseen,
+            HTTPException: _not_shown,
+            DatabaseAway: _database_away,
+            TooSlow: _too_slow,
+            psycopg.Error: _refused,
+            Exception: _unforeseen,
         },  # fmt: skip
         lifespan=lambda _: _lifespan(parts),
         max_body_size=_LARGEST_FORM,
@@ -153,5 +157,3 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _unforeseen(request: Request, _: Exception) -> Response:
     # uvicorn logs it with its traceback
     return rendering_of(request).trouble(request, 500, "Something unforeseen happened", "The log of this server says more.")
-
-

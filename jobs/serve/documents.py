@@ -40,13 +40,15 @@ async def document(request: Request) -> Response:
         events = await look.rows("page_events", doc_id=doc_id, before=key_of(request, "before"), limit=_EVENTS + 1)
         if found is None and not events:
             raise HTTPException(404, "There is no document of that doc_id.")
-        stuck = await look.row("page_why_stuck", doc_id=doc_id) if found and found["state"] in ("queued", "working", "retrying") else None
+        outlook = await look.row("page_what_next", doc_id=doc_id)
         letters = await look.rows("page_letters_of_document", doc_id=doc_id)
         cost = await look.rows("page_cost_of_document", doc_id=doc_id)
-        passages = await look.rows("page_passages", doc_id=doc_id, after=key_of(request) if key_of(request) is not None else -1, limit=_PASSAGES + 1)
+        passages = await look.rows(
+            "page_passages", doc_id=doc_id, after=key_of(request) if key_of(request) is not None else -1, limit=_PASSAGES + 1
+        )
     return rendering_of(request).page(
-        request, "document.html", doc_id=doc_id, document=found, events=events[:_EVENTS], older=events[_EVENTS - 1]["id"] if len(events) > _EVENTS else None,
-        stuck=stuck, letters=letters, cost=cost, steps=_steps(found), passages=paged(request, passages, "chunk_index", keep=("id",), limit=_PASSAGES),
+        request, "document.html", doc_id=doc_id, document=found, events=events[:_EVENTS][::-1], older=events[_EVENTS - 1]["id"] if len(events) > _EVENTS else None,
+        outlook=outlook, letters=letters, cost=cost, steps=_steps(found), passages=paged(request, passages, "chunk_index", keep=("id",), limit=_PASSAGES),
     )  # fmt: skip
 
 

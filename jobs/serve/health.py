@@ -120,7 +120,9 @@ async def _workers(look: Look) -> Component:
     live, silent, deaf = found["live"], found["silent"], found["queues_without_worker"]
     if deaf:
         names = ", ".join(deaf)
-        return Component("workers", "failed" if not live else "degraded", f"Jobs wait in queues that no live worker listens to: {names}.", detail)
+        return Component(
+            "workers", "failed" if not live else "degraded", f"Jobs wait in queues that no live worker listens to: {names}.", detail
+        )
     if not live:
         return Component("workers", "failed", "No worker runs: start one with `docmill worker`.", detail)
     if silent:

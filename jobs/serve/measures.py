@@ -48,7 +48,9 @@ async def documents(look: Look) -> list[Metric]:
     rate = await look.row("metric_rate")
     return [
         _gauge("docmill_documents", "Documents by state.", ["state"], states.items()),
-        _gauges("docmill_documents_unfinished", "Unfinished documents by the stage that is due.", ["stage", "state"], unfinished, "documents"),
+        _gauges(
+            "docmill_documents_unfinished", "Unfinished documents by the stage that is due.", ["stage", "state"], unfinished, "documents"
+        ),
         _single("docmill_processing_rate_documents_per_minute", "Documents that ended, over the last 5 minutes.", rate, "per_minute"),
     ]
 
@@ -86,7 +88,9 @@ async def dead_letters(look: Look) -> list[Metric]:
     rows = await look.rows("metric_dead_letters")
     oldest = max((row["oldest_seconds"] for row in rows), default=0)
     return [
-        _gauges("docmill_dead_letters_open", "Documents that failed for good and wait for somebody.", ["stage", "error_type"], rows, "letters"),
+        _gauges(
+            "docmill_dead_letters_open", "Documents that failed for good and wait for somebody.", ["stage", "error_type"], rows, "letters"
+        ),
         GaugeMetricFamily("docmill_dead_letters_oldest_seconds", "For how long the oldest has waited; 0 for none.", value=oldest),
     ]
 
@@ -121,7 +125,9 @@ async def providers(look: Look) -> list[Metric]:
     """Outside services."""
     rows = await look.rows("metric_providers")
     breaker = GaugeMetricFamily("docmill_provider_breaker", "1 for the state that the breaker is in.", labels=["service", "state"])
-    requests = GaugeMetricFamily("docmill_provider_requests_per_minute", "Requests of the last minute, and the limit.", labels=["service", "kind"])
+    requests = GaugeMetricFamily(
+        "docmill_provider_requests_per_minute", "Requests of the last minute, and the limit.", labels=["service", "kind"]
+    )
     for row in rows:
         for state in _BREAKER_STATES:
             breaker.add_metric([row["service"], state], float(row["state"] == state))

@@ -106,5 +106,3 @@ def _text(metrics: list[Metric]) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Ready(metrics))
     return generate_latest(registry)
-
-

@@ -39,7 +39,9 @@ def serve(settings: Settings) -> None:
         ws="none",
     )
     host, port = listening.getsockname()[:2]
-    logger.info("Serving on http://{}:{}/{}", f"[{host}]" if ":" in host else host, port, " (read-only)" if settings.serve_read_only else "")
+    logger.info(
+        "Serving on http://{}:{}/{}", f"[{host}]" if ":" in host else host, port, " (read-only)" if settings.serve_read_only else ""
+    )
     with listening:
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -26,7 +26,9 @@ async def login(request: Request) -> Response:
     following, now, address = our_own(fields.get("next", ["/"])[0]), time.monotonic(), address_of(request)
     wait = parts.slowdown.wait(address, now)
     if wait:
-        answer = rendering_of(request).page(request, "login.html", 429, following=following, complaint=f"Too many tries: wait {wait + 0.5:.0f} s.")
+        answer = rendering_of(request).page(
+            request, "login.html", 429, following=following, complaint=f"Too many tries: wait {wait + 0.5:.0f} s."
+        )
         answer.headers["Retry-After"] = f"{wait + 0.5:.0f}"
         return answer
     if not parts.sessions.is_token(fields.get("token", [""])[0].strip()):
