@@ -33,18 +33,22 @@ def own_log_file(path: Path, role: str) -> Path:
     return own
 
 
-def remove_abandoned(path: Path, keep: int) -> None:
-    """Delete the log files that ended processes left for a LOG_FILE_PATH, but for the newest `keep`."""
+def log_files(path: Path) -> list[Path]:
+    """Return the log files of all processes of docmill for a LOG_FILE_PATH, rotated ones too, in no order; none if there is no folder."""
     template = Path(_template(path))
     shape = re.escape(template.stem)
     for part, pattern in _PARTS.items():
         shape = shape.replace(re.escape(part), pattern)
     ours = re.compile(f"{shape}{_ROTATED}{re.escape(template.suffix)}")
+    return [file for file in path.parent.iterdir() if ours.fullmatch(file.name)] if path.parent.is_dir() else []
+
+
+def remove_abandoned(path: Path, keep: int) -> None:
+    """Delete the log files that ended processes left for a LOG_FILE_PATH, but for the newest `keep`."""
     written: list[tuple[float, Path]] = []
-    for file in path.parent.iterdir():
-        if ours.fullmatch(file.name):
-            with suppress(FileNotFoundError):  # another process is doing the same
-                written.append((file.stat().st_mtime, file))
+    for file in log_files(path):
+        with suppress(FileNotFoundError):  # another process is doing the same
+            written.append((file.stat().st_mtime, file))
     for when, file in sorted(written, reverse=True)[keep:]:
         if when < time.time() - ABANDONED_SECONDS:
             file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import jobs.cli.seeing  # noqa: F401  # adds its commands to the app
 from jobs.cli.breaker import breaker
 from jobs.cli.commands import app
 from jobs.cli.dead import dead

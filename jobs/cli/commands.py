@@ -96,12 +96,16 @@ def sync(
 @app.command(epilog=EXIT_CODES)
 def status(
     id: Annotated[str | None, typer.Argument(metavar="[ID]", help="doc_id or batch_id, the beginning of one, or a file name.")] = None,
+    *,
+    batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="A batch_id, or the beginning of one.")] = None,
     json: Json = False,
 ) -> None:
-    """Show where everything stands, or one document with its timeline, or one batch."""
+    """Show where everything stands and what is stuck, or one document with its timeline, or one batch with its progress."""
     from jobs.cli.status import run  # noqa: PLC0415
 
-    raise typer.Exit(run(id, json=json))
+    if id is not None and batch is not None:
+        raise typer.BadParameter("name a document or a batch, not both.", param_hint="--batch")
+    raise typer.Exit(run(id, batch=batch, json=json))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -88,6 +88,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, default=_plain, indent=2, allow_nan=False))
 
 
+def print_json_line(value: Any) -> None:
+    """Print JSON as one line, at once, for output that goes on."""
+    print(json.dumps(value, default=_plain, allow_nan=False), flush=True)
+
+
 def duration(seconds: float | None) -> str:
     """Return a time span for people, for example `0.4 s`, `12.5 s` or `3 min 20 s`."""
     if seconds is None:

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.cli.errors import ExitCode
-from jobs.cli.output import aside, complain, duration, moment, print_json, say, table
+from jobs.cli.naming import complain_of
+from jobs.cli.output import duration, moment, print_json, say, table
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from models.settings import Settings, load_settings
 
 LATEST = 10
-"""How many batches, dead letters and candidates are shown."""
+"""How many batches and dead letters are shown."""
 
 
-def run(word: str | None, *, json: bool) -> ExitCode:
-    """Show what the word names, or everything."""
+def run(word: str | None, *, batch: str | None = None, json: bool) -> ExitCode:
+    """Show what the word names, or the batch that another one names, or everything."""
     settings = load_settings()
     quiet_logs(settings)
+    if batch is not None:
+        return run_async(_named_batch(settings, batch, json=json))
     return run_async(_overview(settings, json=json) if word is None else _named(settings, word, json=json))
 
 
@@ -28,6 +31,7 @@ async def _overview(settings: Settings, *, json: bool) -> ExitCode:
         "queues": await rows(settings, "count_live_jobs"),
         "batches": await rows(settings, "latest_batches", limit=LATEST),
         "dead_letters": await rows(settings, "open_dead_letters", limit=LATEST),
+        "stuck": await rows(settings, "stuck_causes"),
         "workers": (await rows(settings, "live_workers"))[0]["workers"],
     }
     if json:
@@ -49,13 +53,16 @@ def _print_overview(found: Mapping[str, Any]) -> None:
         columns = ["queue", "waiting", "scheduled", "running"]
         table("Queue", columns, [[row[c] for c in columns] for row in found["queues"]], numbers=columns[1:])
     if found["batches"]:
-        columns = ["batch_id", "source_path", "status", "total_files", "completed", "failed", "created"]
-        cells = [[*(row[c] for c in columns[:-1]), moment(row["created_at"])] for row in found["batches"]]
-        table("Latest batches", columns, cells, numbers=columns[3:6])
+        columns = ["batch_id", "source_path", "status", "total_files", "completed", "failed", "left", "begun"]
+        cells = [[*(row[c] for c in columns[:6]), duration(row["seconds_left"]), moment(row["created_at"])] for row in found["batches"]]
+        table("Latest batches", columns, cells, numbers=columns[3:7])
     letters = found["dead_letters"]
     if letters:
         cells = [[r["file_name"] or r["doc_id"], r["stage"], r["error_type"], r["error_message"], moment(r["created_at"])] for r in letters]
         table(f"Open dead letters: {letters[0]['total']}", ["file", "stage", "error", "reason", "since"], cells)
+    if found["stuck"]:
+        cells = [[r["documents"], r["reason"], moment(r["since"]), r["for_example"], r["what_to_do"]] for r in found["stuck"]]
+        table("Stuck", ["documents", "reason", "since", "for example", "what to do"], cells, numbers=["documents"])
     say(f"Workers alive: {found['workers']}")
 
 
@@ -69,16 +76,17 @@ async def _named(settings: Settings, word: str, *, json: bool) -> ExitCode:
         return await _document(settings, (exact or documents)[0]["doc_id"], json=json)
     if len(batches) == 1:
         return await _batch(settings, batches[0]["batch_id"], json=json)
-    if not documents and not batches:
-        complain(f'There is no document and no batch "{word}": neither an id, nor the beginning of one, nor a file name.')
-        return ExitCode.FAILED
-    complain(f'"{word}" could be any of these:')
-    for row in documents[:LATEST]:
-        say("  document", row["doc_id"], row["file_name"], row["state"], console=aside())
-    for row in batches[:LATEST]:
-        say("  batch   ", row["batch_id"], row["source_path"] or "", row["status"], console=aside())
-    if max(len(documents), len(batches)) > LATEST:
-        say("  ...", console=aside())
+    complain_of(word, documents, batches)
+    return ExitCode.FAILED
+
+
+async def _named_batch(settings: Settings, word: str, *, json: bool) -> ExitCode:
+    """Show the one batch that a word names."""
+    word = word.replace("\x00", "")
+    batches = await rows(settings, "find_batches", word=word, limit=LATEST + 1)
+    if len(batches) == 1:
+        return await _batch(settings, batches[0]["batch_id"], json=json)
+    complain_of(word, [], batches, "batch")
     return ExitCode.FAILED
 
 
@@ -130,7 +138,7 @@ def _details(event: Row) -> str:
 
 
 async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
-    row = (await rows(settings, "show_batch", batch_id=batch_id))[0]
+    row = (await rows(settings, "show_batch", batch_id=batch_id))[0] | (await rows(settings, "progress_of_batch", batch_id=batch_id))[0]
     documents = await rows(settings, "documents_of_batch", batch_id=batch_id)
     archives = await rows(settings, "archives_of_batch", batch_id=batch_id)
     if json:
@@ -145,6 +153,7 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
         "run": row["run_id"],
         "files": f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, "
         f"{row['processing']} processing, {row['pending']} pending",
+        "progress": None if row["completed_at"] else _progress(row),
         "archives": f"{row['archives']}: {row['archives_open']} to be unpacked, {row['archives_failed']} failed; "
         f"{row['unpacked_files']} of {row['archive_files']} files unpacked"
         if row["archives"]
@@ -165,6 +174,16 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     ]
     table("", columns, cells, numbers=["pages", "passages", "time"])
     return ExitCode.OK
+
+
+def _progress(row: Row) -> str:
+    """Say how far a batch is, for example `42.5 %, 3.10 documents/s, through in 4 min 20 s, last change 2026-01-31 08:15:00`."""
+    parts = [] if row["percent"] is None else [f"{row['percent']:.1f} %"]
+    if row["per_second"]:
+        parts += [f"{row['per_second']:.2f} documents/s", f"through in {duration(row['seconds_left'])}"]
+    elif row["unfinished"]:
+        parts += ["nothing has ended in the last 5 minutes"]
+    return ", ".join([*parts, f"last change {moment(row['last_progress_at'])}"] if row["last_progress_at"] else parts)
 
 
 def _print_archives(archives: list[Row]) -> None:

@@ -364,6 +364,7 @@ CREATE VIEW provider_health WITH (security_invoker = true) AS
 SELECT
     c.service,
     CASE
+        WHEN c.state <> 'closed' AND c.try_at < now() - interval '1 hour' THEN 'idle'
         WHEN c.refused AND c.state <> 'closed' THEN 'refused'
         WHEN c.state = 'open' THEN 'down'
         WHEN c.state = 'half_open' OR c.passes_from > now() THEN 'recovering'
@@ -415,7 +416,7 @@ ORDER BY c.state = 'closed', c.service;
 COMMENT ON VIEW provider_health IS 'Each outside service that has been called: whether it is up, how it answered in the last hour, and what to do.';
 COMMENT ON COLUMN provider_health.service IS 'Kind, address and a fingerprint of the key.';
 COMMENT ON COLUMN provider_health.health IS
-    'up; shaky: a tenth of the calls or more failed; paused: it asked for a pause; recovering: calls are let in one by one; down: not called for now; refused: it takes neither key nor quota.';
+    'up; shaky: a tenth of the calls or more failed; paused: it asked for a pause; recovering: calls are let in one by one; down: not called for now; refused: it takes neither key nor quota; idle: it was down or refused, and nobody has called it for an hour.';
 COMMENT ON COLUMN provider_health.breaker IS 'closed: calls pass. open: none does. half_open: one call probes.';
 COMMENT ON COLUMN provider_health.reason IS 'Why the breaker is not closed, or was not the last time, in plain words.';
 COMMENT ON COLUMN provider_health.since IS 'When the breaker last changed.';

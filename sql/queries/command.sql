@@ -43,10 +43,63 @@ GROUP BY j.queue_name
 ORDER BY j.queue_name;
 
 -- name: latest_batches
-SELECT b.batch_id, b.source_path, b.status, b.total_files, b.pending, b.processing, b.completed, b.failed, b.created_at
-FROM batch_status AS b
-ORDER BY b.created_at DESC
+-- By id, so that only the documents of these are counted.
+SELECT b.batch_id, b.source_path, b.status, b.total_files, b.complete + b.duplicate AS completed, b.failed + b.cancelled AS failed,
+    b.queued, b.working, b.retrying, b.percent::float8 AS percent, b.per_second, b.seconds_left, b.started_at AS created_at
+FROM batch_progress AS b
+WHERE b.batch_id IN (SELECT j.batch_id FROM processing_jobs AS j ORDER BY j.id DESC LIMIT %(limit)s)
+ORDER BY b.started_at DESC;
+
+-- name: progress_of_batch
+SELECT b.percent::float8 AS percent, b.per_second, b.seconds_left, b.last_progress_at, b.unfinished
+FROM batch_progress AS b
+WHERE b.batch_id = %(batch_id)s;
+
+-- name: stuck_causes
+SELECT s.cause, min(s.reason) AS reason, count(*) AS documents, min(s.since) AS since, min(s.doc_id) AS for_example,
+    min(s.what_to_do) AS what_to_do
+FROM stuck_documents AS s
+GROUP BY s.cause, s.queue
+ORDER BY count(*) DESC, s.cause;
+
+-- name: was_document
+SELECT EXISTS (SELECT FROM document_events AS e WHERE e.doc_id = %(doc_id)s) AS was;
+
+-- name: explain_document
+SELECT e.tense, e.at, e.stage, e.what, e.took_ms, e.worker, e.detail FROM explain_document(%(doc_id)s) AS e;
+
+-- name: events_since
+-- A document's events behind one, for people who follow it; a few at a time.
+SELECT e.id, e.at, e.stage, e.event, e.attempt, e.duration_ms, e.worker, e.correlation_id, e.detail,
+    event_in_words(e.event, e.stage, e.attempt, e.detail) AS what
+FROM document_events AS e
+WHERE e.doc_id = %(doc_id)s AND e.id > %(after)s
+ORDER BY e.id
 LIMIT %(limit)s;
+
+-- name: watch_queues
+SELECT q.queue, q.stage, q.waiting, q.scheduled, q.running, extract(epoch FROM q.oldest_age)::float8 AS oldest_seconds, q.listeners
+FROM queue_depth AS q
+WHERE q.waiting + q.scheduled + q.running > 0 OR q.queue IN ('cpu', 'embed', 'extract');
+
+-- name: watch_stages
+SELECT l.stage, sum(l.runs)::bigint AS runs, sum(l.failures)::bigint AS failures, max(l.p50_ms) AS p50_ms, max(l.p95_ms) AS p95_ms, max(l.max_ms) AS max_ms
+FROM stage_latency_over('10 minutes', '1 day') AS l
+GROUP BY l.stage;
+
+-- name: watch_rates
+SELECT t.bucket_at, t.submitted, t.complete + t.duplicate AS complete, t.failed, t.retries, t.rescues, t.per_second
+FROM throughput_over('15 minutes', '1 minute') AS t
+ORDER BY t.bucket_at;
+
+-- name: watch_workers
+SELECT w.worker, w.health, w.jobs, w.concurrency, w.memory_mb, w.cpu_share, w.connections, extract(epoch FROM w.silent_for)::float8 AS silent_seconds
+FROM worker_health AS w
+ORDER BY w.health = 'dead', w.worker;
+
+-- name: watch_services
+SELECT p.service, p.health, coalesce(p.reason, p.last_error) AS trouble, p.next_try_at, p.calls_last_hour, p.failed_last_hour
+FROM provider_health AS p;
 
 -- name: open_dead_letters
 SELECT l.doc_id, d.file_name, l.stage, l.error_type, l.error_message, l.created_at, count(*) OVER () AS total

@@ -1,0 +1,11 @@
+-- What have outside services cost, day by day for a week?
+SELECT u.day, c.service, u.calls, u.tokens_in, u.tokens_out, u.pages, round(u.cost, 4) AS cost
+FROM circuit_breakers AS c
+CROSS JOIN LATERAL (
+    SELECT u.started_at::date AS day, count(*) AS calls, sum(u.tokens_in) AS tokens_in, sum(u.tokens_out) AS tokens_out, sum(u.pages) AS pages,
+        sum(coalesce(u.cost, u.estimated_cost)) AS cost
+    FROM provider_usage AS u
+    WHERE u.service = c.service AND u.started_at > current_date - 6
+    GROUP BY 1
+) AS u
+ORDER BY u.day DESC, u.cost DESC;
