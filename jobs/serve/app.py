@@ -18,10 +18,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from jobs.health import COMPONENTS
 from jobs.redaction import describe
 from jobs.serve import batches, documents, letters, overview, search, signing, workers
+from jobs.serve.examining import Doctor, all_work
 from jobs.serve.guard import Guard, host_names
-from jobs.serve.health import Doctor
 from jobs.serve.metrics import Meter
 from jobs.serve.reading import Database, DatabaseAway, TooSlow
 from jobs.serve.rendering import Rendering, rendering_of, visitor_of
@@ -48,7 +49,7 @@ class Parts:
 def make_app(settings: Settings) -> ASGIApp:
     """Return the application. It connects to the database when it starts, or as soon as that is there."""
     database = Database(settings)
-    doctor = Doctor(settings, database)
+    doctor = Doctor(settings)
     token = None if settings.serve_token is None else settings.serve_token.get_secret_value()
     sessions = Sessions(token, seconds=settings.serve_session_hours * 3600)
     slowdown = Slowdown()
@@ -61,7 +62,7 @@ def make_app(settings: Settings) -> ASGIApp:
             TooSlow: _too_slow,
             psycopg.Error: _refused,
             Exception: _unforeseen,
-        },  # fmt: skip
+        },
         lifespan=lambda _: _lifespan(parts),
         max_body_size=_LARGEST_FORM,
     )
@@ -114,13 +115,21 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Say whether documents that are submitted now will be worked on, and how each component is: 200 or 503."""
-    health = await request.app.state.parts.doctor.examine()
-    told: dict[str, object] = {"ready": health.ready}
+    """Say whether documents that are submitted now will be worked on, and how each component is: 200 or 503.
+
+    `?only=database,storage` judges by those alone.
+    """
+    components = await request.app.state.parts.doctor.examine()
+    only = {name for name in request.query_params.get("only", "").split(",") if name}
+    if unknown := only - set(COMPONENTS):
+        raise HTTPException(400, f"There is no component {sorted(unknown)[0][:50]!r}; there are {', '.join(COMPONENTS)}.")
+    ready = all_work(components, only)
+    told: dict[str, object] = {"ready": ready}
     if visitor_of(request).allowed:
-        told["status"] = health.worst
-        told["components"] = {component.name: component.as_json() for component in health.components}
-    return rendering_of(request).json(told, 200 if health.ready else 503)
+        told["components"] = {
+            found.name: {"health": found.health, "message": found.message, "detail": found.detail} for found in components
+        }
+    return rendering_of(request).json(told, 200 if ready else 503)
 
 
 async def metrics(request: Request) -> Response:

@@ -18,21 +18,37 @@ def stacked_bars(labels: Sequence[str], series: Mapping[str, Sequence[float | No
     return _drawn(pygal.StackedBar, labels, series, title=title)
 
 
-def lines(labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, title: str, filled: bool = False) -> Markup:
+def lines(labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, title: str) -> Markup:
     """Draw values over time; None leaves a gap."""
     import pygal  # noqa: PLC0415 - as above
 
-    return _drawn(pygal.Line, labels, series, title=title, fill=filled, show_dots=False, stroke_style={"width": 2})
+    return _drawn(pygal.Line, labels, series, title=title, show_dots=False, stroke_style={"width": 2})
 
 
 def _drawn(kind: Any, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, title: str, **options: Any) -> Markup:
     from pygal.style import Style  # noqa: PLC0415 - as above
 
     chart = kind(
-        width=_WIDTH, height=_HEIGHT, css=[], js=[], classes=["plot"], show_legend=False, margin=4, spacing=6, style=Style(label_font_size=11),
-        x_labels_major_count=6, show_minor_x_labels=False, truncate_label=-1, min_scale=3, max_scale=5, include_x_axis=True,
-        no_data_text="Nothing yet", print_values=False, value_formatter=_short, **options,
-    )  # fmt: skip
+        width=_WIDTH,
+        height=_HEIGHT,
+        margin=4,
+        margin_right=24,
+        spacing=6,
+        style=Style(label_font_size=15),  # as large as a phone needs; the style sheet has less on wide screens
+        css=[],
+        js=[],
+        classes=["plot"],
+        show_legend=False,
+        show_minor_x_labels=False,
+        x_labels_major_count=5,
+        truncate_label=-1,
+        min_scale=3,
+        max_scale=5,
+        include_x_axis=True,
+        no_data_text="Nothing yet",
+        value_formatter=_short,
+        **options,
+    )
     chart.x_labels = list(labels)
     if not any(value for values in series.values() for value in values):
         chart.range = (0, 1)

@@ -47,9 +47,18 @@ async def document(request: Request) -> Response:
             "page_passages", doc_id=doc_id, after=key_of(request) if key_of(request) is not None else -1, limit=_PASSAGES + 1
         )
     return rendering_of(request).page(
-        request, "document.html", doc_id=doc_id, document=found, events=events[:_EVENTS][::-1], older=events[_EVENTS - 1]["id"] if len(events) > _EVENTS else None,
-        outlook=outlook, letters=letters, cost=cost, steps=_steps(found), passages=paged(request, passages, "chunk_index", keep=("id",), limit=_PASSAGES),
-    )  # fmt: skip
+        request,
+        "document.html",
+        doc_id=doc_id,
+        document=found,
+        steps=_steps(found),
+        outlook=outlook,
+        letters=letters,
+        events=events[:_EVENTS][::-1],
+        older=events[_EVENTS - 1]["id"] if len(events) > _EVENTS else None,
+        cost=cost,
+        passages=paged(request, passages, "chunk_index", keep=("id",), limit=_PASSAGES),
+    )
 
 
 def _steps(found: Row | None) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What every request passes before a page sees it: the name it used for us, who it is, and where a form comes from; and headers for every answer."""
+"""What every request passes before a page sees it: the name it used for us, who it is, where a form comes from; headers for all answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from models.settings import Settings
 COOKIE = "docmill_session"
 OPEN_PATHS = ("/healthz", "/readyz", "/login", "/static/")
 """What needs no session; /readyz tells nothing but its status then."""
-_BEARER_PATHS = ("/metrics", "/readyz", "/api/")
+_BEARER_PATHS = ("/metrics", "/readyz")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -125,14 +125,17 @@ class Guard:
         if path == "/healthz":
             return None
         if self.hosts is not None and name_of(request.headers.get("host", "")) not in self.hosts:
-            if path == "/readyz":
-                visitor.allowed = False
-                return None
-            return PlainTextResponse("This server does not go by that name; SERVE_ALLOWED_HOSTS lists the names that it does.\n", 421)
+            visitor.allowed = False
+            if path != "/readyz":
+                return PlainTextResponse("This server does not go by that name; SERVE_ALLOWED_HOSTS lists the names that it does.\n", 421)
         if request.method not in ("GET", "HEAD") and not self._from_our_own_page(request):
             return PlainTextResponse("This form did not come from a page of this server.\n", 403)
         if visitor.allowed or path.startswith(OPEN_PATHS):
             return None
+        return self._sign_in_first(request)
+
+    def _sign_in_first(self, request: Request) -> Response:
+        path = request.url.path
         if path.startswith(_BEARER_PATHS):
             wait = self.slowdown.wait(address_of(request), time.monotonic())
             if wait:

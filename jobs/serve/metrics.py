@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
 
 import psycopg
@@ -11,14 +11,15 @@ from loguru import logger
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from jobs.health import Component
 from jobs.redaction import describe
-from jobs.serve.health import Doctor, Health
+from jobs.serve.examining import Doctor, all_work
 from jobs.serve.measures import PARTS, counters
 from jobs.serve.reading import Database, DatabaseAway, Look, TooSlow
 from jobs.serve.tally import Tally
 
 Part = Callable[[Look], Awaitable[list[Metric]]]
-_LEVEL = {"ok": 1.0, "degraded": 0.5, "failed": 0.0, "unknown": 0.0}
+_LEVEL = {"ok": 1.0, "degraded": 0.5, "down": 0.0, "unknown": 0.0}
 
 
 class Meter:
@@ -44,10 +45,10 @@ class Meter:
     async def text(self) -> bytes:
         """Return everything as Prometheus' text; where the database is away, what can be told without it."""
         started = time.monotonic()
-        health = await self._doctor.examine()
+        components = await self._doctor.examine()
         await self.catch_up()
         failed = GaugeMetricFamily("docmill_scrape_failed", "1 for a part that could not be measured this time.", labels=["part"])
-        metrics = [*_health(health), *counters(self.tally)]
+        metrics = [*_health(components), *counters(self.tally)]
         try:
             async with self._database.look() as look:
                 for name, part in PARTS.items():
@@ -76,19 +77,19 @@ class Meter:
         return found
 
 
-def _health(health: Health) -> Iterator[Metric]:
+def _health(components: Sequence[Component]) -> Iterator[Metric]:
     info = GaugeMetricFamily("docmill_build_info", "Version of docmill that serves this.", labels=["version"])
     info.add_metric([version("docmill")], 1)
-    up = GaugeMetricFamily("docmill_component_up", "1 well, 0.5 degraded, 0 failed or not to be told.", labels=["component"])
-    for component in health.components:
-        up.add_metric([component.name], _LEVEL[component.status])
+    up = GaugeMetricFamily("docmill_component_up", "1 well, 0.5 degraded, 0 down or not to be told.", labels=["component"])
+    for component in components:
+        up.add_metric([component.name], _LEVEL[component.health])
     yield info
     yield up
-    yield GaugeMetricFamily("docmill_ready", "1 while no component has failed: the same as /readyz.", value=float(health.ready))
-    storage = next((c.detail for c in health.components if c.name == "storage" and c.detail), None)
+    yield GaugeMetricFamily("docmill_ready", "1 while no component is down: the same as /readyz.", value=float(all_work(components)))
+    storage = next((found.detail for found in components if found.name == "storage" and found.detail), None)
     if storage is not None:
-        yield GaugeMetricFamily("docmill_storage_free_bytes", "Free space where files are kept.", value=storage["free_bytes"])
-        yield GaugeMetricFamily("docmill_storage_size_bytes", "Whole space there.", value=storage["size_bytes"])
+        yield GaugeMetricFamily("docmill_storage_free_bytes", "Free space where files are kept.", value=storage["free_mb"] * 1e6)
+        yield GaugeMetricFamily("docmill_storage_size_bytes", "Whole space there.", value=storage["total_mb"] * 1e6)
 
 
 class _Ready:

@@ -11,11 +11,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jobs.serve.charts import lines, stacked_bars
+from jobs.serve.examining import all_work
 from jobs.serve.reading import Database, Row
 from jobs.serve.rendering import rendering_of
 from models.stages import STAGES
 
-SPANS = {"1h": ("1 hour", "1 minute", "%H:%M"), "24h": ("24 hours", "30 minutes", "%H:%M"), "7d": ("7 days", "3 hours", "%m-%d %H:%M")}
+SPANS = {"1h": ("1 hour", "1 minute", "%H:%M"), "24h": ("24 hours", "30 minutes", "%H:%M"), "7d": ("7 days", "3 hours", "%m-%d %H h")}
 """What a person can look at: the span, its slices, and how a slice is written."""
 _ENDS = ("complete", "duplicate", "failed", "cancelled")
 
@@ -25,7 +26,7 @@ async def overview(request: Request) -> Response:
     parts = request.app.state.parts
     database: Database = parts.database
     health = await parts.doctor.examine()
-    if any(component.name in ("database", "migrations") and component.status == "failed" for component in health.components):
+    if not all_work(health, ("database", "migrations")):
         return rendering_of(request).page(request, "overview.html", 503, health=health, figures=None)
     states = {row["state"]: row["documents"] for row in await database.shared("metric_documents", seconds=10)}
     slices = await database.shared("page_throughput", span="1 hour", bucket="1 minute", seconds=5)
@@ -58,10 +59,20 @@ async def queues(request: Request) -> Response:
     latency = await database.shared("page_latency", span=span, bucket=span, seconds=10)
     over_time = await database.shared("page_latency", span=span, bucket=bucket, seconds=10)
     return rendering_of(request).page(
-        request, "queues.html", queues=await database.shared("page_queues"), slices=slices, latency=latency, span=chosen, spans=tuple(SPANS),
-        span_words=span, chart=_ends(slices, form), backlog=_backlog(slices, states, form), stage_chart=_stage_runs(slices, over_time, form),
-        runs=_by_stage(slices, over_time), stages=[stage.name for stage in STAGES],
-    )  # fmt: skip
+        request,
+        "queues.html",
+        queues=await database.shared("page_queues"),
+        slices=slices,
+        latency=latency,
+        span=chosen,
+        spans=tuple(SPANS),
+        span_words=span.removeprefix("1 "),
+        chart=_ends(slices, form),
+        backlog=_backlog(slices, states, form),
+        stage_chart=_stage_runs(slices, over_time, form),
+        runs=_by_stage(slices, over_time),
+        stages=[stage.name for stage in STAGES],
+    )
 
 
 async def _alerts(database: Database) -> list[Row]:
@@ -84,7 +95,7 @@ def _backlog(slices: Sequence[Row], states: Mapping[str, int], form: str) -> Any
     for row in reversed(slices):
         values.append(max(0, left))
         left -= row["submitted"] - sum(row[end] for end in _ENDS)
-    return lines(_labels(slices, form), {"unfinished": values[::-1]}, title="Unfinished documents, over time", filled=True)
+    return lines(_labels(slices, form), {"unfinished": values[::-1]}, title="Unfinished documents, over time")
 
 
 def _by_stage(slices: Sequence[Row], latency: Sequence[Row]) -> dict[str, list[int]]:

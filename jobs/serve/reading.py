@@ -1,4 +1,4 @@
-"""The server's way to the database: a small pool of its own, short read-only transactions, and one error for everything that keeps it away."""
+"""The server's way to the database: a small pool of its own, short read-only transactions, one error for all that keeps it away."""
 
 from __future__ import annotations
 

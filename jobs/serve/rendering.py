@@ -98,16 +98,16 @@ def number(value: float | Decimal | None) -> str:
     """Return a number with thousands separated; a dash for none."""
     if value is None:
         return "–"
-    if isinstance(value, int) or float(value).is_integer():
+    if float(value).is_integer():
         return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:,.2f}"
+    return f"{value:,.1f}" if abs(float(value)) >= 10 else f"{value:,.2f}"
 
 
 def money(value: float | Decimal | None) -> str:
     """Return a price: enough digits for one call of a fraction of a cent."""
     if value is None:
         return "–"
-    return f"{float(value):,.2f}" if value == 0 or abs(value) >= 1 else f"{float(value):.6f}".rstrip("0")
+    return f"{float(value):,.2f}" if value == 0 or abs(float(value)) >= 1 else f"{float(value):.6f}".rstrip("0")
 
 
 def size(value: float | None) -> str:

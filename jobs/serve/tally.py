@@ -1,7 +1,7 @@
-"""Counters for /metrics out of the audit trail: each event is counted once, in the process that serves, however late its transaction commits.
+"""Counters for /metrics out of the audit trail. Each event is counted once, by this process, however late its transaction commits.
 
-Ids are given out in order but become visible out of order, so the ids that have been counted are remembered back to the last one below which
-no transaction can be running any more. Counters begin at 0 with the process, as Prometheus expects of any restart.
+Ids are given out in order but become visible out of order, so the ids that have been counted are remembered back to the last one below
+which no transaction can be running any more. Counters begin at 0 with the process, as Prometheus expects of any restart.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ async def providers(request: Request) -> Response:
         "providers.html",
         services=await database.shared("page_providers", seconds=5),
         days=days,
-        chart=lines(labels, {"cost": [row["cost"] for row in days]}, title="Cost of each day", filled=True),
+        chart=lines(labels, {"cost": [row["cost"] for row in days]}, title="Cost of each day"),
         dearest=await database.shared("page_dearest_documents", limit=10, seconds=30),
         calls=await database.shared("page_failed_calls", limit=20, seconds=5),
     )

@@ -64,7 +64,8 @@ class ServingSettings(BaseSettings):
     serve_allowed_hosts: Annotated[
         str | None, AfterValidator(_host_names), Words(allowed="host names separated by commas", default="unset")
     ] = None
-    """Names that requests may use for this server, for example behind a reverse proxy. Unset: on this machine its own names; elsewhere any."""
+    """Names that requests may use for this server, such as those that a reverse proxy passes on. Unset: on this machine its own names;
+    elsewhere any."""
     serve_session_hours: Annotated[float, Interval(ge=0.01, le=720)] = 12
     """Hours after which a person signs in again."""
     serve_connections: Annotated[int, Interval(ge=1, le=100)] = 3

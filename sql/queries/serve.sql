@@ -8,30 +8,6 @@ SELECT set_config('transaction_read_only', 'on', TRUE), set_config('statement_ti
 SELECT set_config('statement_timeout', %(statement_ms)s, TRUE), set_config('lock_timeout', '3000', TRUE),
     set_config('idle_in_transaction_session_timeout', '30000', TRUE);
 
--- name: health_facts
-SELECT current_database() AS database, current_setting('server_version') AS version, pg_is_in_recovery() AS in_recovery,
-    to_regclass('docmill_migrations') IS NOT NULL AS migrations_table,
-    (SELECT sum(s.numbackends)::integer FROM pg_stat_database AS s) AS connections,
-    current_setting('max_connections')::integer AS max_connections;
-
--- name: health_workers
--- Workers that were heard of within an hour; what ended without signing off before that is history.
-SELECT count(*) FILTER (WHERE w.health = 'alive') AS live, count(*) FILTER (WHERE w.health IN ('silent', 'dead')) AS silent,
-    (
-        SELECT coalesce(array_agg(DISTINCT q.queue ORDER BY q.queue), '{}')
-        FROM queue_depth AS q
-        WHERE q.waiting > 0 AND q.listeners = 0 AND stage_queue(q.stage) IS NOT NULL
-    ) AS queues_without_worker
-FROM worker_health AS w
-WHERE w.heartbeat_at > now() - interval '1 hour';
-
--- name: health_providers
--- A breaker that nobody has tried to close for a while after its time belongs to a service that is no longer called.
-SELECT c.service, c.state, c.reason, c.refused, c.try_at, c.changed_at, c.waiting,
-    c.state = 'closed' OR c.try_at > now() - interval '15 minutes' AS in_use
-FROM circuit_breakers AS c
-ORDER BY c.state = 'closed', c.service;
-
 -- name: tally_horizon
 -- The highest event that is visible, and between which transactions what is not visible yet may still be written.
 SELECT coalesce(max(e.id), 0) AS last_id, pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS oldest_transaction,
