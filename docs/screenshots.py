@@ -27,6 +27,7 @@ from tests.faults.harness import documents, samples
 from tests.running import served, wait_for, worker
 
 WIDTHS = (1280, 390)
+IN_THE_DARK = ("overview", "queues", "dead-letters", "document")
 _BROKEN = {"scan-0417.pdf": b"%PDF-1.7\n1 0 obj << /Type /Catalog", "locked.docx": b"PK\x03\x04" + bytes(200), "empty.txt": b" \n"}
 _OUTAGE = """
 INSERT INTO circuit_breakers (service, state, reason, try_at, open_seconds, opened_count, waiting)
@@ -85,9 +86,9 @@ def look_at(driver: Any, address: str, name: str, folder: Path, width: int) -> N
 
 def prepare(conn: psycopg.Connection, folder: Path) -> None:
     """Submit enough that a run is in progress for some minutes, with failures in it."""
-    for batch, count in (("reports-2025", 60), ("reports-2026", 900)):
-        source = folder / batch
-        source.mkdir()
+    for batch, count in (("reports-2025", 60), ("reports-2026", 600)):
+        source = folder / "archive" / batch
+        source.mkdir(parents=True)
         for doc_id, content in {**documents(count, batch, 3), **(samples() if count < 100 else _BROKEN)}.items():
             (source / (doc_id if "." in doc_id else f"{doc_id}.md")).write_bytes(content)
         submit_batch(source, user_id="archive")
@@ -120,7 +121,7 @@ def main(folder: Path) -> None:
         for dark in (False, True):
             with browser(dark=dark) as driver:
                 for page, path in pages(conn):
-                    for width in WIDTHS:
+                    for width in WIDTHS if not dark or page in IN_THE_DARK else ():
                         look_at(driver, server + path, f"{page}-dark" if dark else page, folder, width)
 
 

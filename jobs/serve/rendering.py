@@ -47,6 +47,7 @@ class Rendering:
             loader=FileSystemLoader(str(files("jobs.serve").joinpath("templates"))),
             autoescape=True,
             undefined=StrictUndefined,
+            finalize=_visible,
             trim_blocks=True,
             lstrip_blocks=True,
         )
@@ -165,10 +166,16 @@ def iso(value: datetime | None) -> str:
 
 
 def tidy(value: object, longest: int = LONGEST_SHOWN) -> str:
-    """Return text without what turns or hides the letters around it, cut to a length."""
+    """Return text cut to a length; nothing for None."""
     text = "" if value is None else str(value)
-    cut = text[:longest] + (f" … ({len(text):,} characters)" if len(text) > longest else "")
-    return "".join(letter if _shows(letter) else f"\\u{ord(letter):04x}" for letter in cut)
+    return text[:longest] + (f" … ({len(text):,} characters)" if len(text) > longest else "")
+
+
+def _visible(value: Any) -> Any:
+    """Make visible, in everything that a template puts out, what would turn or hide the letters around it."""
+    if type(value) is not str or (value.isascii() and value.isprintable()):
+        return value
+    return "".join(letter if _shows(letter) else f"\\u{ord(letter):04x}" for letter in value)
 
 
 def _shows(letter: str) -> bool:

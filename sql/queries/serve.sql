@@ -15,9 +15,10 @@ SELECT coalesce(max(e.id), 0) AS last_id, pg_snapshot_xmin(pg_current_snapshot()
 FROM document_events AS e;
 
 -- name: tally_start
--- Everything visible lies before the beginning; what was written in the last minutes and is not committed yet does not.
+-- Everything visible lies before the beginning; what was written in the last minutes and is not committed yet does not. That may have lower
+-- ids than anything visible of those minutes.
 WITH recent AS (
-    SELECT event_id_since(now() - interval '5 minutes') - 1 AS low
+    SELECT event_id_since(now() - interval '5 minutes') - 1000 AS low
 )
 SELECT r.low, coalesce((SELECT range_agg(int8range(e.id, e.id, '[]')) FROM document_events AS e WHERE e.id > r.low), '{}')::text AS counted
 FROM recent AS r;

@@ -62,7 +62,9 @@ def test_a_person_reads_requeues_and_discards(settings: Settings, conn: psycopg.
         assert driver.find_element("css selector", "input[name=id]").is_selected()
 
 
-def test_who_has_not_signed_in_sees_nothing_and_who_has_does(settings: Settings, conn: psycopg.Connection, tmp_path: Path, driver: Any) -> None:
+def test_who_has_not_signed_in_sees_nothing_and_who_has_does(
+    settings: Settings, conn: psycopg.Connection, tmp_path: Path, driver: Any
+) -> None:
     failed_document(conn, "secret-plan")
     with served(tmp_path / "serve.log", SERVE_TOKEN=TOKEN) as address:
         driver.get(address + "/dead-letters")

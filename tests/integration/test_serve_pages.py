@@ -108,7 +108,7 @@ def test_whatever_a_parameter_holds_the_answer_is_a_page_and_nothing_breaks(
         for value in HOSTILE:
             answer = site.get(path, params={name: value.encode("utf-8", "surrogatepass")})
             assert answer.status_code in ((200, 400, 404, 503) if path == "/readyz" else (200, 303, 400, 404)), (name, value, answer.text)
-            if answer.headers["content-type"].startswith("text/html"):
+            if answer.headers.get("content-type", "").startswith("text/html"):
                 assert dangers(answer.text) == [], (name, value)
     assert site.get(path + "?id=%ff%fe&q=%ff&after=%00").status_code in (200, 303, 400, 404, 503)
     assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() != (0,)

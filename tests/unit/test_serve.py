@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from jobs.serve.charts import lines, stacked_bars
 from jobs.serve.forms import our_own
 from jobs.serve.guard import cookie, host_names, is_loopback, name_of
-from jobs.serve.rendering import ago, duration, link, money, number, size, tidy
+from jobs.serve.rendering import _visible, ago, duration, link, money, number, size, tidy
 from jobs.serve.run import check_place
 from jobs.serve.sessions import MOST_SESSIONS, Sessions, Slowdown
 from jobs.serve.tally import STAGE_BOUNDS, Durations
@@ -150,9 +150,9 @@ def test_values_are_shown_as_people_read_them() -> None:
 
 
 def test_text_that_would_turn_or_hide_its_neighbours_is_made_visible() -> None:
-    assert tidy("invoice\u202egpj.exe") == "invoice\\u202egpj.exe"
-    assert tidy("a\x00b\x1b[31m\u200b") == "a\\u0000b\\u001b[31m\\u200b"
-    assert tidy("two\nlines\t") == "two\nlines\t"
+    assert _visible("invoice\u202egpj.exe") == "invoice\\u202egpj.exe"
+    assert _visible("a\x00b\x1b[31m\u200b") == "a\\u0000b\\u001b[31m\\u200b"
+    assert _visible("two\nlines\tä") == "two\nlines\tä"
     assert tidy("x" * 30, 10) == "x" * 10 + " … (30 characters)"
 
 
