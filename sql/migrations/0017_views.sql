@@ -164,11 +164,11 @@ SELECT
     b.batch_id, b.user_id, b.source_path, b.status, b.total_files, d.queued, d.working, d.retrying, d.complete, d.duplicate, d.failed, d.cancelled,
     z.archives_open,
     d.ended, d.unfinished,
-    CASE WHEN b.completed_at IS NOT NULL THEN 100 ELSE
-        round(100.0 * d.ended / nullif(greatest(b.total_files, d.ended + d.unfinished), 0), 1)
+    CASE WHEN b.status IN ('completed', 'completed_with_errors') AND d.unfinished = 0 THEN 100 ELSE
+        round(100.0 * d.ended / nullif(t.files, 0), 1)
     END AS percent,
-    CASE WHEN b.completed_at IS NULL AND d.recent > 0 THEN r.rate END AS per_second,
-    CASE WHEN b.completed_at IS NULL AND d.recent > 0 THEN (greatest(b.total_files, d.ended + d.unfinished) - d.ended) / r.rate END AS seconds_left,
+    CASE WHEN d.ended < t.files AND d.recent > 0 AND t.goes_on THEN t.rate END AS per_second,
+    CASE WHEN d.ended < t.files AND d.recent > 0 AND t.goes_on THEN (t.files - d.ended) / t.rate END AS seconds_left,
     greatest(d.last_progress_at, z.last_progress_at) AS last_progress_at,
     b.run_started_at AS started_at, b.sealed_at, b.completed_at, b.error_message, b.run_id
 FROM processing_jobs AS b
@@ -191,8 +191,9 @@ CROSS JOIN LATERAL (
     WHERE a.batch_id = b.batch_id AND a.run_id = b.run_id
 ) AS z
 CROSS JOIN LATERAL (
-    SELECT d.recent / greatest(1, least(300, extract(epoch FROM now() - b.run_started_at)))::double precision AS rate
-) AS r;
+    SELECT greatest(b.total_files, d.ended + d.unfinished) AS files, b.completed_at IS NULL OR d.unfinished > 0 AS goes_on,
+        d.recent / greatest(1, least(300, extract(epoch FROM now() - b.run_started_at)))::double precision AS rate
+) AS t;
 COMMENT ON VIEW batch_progress IS
     'Every batch: the documents of its current run by state, how quickly they end and how long that will take. Ask for few: each batch''s documents are counted.';
 COMMENT ON COLUMN batch_progress.batch_id IS 'The batch.';
@@ -211,7 +212,7 @@ COMMENT ON COLUMN batch_progress.archives_open IS 'Zip archives that are not unp
 COMMENT ON COLUMN batch_progress.ended IS 'Documents that have ended, however.';
 COMMENT ON COLUMN batch_progress.unfinished IS 'Documents that have not.';
 COMMENT ON COLUMN batch_progress.percent IS 'Part of the files that has ended, 0 to 100; null while there is none.';
-COMMENT ON COLUMN batch_progress.per_second IS 'Documents that ended a second in the last 5 minutes; null if none did, or the batch has ended.';
+COMMENT ON COLUMN batch_progress.per_second IS 'Documents that ended a second in the last 5 minutes; null if none did, or nothing is left.';
 COMMENT ON COLUMN batch_progress.seconds_left IS 'Until all have ended, at that rate; null where there is no rate.';
 COMMENT ON COLUMN batch_progress.last_progress_at IS 'When one of its documents or archives last changed.';
 COMMENT ON COLUMN batch_progress.started_at IS 'When the current run began.';
@@ -377,6 +378,7 @@ SELECT
     g.last_ok_at, f.last_failure_at, f.last_error,
     b.requests_per_minute, b.requests_last_minute, b.tokens_per_minute, b.tokens_last_minute, b.share, b.paused_until,
     CASE
+        WHEN c.state <> 'closed' AND c.try_at < now() - interval '1 hour' THEN NULL
         WHEN c.refused AND c.state <> 'closed' THEN 'mend the key or the quota, then: SELECT reset_breaker(' || quote_literal(c.service) || ');'
         WHEN c.state = 'open' THEN 'it is tried again by itself; if you know that it is back: SELECT reset_breaker(' || quote_literal(c.service) || ');'
         WHEN b.paused_until IS NOT NULL THEN 'the service asked for a pause; if it does so often, lower its requests or tokens per minute'

@@ -11,7 +11,7 @@ COMMENT ON FUNCTION detail_in_words IS 'The facts of an event''s detail in a lin
 CREATE FUNCTION event_in_words(event text, stage text, attempt integer, detail jsonb) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
 BEGIN ATOMIC
     SELECT CASE event
-        WHEN 'submitted' THEN concat_ws(', ', 'submitted as ' || (detail ->> 'file_name'), (detail ->> 'file_size') || ' bytes')
+        WHEN 'submitted' THEN concat_ws(', ', 'submitted' || coalesce(' as ' || (detail ->> 'file_name'), ''), (detail ->> 'file_size') || ' bytes')
         WHEN 'resubmitted' THEN CASE detail ->> 'outcome'
             WHEN 'new_version' THEN 'new content was submitted'
             WHEN 'resumed' THEN 'submitted again, and so taken up where it had been cancelled'
