@@ -92,10 +92,10 @@ def prepare(conn: psycopg.Connection, folder: Path) -> None:
         for doc_id, content in {**documents(count, batch, 3), **(samples() if count < 100 else _BROKEN)}.items():
             (source / (doc_id if "." in doc_id else f"{doc_id}.md")).write_bytes(content)
         submit_batch(source, user_id="archive")
-    for name, content in _BROKEN.items():
-        submit_document(
-            content, doc_id=f"single-{name}", file_name=f'<img src=x onerror="alert(1)"> {name}', metadata={"note": "</pre><script>"}
-        )
+    hostile = '<img src=x onerror="alert(1)"> empty.txt'
+    submit_document(b" ", doc_id="hostile", file_name=hostile, metadata={"note": "</pre><script>"}, priority=9)
+    for table in (b"processing_jobs", b"file_extractions"):
+        conn.execute(b"UPDATE %s SET source_path = replace(source_path, %%s, '/srv')" % table, [str(folder)])
     conn.execute(_OUTAGE.encode())
 
 
@@ -114,7 +114,7 @@ def main(folder: Path) -> None:
         stack.enter_context(worker(base / "worker1.log", WORKER_CONCURRENCY="4"))
         stack.enter_context(worker(base / "worker2.log", "-q", "cpu", WORKER_CONCURRENCY="2"))
         server = stack.enter_context(served(base / "serve.log"))
-        wait_for(lambda: conn.execute("SELECT count(*) > 3 FROM dead_letters").fetchone() == (True,), "dead letters", 180)
+        wait_for(lambda: conn.execute("SELECT count(*) > 2 FROM dead_letters").fetchone() == (True,), "dead letters", 180)
         wait_for(lambda: conn.execute("SELECT count(*) > 120 FROM document_chunks").fetchone() == (True,), "passages", 180)
         conn.execute(_CALLS.encode())
         time.sleep(6)

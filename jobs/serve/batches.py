@@ -34,7 +34,9 @@ async def batch(request: Request) -> Response:
         if found is None:
             raise HTTPException(404, "There is no batch of that name.")
         rows = await look.rows("page_batch_documents", batch_id=batch_id, state=state or None, after=key_of(request) or 0, limit=ROWS + 1)
-    page = paged(request, rows, "id", keep=("id", "state"))
+    whole = f"{found['source_path']}/"
+    shown = [row | {"inside": (row["source_path"] or "").removeprefix(whole)} for row in rows]
+    page = paged(request, shown, "id", keep=("id", "state"))
     return rendering_of(request).page(request, "batch.html", batch=found, page=page, state=state, states=[known.value for known in State])
 
 

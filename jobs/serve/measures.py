@@ -98,9 +98,9 @@ async def dead_letters(look: Look) -> list[Metric]:
 async def workers(look: Look) -> list[Metric]:
     """Workers, from their rows in the registry."""
     rows = await look.rows("metric_workers")
-    healths = dict.fromkeys(("alive", "stopping", "silent", "dead"), 0)
+    healths = dict.fromkeys(("live", "stopping", "silent", "dead"), 0)
     for row in rows:
-        healths[row["health"]] += 1
+        healths["live" if row["health"] == "alive" else row["health"]] += 1
     told = rows
     rows = [row for row in rows if row["health"] != "dead"]
     started = _gauge("docmill_worker_start_time_seconds", "When it started, since 1970.", ["worker"], _pairs(rows, "worker", "started"))
@@ -145,9 +145,19 @@ async def providers(look: Look) -> list[Metric]:
     ]
 
 
+async def alerts(look: Look) -> list[Metric]:
+    """Alerts that are open, and those that no webhook has accepted yet."""
+    unforwarded, known = await look.row("metric_alerts"), await look.row("page_knows_alerts")
+    rows = await look.rows("metric_open_alerts") if known and known["known"] else []
+    return [
+        _gauges("docmill_alerts_open", "Open alerts.", ["rule", "severity"], rows, "alerts"),
+        _single("docmill_alerts_unforwarded", "Alerts that no webhook has accepted yet.", unforwarded, "unforwarded"),
+    ]
+
+
 async def database(look: Look) -> list[Metric]:
     """The database itself."""
-    facts, invalid, alerts = await look.row("metric_database"), await look.row("metric_indexes"), await look.row("metric_alerts")
+    facts, invalid = await look.row("metric_database"), await look.row("metric_indexes")
     connections = _pairs(await look.rows("metric_connections"), "state", "connections")
     return [
         _gauge("docmill_database_connections", "Connections to the database, everybody's.", ["state"], connections),
@@ -155,13 +165,12 @@ async def database(look: Look) -> list[Metric]:
         _single("docmill_database_size_bytes", "Size of the database.", facts, "size_bytes"),
         _single("docmill_chunks", "Passages; estimated from 100,000 on.", facts, "chunks"),
         _single("docmill_index_invalid", "Indexes that searches cannot use.", invalid, "invalid"),
-        _single("docmill_alerts_unforwarded", "Alerts that no webhook has accepted yet.", alerts, "unforwarded"),
     ]
 
 
 PARTS: dict[str, Callable[[Look], Awaitable[list[Metric]]]] = {
     "documents": documents, "stuck": stuck, "queues": queues, "batches": batches, "dead_letters": dead_letters, "workers": workers,
-    "providers": providers, "database_facts": database,
+    "providers": providers, "alerts": alerts, "database_facts": database,
 }  # fmt: skip
 
 

@@ -117,6 +117,9 @@ GROUP BY 1;
 -- name: metric_indexes
 SELECT count(*) AS invalid FROM index_health AS i WHERE i.health = 'invalid';
 
+-- name: metric_open_alerts
+SELECT a.rule, a.severity, count(*) AS alerts FROM open_alerts AS a GROUP BY a.rule, a.severity;
+
 -- name: metric_alerts
 SELECT count(*) AS unforwarded FROM alerts AS a WHERE a.forwarded_at IS NULL;
 

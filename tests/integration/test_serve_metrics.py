@@ -80,7 +80,7 @@ def test_the_text_is_prometheus_and_its_figures_are_those_of_the_tables(
     assert value(found, "docmill_dead_letters_open", stage="validate", error_type="PERMANENT") == 1
     assert value(found, "docmill_queue_jobs", queue="cpu", status="waiting") == 1
     assert value(found, "docmill_queue_listeners", queue="cpu") == 1
-    assert value(found, "docmill_workers", state="alive") == 1
+    assert value(found, "docmill_workers", state="live") == 1
     assert value(found, "docmill_workers", state="dead") == 1
     assert value(found, "docmill_worker_memory_bytes", worker="h:1") == 80e6
     assert value(found, "docmill_worker_cpu_seconds_total", worker="h:1") == 12.5
