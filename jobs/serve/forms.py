@@ -25,10 +25,3 @@ async def form_of(request: Request) -> dict[str, list[str]]:
     if not request.app.state.parts.sessions.is_form_token(visitor_of(request).id, given):
         raise HTTPException(403, "This form is too old or was made elsewhere. Go back, reload the page and send it again.")
     return fields
-
-
-def our_own(target: str) -> str:
-    """Return where to go on, if it is an address of this server's own; else the first page."""
-    if not target.startswith("/") or target.startswith(("//", "/\\")) or not target.isprintable() or "\\" in target:
-        return "/"
-    return target

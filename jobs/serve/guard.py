@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
+from markupsafe import Markup
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.serve.sessions import Sessions, Slowdown
@@ -128,6 +129,9 @@ class Guard:
             visitor.allowed = False
             if path != "/readyz":
                 return PlainTextResponse("This server does not go by that name; SERVE_ALLOWED_HOSTS lists the names that it does.\n", 421)
+        if visitor.is_new and _comes_by_a_foreign_link(request):
+            visitor.is_new = False
+            return _come_again(request)
         if request.method not in ("GET", "HEAD") and not self._from_our_own_page(request):
             return PlainTextResponse("This form did not come from a page of this server.\n", 403)
         if visitor.allowed or path.startswith(OPEN_PATHS):
@@ -168,6 +172,13 @@ def cookie(value: str, *, secure: bool, max_age: int | None = None) -> str:
     return "; ".join(parts)
 
 
+def our_own(target: str) -> str:
+    """Return where to go on, if it is an address of this server's own; else the first page."""
+    if not target.startswith("/") or target.startswith(("//", "/\\")) or not target.isprintable() or "\\" in target:
+        return "/"
+    return target
+
+
 def address_of(request: Request) -> str:
     """Return where a request comes from, as far as slowing it down goes: an IPv6 host has its whole network to guess from."""
     host = request.client.host if request.client is not None else ""
@@ -189,3 +200,16 @@ def _cookie_of(headers: Headers) -> str | None:
 def _bearer_of(headers: Headers) -> str | None:
     kind, _, value = headers.get("authorization", "").partition(" ")
     return value.strip() if kind.lower() == "bearer" else None
+
+
+def _comes_by_a_foreign_link(request: Request) -> bool:
+    told = request.headers.get("sec-fetch-site"), request.headers.get("sec-fetch-dest")
+    return request.method == "GET" and told == ("cross-site", "document")
+
+
+def _come_again(request: Request) -> Response:
+    """Have the browser ask again from a page of ours: coming from another site it leaves its cookie at home (SameSite=Strict)."""
+    target = our_own(request.url.path + (f"?{request.url.query}" if request.url.query else ""))
+    refresh = Markup('<meta http-equiv="refresh" content="0;url={}">').format(target)
+    link = Markup('<a href="{}">Go on</a>').format(target)
+    return HTMLResponse(f'<!DOCTYPE html><html lang="en"><title>docmill</title>{refresh}{link}')

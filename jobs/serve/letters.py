@@ -10,8 +10,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from jobs.redaction import describe
-from jobs.serve.forms import form_of, our_own
-from jobs.serve.guard import address_of
+from jobs.serve.forms import form_of
+from jobs.serve.guard import address_of, our_own
 from jobs.serve.paging import ROWS, key_of, paged, text_of
 from jobs.serve.reading import Database, TooSlow
 from jobs.serve.rendering import link, rendering_of

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from jobs.serve.forms import form_of, our_own
-from jobs.serve.guard import address_of, cookie
+from jobs.serve.forms import form_of
+from jobs.serve.guard import address_of, cookie, our_own
 from jobs.serve.rendering import rendering_of, visitor_of
 
 

@@ -103,6 +103,19 @@ def test_who_guesses_the_token_is_made_to_wait_and_not_even_the_right_one_counts
     assert closed_site.get("/healthz").status_code == 200
 
 
+def test_a_link_from_another_site_neither_ends_a_session_nor_leads_astray(closed_site: httpx2.Client) -> None:
+    sign_in(closed_site)
+    session = closed_site.cookies["docmill_session"]
+    closed_site.cookies.clear()  # what SameSite=Strict does on the way
+    foreign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    for path, target in (("/document?id=a%22%3E%3Cb", "/document?id=a%22%3E%3Cb"), ("//evil.example/x", "/")):
+        answer = closed_site.get(f"{closed_site.base_url}{path}" if path.startswith("//") else path, headers=foreign)
+        assert (answer.status_code, "set-cookie" in answer.headers) == (200, False)
+        assert f'content="0;url={target}"' in answer.text
+    closed_site.cookies.set("docmill_session", session, domain="127.0.0.1")
+    assert closed_site.get("/documents").status_code == 200
+
+
 def test_a_wrong_token_a_foreign_form_and_a_made_up_cookie_do_not_sign_in(closed_site: httpx2.Client) -> None:
     assert sign_in(closed_site, "").status_code == 403
     token = form_token(closed_site.get("/login").text)
@@ -159,7 +172,8 @@ def test_chosen_dead_letters_are_requeued_and_what_cannot_be_is_told(open_site: 
     assert "was requeued at" in again.text
     assert "there is no dead letter 999" in again.text
     assert state_of(conn, "c") == ("queued", "requeued")
-    for wrong in ({"action": "drop"}, {"id": "x"}, {"id": []}, {"id": [str(n) for n in range(501)]}):
+    wrongs: list[dict[str, str | list[str]]] = [{"action": "drop"}, {"id": "x"}, {"id": []}, {"id": [str(n) for n in range(501)]}]
+    for wrong in wrongs:
         assert open_site.post("/dead-letters/resolve", data={**form, "id": "1", **wrong}).status_code == 400
 
 

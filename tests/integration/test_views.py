@@ -34,7 +34,9 @@ def psql() -> str:
 STAYS = -36_000.0  # seconds ago: a heartbeat of the future lets a worker live however slow the test is
 
 
-def beat(conn: psycopg.Connection, worker: str = "h:1", queues: list[str] | None = None, ago: float = STAYS, stopping: bool = False) -> None:
+def beat(
+    conn: psycopg.Connection, worker: str = "h:1", queues: list[str] | None = None, ago: float = STAYS, stopping: bool = False
+) -> None:
     conn.execute(BEAT, [worker, queues, ago, stopping])
 
 

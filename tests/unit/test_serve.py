@@ -9,8 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from jobs.serve.charts import lines, stacked_bars
-from jobs.serve.forms import our_own
-from jobs.serve.guard import cookie, host_names, is_loopback, name_of
+from jobs.serve.guard import cookie, host_names, is_loopback, name_of, our_own
 from jobs.serve.rendering import _visible, ago, duration, link, money, number, size, tidy
 from jobs.serve.run import check_place
 from jobs.serve.sessions import MOST_SESSIONS, Sessions, Slowdown
@@ -100,7 +99,7 @@ def test_a_short_token_is_refused_and_not_quoted(monkeypatch: pytest.MonkeyPatch
 
 
 def test_on_this_machine_only_its_own_names_reach_it() -> None:
-    assert host_names(Settings()) == {"localhost", "127.0.0.1", "::1"}
+    assert host_names(Settings()) == frozenset({"localhost", "127.0.0.1", "::1"})
     assert host_names(Settings(serve_host="0.0.0.0", serve_token=SecretStr(TOKEN))) is None
     named = host_names(Settings(serve_allowed_hosts="docs.example.com, Mill"))
     assert named is not None
@@ -176,5 +175,4 @@ def test_buckets_of_a_histogram_are_cumulative_and_end_with_all() -> None:
     durations.add(0, 2, 0.006)
     durations.add(len(STAGE_BOUNDS), 1, 400)
     buckets = durations.cumulative(STAGE_BOUNDS)
-    assert buckets[0] == ("0.005", 2)
-    assert buckets[-2:] == [("300.0", 2), ("+Inf", 3)]
+    assert [buckets[0], *buckets[-2:]] == [("0.005", 2), ("300.0", 2), ("+Inf", 3)]
