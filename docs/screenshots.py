@@ -47,6 +47,14 @@ FROM circuit_breakers AS c, generate_series(1, 400) AS n
 JOIN (SELECT row_number() OVER (ORDER BY id) AS place, doc_id, batch_id, user_id FROM file_extractions LIMIT 20) AS d
     ON d.place = 1 + n % 20
 """
+_HISTORY = """
+INSERT INTO document_events (at, doc_id, user_id, correlation_id, event)
+SELECT t.at, 'before ' || t.at || n, 'archive', 'before',
+    CASE WHEN n % 2 = 0 THEN 'submitted' WHEN n % 61 = 1 THEN 'failed' ELSE 'completed' END
+FROM generate_series(now() - interval '58 minutes', now() - interval '1 minute', interval '1 minute') AS t (at),
+    generate_series(0, 120 + (90 * sin(extract(epoch FROM t.at) / 500))::integer) AS n
+ORDER BY t.at
+"""
 
 
 def pages(conn: psycopg.Connection) -> Iterator[tuple[str, str]]:
@@ -85,7 +93,8 @@ def look_at(driver: Any, address: str, name: str, folder: Path, width: int) -> N
 
 
 def prepare(conn: psycopg.Connection, folder: Path) -> None:
-    """Submit enough that a run is in progress for some minutes, with failures in it."""
+    """Give the charts an hour of events that are made up, and submit enough that a run is in progress for some minutes, with failures in it."""
+    conn.execute(_HISTORY.encode())
     for batch, count in (("reports-2025", 60), ("reports-2026", 600)):
         source = folder / "archive" / batch
         source.mkdir(parents=True)
@@ -97,6 +106,19 @@ def prepare(conn: psycopg.Connection, folder: Path) -> None:
     for table in (b"processing_jobs", b"file_extractions"):
         conn.execute(b"UPDATE %s SET source_path = replace(source_path, %%s, '/srv')" % table, [str(folder)])
     conn.execute(_OUTAGE.encode())
+
+
+def for_readme(driver: Any, server: str, conn: psycopg.Connection, folder: Path, base: Path) -> None:
+    """Take the two pictures of docs/images: small files, the first screenful, without the name of this machine's folder."""
+    shown = conn.execute("SELECT doc_id FROM file_extractions WHERE state = 'complete' AND file_type = 'pdf' LIMIT 1").fetchone()
+    assert shown is not None
+    for name, path in (("overview", "/"), ("document", "/document?id=" + quote(shown[0], safe=""))):
+        resize(driver, 1280, 820)
+        driver.get(server + path)
+        driver.execute_script(
+            "document.querySelectorAll('.said').forEach(e => { e.textContent = e.textContent.replace(arguments[0], '/srv'); })", str(base)
+        )
+        picture(driver, folder / f"readme-{name}.png", whole=False)
 
 
 def main(folder: Path) -> None:
@@ -120,6 +142,8 @@ def main(folder: Path) -> None:
         time.sleep(6)
         for dark in (False, True):
             with browser(dark=dark) as driver:
+                if not dark:
+                    for_readme(driver, server, conn, folder, base)
                 for page, path in pages(conn):
                     for width in WIDTHS if not dark or page in IN_THE_DARK else ():
                         look_at(driver, server + path, f"{page}-dark" if dark else page, folder, width)

@@ -16,7 +16,12 @@ from jobs.serve.reading import Database, Row
 from jobs.serve.rendering import rendering_of
 from models.stages import STAGES
 
-SPANS = {"1h": ("1 hour", "1 minute", "%H:%M"), "24h": ("24 hours", "30 minutes", "%H:%M"), "7d": ("7 days", "3 hours", "%m-%d %H h")}
+SPANS = {
+    "10m": ("10 minutes", "10 seconds", "%H:%M:%S"),
+    "1h": ("1 hour", "1 minute", "%H:%M"),
+    "24h": ("24 hours", "30 minutes", "%H:%M"),
+    "7d": ("7 days", "3 hours", "%m-%d %H h"),
+}
 """What a person can look at: the span, its slices, and how a slice is written."""
 _ENDS = ("complete", "duplicate", "failed", "cancelled")
 
