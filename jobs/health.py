@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import psycopg
@@ -34,6 +35,8 @@ LIMIT = 10.0  # seconds for each component
 SCARCE = 0.05  # of the disk: what is left when storage is degraded
 SCARCE_MB = 1000  # or so many MB of 1,000,000 bytes
 CROWDED = 0.9  # of max_connections
+_storage_asked_at: dict[Path, float] = {}
+"""Since when an answer of a storage is waited for, by the monotonic clock."""
 _Row = dict[str, Any]
 _Connection = psycopg.AsyncConnection[_Row]
 
@@ -165,6 +168,12 @@ async def _indexes(conn: _Connection) -> Component:
 
 async def _storage(settings: Settings) -> Component:
     """Write and remove a small file. In a thread of its own that nobody waits for at the end: a dead network share hangs for ever."""
+    base = settings.storage_base_path
+    hung_since = _storage_asked_at.get(base)
+    if hung_since is not None and time.monotonic() - hung_since > LIMIT:
+        # A server that is asked every few seconds would have thousands of threads after a day.
+        return Component("storage", "down", f"{base} has not answered for {time.monotonic() - hung_since:.0f} s")
+    _storage_asked_at[base] = time.monotonic()
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Component] = loop.create_future()
 
@@ -182,6 +191,7 @@ async def _storage(settings: Settings) -> Component:
             found = _try_storage(settings)
         except Exception as error:
             trouble = error
+        _storage_asked_at.pop(base, None)
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, found, trouble)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,3 +43,31 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60, proc
         if time.monotonic() > end:
             raise AssertionError(f"waited {timeout} s in vain for {what}")
         time.sleep(0.05)
+
+
+@contextmanager
+def served(log: Path, **environment: str) -> Iterator[str]:
+    """Yield the address of a running `docmill serve` in the environment of the test, on a free port."""
+    command = [sys.executable, "-m", "jobs.cli", "serve"]
+    given = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SERVE_PORT": "0", "LOG_FORMAT": "text", "LOG_LEVEL": "INFO", **environment}
+    start = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, env=given, stdout=file, stderr=file, start_new_session=True)
+    try:
+        found: list[str] = []
+
+        def listens() -> bool:
+            with log.open(encoding="utf-8", errors="replace") as lines:
+                lines.seek(start)
+                found[:] = re.findall(r"Serving on (http://\S+?)/(?:\s|$)", lines.read())
+            return bool(found)
+
+        wait_for(listens, f"docmill serve to listen; see {log}", process=process)
+        yield found[0]
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -225,3 +225,16 @@ def worker(
     from jobs.cli.worker import run  # noqa: PLC0415
 
     raise typer.Exit(run(queues, concurrency))
+
+
+@app.command(epilog=EXIT_CODES)
+def serve(
+    host: Annotated[str | None, typer.Option(metavar="HOST", help="Where to listen; SERVE_HOST, this machine only, if not given.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, metavar="N", help="Port; SERVE_PORT if not given.")] = None,
+    *,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Only show; nothing can be requeued or discarded.")] = False,
+) -> None:
+    """Serve the dashboard, /healthz, /readyz and /metrics until stopped. Beyond this machine it needs SERVE_TOKEN: docs/serve.md."""
+    from jobs.cli.serve import run  # noqa: PLC0415
+
+    raise typer.Exit(run(host, port, read_only=read_only))

@@ -13,12 +13,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, WebUrl, Words, usable_cores
 from models.settings.providers import ProviderSettings
 from models.settings.secret_files import SecretFiles
+from models.settings.serving import ServingSettings
 
 SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE")
 """The libpq variables that name a server; with any of them set, the embedded server stays off."""
 
 
-class Settings(ProviderSettings):
+class Settings(ServingSettings, ProviderSettings):
     """All configuration. The attribute `max_pages` is the environment variable `MAX_PAGES`; `load_settings()` reads it."""
 
     model_config = SettingsConfigDict(

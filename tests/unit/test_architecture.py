@@ -35,6 +35,7 @@ RULES = (
     Rule("jobs.stages", allowed=("jobs.stages", "jobs.adapters", "models"), forbidden=DATABASE),
     Rule("jobs.breaker", allowed=(), forbidden=DATABASE + QUEUE),
     Rule("jobs.services", forbidden=("jobs.cli", "jobs.worker", "jobs.stages", "jobs.pipeline", "procrastinate_app")),
+    Rule("jobs.serve", forbidden=("jobs.cli", "jobs.worker", "jobs.stages", "jobs.pipeline", "jobs.adapters", "procrastinate_app")),
     Rule("jobs.pipeline", forbidden=("jobs.cli", "jobs.worker", "procrastinate_app")),
     Rule("jobs.submit", forbidden=("jobs.cli", "jobs.worker", "jobs.stages", "procrastinate_app")),
     Rule("jobs.worker", forbidden=("jobs.cli", "jobs.stages", "procrastinate_app")),

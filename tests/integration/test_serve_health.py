@@ -1,0 +1,192 @@
+"""Each component turns red when it is broken and green again when it is mended, over HTTP, while the server goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psycopg
+import pytest
+
+from jobs.health import COMPONENTS
+from models.settings import load_settings
+from tests.faults.cluster import Cluster
+from tests.running import served, wait_for, worker
+from tests.sites import client
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+class Installation:
+    """A database, a storage, a worker and a server, all of the test's own."""
+
+    def __init__(self, cluster: Cluster, visitor: httpx2.Client, storage: Path, conninfo: str) -> None:
+        self.cluster, self.visitor, self.storage, self.conninfo = cluster, visitor, storage, conninfo
+
+    def run(self, statement: str) -> None:
+        with psycopg.connect(self.conninfo, autocommit=True) as conn:
+            conn.execute(statement.encode())
+
+    def component(self, name: str) -> tuple[int, str]:
+        answer = self.visitor.get("/readyz")
+        found: dict[str, Any] = answer.json()
+        assert found["ready"] == (answer.status_code == 200)
+        assert list(found["components"]) == list(COMPONENTS)
+        assert found["components"][name]["message"]
+        return answer.status_code, found["components"][name]["health"]
+
+    def turns(self, name: str, status: int, *healths: str) -> None:
+        """Wait until a component is so, and the whole with it; all others are as they were before."""
+        wait_for(lambda: self.component(name) in [(status, health) for health in healths], f"{name} to turn {healths}", 60)
+
+
+@pytest.fixture
+def installation(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
+    if not cluster.running():
+        cluster.start()
+    name = cluster.create_database()
+    environment = {
+        "DATABASE_URL": cluster.conninfo(name), "STORAGE_BASE_PATH": str(tmp_path / "storage"), "EMBEDDING_PROVIDER": "hash",
+        "LEASE_SECONDS": "2", "DATABASE_TIMEOUT": "2", "WORKER_POLL_SECONDS": "0.1",
+    }  # fmt: skip
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(tmp_path)
+    load_settings.cache_clear()
+    with worker(tmp_path / "worker.log"), served(tmp_path / "serve.log") as address, client(address) as visitor:
+        found = Installation(cluster, visitor, tmp_path / "storage", environment["DATABASE_URL"])
+        wait_for(lambda: visitor.get("/readyz").status_code == 200, "everything to be well", 120)
+        yield found
+    load_settings.cache_clear()
+    cluster.drop_database(name)
+
+
+def break_migrations(i: Installation) -> None:
+    i.run("DELETE FROM docmill_migrations WHERE name LIKE '0012%'")
+
+
+def mend_migrations(i: Installation) -> None:
+    i.run("INSERT INTO docmill_migrations (component, name) VALUES ('docmill', '0012_sync.sql')")
+
+
+def take_storage_away(i: Installation) -> None:
+    i.storage.rename(i.storage.with_name("elsewhere"))
+    i.storage.write_text("a file where the folder should be")
+
+
+def bring_storage_back(i: Installation) -> None:
+    i.storage.unlink()
+    i.storage.with_name("elsewhere").rename(i.storage)
+
+
+def make_storage_read_only(i: Installation) -> None:
+    # Writing into the kernel's own file system fails for root too.
+    i.storage.rename(i.storage.with_name("elsewhere"))
+    i.storage.symlink_to("/proc/sys")
+
+
+def open_breaker(i: Installation) -> None:
+    i.run(
+        """INSERT INTO circuit_breakers (service, state, reason, try_at)
+        VALUES ('embedding x', 'open', 'HTTP 503', now() + interval '1 min')
+        ON CONFLICT (service) DO UPDATE SET state = 'open', reason = 'HTTP 503', try_at = now() + interval '1 min'"""
+    )
+
+
+def close_breaker(i: Installation) -> None:
+    i.run("SELECT reset_breaker('embedding x')")
+
+
+Step = Callable[[Installation], None]
+
+
+@pytest.mark.parametrize(
+    ("component", "broken", "mended"),
+    [
+        ("migrations", break_migrations, mend_migrations),
+        ("storage", take_storage_away, bring_storage_back),
+        ("storage", make_storage_read_only, bring_storage_back),
+        ("services", open_breaker, close_breaker),
+    ],
+    ids=["a migration is missing", "storage is gone", "storage takes no writes", "a service is down"],
+)
+def test_a_component_turns_red_when_broken_and_green_when_mended(
+    installation: Installation, component: str, broken: Step, mended: Step
+) -> None:
+    broken(installation)
+    installation.turns(component, 503, "down")
+    assert installation.visitor.get("/healthz").status_code == 200
+    blind = ("workers", "queues", "services", "indexes") if component == "migrations" else ()
+    others = ",".join(name for name in COMPONENTS if name not in (component, *blind))
+    assert installation.visitor.get(f"/readyz?only={others}").status_code == 200, "nothing else is blamed"
+    mended(installation)
+    installation.turns(component, 200, "ok")
+    assert installation.visitor.get("/").status_code == 200
+
+
+def test_a_database_that_stops_is_told_on_every_page_and_all_comes_back_with_it(installation: Installation) -> None:
+    installation.cluster.stop("immediate")
+    installation.turns("database", 503, "down")
+    assert installation.component("workers") == (503, "unknown")
+    for path in ("/documents", "/document?id=x", "/workers", "/dead-letters"):
+        page = installation.visitor.get(path)
+        assert page.status_code == 503, path
+        assert 'http-equiv="refresh"' in page.text and page.headers["retry-after"] == "5"
+        assert "Traceback" not in page.text
+    assert installation.visitor.get("/").status_code == 503
+    assert installation.visitor.get("/healthz").status_code == 200
+    scraped = installation.visitor.get("/metrics")
+    assert scraped.status_code == 200
+    assert 'docmill_component_up{component="database"} 0.0' in scraped.text
+    installation.cluster.start()
+    installation.turns("database", 200, "ok")
+    assert installation.visitor.get("/documents").status_code == 200
+
+
+def test_a_server_that_starts_before_its_database_serves_when_that_comes(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cluster.running():
+        cluster.start()
+    name = cluster.create_database()
+    monkeypatch.setenv("DATABASE_URL", cluster.conninfo(name))
+    monkeypatch.setenv("STORAGE_BASE_PATH", str(tmp_path / "storage"))
+    cluster.stop()
+    with served(tmp_path / "serve.log") as address, client(address) as visitor:
+        assert visitor.get("/documents").status_code == 503
+        cluster.start()
+        wait_for(lambda: visitor.get("/documents").status_code == 200, "the page to come back")
+
+
+def test_a_killed_worker_turns_workers_red_until_another_one_runs(installation: Installation, tmp_path: Path) -> None:
+    with psycopg.connect(installation.conninfo, autocommit=True) as conn:
+        row = conn.execute("SELECT pid FROM worker_registry").fetchone()
+        assert row is not None
+        os.kill(row[0], signal.SIGKILL)
+        # So much later: nobody hears of it any more.
+        wait_for(lambda: not Path(f"/proc/{row[0]}/cmdline").exists() or not Path(f"/proc/{row[0]}/cmdline").read_bytes(), "it to be gone")
+        conn.execute("UPDATE worker_registry SET heartbeat_at = now() - interval '5 minutes'")
+        installation.turns("workers", 503, "down")
+        conn.execute("SELECT submit_document('uploads/x', doc_id => 'waits')")
+        installation.turns("queues", 503, "down")
+    with worker(tmp_path / "second.log"):
+        installation.turns("workers", 200, "ok", "degraded")
+        installation.turns("queues", 200, "ok")
+
+
+def test_a_component_that_nobody_knows_is_refused(installation: Installation) -> None:
+    answer = installation.visitor.get("/readyz?only=database,moon")
+    assert answer.status_code == 400
+    assert "moon" in answer.text
+    shutil.rmtree(installation.storage / "temp", ignore_errors=True)
+    assert installation.visitor.get("/readyz?only=storage").status_code == 200
