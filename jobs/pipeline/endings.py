@@ -13,8 +13,9 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import faults
 from jobs.leases import Lease
 from jobs.logs import bound
-from jobs.pipeline.checkpoint import FencedOff, Outcome, checkpoint_durably
+from jobs.pipeline.checkpoint import FencedOff, Outcome
 from jobs.pipeline.claims import Connection
+from jobs.pipeline.durable import checkpoint_durably
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.keeping import unbroken
 from jobs.pipeline.work import StageEvent, Work

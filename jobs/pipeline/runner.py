@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,40 +13,26 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
-from jobs.adapters.usage import measured
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
-from jobs.pipeline.checkpoint import CheckpointFailed, FencedOff, StaleVectors
+from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
 from jobs.pipeline.company import Company
-from jobs.pipeline.details import stage_detail
+from jobs.pipeline.durable import CheckpointFailed
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.failure import describe_failure
 from jobs.pipeline.keeping import Keeping
+from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
-from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
+from jobs.stages import Tools, extract
 from jobs.tracing import span
-from models.documents import Document
 from models.errors import PermanentError
-from models.errors import TimeoutError as StageTimeout
 from models.settings import Settings
 from models.stages import Stage, due_stage
 from sql import query
-
-StageFunction = Callable[[Document, Tools], Awaitable[Document]]
-
-STAGE_FUNCTIONS: dict[str, StageFunction] = {
-    "validate": validate.run,
-    "parse": parse.run,
-    "check": check.run,
-    "chunk": chunk.run,
-    "embed": embed.run,
-    "extract": extract.run,
-    "finalize": finalize.run,
-}
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
@@ -230,37 +216,7 @@ class Runner:
             return await self._run_stage(stage, work, lease, partial(extract.run_without, failure=told))
 
     async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
-        """Run one stage, note its event, and return how long it took in seconds."""
-        started = work.stage_began_at = clock.seconds()
-        limit = self._settings.stage_timeout_seconds
-        lease.deadline = started + limit
-        attempt = work.attempt_at(stage.due_at)
-        with span(stage.name, doc_id=work.document.doc_id, stage=stage.name, attempt=attempt) as note, measured() as usage:
-            try:
-                async with asyncio.timeout(limit) as deadline:
-                    await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
-                    document = await run(work.document, self._tools_for(work, lease))
-                    await faults.at(f"stage_done:{stage.name}", work.document.doc_id)
-            except TimeoutError as error:
-                if not deadline.expired():
-                    raise
-                raise StageTimeout(f"{work.document.file_name}: {stage.name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
-            note(cpu_ms=usage.cpu_ms, peak_memory_mb=usage.peak_memory_mb, file_type=document.file_type, file_size=document.file_size)
-        elapsed = clock.seconds() - started
-        work.document = replace(document, milestone=stage.reaches)
-        logger.bind(duration_ms=round(elapsed * 1000, 1), cpu_ms=round(usage.cpu_ms, 1)).debug("{} is through", stage.name)
-        work.events.append(
-            StageEvent(
-                "completed" if stage.name == "finalize" else "stage_completed",
-                stage.name,
-                attempt,
-                round(elapsed * 1000, 3),
-                round(usage.cpu_ms, 3),
-                round(usage.peak_memory_mb, 1) or None,
-                stage_detail(stage.name, work.document),
-            )
-        )
-        return elapsed
+        return await run_stage(stage, work, lease, run, self._tools_for(work, lease), limit=self._settings.stage_timeout_seconds)
 
     def _tools_for(self, work: Work, lease: Lease) -> Tools:
         keeping = Keeping(

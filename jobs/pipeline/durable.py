@@ -1,0 +1,102 @@
+"""A checkpoint that is written whatever the database goes through meanwhile, or said not to be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import psycopg
+from loguru import logger
+from psycopg_pool import AsyncConnectionPool
+
+from jobs import faults
+from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint
+from jobs.pipeline.claims import Connection, one
+from jobs.pipeline.work import Work
+from jobs.redaction import describe
+from jobs.retry import calculate_backoff, classify_error
+from models.errors import ErrorType
+from models.stages import State
+
+
+class CheckpointFailed(Exception):
+    """The checkpoint could not be written, and trying again at once does not help."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+_TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
+_LONGEST_PAUSE = 5.0  # seconds
+_LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
+
+
+async def checkpoint_durably(
+    pool: AsyncConnectionPool[Connection],
+    work: Work,
+    outcome: Outcome,
+    *,
+    worker: str,
+    give_up: Callable[[], bool],
+    patient: bool = False,
+) -> None:
+    """Write a checkpoint or raise FencedOff, StaleVectors or CheckpointFailed.
+
+    A database that is away is waited for, however long (until `give_up` says that the worker must stop): what was done would be lost
+    otherwise. An error that the database answers with is tried again a few times if that can help; with `patient`, until it is written
+    or `give_up`: a failure that is not recorded would pass for a crash.
+    """
+    attempt = 0
+    while True:
+        try:
+            # A worker that must stop has no time to wait for a database that is away.
+            async with pool.connection(timeout=_LAST_WAIT if give_up() else None) as conn:
+                # A connection that broke at the commit does not say whether it was written.
+                if attempt == 0 or not await _was_written(conn, work, outcome):
+                    await checkpoint(conn, work, outcome, worker=worker)
+                    await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
+                _mark_saved(work, outcome)
+            return
+        except psycopg.Error as error:
+            answered = not _is_away(error)
+            enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())
+            if enough or classify_error(error) is not ErrorType.RETRYABLE:
+                raise CheckpointFailed(error) from error
+            pause = calculate_backoff(attempt, 0.1, _LONGEST_PAUSE)
+            logger.warning("The checkpoint was not written, trying again in {:.1f} s: {}", pause, describe(error))
+            await asyncio.sleep(pause)
+            attempt += 1
+        except (FencedOff, StaleVectors):
+            raise
+        except Exception as error:
+            # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
+            raise CheckpointFailed(error) from error
+
+
+def _is_away(error: psycopg.Error) -> bool:
+    """Say whether the database did not answer, because the connection or the server is gone."""
+    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in {"57P01", "57P02", "57P03", "57P05"}
+
+
+async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:
+    """Say whether the database already holds what this checkpoint is to write, also where the document has gone on since."""
+    row = await one(conn, "look_at_document", {"doc_id": work.document.doc_id})
+    if row is None:
+        return False
+    if row["claim"] != work.claim:
+        # Its events were written with it, under our claim.
+        last = work.events[-1] if work.events else None
+        told = {"doc_id": work.document.doc_id, "claim": work.claim, "stage": last and last.stage, "event": last and last.event}
+        return last is not None and await one(conn, "find_told_event", told) is not None
+    target = (work.document.milestone, outcome.state)
+    return (row["milestone"], row["state"]) == target and target != (work.saved.milestone, State.WORKING)
+
+
+def _mark_saved(work: Work, outcome: Outcome) -> None:
+    if work.saved.milestone != work.document.milestone:
+        work.waiting_since = None
+    work.saved = work.document
+    work.retry_count = outcome.retry_count
+    work.paid = False
+    work.events.clear()

@@ -1,0 +1,65 @@
+"""The stages in code, and how one of them is run: within its deadline, measured, with its event noted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from loguru import logger
+
+from jobs import clock, faults
+from jobs.adapters.usage import measured
+from jobs.leases import Lease
+from jobs.pipeline.details import stage_detail
+from jobs.pipeline.work import StageEvent, Work
+from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
+from jobs.tracing import span
+from models.documents import Document
+from models.errors import TimeoutError as StageTimeout
+from models.stages import Stage
+
+StageFunction = Callable[[Document, Tools], Awaitable[Document]]
+
+STAGE_FUNCTIONS: dict[str, StageFunction] = {
+    "validate": validate.run,
+    "parse": parse.run,
+    "check": check.run,
+    "chunk": chunk.run,
+    "embed": embed.run,
+    "extract": extract.run,
+    "finalize": finalize.run,
+}
+
+
+async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, tools: Tools, *, limit: float) -> float:
+    """Run one stage for at most `limit` seconds, note its event, and return how long it took in seconds."""
+    started = work.stage_began_at = clock.seconds()
+    lease.deadline = started + limit
+    attempt = work.attempt_at(stage.due_at)
+    with span(stage.name, doc_id=work.document.doc_id, stage=stage.name, attempt=attempt) as note, measured() as usage:
+        try:
+            async with asyncio.timeout(limit) as deadline:
+                await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
+                document = await run(work.document, tools)
+                await faults.at(f"stage_done:{stage.name}", work.document.doc_id)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise StageTimeout(f"{work.document.file_name}: {stage.name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
+        note(cpu_ms=usage.cpu_ms, peak_memory_mb=usage.peak_memory_mb, file_type=document.file_type, file_size=document.file_size)
+    elapsed = clock.seconds() - started
+    work.document = replace(document, milestone=stage.reaches)
+    logger.bind(duration_ms=round(elapsed * 1000, 1), cpu_ms=round(usage.cpu_ms, 1)).debug("{} is through", stage.name)
+    work.events.append(
+        StageEvent(
+            "completed" if stage.name == "finalize" else "stage_completed",
+            stage.name,
+            attempt,
+            round(elapsed * 1000, 3),
+            round(usage.cpu_ms, 3),
+            round(usage.peak_memory_mb, 1) or None,
+            stage_detail(stage.name, work.document),
+        )
+    )
+    return elapsed
