@@ -46,7 +46,7 @@ BEGIN ATOMIC
     WITH told AS (
         SELECT date_bin(bucket, e.at, 'epoch') AS bucket_at, e.event, count(*) AS times
         FROM document_events AS e
-        WHERE e.id >= event_id_since(now() - span - interval '1 minute') AND e.at >= date_bin(bucket, now() - span, 'epoch')
+        WHERE e.id >= event_id_since(date_bin(bucket, now() - span, 'epoch') - interval '1 minute') AND e.at >= date_bin(bucket, now() - span, 'epoch')
             AND e.event IN ('submitted', 'resubmitted', 'completed', 'duplicate', 'failed', 'cancelled', 'retry_scheduled', 'rescued')
         GROUP BY 1, 2
     )
@@ -66,7 +66,7 @@ BEGIN ATOMIC
     ORDER BY b.bucket_at;
 END;
 COMMENT ON FUNCTION throughput_over IS
-    'What happened to documents in each slice of the last `span`, empty slices too: counts of events; per_second is documents that ended. The last slice is not over yet.';
+    'What happened to documents in each slice of the last `span`, the first one whole, empty ones too: counts of events; per_second is documents that ended. The last slice is not over yet.';
 
 CREATE FUNCTION stage_latency_over(span interval DEFAULT '1 hour', bucket interval DEFAULT '1 hour') RETURNS TABLE (
     bucket_at timestamptz, stage text, runs bigint, failures bigint, p50_ms double precision, p95_ms double precision, max_ms double precision,
@@ -84,7 +84,7 @@ BEGIN ATOMIC
             count(*) AS tries, count(e.duration_ms) AS runs, sum(e.duration_ms) AS ms, max(e.duration_ms) AS max_ms,
             sum(e.cpu_ms) AS cpu_ms, max(e.peak_memory_mb) AS memory_mb
         FROM document_events AS e
-        WHERE e.id >= event_id_since(now() - span - interval '1 minute') AND e.at >= date_bin(bucket, now() - span, 'epoch')
+        WHERE e.id >= event_id_since(date_bin(bucket, now() - span, 'epoch') - interval '1 minute') AND e.at >= date_bin(bucket, now() - span, 'epoch')
             AND e.stage IS NOT NULL AND e.event IN ('stage_completed', 'completed', 'retry_scheduled', 'failed')
         GROUP BY 1, 2, 3
     ), ranked AS (

@@ -188,6 +188,17 @@ async def test_throughput_counts_each_thing_once_in_the_slice_in_which_it_happen
     assert filled.one("SELECT count(*), sum(complete) FROM throughput_over('10 minutes', '1 minute')") == (11, 1)
 
 
+def test_the_first_slice_is_whole(conn: psycopg.Connection) -> None:
+    conn.execute(
+        """INSERT INTO document_events (at, doc_id, user_id, correlation_id, stage, event, duration_ms)
+        SELECT date_bin('1 hour', now() - interval '24 hours', 'epoch') + s * interval '1 second', 'x', 'u', 'c', 'finalize', 'completed', 1
+        FROM unnest(ARRAY[-1, 0, 1]) AS s"""
+    )
+    # Were the hour to change in between, both are out of the window.
+    found = conn.execute("SELECT (SELECT sum(complete) FROM throughput), (SELECT sum(runs) FROM stage_latency)").fetchone()
+    assert found in ((2, 2), (0, None))
+
+
 async def test_stage_latency_is_that_of_the_runs(filled: Bench) -> None:
     filled.conn.execute("ALTER TABLE document_events DISABLE TRIGGER document_events_append_only")
     filled.conn.execute("DELETE FROM document_events WHERE stage = 'embed'")
