@@ -120,7 +120,10 @@ def fetching(server: PostgresServer, folder: Path, jobs: int, fetches: int) -> N
             tables = ("procrastinate_jobs", "procrastinate_events")
 
             def fetcher() -> str:
-                return Fetcher(conn, OURS, ["cpu"]).figures(fetches)
+                found = Fetcher(conn, OURS, ["cpu"]).figures(fetches)
+                # What it has in hand would slow the next one down.
+                conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE status = 'doing'")
+                return found
 
             before, size = fetcher(), megabytes(other, *tables)
             gone: dict[str, int] = {}
