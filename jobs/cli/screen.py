@@ -86,7 +86,7 @@ def _queues(queues: Sequence[Row], stages: Sequence[Row]) -> Table:
         times = [_ms(took.get(name)) for name in ("p50_ms", "p95_ms", "max_ms")]
         cells.append([row["stage"], row["queue"], row["waiting"], duration(row["oldest_seconds"]), row["scheduled"], row["running"],
                       row["listeners"], took.get("runs"), took.get("failures"), *times])  # fmt: skip
-    return _table("Queues, and stages in the last 10 minutes", columns, cells, numbers=set(columns[2:]))
+    return _table("Queues, and stages in the last 10 to 20 minutes", columns, cells, numbers=set(columns[2:]))
 
 
 def _batches(batches: Sequence[Row]) -> Table:

@@ -188,6 +188,17 @@ async def test_throughput_counts_each_thing_once_in_the_slice_in_which_it_happen
     assert filled.one("SELECT count(*), sum(complete) FROM throughput_over('10 minutes', '1 minute')") == (11, 1)
 
 
+def test_the_first_slice_is_whole(conn: psycopg.Connection) -> None:
+    conn.execute(
+        """INSERT INTO document_events (at, doc_id, user_id, correlation_id, stage, event, duration_ms)
+        SELECT date_bin('1 hour', now() - interval '24 hours', 'epoch') + s * interval '1 second', 'x', 'u', 'c', 'finalize', 'completed', 1
+        FROM unnest(ARRAY[-1, 0, 1]) AS s"""
+    )
+    # Were the hour to change in between, both are out of the window.
+    found = conn.execute("SELECT (SELECT sum(complete) FROM throughput), (SELECT sum(runs) FROM stage_latency)").fetchone()
+    assert found in ((2, 2), (0, None))
+
+
 async def test_stage_latency_is_that_of_the_runs(filled: Bench) -> None:
     filled.conn.execute("ALTER TABLE document_events DISABLE TRIGGER document_events_append_only")
     filled.conn.execute("DELETE FROM document_events WHERE stage = 'embed'")
@@ -195,10 +206,13 @@ async def test_stage_latency_is_that_of_the_runs(filled: Bench) -> None:
         """INSERT INTO document_events (doc_id, user_id, correlation_id, stage, event, duration_ms)
         SELECT 'x', 'default', 'c', 'embed', 'stage_completed', n FROM generate_series(1, 101) AS n"""
     )
-    found = filled.one(
-        "SELECT sum(runs), max(p50_ms), max(p95_ms), max(max_ms) FROM stage_latency_over('1 hour', '1 day') WHERE stage = 'embed'"
+    runs, middle, high, longest = filled.one(
+        "SELECT runs, p50_ms, p95_ms, max_ms FROM stage_latency_over('1 hour', '3650 days') WHERE stage = 'embed'"
     )
-    assert found == (101, 51, 96, 101)
+    assert (runs, longest) == (101, 101)
+    assert middle == pytest.approx(51, rel=0.02) and high == pytest.approx(96, rel=0.02)
+    filled.conn.execute("DELETE FROM document_events WHERE stage = 'embed' AND duration_ms <> 77")
+    assert filled.one("SELECT p50_ms, p95_ms FROM stage_latency WHERE stage = 'embed'") == (77, 77), "of one run it is exact"
     assert filled.one("SELECT sum(runs), sum(failures) FROM stage_latency WHERE stage = 'parse'") == (1, 2)
 
 
