@@ -15,6 +15,7 @@ from jobs.health import COMPONENTS, Component, check_health, is_ready
 from models.settings import Settings
 from tests.integration.test_cli import answer, docmill
 from tests.integration.test_views import beat
+from tests.running import wait_for, worker
 
 Break = Callable[[psycopg.Connection], None]
 
@@ -141,3 +142,14 @@ def test_without_a_database_the_command_says_so_and_exits_with_1(settings: Setti
     assert shown.returncode == 1
     assert shown.stdout.startswith("down     database") and "Traceback" not in shown.stderr
     assert os.environ["DATABASE_URL"]
+
+
+def test_a_real_worker_tells_its_connections_and_its_cpu_and_is_alive(settings: Settings, conn: psycopg.Connection, tmp_path: Path) -> None:
+    told = "SELECT connections, cpu_share, memory_mb, health, pid FROM worker_health"
+    with worker(tmp_path / "log", LEASE_SECONDS="2") as process:
+        wait_for(lambda: (conn.execute(told).fetchone() or (0, None))[1] is not None, "the second heartbeat", process=process)
+        row = conn.execute(told).fetchone()
+        assert row is not None and row[3:] == ("alive", process.pid)
+        assert row[0] >= 2 and row[1] >= 0 and row[2] > 1
+        assert docmill("health", "--only", "workers", "--here").returncode == 0
+    assert conn.execute(told).fetchone() is None, "it signs off"
