@@ -93,7 +93,7 @@ def look_at(driver: Any, address: str, name: str, folder: Path, width: int) -> N
 
 
 def prepare(conn: psycopg.Connection, folder: Path) -> None:
-    """Give the charts an hour of made-up events, and submit enough that a run is in progress for some minutes, with failures in it."""
+    """Submit enough that a run is in progress for some minutes, with failures in it; the charts' hour before it is made up."""
     conn.execute(_HISTORY.encode())
     for batch, count in (("reports-2025", 60), ("reports-2026", 600)):
         source = folder / "archive" / batch

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import tempfile
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from sql.migrate import migrate, missing_migrations
 
 MIN_POSTGRES = 170000
 MIN_VECTOR = (0, 8)
+_starting = threading.Lock()
+"""The package lets two threads of one process start the same server at once, and one of them then fails."""
 
 
 def _start_embedded(base: Path) -> str:
@@ -43,7 +46,8 @@ def _start_embedded(base: Path) -> str:
         setattr(postgres_server, "find_suitable_socket_dir", _socket_folder)  # noqa: B010 - not part of its typed surface
     try:
         base.mkdir(parents=True, exist_ok=True)
-        uri: str = postgres_server.get_server(folder).get_uri()
+        with _starting:
+            uri: str = postgres_server.get_server(folder).get_uri()
     except Exception as error:
         raise ConfigurationError(
             f"The embedded Postgres under {folder} did not start: {describe(error)}. Set DATABASE_URL to use a server of your own."

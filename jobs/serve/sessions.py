@@ -11,6 +11,7 @@ from dataclasses import dataclass
 MOST_SESSIONS = 1000
 _MOST_ADDRESSES = 10_000
 _FREE_FAILURES = 3
+_FIRST_PAUSE = 5.0  # seconds
 _LONGEST_PAUSE = 60.0  # seconds
 _FORGET = 900.0  # seconds after which failures are forgotten
 
@@ -82,7 +83,7 @@ class Slowdown:
         known = self._failures.get(address)
         if known is None or known.count < _FREE_FAILURES:
             return 0.0
-        pause = min(_LONGEST_PAUSE, 2.0 ** (known.count - _FREE_FAILURES))
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (known.count - _FREE_FAILURES))
         return max(0.0, known.last_at + pause - now)
 
     def failed(self, address: str, now: float) -> None:

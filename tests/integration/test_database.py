@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from jobs.database import check_database, run_migrations
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import migrate as migrations
+from tests.running import REPOSITORY
 
 
 def settings_for(conninfo: str, tmp_path: Path) -> Settings:
@@ -110,3 +113,23 @@ def test_a_migration_that_meets_a_submitter_of_the_old_release_in_a_deadlock_tri
             migrating.join()
         assert migrations.missing_migrations(migrations._applied(conn, "docmill")) == []
         assert conn.execute("SELECT doc_id FROM file_extractions").fetchall() == [("a",)]
+
+
+def test_threads_that_ask_for_the_embedded_server_at_once_all_get_it() -> None:
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from jobs.database import conninfo_of
+from models.settings import Settings
+with ThreadPoolExecutor(6) as threads:
+    found = {future.result() for future in [threads.submit(conninfo_of, Settings()) for _ in range(6)]}
+sys.exit(len(found) != 1)
+"""
+    # Not below pytest's own folder, which the server's own user may not enter.
+    base = Path(tempfile.mkdtemp(prefix="docmill-"))
+    base.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG") and name != "DATABASE_URL"}
+    given = {**environment, "PYTHONPATH": str(REPOSITORY), "STORAGE_BASE_PATH": str(base / "storage")}
+    done = subprocess.run([sys.executable, "-c", code], env=given, cwd=base, capture_output=True, text=True, timeout=120, check=False)
+    shutil.rmtree(base, ignore_errors=True)
+    assert done.returncode == 0, done.stderr

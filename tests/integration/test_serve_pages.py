@@ -166,16 +166,16 @@ def test_pages_of_a_long_list_give_each_document_once_whatever_comes_in_meanwhil
 
 def test_a_question_that_takes_too_long_is_given_up_and_other_pages_go_on(site: httpx2.Client, filled: str) -> None:
     with psycopg.connect(filled) as other:
-        other.execute("LOCK TABLE worker_registry IN ACCESS EXCLUSIVE MODE")
-        slow = site.get("/workers")
+        other.execute("LOCK TABLE dead_letters IN ACCESS EXCLUSIVE MODE")
+        slow = site.get("/dead-letters")
         assert slow.status_code == 504
         assert "SERVE_QUERY_SECONDS" in slow.text
         assert site.get("/documents").status_code == 200
         assert site.get("/healthz").text == "ok\n"
         scraped = site.get("/metrics")
-        assert 'docmill_scrape_failed{part="workers"} 1.0' in scraped.text
+        assert 'docmill_scrape_failed{part="dead_letters"} 1.0' in scraped.text
         assert 'docmill_documents{state="failed"} 1.0' in scraped.text
-    assert site.get("/workers").status_code == 200
+    assert site.get("/dead-letters").status_code == 200
 
 
 def test_a_body_that_is_no_small_form_is_refused(site: httpx2.Client) -> None:
