@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 
@@ -11,46 +11,43 @@ class Company:
     """A lock that many share or one holds alone. Who waits to be alone goes before newcomers, so that it is not put off for ever."""
 
     def __init__(self) -> None:
-        self._changed = asyncio.Condition()
+        self._news = asyncio.Event()
         self._inside = 0
         self._alone = False
         self._waiting_alone = 0
 
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        """Be inside together with others."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._alone and not self._waiting_alone)
-            self._inside += 1
+        """Be inside together with others. Leaving waits for nothing, so that no cancellation can come in between."""
+        await self._until(lambda: not self._alone and not self._waiting_alone)
+        self._inside += 1
         try:
             yield
         finally:
-            await self._leave()
+            self._inside -= 1
+            self._tell()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Be inside without anybody else."""
-        async with self._changed:
-            self._waiting_alone += 1
-            try:
-                await self._changed.wait_for(lambda: not self._alone and not self._inside)
-                self._alone = True
-            finally:
-                self._waiting_alone -= 1
-                self._changed.notify_all()
+        self._waiting_alone += 1
+        try:
+            await self._until(lambda: not self._alone and not self._inside)
+            self._alone = True
+        finally:
+            self._waiting_alone -= 1
+            self._tell()
         try:
             yield
         finally:
-            await self._leave()
+            self._alone = False
+            self._tell()
 
-    async def _leave(self) -> None:
-        # Not interrupted by a cancellation: somebody else waits for this.
-        await asyncio.shield(self._count_out())
+    async def _until(self, free: Callable[[], bool]) -> None:
+        while not free():
+            await self._news.wait()
 
-    async def _count_out(self) -> None:
-        async with self._changed:
-            if self._alone:
-                self._alone = False
-            else:
-                self._inside -= 1
-            self._changed.notify_all()
+    def _tell(self) -> None:
+        """Have all who wait look again."""
+        self._news.set()
+        self._news = asyncio.Event()

@@ -34,6 +34,7 @@ from models.settings import Settings
 from models.stages import Stage, due_stage
 from sql import query
 
+_LAST_SECONDS = 3.0  # that a claim is waited for which was asked for before this worker was told to leave
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
 
@@ -80,14 +81,27 @@ class Runner:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
         async with self._company.shared():
             claimed_at = clock.seconds()
-            work = await self._claim(job, doc_id)
+            work, cancelled = await self._claim_whole(job, doc_id)
             if work is None:
                 return
             lease = self._hold(work, claimed_at)
-            if not work.suspect:
-                await self._work(job, work, lease)
+            if not work.suspect or cancelled:
+                await self._work(job, work, lease, cancelled=cancelled)
                 return
         await self._work(job, work, lease)
+
+    async def _claim_whole(self, job: Job, doc_id: str) -> tuple[Work | None, bool]:
+        """Claim, and say whether this was cancelled meanwhile: a claim that nobody knows of would pass for a crash when its lease ends."""
+        claiming = asyncio.ensure_future(self._claim(job, doc_id))
+        try:
+            return await asyncio.shield(claiming), False
+        except asyncio.CancelledError:
+            if not (await asyncio.wait([claiming], timeout=_LAST_SECONDS))[0]:
+                claiming.cancel()  # the database does not answer, and this worker must stop
+                raise
+            if claiming.cancelled() or claiming.exception() or claiming.result() is None:
+                raise
+            return claiming.result(), True
 
     async def _claim(self, job: Job, doc_id: str) -> Work | None:
         settings = self._settings
@@ -120,13 +134,16 @@ class Runner:
     async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
         await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
 
-    async def _work(self, job: Job, work: Work, lease: Lease) -> None:
+    async def _work(self, job: Job, work: Work, lease: Lease, *, cancelled: bool = False) -> None:
         document = work.document
         about = {"doc_id": document.doc_id, "batch_id": document.batch_id, "correlation_id": document.correlation_id}
         told = {**about, "user_id": document.user_id, "version": document.version, "claim": work.claim}
         with bound(**about, worker=self._worker), span("document", trace=document.correlation_id, **told) as note:
             try:
-                await self._carry(job, work, lease)
+                if cancelled:
+                    await self._endings.cancelled(work, lease, due_stage(work.document.milestone))
+                else:
+                    await self._carry(job, work, lease)
                 note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
                 self._sharing.expect(work.job_id, False)

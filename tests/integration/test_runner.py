@@ -241,6 +241,27 @@ async def test_shutdown_hands_on_at_once_without_counting(bench: Bench) -> None:
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
 
 
+async def test_a_shutdown_in_mid_claim_leaves_no_claim_that_nobody_knows_of(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    with psycopg.connect(bench.conn.info.dsn) as other:
+        other.execute("SELECT FROM file_extractions FOR UPDATE")
+        running = asyncio.create_task(bench.runner().run(*found))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        for _ in range(1000):
+            if bench.one(waiting)[0]:
+                break
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.sleep(0)
+    await running
+    assert bench.one("SELECT state, lease_until, crash_count FROM file_extractions") == ("queued", None, 0)
+    assert bench.leases.held() == []
+    await bench.drain()
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
 async def test_a_stopping_worker_finishes_its_stage_and_hands_on(bench: Bench) -> None:
     async def stop(document: Document) -> None:
         bench.stopping = True
