@@ -29,7 +29,7 @@ class CheckpointFailed(Exception):
 
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
 _LONGEST_PAUSE = 5.0  # seconds
-_LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
+LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
 
 
 async def checkpoint_durably(
@@ -51,7 +51,7 @@ async def checkpoint_durably(
     while True:
         try:
             # A worker that must stop has no time to wait for a database that is away.
-            async with pool.connection(timeout=_LAST_WAIT if give_up() else None) as conn:
+            async with pool.connection(timeout=LAST_WAIT if give_up() else None) as conn:
                 # A connection that broke at the commit does not say whether it was written.
                 if attempt == 0 or not await _was_written(conn, work, outcome):
                     await checkpoint(conn, work, outcome, worker=worker)

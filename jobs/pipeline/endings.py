@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import psycopg
 from loguru import logger
@@ -15,7 +16,7 @@ from jobs.leases import Lease
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, Outcome
 from jobs.pipeline.claims import Connection
-from jobs.pipeline.durable import checkpoint_durably
+from jobs.pipeline.durable import LAST_WAIT, checkpoint_durably
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.keeping import unbroken
 from jobs.pipeline.work import StageEvent, Work
@@ -137,9 +138,16 @@ class Endings:
         work.fenced = True
         name = stage.name if stage else None
         logger.bind(stage=name, duration_ms=work.taken_ms()).warning("The claim has moved on; the work on {} is dropped", name)
+        # The lease of what is not ours any more is lost too, which cancels this task: it has ended already.
+        _, cancelled = await unbroken(self._tell(fenced_params(work, name, self._worker)))
+        task = asyncio.current_task()
+        if cancelled and task is not None:
+            task.uncancel()
+
+    async def _tell(self, event: dict[str, Any]) -> None:
         try:
-            async with self._pool.connection() as conn:
-                await conn.execute(query("tell_event"), fenced_params(work, name, self._worker))
+            async with self._pool.connection(timeout=LAST_WAIT if self._stopping() else None) as conn:
+                await conn.execute(query("tell_event"), event)
         except psycopg.Error as error:
             logger.warning("The audit trail could not be told of it: {}", describe(error))
 

@@ -18,7 +18,7 @@ from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
 from jobs.pipeline.company import Company
-from jobs.pipeline.durable import CheckpointFailed
+from jobs.pipeline.durable import LAST_WAIT, CheckpointFailed
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.failure import describe_failure
 from jobs.pipeline.keeping import Keeping
@@ -34,7 +34,6 @@ from models.settings import Settings
 from models.stages import Stage, due_stage
 from sql import query
 
-_LAST_SECONDS = 3.0  # that a claim is waited for which was asked for before this worker was told to leave
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
 
@@ -96,7 +95,7 @@ class Runner:
         try:
             return await asyncio.shield(claiming), False
         except asyncio.CancelledError:
-            if not (await asyncio.wait([claiming], timeout=_LAST_SECONDS))[0]:
+            if not (await asyncio.wait([claiming], timeout=LAST_WAIT))[0]:
                 claiming.cancel()  # the database does not answer, and this worker must stop
                 raise
             if claiming.cancelled() or claiming.exception() or claiming.result() is None:

@@ -262,6 +262,31 @@ async def test_a_shutdown_in_mid_claim_leaves_no_claim_that_nobody_knows_of(benc
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
 
 
+async def test_a_lease_that_is_lost_while_the_trail_is_told_of_it_ends_the_job_well(bench: Bench) -> None:
+    running: asyncio.Task[None] | None = None
+
+    async def superseded(document: Document) -> None:
+        bench.conn.execute("UPDATE file_extractions SET claim = claim + 1")
+
+    bench.also["finalize"] = superseded
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    runner = bench.runner()
+    tell = runner._endings._tell
+
+    async def slowly(event: dict[str, Any]) -> None:
+        assert running is not None
+        running.cancel()
+        await asyncio.sleep(0.05)
+        await tell(event)
+
+    runner._endings._tell = slowly  # type: ignore[method-assign]
+    running = asyncio.create_task(runner.run(*found))
+    await running
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'fenced_off'") == (1,)
+
+
 async def test_a_stopping_worker_finishes_its_stage_and_hands_on(bench: Bench) -> None:
     async def stop(document: Document) -> None:
         bench.stopping = True
