@@ -8,12 +8,12 @@ import pytest
 
 from tests.faults.harness import Arena
 from tests.faults.service_checks import check_all_right, check_books
-from tests.faults.services import IMPATIENT, Kind, service
+from tests.faults.services import IMPATIENT, TEXTS, Kind, service
 from tests.servers.faults import NAMED, always
 
 COUNT = 16
-CROWD = 24
-"""After a pause that a 429 asked for, calls are sent 50 ms apart."""
+MANY, CROWD = 40, 24
+"""After a pause that a 429 asked for, calls are sent 50 ms apart: of so many documents of one request each, so many at most in a second."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def test_every_document_outlasts_a_service_that_fails(arena: Arena, kind: Kind, 
     trouble = TROUBLES[name]
     with service(arena, kind, IMPATIENT if name in SLOW else None) as outside:
         outside.server.script(always(NAMED[trouble.fault]))
-        outside.submit(COUNT)
+        limited = trouble.word == "rate_limited"
+        outside.submit(MANY if limited else COUNT, TEXTS if limited else 2 * TEXTS)
         outside.work()
-        if trouble.word == "rate_limited":
-            outside.hold(lambda: outside.told_to_wait() >= COUNT // 2, "half of the documents to be told to wait")
+        if limited:
+            outside.hold(lambda: outside.told_to_wait() >= COUNT // 4, "some documents to be told to wait")
         else:
             outside.hold(lambda: outside.probed_in_vain() and outside.server.tally.requests >= 5, "a probe to fail")
         outside.recover()
