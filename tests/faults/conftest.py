@@ -57,7 +57,6 @@ SHORT = {
         "test_reconcilers_at_the_same_moment_repair_each_thing_once[queue]",
     ],
     "test_storms": [
-        "test_workers_killed_every_few_seconds_get_everything_done[inline-60]",
         "test_transient_faults_at_random_end_complete_without_help[queue-100]",
     ],
     "test_sync": [
@@ -80,7 +79,6 @@ SHORT = {
     ],
     "test_services": [
         "test_every_document_outlasts_a_service_that_fails[inline-embedding-hang_in_body]",
-        "test_every_document_outlasts_a_service_that_fails[queue-extraction-429_retry_after]",
         "test_a_document_alone_with_a_failing_service_waits_too[inline-500-embedding]",
     ],
     "test_services_refusing": [

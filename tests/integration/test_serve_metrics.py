@@ -136,6 +136,7 @@ async def test_pruned_events_and_a_database_that_was_set_back_make_no_counter_fa
     for _ in range(5):
         tell(conn, "completed", "finalize", 0.1)
     await meter.catch_up()
+    conn.execute("SET docmill.prune = 'on'")
     conn.execute("DELETE FROM document_events WHERE id < (SELECT max(id) FROM document_events)")
     await meter.catch_up()
     conn.execute("TRUNCATE document_events RESTART IDENTITY")

@@ -56,7 +56,7 @@ def hosted(dialect: str) -> HostedEmbedder:
     return HostedEmbedder(service, "test-model", 256, Limits(max_texts=3, max_tokens=3000, max_text_tokens=1000))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _close_servers() -> Iterator[None]:
     yield
     while _servers:
