@@ -25,8 +25,8 @@ _RESENDS = 2  # of a call that was answered 429 with a pause that is short enoug
 _LOOK_AGAIN = 0.5  # seconds of waiting after which it is asked whether the service may still be called
 _SETTLE_SECONDS = 5.0  # that a call waits for its entry before it hands its answer on; the entry is written all the same
 _CLOSE_SECONDS = 3.0
-LATEST_SECONDS = 0.5
-"""How late a call may be sent: the budget's slots cover 62 s, so that it may arrive up to a second late, and the way takes time too."""
+LATEST_SECONDS = 2.0
+"""How late a call may be sent: the budget's slots cover 66 s, so that it may arrive up to 5 s late, and the way takes time too."""
 _MOST_LATE = 5  # times in a row that a call is ready too late, before its document goes back to the queue
 
 

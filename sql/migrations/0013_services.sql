@@ -57,8 +57,8 @@ CREATE TABLE provider_budgets (
     strikes integer NOT NULL DEFAULT 0 CHECK (strikes >= 0),
     paused_until timestamptz NOT NULL DEFAULT 'epoch',
     slot bigint NOT NULL DEFAULT 0,
-    request_slots bigint[] NOT NULL DEFAULT array_fill(0::bigint, ARRAY[62]),
-    token_slots bigint[] NOT NULL DEFAULT array_fill(0::bigint, ARRAY[62]),
+    request_slots bigint[] NOT NULL DEFAULT array_fill(0::bigint, ARRAY[66]),
+    token_slots bigint[] NOT NULL DEFAULT array_fill(0::bigint, ARRAY[66]),
     last_send_at timestamptz NOT NULL DEFAULT 'epoch',
     next_request_at timestamptz NOT NULL DEFAULT 'epoch',
     next_token_at timestamptz NOT NULL DEFAULT 'epoch',
@@ -76,8 +76,8 @@ COMMENT ON COLUMN provider_budgets.limited_at IS 'When it last did.';
 COMMENT ON COLUMN provider_budgets.strikes IS 'Times in a row that it did without saying how long to wait; each doubles the pause.';
 COMMENT ON COLUMN provider_budgets.paused_until IS 'Nothing is sent before: the service said so.';
 COMMENT ON COLUMN provider_budgets.slot IS 'The second, since 1970, that the last slot counts; it can lie ahead, where a call has been given a time to come.';
-COMMENT ON COLUMN provider_budgets.request_slots IS 'Requests in each of the 62 seconds up to slot.';
-COMMENT ON COLUMN provider_budgets.token_slots IS 'Tokens in each of the 62 seconds up to slot.';
+COMMENT ON COLUMN provider_budgets.request_slots IS 'Requests in each of the 66 seconds up to slot.';
+COMMENT ON COLUMN provider_budgets.token_slots IS 'Tokens in each of the 66 seconds up to slot.';
 COMMENT ON COLUMN provider_budgets.last_send_at IS 'The time given to the last call; none is given an earlier one.';
 COMMENT ON COLUMN provider_budgets.next_request_at IS 'Until when the requests so far use up the even rate; a burst of 3 s may run ahead of it.';
 COMMENT ON COLUMN provider_budgets.next_token_at IS 'The same for the tokens.';
@@ -156,20 +156,20 @@ CREATE INDEX provider_usage_batches ON provider_usage USING gin (batch_ids);
 CREATE FUNCTION shift_slots(slots bigint[], by bigint) RETURNS bigint[] LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE
     WHEN by <= 0 THEN slots
-    WHEN by >= 62 THEN array_fill(0::bigint, ARRAY[62])
-    ELSE slots[by + 1:62] || array_fill(0::bigint, ARRAY[by::integer])
+    WHEN by >= 66 THEN array_fill(0::bigint, ARRAY[66])
+    ELSE slots[by + 1:66] || array_fill(0::bigint, ARRAY[by::integer])
 END;
-COMMENT ON FUNCTION shift_slots IS 'The 62 slots as they are so many seconds later.';
+COMMENT ON FUNCTION shift_slots IS 'The 66 slots as they are so many seconds later.';
 
 CREATE FUNCTION seconds_until_room(slots bigint[], cost bigint, most bigint) RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE WHEN most = 0 OR (SELECT sum(s) FROM unnest(slots) AS s) + cost <= most THEN 0 ELSE (
-    SELECT coalesce(min(w.second) FILTER (WHERE w.total - w.gone + cost <= most), 62)
+    SELECT coalesce(min(w.second) FILTER (WHERE w.total - w.gone + cost <= most), 66)
     FROM (
         SELECT s.second::integer, sum(s.used) OVER (ORDER BY s.second) AS gone, sum(s.used) OVER () AS total
         FROM unnest(slots) WITH ORDINALITY AS s (used, second)
     ) AS w
 ) END;
-COMMENT ON FUNCTION seconds_until_room IS 'Seconds until enough of the slots have passed for a cost to fit under the limit (0 for none); 62 is when all have.';
+COMMENT ON FUNCTION seconds_until_room IS 'Seconds until enough of the slots have passed for a cost to fit under the limit (0 for none); 66 is when all have.';
 
 CREATE FUNCTION budget_share(share double precision, share_at timestamptz, at timestamptz) RETURNS double precision
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -198,7 +198,7 @@ CREATE FUNCTION take_budget(
 -- Gives the call a time to be sent at: now, or so soon that the caller can wait for it with the document in hand (`patience`; longer for a
 -- call that needs much of a minute's tokens, which would otherwise never find room). Times are given in order, so nobody is overtaken and
 -- everybody asks once. No 60 s window holds more than the limit: the slots count at least the 61 s before each time that is given, and what
--- has been given later lies ahead of it. The even rate (a minute's limit in 62 s, with 3 s of burst) keeps the minute from being used up at once.
+-- has been given later lies ahead of it. The even rate (a minute's limit in 66 s, with 3 s of burst) keeps the minute from being used up at once.
 -- Who cannot wait that long is told when to come back, behind all who were told so before.
 DECLARE
     b provider_budgets := lock_budget(take_budget.service);
@@ -208,8 +208,8 @@ DECLARE
     part float8 := budget_share(b.share, b.share_at, moment);
     requests_limit bigint := CASE WHEN requests_per_minute > 0 THEN greatest(1, floor(requests_per_minute * part))::bigint ELSE 0 END;
     tokens_limit bigint := CASE WHEN tokens_per_minute > 0 THEN greatest(1, floor(tokens_per_minute * part))::bigint ELSE 0 END;
-    request_pace interval := make_interval(secs => 62.0 / nullif(requests_limit, 0));
-    token_pace interval := make_interval(secs => 62.0 * tokens / nullif(tokens_limit, 0));
+    request_pace interval := make_interval(secs => 66.0 / nullif(requests_limit, 0));
+    token_pace interval := make_interval(secs => 66.0 * tokens / nullif(tokens_limit, 0));
     send_at timestamptz := greatest(
         moment, b.last_send_at, b.paused_until, b.next_request_at - burst, b.next_token_at - burst,
         CASE WHEN b.paused_until > moment AND requests_limit = 0 THEN b.last_send_at + crowd END
@@ -237,8 +237,8 @@ BEGIN
         WHERE p.service = take_budget.service;
         RETURN;
     END IF;
-    used_requests[62] := used_requests[62] + 1;
-    used_tokens[62] := used_tokens[62] + tokens;
+    used_requests[66] := used_requests[66] + 1;
+    used_tokens[66] := used_tokens[66] + tokens;
     UPDATE provider_budgets AS p
     SET requests_per_minute = take_budget.requests_per_minute, tokens_per_minute = take_budget.tokens_per_minute, slot = send_slot,
         request_slots = used_requests, token_slots = used_tokens, last_send_at = send_at,
@@ -291,15 +291,15 @@ COMMENT ON FUNCTION ask_to_call IS
 CREATE FUNCTION settle_tokens(service text, sent_at timestamptz, difference bigint) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     b provider_budgets := lock_budget(settle_tokens.service);
-    place bigint := 62 - (b.slot - floor(extract(epoch FROM sent_at))::bigint);
+    place bigint := 66 - (b.slot - floor(extract(epoch FROM sent_at))::bigint);
 BEGIN
-    IF place NOT BETWEEN 1 AND 62 OR b.tokens_per_minute = 0 THEN
+    IF place NOT BETWEEN 1 AND 66 OR b.tokens_per_minute = 0 THEN
         RETURN;
     END IF;
     b.token_slots[place] := greatest(0, b.token_slots[place] + difference);
     UPDATE provider_budgets AS p
     SET token_slots = b.token_slots,
-        next_token_at = b.next_token_at + make_interval(secs => 62.0 * difference / (
+        next_token_at = b.next_token_at + make_interval(secs => 66.0 * difference / (
             p.tokens_per_minute * budget_share(p.share, p.share_at, clock_timestamp())
         )),
         updated_at = clock_timestamp()
@@ -466,7 +466,7 @@ COMMENT ON COLUMN provider_budget_use.service IS 'Kind, address and a fingerprin
 COMMENT ON COLUMN provider_budget_use.requests_per_minute IS 'Most requests in any 60 s; 0 for no limit.';
 COMMENT ON COLUMN provider_budget_use.tokens_per_minute IS 'Most tokens in any 60 s; 0 for no limit.';
 COMMENT ON COLUMN provider_budget_use.share IS 'Part of the limits that is used now: below 1 after the service has answered 429.';
-COMMENT ON COLUMN provider_budget_use.requests_last_minute IS 'Requests of the last 61 to 62 s, and those that have been given a time to come.';
+COMMENT ON COLUMN provider_budget_use.requests_last_minute IS 'Requests of the last 65 to 66 s, and those that have been given a time to come.';
 COMMENT ON COLUMN provider_budget_use.tokens_last_minute IS 'Tokens of the same.';
 COMMENT ON COLUMN provider_budget_use.paused_until IS 'Nothing is sent before, because the service said so; null when it is not paused.';
 COMMENT ON COLUMN provider_budget_use.limited_count IS 'Times that the service answered 429.';

@@ -77,7 +77,7 @@ def test_the_limit_is_nearly_used_up_by_those_who_always_want(conn: psycopg.Conn
         if granted:
             sent.append((now, 1))
     assert most_in_a_minute(sent) <= 60
-    assert len(sent) >= 0.93 * 60 * 10
+    assert len(sent) >= 0.88 * 60 * 10
 
 
 def test_a_call_that_takes_most_of_a_minute_finds_room_among_many_small_ones(conn: psycopg.Connection) -> None:
@@ -98,7 +98,7 @@ def test_those_who_are_sent_back_are_given_times_one_after_the_other(conn: psyco
     refused = [wait for granted, wait in answers if not granted]
     assert len(refused) > 80
     gaps = [later - earlier for earlier, later in itertools.pairwise(refused)]
-    assert min(gaps) == pytest.approx(62 / 60, abs=0.001)
+    assert min(gaps) == pytest.approx(66 / 60, abs=0.001)
 
 
 def test_a_pause_holds_for_everybody_and_ends_without_a_stampede(conn: psycopg.Connection) -> None:

@@ -163,7 +163,7 @@ async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(m
         nonlocal times
         asked, times = await begin(entry), times + 1
         if times == 1:
-            await asyncio.sleep(1.05)  # as where the machine has too much to do
+            await asyncio.sleep(2.05)  # as where the machine has too much to do
         return asked
 
     service._ledger.begin = slowly  # type: ignore[method-assign]
