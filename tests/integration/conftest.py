@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
@@ -25,6 +25,9 @@ from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
 from models.stages import STAGE_BY_NAME, STAGES
+
+if TYPE_CHECKING:
+    from tests.integration.outside import Outside
 
 
 def sha(text: str) -> str:
@@ -144,3 +147,13 @@ async def bench(settings: Settings, database: str, conn: psycopg.Connection) -> 
 
 STAGE_NAMES = [stage.name for stage in STAGES]
 assert list(STAGE_BY_NAME) == STAGE_NAMES
+
+
+@pytest.fixture
+async def outside(bench: Bench) -> AsyncIterator[Outside]:
+    """Makes runners that share the test's database and outside services."""
+    from tests.integration.outside import Outside
+
+    made = Outside(bench)
+    yield made
+    await made.aclose()

@@ -15,7 +15,7 @@ from jobs.adapters.sandbox_child import Limits
 from jobs.stages import embed, extract, parse
 from models.chunks import Chunk
 from models.documents import Document, FileType
-from tests.integration.conftest import Bench, sha
+from tests.integration.conftest import sha
 from tests.integration.outside import Outside
 from tests.servers import LlamaParseServer, OpenAIServer
 
@@ -24,13 +24,6 @@ from tests.servers import LlamaParseServer, OpenAIServer
 def endpoint() -> Iterator[OpenAIServer]:
     with OpenAIServer(dimensions=32) as running:
         yield running
-
-
-@pytest.fixture
-async def outside(bench: Bench) -> AsyncIterator[Outside]:
-    made = Outside(bench)
-    yield made
-    await made.aclose()
 
 
 @pytest.fixture

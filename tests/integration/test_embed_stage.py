@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from jobs.leases import Lease
 from jobs.pipeline.runner import Runner
 from jobs.stages import embed
 from models.documents import Document
-from tests.integration.conftest import Bench
 from tests.integration.outside import MODEL, Outside
 from tests.servers import OpenAIServer, faults
 
@@ -25,13 +24,6 @@ from tests.servers import OpenAIServer, faults
 def endpoint() -> Iterator[OpenAIServer]:
     with OpenAIServer(dimensions=32) as running:
         yield running
-
-
-@pytest.fixture
-async def outside(bench: Bench) -> AsyncIterator[Outside]:
-    made = Outside(bench)
-    yield made
-    await made.aclose()
 
 
 def runner(outside: Outside, endpoint: OpenAIServer, key: str | None = None, worker: str = "test:1", **settings: Any) -> Runner:

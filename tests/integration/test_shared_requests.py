@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 from jobs.leases import Lease
 from jobs.pipeline.runner import Runner
 from jobs.stages import embed
-from tests.integration.conftest import Bench
 from tests.integration.outside import Outside
 from tests.servers import OpenAIServer, Request, Response, faults
 
@@ -34,13 +33,6 @@ class Fragile(OpenAIServer):
 def endpoint() -> Iterator[Fragile]:
     with Fragile(dimensions=32) as running:
         yield running
-
-
-@pytest.fixture
-async def outside(bench: Bench) -> AsyncIterator[Outside]:
-    made = Outside(bench)
-    yield made
-    await made.aclose()
 
 
 def runner(outside: Outside, endpoint: OpenAIServer, **settings: Any) -> Runner:

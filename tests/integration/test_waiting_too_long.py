@@ -166,13 +166,6 @@ def endpoint() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture
-async def outside(bench: Bench) -> AsyncIterator[Outside]:
-    made = Outside(bench)
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
 async def sandbox() -> AsyncIterator[ProcessSandbox]:
     made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
     yield made
