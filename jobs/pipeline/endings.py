@@ -103,7 +103,9 @@ class Endings:
             if plan is None:
                 logger.error("{} failed: {}", failure.error_type, failure.message)
             else:
-                logger.warning("{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
+                # Waiting for a budget or a breaker is as it should be, and whole backlogs do it at once.
+                level = "WARNING" if plan.counts else "INFO"
+                logger.log(level, "{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
 
     async def cancelled(self, work: Work, lease: Lease, stage: Stage | None) -> None:
         """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""
