@@ -109,6 +109,17 @@ def test_a_pause_holds_for_everybody_and_ends_without_a_stampede(conn: psycopg.C
     assert waits[-1] - waits[0] > 1  # 50 ms apart, minus what asking takes
 
 
+def test_after_a_pause_whoever_comes_keeps_a_distance_for_some_seconds(conn: psycopg.Connection) -> None:
+    take(conn, 0)
+    conn.execute("UPDATE provider_budgets SET paused_until = %s", [START + timedelta(seconds=3)])
+    assert [round(take(conn, 4)[1], 2) for _ in range(5)] == [0, 0.05, 0.1, 0.15, 0.2]
+    assert [round(take(conn, 9)[1], 2) for _ in range(3)] == [0, 0, 0]
+    conn.execute("UPDATE provider_budgets SET paused_until = clock_timestamp() - interval '1 second', last_send_at = clock_timestamp()")
+    asked = "SELECT a.wait_seconds FROM generate_series(1, 20) AS n, ask_to_call('s', n, 0, 0, 1, 60) AS a"
+    waits = [row[0] for row in conn.execute(asked)]
+    assert waits[-1] > 0.5  # 20 calls 50 ms apart, minus what asking takes
+
+
 def test_429_lowers_the_share_once_for_one_overrun_and_it_grows_back(conn: psycopg.Connection) -> None:
     take(conn, None, requests=100)
     for told, pause in ((7.0, 7.0), (None, 1.0)):
