@@ -71,7 +71,7 @@ def _administration(settings: Settings) -> Iterator[psycopg.Connection]:
 def _one(conn: psycopg.Connection, name: str, **params: Any) -> dict[str, Any]:
     row = conn.cursor(row_factory=dict_row).execute(query(name), params).fetchone()
     if row is None:
-        raise RoleError(f'There is no role "{params.get("login")}": let an administrator run CREATE ROLE ... LOGIN, and \\password.')
+        raise RoleError(f'There is no role "{params.get("login")}": make the login first, as docs/row-security.md shows.')
     return row
 
 
@@ -89,8 +89,8 @@ def create_roles(settings: Settings) -> tuple[list[str], list[str]]:
         missing = [name for (name,) in conn.execute(query("missing_roles"), {"roles": _NAMES})]
         if missing and not oneself["may_create"]:
             raise RoleError(
-                f'The role "{oneself["name"]}" may not create roles: it takes a superuser or CREATEROLE. Or let an administrator run: '
-                + " ".join(f"CREATE ROLE {name};" for name in missing)
+                f'The role "{oneself["name"]}" may not make roles: it takes a superuser or CREATEROLE. Or let an administrator make '
+                f"{', '.join(missing)} and run this again; docs/row-security.md has the SQL."
             )
         if not oneself["superuser"] and not oneself["owns_tables"]:
             raise RoleError(f'docmill\'s tables belong to "{oneself["owner"]}": connect as that role, or as a superuser.')

@@ -190,7 +190,7 @@ AS $$
 DECLARE
     counted CONSTANT integer := 1000;
     confined CONSTANT text := confined_to();
-    own CONSTANT text := coalesce(format('c.user_id = %L', confined), 'true');
+    own CONSTANT text := coalesce('c.user_id = ' || quote_literal(confined), 'true');
     total double precision;
     few double precision;
     sample tsvector[];
@@ -368,28 +368,25 @@ COMMENT ON FUNCTION alert IS
 ALTER FUNCTION alert_of_dead_letter() SECURITY DEFINER;
 
 CREATE OR REPLACE PROCEDURE pin_search_path() LANGUAGE plpgsql AS $$
--- As before, and functions that run as their owner look into the caller's temporary tables last, where everybody may put what they like.
+-- As before, and the caller's temporary tables are looked into last, where everybody may put what they like: what runs as its owner, and
+-- whatever that calls, would take them for ours.
 DECLARE
-    ours record;
+    ours regprocedure;
     path CONSTANT text := (
         SELECT string_agg(quote_ident(s), ', ' ORDER BY place) FROM unnest(current_schemas(FALSE)) WITH ORDINALITY AS p (s, place)
     );
 BEGIN
     FOR ours IN
-        SELECT p.oid::regprocedure AS name, p.prosecdef AS as_owner
+        SELECT p.oid
         FROM pg_proc AS p
         WHERE p.pronamespace = current_schema()::regnamespace AND p.prokind = 'f' AND p.prosqlbody IS NULL
             AND p.prolang IN (SELECT l.oid FROM pg_language AS l WHERE l.lanname IN ('sql', 'plpgsql'))
             AND p.proname NOT LIKE 'procrastinate\_%'
             AND pg_has_role(p.proowner, 'USAGE')
             AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = p.oid AND d.deptype = 'e')
-            AND NOT coalesce(array_to_string(p.proconfig, ',') LIKE CASE WHEN p.prosecdef THEN '%search_path=%pg_temp%' ELSE '%search_path=%' END, FALSE)
+            AND NOT coalesce(array_to_string(p.proconfig, ',') LIKE '%search_path=%pg_temp%', FALSE)
     LOOP
-        IF ours.as_owner THEN
-            EXECUTE format('ALTER FUNCTION %s SET search_path TO pg_catalog, %s, pg_temp', ours.name, path);
-        ELSE
-            EXECUTE format('ALTER FUNCTION %s SET search_path FROM CURRENT', ours.name);
-        END IF;
+        EXECUTE format('ALTER FUNCTION %s SET search_path TO pg_catalog, %s, pg_temp', ours, path);
     END LOOP;
 END;
 $$;
