@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, LiteralString, cast
+from typing import Any, LiteralString
 
 import psycopg
-from psycopg import sql
+from psycopg import errors, sql
 from psycopg.conninfo import make_conninfo
 from psycopg.types.json import Jsonb
+from pydantic import SecretStr
 
 from jobs.roles import create_roles, grant_as, grant_to_person
 from models.settings import Settings
@@ -22,7 +23,7 @@ class Walls:
 
     def __init__(self) -> None:
         self._cluster = Cluster(fsync="off", password_encryption="scram-sha-256")
-        self.admin = self.database = ""
+        self.database = ""
         with psycopg.connect(self._cluster.conninfo(), autocommit=True) as conn:
             conn.execute("ALTER ROLE postgres PASSWORD 'postgres'")
         (self._cluster.folder / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n", encoding="ascii")
@@ -57,7 +58,7 @@ class Walls:
 
     def settings(self, login: str = "postgres", **more: Any) -> Settings:
         """Settings that connect as a login."""
-        return Settings(database_url=self.url(login), **more)
+        return Settings(database_url=SecretStr(self.url(login)), **more)
 
     def raise_walls(self) -> None:
         """Make the roles, and a login for each person, a worker, an operator and an application."""
@@ -88,7 +89,7 @@ def fill(conn: psycopg.Connection[Any], user: str) -> None:
     text = f"secret of {user}"
     values = {"doc": doc, "user": user, "batch": batch, "run": run[0], "vector": vector, "text": text, "model": MODEL}
     for statement in _ROWS.strip().split(";\n"):
-        conn.execute(cast(LiteralString, statement), values)
+        conn.execute(statement, values)
 
 
 _ROWS = """
@@ -111,7 +112,37 @@ VALUES (%(batch)s, %(run)s, %(user)s, '', '', %(user)s);
 INSERT INTO folder_files (batch_id, path_id, seen_as, content_sha256) VALUES (%(batch)s, gen_random_uuid(), 'x', repeat('0', 64));
 INSERT INTO provider_usage (id, service, kind, doc_ids, batch_ids, user_ids, shares, cost, outcome, give_up_at, finished_at)
 SELECT gen_random_uuid(), 's', 'embedding', ARRAY[%(doc)s], ARRAY[%(batch)s], ARRAY[%(user)s], ARRAY[1], 1, 'ok', now(), now();
-INSERT INTO worker_registry (worker, host, pid, concurrency, version, documents) VALUES ('h:' || length(%(user)s), 'h', 1, 1, '1', ARRAY[%(doc)s]);
+INSERT INTO worker_registry (worker, host, pid, concurrency, version, documents)
+VALUES ('h:' || length(%(user)s), 'h', 1, 1, '1', ARRAY[%(doc)s]);
 INSERT INTO files_to_remove (path, doc_id) VALUES ('gone-' || %(user)s, %(doc)s);
 INSERT INTO alert_conditions (rule, subject, message, first_seen_at, last_seen_at) VALUES ('x', %(user)s, %(text)s, now(), now())
 """
+
+
+OF_USERS = (
+    "processing_jobs", "file_extractions", "document_chunks", "chunk_embeddings", "document_events", "dead_letters", "run_summaries",
+    "batch_archives", "provider_usage", "procrastinate_jobs", "document_markdown", "cost_totals",
+)  # fmt: skip
+"""Of which a person sees rows of their own."""
+IN_FLIGHT = ("chunk_buffer", "vector_buffer", "extraction_buffer", "hosted_jobs", "folder_files", "embeddings_to_make")
+OF_ALL = ("alerts", "alert_conditions", "files_to_remove", "circuit_breakers", "provider_budgets", "reembeddings", "user_logins",
+          "relation_rights", "alert_rules", "procrastinate_periodic_defers", "summaries_to_renew")  # fmt: skip
+
+
+def rows(conn: psycopg.Connection[Any], statement: str, *args: object) -> list[tuple[Any, ...]]:
+    return conn.execute(statement, args).fetchall()
+
+
+def contents(conn: psycopg.Connection[Any], relation: str) -> str | None:
+    """All that a login sees of a relation, as text; None where it may not look."""
+    try:
+        found = conn.execute(sql.SQL("SELECT t::text FROM {} AS t").format(sql.Identifier(relation))).fetchall()
+    except errors.InsufficientPrivilege:
+        return None
+    return "\n".join(row[0] for row in found)
+
+
+def digest(walls: Walls) -> list[str | None]:
+    """Everything that is in the tables, to see that it stays."""
+    with walls.as_login("postgres") as conn:
+        return [contents(conn, relation) for relation in (*OF_USERS, *IN_FLIGHT, "user_logins", "relation_rights", "alerts")]
