@@ -462,9 +462,10 @@ BEGIN
             FOR part IN
                 SELECT d.objid::regclass AS sequence
                 FROM pg_depend AS d
-                JOIN pg_class AS s ON s.oid = d.objid AND s.relkind = 'S'
+                JOIN pg_class AS s ON s.oid = d.objid
                 WHERE d.classid = 'pg_class'::regclass AND d.refobjid = here AND d.deptype IN ('a', 'i')
-                    AND NOT has_sequence_privilege(wanted.role, d.objid, 'USAGE')
+                    -- The question is an error for anything else, and the planner may ask it first.
+                    AND CASE s.relkind WHEN 'S' THEN NOT has_sequence_privilege(wanted.role, d.objid, 'USAGE') END
             LOOP
                 EXECUTE format('GRANT USAGE ON SEQUENCE %s TO %I', part.sequence, wanted.role);
                 changed := TRUE;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,14 +73,6 @@ def test_a_worker_with_a_plain_login_does_all_the_work_of_a_walled_database(wall
             def ended() -> bool:
                 return rows(operator, UNFINISHED) == [(0,)] and rows(operator, OPEN) == [(0,)]
 
-            # A person can notify, but not have anybody's work broken off: the jobs' rows say what is to be aborted.
-            with walls.as_login("alice") as alice:
-                wait_for(
-                    lambda: bool(rows(operator, "SELECT FROM procrastinate_jobs WHERE status = 'doing'")), "work to begin", process=process
-                )
-                for number in range(1, 30):
-                    told = json.dumps({"type": "abort_job_requested", "job_id": number})
-                    alice.execute("SELECT pg_notify('procrastinate_any_queue_v1', %s)", [told])
             wait_for(ended, f"all of it; see {tmp_path / 'worker.log'}", 240, process)
             found = rows(operator, "SELECT user_id, state::text, count(*) FROM file_extractions GROUP BY 1, 2 ORDER BY 1, 2")
             assert found == [("alice", "complete", len(SAMPLES) + 2), ("bob", "complete", 4)]
@@ -97,8 +90,32 @@ def test_a_worker_with_a_plain_login_does_all_the_work_of_a_walled_database(wall
         assert "permission denied" not in log
         assert "row-level security" not in log
         assert rows(operator, "SELECT status FROM processing_jobs ORDER BY batch_id") == [("completed",), ("completed",)]
+    nobody_breaks_it_off(walls, tmp_path)
     as_people_see_it(walls, tmp_path)
     reembed_and_prune(walls, tmp_path)
+
+
+def nobody_breaks_it_off(walls: Walls, tmp_path: Path) -> None:
+    """A person can notify, as everybody can, but what is to be aborted stands in the rows of the jobs."""
+    with walls.as_login("web") as web, web.transaction():
+        web.execute("SET LOCAL docmill.user_id = 'alice'")
+        jobs.submit_document(b"# Slow\n\nText.", doc_id="alice-slow", user_id="alice", file_name="slow.md", connection=web)
+    environment = {"DATABASE_URL": walls.url("worker"), "DOCMILL_FAULTS": "sleep:3@stage_started:chunk"}
+    with walls.as_login("bob") as bob, walls.as_login("operator") as operator:
+        with worker(tmp_path / "worker.log", **environment) as process:
+            look = "SELECT claim_job_id FROM file_extractions WHERE doc_id = 'alice-slow' AND state = 'working' AND lease_until > now()"
+            wait_for(lambda: bool(rows(operator, look)), "it to be worked on", process=process)
+            for told in ("", "x", "[]", "{}", '{"type": 1}', '{"type": "job_inserted"}', '{"type": "abort_job_requested", "job_id": "x"}'):
+                bob.execute("SELECT pg_notify('procrastinate_any_queue_v1', %s)", [told])
+            for _ in range(10):
+                for (number,) in rows(operator, "SELECT id FROM procrastinate_jobs WHERE status = 'doing'"):
+                    abort = json.dumps({"type": "abort_job_requested", "job_id": number})
+                    bob.execute("SELECT pg_notify('procrastinate_any_queue_v1', %s)", [abort])
+                time.sleep(0.1)
+            ended = "SELECT FROM file_extractions WHERE doc_id = 'alice-slow' AND state = 'complete'"
+            wait_for(lambda: bool(rows(operator, ended)), "it to be complete", process=process)
+        events = rows(operator, "SELECT event FROM document_events WHERE doc_id = 'alice-slow' AND event <> 'stage_completed' ORDER BY id")
+    assert events == [("submitted",), ("completed",)]
 
 
 def as_people_see_it(walls: Walls, tmp_path: Path) -> None:
