@@ -94,7 +94,9 @@ def searches(settings: Settings, owners: list[str], vectors: Vectors, count: int
     print("\n| user | search | asked by | recall@10 | median ms | p95 ms |\n|---|---|---|---|---|---|")
     for user in USERS:
         own = np.array([number for number, owner in enumerate(owners) if owner == user])
-        wanted = [rng.standard_normal(vectors.shape[1], dtype=np.float32) for _ in range(count)]
+        wanted = [
+            vectors[rng.integers(len(vectors))] + 0.05 * rng.standard_normal(vectors.shape[1], dtype=np.float32) for _ in range(count)
+        ]
         texts = [f"{words.choice(WORDS)} {words.choice(WORDS)} w{words.randrange(2000)}" for _ in wanted]
         exact = [set(own[np.argsort(-(vectors[own] @ vector))[:10]].tolist()) for vector in wanted]
         with connect(settings) as owner, connect(settings, user) as reader:
@@ -161,7 +163,11 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=128)
     parser.add_argument("--queries", type=int, default=40)
     given = parser.parse_args()
-    vectors = np.random.default_rng(1).standard_normal((given.passages, given.dimensions), dtype=np.float32)
+    # Of 16 dimensions in truth, as passages' vectors are of fewer than they have; nothing else has neighbours to speak of.
+    rng = np.random.default_rng(1)
+    spread = rng.standard_normal((16, given.dimensions), dtype=np.float32)
+    vectors = rng.standard_normal((given.passages, 16), dtype=np.float32) @ spread
+    vectors += 0.1 * rng.standard_normal(vectors.shape, dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     with bench_server() as (server, folder):
         settings = fresh_settings(server, folder, "walls", embedding_provider="hash")

@@ -237,6 +237,81 @@ COMMENT ON FUNCTION weigh_words IS
 -- It asks weigh_words first, which refuses whoever may not read passages.
 ALTER FUNCTION matching_chunks(text, text, text, text, jsonb, integer, text) SECURITY DEFINER;
 
+-- As before, with each passage looked up by itself: under row-level security the planner takes a user's rows for few, and would rather read
+-- all of them first.
+CREATE OR REPLACE FUNCTION search_by_vector(
+    query_vector vector, embedding_model text, user_id text DEFAULT NULL, batch_id text DEFAULT NULL, file_type text DEFAULT NULL,
+    metadata jsonb DEFAULT NULL, limit_to integer DEFAULT 10
+) RETURNS TABLE (
+    chunk_id uuid, doc_id text, file_name text, version integer, chunk_index integer, content text, heading_path text[],
+    page_start integer, page_end integer, score double precision, vector_rank integer, text_rank integer
+) LANGUAGE sql STABLE AS $$
+    SELECT f.chunk_id, p.doc_id, p.file_name, p.version, p.chunk_index, p.content, p.heading_path, p.page_start, p.page_end,
+        f.score, f.rank::integer, NULL::integer
+    FROM nearest_chunks(query_vector, embedding_model, user_id, batch_id, file_type, metadata, limit_to)
+        WITH ORDINALITY AS f (chunk_id, score, rank)
+    CROSS JOIN LATERAL (
+        SELECT c.doc_id, d.file_name, c.version, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end
+        FROM document_chunks AS c
+        JOIN file_extractions AS d ON d.doc_id = c.doc_id
+        WHERE c.id = f.chunk_id
+        LIMIT 1
+    ) AS p
+    ORDER BY f.rank;
+$$;
+
+CREATE OR REPLACE FUNCTION search_by_text(
+    query_text text, user_id text DEFAULT NULL, batch_id text DEFAULT NULL, file_type text DEFAULT NULL, metadata jsonb DEFAULT NULL,
+    limit_to integer DEFAULT 10, language text DEFAULT NULL
+) RETURNS TABLE (
+    chunk_id uuid, doc_id text, file_name text, version integer, chunk_index integer, content text, heading_path text[],
+    page_start integer, page_end integer, score double precision, vector_rank integer, text_rank integer
+) LANGUAGE sql STABLE AS $$
+    SELECT f.chunk_id, p.doc_id, p.file_name, p.version, p.chunk_index, p.content, p.heading_path, p.page_start, p.page_end,
+        f.score, NULL::integer, f.rank::integer
+    FROM matching_chunks(query_text, user_id, batch_id, file_type, metadata, limit_to, language)
+        WITH ORDINALITY AS f (chunk_id, score, rank)
+    CROSS JOIN LATERAL (
+        SELECT c.doc_id, d.file_name, c.version, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end
+        FROM document_chunks AS c
+        JOIN file_extractions AS d ON d.doc_id = c.doc_id
+        WHERE c.id = f.chunk_id
+        LIMIT 1
+    ) AS p
+    ORDER BY f.rank;
+$$;
+
+CREATE OR REPLACE FUNCTION search_hybrid(
+    query_text text, query_vector vector, embedding_model text, user_id text DEFAULT NULL, batch_id text DEFAULT NULL,
+    file_type text DEFAULT NULL, metadata jsonb DEFAULT NULL, limit_to integer DEFAULT 10, language text DEFAULT NULL
+) RETURNS TABLE (
+    chunk_id uuid, doc_id text, file_name text, version integer, chunk_index integer, content text, heading_path text[],
+    page_start integer, page_end integer, score double precision, vector_rank integer, text_rank integer
+) LANGUAGE sql STABLE AS $$
+    SELECT f.chunk_id, p.doc_id, p.file_name, p.version, p.chunk_index, p.content, p.heading_path, p.page_start, p.page_end,
+        f.score, f.vector_rank, f.text_rank
+    FROM (
+        SELECT chunk_id, coalesce(1.0 / (60 + v.rank), 0)::double precision + coalesce(1.0 / (60 + t.rank), 0)::double precision AS score,
+            v.rank::integer AS vector_rank, t.rank::integer AS text_rank
+        FROM nearest_chunks(
+            query_vector, embedding_model, user_id, batch_id, file_type, metadata, greatest(100, check_search_limit(limit_to))
+        ) WITH ORDINALITY AS v (chunk_id, score, rank)
+        FULL JOIN matching_chunks(
+            query_text, user_id, batch_id, file_type, metadata, greatest(100, check_search_limit(limit_to)), language
+        ) WITH ORDINALITY AS t (chunk_id, score, rank) USING (chunk_id)
+        ORDER BY score DESC, v.rank, chunk_id
+        LIMIT limit_to
+    ) AS f
+    CROSS JOIN LATERAL (
+        SELECT c.doc_id, d.file_name, c.version, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end
+        FROM document_chunks AS c
+        JOIN file_extractions AS d ON d.doc_id = c.doc_id
+        WHERE c.id = f.chunk_id
+        LIMIT 1
+    ) AS p
+    ORDER BY f.score DESC, f.vector_rank, f.chunk_id;
+$$;
+
 -- What readers could use to go further than their rights.
 
 -- As before, and: a document that the application may not see is another's, and does not become visible by asking again.
