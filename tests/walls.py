@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, LiteralString
 
 import psycopg
@@ -32,6 +33,11 @@ class Walls:
 
     def close(self) -> None:
         self._cluster.close()
+
+    @cached_property
+    def admin(self) -> psycopg.Connection[Any]:
+        """A connection of the superuser to the database, kept."""
+        return self.as_login("postgres")
 
     def url(self, login: str, database: str = "") -> str:
         """Where a login finds the database."""
@@ -144,5 +150,4 @@ def contents(conn: psycopg.Connection[Any], relation: str) -> str | None:
 
 def digest(walls: Walls) -> list[str | None]:
     """Everything that is in the tables, to see that it stays."""
-    with walls.as_login("postgres") as conn:
-        return [contents(conn, relation) for relation in (*OF_USERS, *IN_FLIGHT, "user_logins", "relation_rights", "alerts")]
+    return [contents(walls.admin, relation) for relation in (*OF_USERS, *IN_FLIGHT, "user_logins", "relation_rights", "alerts")]

@@ -178,7 +178,8 @@ def walls() -> Iterator[Walls]:
                 "ARRAY['alice', 'bob'], ARRAY[0.5, 0.5], 2, 'ok', now(), now()"
             )
             conn.execute("ANALYZE")
-        yield made
+        with made.as_login("bob"):  # whose session is there to be looked at
+            yield made
     finally:
         made.close()
 

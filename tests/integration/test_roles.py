@@ -15,6 +15,7 @@ from jobs.maintenance import look_after_index
 from jobs.roles import RoleError, create_roles, grant_as, grant_to_person, list_logins, revoke
 from models.errors import ConfigurationError, SubmitError
 from sql.migrate import migrate
+from tests.acceptance.test_backup import run, tool
 from tests.walls import MODEL, Walls, fill, rows
 
 
@@ -147,6 +148,27 @@ def test_what_a_later_migration_makes_is_the_owners_and_secured(clean: Walls, tm
         assert owners == [("docmill_owner",), ("docmill_owner",)]
     with clean.as_login("alice") as conn:
         assert rows(conn, "SELECT note FROM notes") == [("a",)]
+
+
+def test_a_dump_of_a_walled_database_is_walled_again_where_it_is_restored(clean: Walls, tmp_path: Path) -> None:
+    dumped = clean.new_database()
+    create_roles(clean.settings())
+    grant_to_person(clean.settings(), clean.new_login("alice"), "alice")
+    with clean.as_login("postgres") as conn:
+        fill(conn, "alice")
+        fill(conn, "bob")
+    dump = tmp_path / "docmill.dump"
+    run(tool("pg_dump"), "--format=custom", f"--file={dump}", clean.url("postgres", dumped))
+    clean.new_database("template1")
+    run(tool("pg_restore"), "--no-owner", "--exit-on-error", f"--dbname={clean.url('postgres')}", dump)
+    with clean.as_login("alice") as conn:
+        assert rows(conn, "SELECT doc_id FROM document_chunks") == [("alice-doc",)]
+    made, secured = create_roles(clean.settings())
+    assert made == []
+    assert "file_extractions" in secured, "it belongs to whoever has restored it until then"
+    assert create_roles(clean.settings()) == ([], [])
+    with clean.as_login("alice") as conn:
+        assert rows(conn, "SELECT doc_id FROM search_by_text('secret')") == [("alice-doc",)]
 
 
 async def test_a_vector_index_is_built_by_whoever_may_and_by_nobody_else(clean: Walls) -> None:
