@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from pgvector.psycopg import register_vector
 from psycopg import errors
 
 import sql.migrate
+from jobs.cli import main
 from jobs.maintenance import look_after_index
 from jobs.roles import RoleError, create_roles, grant_as, grant_to_person, list_logins, revoke
 from models.errors import ConfigurationError, SubmitError
+from models.settings import load_settings
 from sql.migrate import migrate
 from tests.acceptance.test_backup import run, tool
 from tests.walls import MODEL, Walls, fill, rows
@@ -83,6 +86,41 @@ def test_a_person_has_one_user_and_nobody_who_sees_more_is_made_a_person(clean: 
         conn.execute("DROP ROLE ben")
     assert [one.exists for one in list_logins(settings) if one.login == "ben"] == [False]
     assert revoke(settings, "ben") is True
+
+
+@pytest.fixture
+def settings_anew() -> Iterator[None]:
+    """Settings are read from the environment as the test has it."""
+    load_settings.cache_clear()
+    yield
+    load_settings.cache_clear()
+
+
+@pytest.mark.usefixtures("settings_anew")
+def test_the_command_makes_grants_lists_and_revokes(
+    clean: Walls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean.new_database()
+    monkeypatch.setenv("DATABASE_URL", clean.url("postgres"))
+
+    def docmill(*arguments: str) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["roles", *arguments])
+        return end.value.code, *capsys.readouterr()
+
+    clean.new_login("dora")
+    assert "secured file_extractions" in docmill("create")[1]
+    assert json.loads(docmill("create", "--json")[1]) == {"created": [], "secured": []}
+    assert docmill("grant", "dora")[0] == 2
+    assert docmill("grant", "dora", "--user", "d", "--as", "app")[0] == 2
+    assert docmill("grant", "dora", "--as", "app", "--indexes")[0] == 2
+    assert docmill("grant", "dora", "--user", "d")[:2] == (0, 'dora sees the rows of "d" and nothing else.\n')
+    assert {"login": "dora", "roles": ["docmill_reader"], "user_id": "d", "exists": True} in json.loads(docmill("list", "--json")[1])
+    code, _, complaint = docmill("grant", "nobody-there", "--user", "d")
+    assert code == 1
+    assert 'There is no role "nobody-there"' in complaint
+    assert docmill("revoke", "dora")[0] == 0
+    assert "dora" not in docmill("list")[1]
 
 
 def test_whoever_may_not_make_roles_is_told_who_may(clean: Walls) -> None:
