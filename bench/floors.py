@@ -16,7 +16,7 @@ from jobs.adapters.embedders import HashedText, make_embedder
 from jobs.adapters.extractor import extract_locally
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
-from jobs.pipeline.checkpoint import _CHUNK_TYPES, _chunk_rows
+from jobs.pipeline.checkpoint import chunk_params
 from jobs.stages.check import checked
 from jobs.stages.chunk import cut
 from jobs.stages.parse import join_pages
@@ -96,8 +96,6 @@ def _store(conn: psycopg.Connection, document: Document) -> None:
         cursor.execute(
             "INSERT INTO bare_files VALUES (%s, %s, %s)", [document.doc_id, document.markdown, json.dumps(document.raw_extraction)]
         )
-        with cursor.copy(query("copy_chunks").replace("COPY document_chunks", "COPY bare").encode()) as copy:
-            copy.set_types(_CHUNK_TYPES)
-            for row in _chunk_rows(document):
-                copy.write_row(row)
+        for params in chunk_params(document):
+            cursor.execute(query("store_chunks").replace("INSERT INTO document_chunks", "INSERT INTO bare").encode(), params)
     conn.commit()

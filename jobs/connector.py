@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
@@ -54,4 +55,18 @@ class DocmillConnector(PsycopgConnector):
     async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:
         """Listen until cancelled, over a new connection whenever the old one is gone."""
         names = list(channels)
-        await outlive("The listener", lambda: super(DocmillConnector, self).listen_notify(on_notification, names))
+
+        async def hear(*, channel: str, payload: str) -> None:
+            if _is_notification(payload):
+                await on_notification(channel=channel, payload=payload)
+
+        await outlive("The listener", lambda: super(DocmillConnector, self).listen_notify(hear, names))
+
+
+def _is_notification(payload: str) -> bool:
+    """Say whether procrastinate can have sent this. Whoever may connect may notify, and anything else would end the worker."""
+    try:
+        told = json.loads(payload)
+    except ValueError:
+        return False
+    return isinstance(told, dict) and isinstance(told.get("type"), str) and isinstance(told.get("job_id"), int)

@@ -128,7 +128,8 @@ def _check_facts(facts: dict[str, Any]) -> None:
         )
 
 
-def _unreachable(error: psycopg.Error) -> ConfigurationError:
+def unreachable(error: psycopg.Error) -> ConfigurationError:
+    """Say in plain words that no connection could be made."""
     # psycopg's messages name host, port and user, never the password.
     return ConfigurationError(f"DATABASE_URL: no connection to the database: {describe(error).strip()}")
 
@@ -139,7 +140,7 @@ def run_migrations(settings: Settings) -> list[str]:
     try:
         conn = psycopg.connect(make_conninfo(conninfo, **connect_options(settings)), autocommit=True)
     except psycopg.Error as error:
-        raise _unreachable(error) from error
+        raise unreachable(error) from error
     with conn:
         facts = conn.cursor(row_factory=dict_row).execute(query("server_facts")).fetchone()
         if facts is not None:
@@ -152,7 +153,7 @@ async def check_database(settings: Settings, conninfo: str) -> None:
     try:
         conn = await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row)
     except psycopg.Error as error:
-        raise _unreachable(error) from error
+        raise unreachable(error) from error
     async with conn:
         facts = await (await conn.execute(query("server_facts"))).fetchone()
         if facts is not None:

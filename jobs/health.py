@@ -27,7 +27,7 @@ from sql import query
 from sql.migrate import missing_migrations
 
 Health = Literal["ok", "degraded", "down", "unknown"]
-"""degraded: it works, and somebody should look. unknown: it could not be asked, because the database is away."""
+"""degraded: it works, and somebody should look. unknown: it could not be asked, because the database is away or the role may not."""
 COMPONENTS = ("database", "migrations", "storage", "workers", "queues", "services", "indexes")
 NEEDED = frozenset({"database", "migrations", "storage"})
 """Without these nothing can be submitted or searched."""
@@ -71,6 +71,8 @@ async def _in_time(name: str, check: Callable[[], Awaitable[Component]]) -> Comp
             return await check()
     except TimeoutError:
         return Component(name, "down", f"gave no answer within {LIMIT:g} s")
+    except psycopg.errors.InsufficientPrivilege:
+        return Component(name, "unknown", "the role of DATABASE_URL may not see it")
     except (psycopg.Error, OSError, DocmillError) as error:
         return Component(name, "down", describe(error).strip() or type(error).__name__)
 

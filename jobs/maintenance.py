@@ -26,8 +26,15 @@ from sql import query
 
 BUSY = 1000  # unfinished documents: while there are more, a bulk load is under way and the index would be in its way
 
-Outcome = Literal["not needed", "waiting", "ready", "built", "busy elsewhere"]
+NOT_ALLOWED = (
+    "only the owner of the tables may build or drop a vector index. Run `docmill index` as the owner, or let this worker's login do it: "
+    "`docmill roles grant LOGIN --as worker --indexes`."
+)
+
+Outcome = Literal["not needed", "waiting", "ready", "built", "busy elsewhere", "not allowed"]
 Table = Literal["document_chunks", "chunk_embeddings"]
+_told: set[str] = set()
+"""Models whose index this process may not build, and has said so."""
 
 
 def index_name(model: str, dimensions: int, table: Table = "document_chunks") -> str:
@@ -43,20 +50,15 @@ async def look_after_index(
     It pays once the table holds VECTOR_INDEX_THRESHOLD vectors of the model. `even_under_load`: a bulk load is no reason to wait.
     """
     name = index_name(model, dimensions, table)
-    facts_wanted = {"model": model, "name": name, "threshold": max(1, settings.vector_index_threshold), "busy": BUSY}
+    threshold = max(1, settings.vector_index_threshold)
+    facts_wanted = {"model": model, "name": name, "table": table, "threshold": threshold, "busy": BUSY}
     conninfo = conninfo_of(settings, direct=True)
     async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
         asked = composing.SQL(query("vector_index_facts")).format(table=composing.Identifier(table))
         facts = await (await conn.execute(asked, facts_wanted)).fetchone()
         assert facts is not None
-        if facts["is_valid"]:
-            return "ready"
-        if not facts["is_large"]:
-            return "not needed"
-        if facts["is_being_built"]:
-            return "busy elsewhere"
-        if facts["is_busy"] and not even_under_load:
-            return "waiting"
+        if (found := _found(facts, even_under_load=even_under_load)) is not None:
+            return found
         if not (await _one(conn, "try_lock_index", {"name": name}))["locked"]:
             return "busy elsewhere"
         names = {
@@ -66,6 +68,7 @@ async def look_after_index(
             "dimensions": composing.SQL(str(int(dimensions))),
         }
         try:
+            await conn.execute(query("act_as_owner_of"), {"table": table})
             # What a build that was cut off has left is of no use.
             await conn.execute(composing.SQL(query("drop_vector_index")).format(**names))
             await conn.execute(composing.SQL(query("create_vector_index")).format(**names))
@@ -75,12 +78,30 @@ async def look_after_index(
         return "built"
 
 
-async def drop_index(settings: Settings, model: str, dimensions: int, table: Table) -> None:
-    """Drop the model's index on a table if there is one; nobody who searches waits for it."""
-    name = composing.Identifier(index_name(model, dimensions, table))
+def _found(facts: dict[str, Any], *, even_under_load: bool) -> Outcome | None:
+    """Return how an index stands by the answers of vector_index_facts; None where it is to be built now."""
+    if facts["is_valid"]:
+        return "ready"
+    if not facts["is_large"]:
+        return "not needed"
+    if facts["is_being_built"]:
+        return "busy elsewhere"
+    if facts["is_busy"] and not even_under_load:
+        return "waiting"
+    return None if facts["may_build"] else "not allowed"
+
+
+async def drop_index(settings: Settings, model: str, dimensions: int, table: Table) -> bool:
+    """Drop the model's index on a table if there is one; nobody who searches waits for it. Return False where this role may not."""
+    name = index_name(model, dimensions, table)
     conninfo = conninfo_of(settings, direct=True)
-    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True) as conn:
-        await conn.execute(composing.SQL(query("drop_vector_index")).format(name=name))
+    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
+        if not (await _one(conn, "vector_index_exists", {"name": name}))["exists"]:
+            return True
+        if await (await conn.execute(query("act_as_owner_of"), {"table": table})).fetchone() is None:
+            return False
+        await conn.execute(composing.SQL(query("drop_vector_index")).format(name=composing.Identifier(name)))
+        return True
 
 
 async def _one(conn: psycopg.AsyncConnection[dict[str, Any]], name: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +116,13 @@ async def look_after_vector_index(timestamp: int) -> str:
     """Look after the index of the model that serves searches."""
     async with app.pool.connection() as conn:
         serving = await one(conn, "serving_model", {})
-    return "not needed" if serving is None else await look_after_index(app.settings, serving["embedding_model"], serving["dimensions"])
+    if serving is None:
+        return "not needed"
+    outcome = await look_after_index(app.settings, serving["embedding_model"], serving["dimensions"])
+    if outcome == "not allowed" and serving["embedding_model"] not in _told:
+        _told.add(serving["embedding_model"])
+        logger.warning("The vector index of {} is due, and searches are slow without it, but {}", serving["embedding_model"], NOT_ALLOWED)
+    return outcome
 
 
 @app.periodic(cron="* * * * *")

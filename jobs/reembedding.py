@@ -16,7 +16,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
 from jobs.filling import AGAIN_SECONDS, FAILED_SECONDS, Filling, Row
-from jobs.maintenance import Table, drop_index, look_after_index
+from jobs.maintenance import NOT_ALLOWED, Table, drop_index, look_after_index
 from jobs.pipeline.claims import Connection, one, rows
 from jobs.pipeline.company import Company
 from jobs.redaction import describe
@@ -102,7 +102,9 @@ class Slice:
                     row = (await self._rows("find_reembedding", reembedding_id=run))[0]
                     if row["switched_at"] is not None:
                         # Its passages are about to go, and taking them out of it one by one would be dear.
-                        await drop_index(self._settings, row["from_model"], row["from_dimensions"], "document_chunks")
+                        pause = await self._drop(row["to_model"], row["from_model"], row["from_dimensions"], "document_chunks")
+                        if pause is not None:
+                            return pause
                     await self._do("await_passage_writers")
                     await self._do("list_documents_to_embed", reembedding_id=run)
                 case "switch":
@@ -116,7 +118,7 @@ class Slice:
                 case "clear":
                     await self._do("clear_embeddings", most=CLEARED)
                 case _:
-                    await self._end(step, run)
+                    return await self._end(step, run)
         except psycopg.errors.LockNotAvailable:
             return AGAIN_SECONDS
         return None
@@ -134,6 +136,9 @@ class Slice:
             outcome = await look_after_index(self._settings, model, dimensions, table=table, even_under_load=True)
         except psycopg.Error as error:
             await self._tell(model, f"its vector index could not be built: {describe(error)}")
+            return FAILED_SECONDS
+        if outcome == "not allowed":
+            await self._tell(model, NOT_ALLOWED)
             return FAILED_SECONDS
         return LEAVE_SECONDS if outcome == "busy elsewhere" else None
 
@@ -156,12 +161,22 @@ class Slice:
             await self._do("settle_embeddings", reembedding_id=run)
         return pause
 
-    async def _end(self, step: str, run: int) -> None:
+    async def _end(self, step: str, run: int) -> float | None:
         """Drop the index of what lay aside, and close the run."""
         row = (await self._rows("find_reembedding", reembedding_id=run))[0]
         if row["dimensions"] is not None:
-            await drop_index(self._settings, row["to_model"], row["dimensions"], "chunk_embeddings")
+            pause = await self._drop(row["to_model"], row["to_model"], row["dimensions"], "chunk_embeddings")
+            if pause is not None:
+                return pause
         await self._do("complete_reembedding" if step == "finish" else "forget_reembedding", reembedding_id=run)
+        return None
+
+    async def _drop(self, goes_to: str, model: str, dimensions: int, table: Table) -> float | None:
+        """Drop a model's index for the run that goes over to a model; return None, or seconds to wait where this worker may not."""
+        if await drop_index(self._settings, model, dimensions, table):
+            return None
+        await self._tell(goes_to, NOT_ALLOWED)
+        return FAILED_SECONDS
 
     async def _tell(self, model: str, message: str) -> None:
         """Say in the run's row what keeps it."""

@@ -139,6 +139,11 @@ def taken_or_held(error: psycopg.Error, name: str, held: str) -> Exception:
         )
     if isinstance(error, psycopg.errors.UniqueViolation):
         return SubmitError(f"{name} is taken; choose another.")
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return SubmitError(
+            f"{name}: this connection may not submit it. An application submits for the user that it has named by docmill.user_id in the "
+            "same transaction, and for no other (docs/row-security.md)."
+        )
     return error
 
 

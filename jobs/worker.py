@@ -7,6 +7,7 @@ each raise once and take the worker or a job with them. Here each of them waits 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -64,6 +65,11 @@ class DocmillWorker(Worker):
 
     async def _handle_notification(self, *, channel: str, notification: Any) -> None:
         self.app.job_manager.wake()
+        if notification["type"] == "abort_job_requested":
+            # Whoever may connect may notify. What is to be aborted stands in the jobs' rows, which are looked at every few seconds anyway.
+            with contextlib.suppress(*DATABASE_ERRORS):
+                self._handle_abort_jobs_requested(await self.app.job_manager.list_jobs_to_abort_async())
+            return
         handle: Callable[..., Awaitable[None]] = super()._handle_notification
         await handle(channel=channel, notification=notification)
 

@@ -15,6 +15,7 @@ from procrastinate.schema import SchemaManager, migrations_path
 
 from models.errors import ConfigurationError
 from sql import query
+from sql.securing import act_as_oneself, act_as_owner, is_secured, secure
 
 _LOCK = 0x646F636D696C6C  # "docmill" in ASCII: the key of the session advisory lock that lets one migration run at a time
 _TRIES = 5  # of a migration that meets those who use the database in a deadlock
@@ -68,6 +69,7 @@ def migrate(conn: psycopg.Connection) -> list[str]:
     """Apply what is missing over an autocommit connection and return the names of what was applied, in order."""
     conn.execute(query("lock_migrations"), {"key": _LOCK})
     try:
+        act_as_owner(conn)
         conn.execute(query("create_migrations_table"))
         done = _migrate_procrastinate(conn)
         applied = _applied(conn, "docmill")
@@ -75,9 +77,12 @@ def migrate(conn: psycopg.Connection) -> list[str]:
             if path.name not in applied:
                 _apply(conn, "docmill", path.name, path)
                 done.append(path.name)
+        if done and is_secured(conn):
+            secure(conn)
         return done
     finally:
         if not conn.closed:
+            act_as_oneself(conn)
             conn.execute(query("unlock_migrations"), {"key": _LOCK})
 
 

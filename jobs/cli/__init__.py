@@ -10,10 +10,12 @@ from jobs.cli.breaker import breaker
 from jobs.cli.commands import app
 from jobs.cli.dead import dead
 from jobs.cli.reembed import reembed
+from jobs.cli.roles import roles
 
 app.add_typer(dead, name="dead")
 app.add_typer(reembed, name="reembed")
 app.add_typer(breaker, name="breaker")
+app.add_typer(roles, name="roles")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -204,6 +204,14 @@ def prune(
 
 
 @app.command(epilog=EXIT_CODES)
+def index() -> None:
+    """Build the vector index of the model that serves searches, if it pays, where workers may not: as the owner of the tables."""
+    from jobs.cli.index import run  # noqa: PLC0415
+
+    raise typer.Exit(run())
+
+
+@app.command(epilog=EXIT_CODES)
 def migrate() -> None:
     """Bring the database to the present schema; safe to run twice and from two hosts at once."""
     from jobs.cli.migrate import run  # noqa: PLC0415

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from typing import Any
 
+import psycopg
 from rich.live import Live
 
 from jobs.cli.errors import ExitCode, is_database_absent
 from jobs.cli.output import out, print_json_line, say
 from jobs.cli.screen import screen, summary_line
-from jobs.cli.session import quiet_logs, rows, run_async
+from jobs.cli.session import Row, quiet_logs, rows, run_async
 from models.settings import Settings, load_settings
 
 _SHARE = 4  # a look that takes a second is followed by at least so many seconds of rest: watching must not be the load
@@ -40,15 +41,21 @@ class Looks:
     async def take(self) -> dict[str, Any]:
         """Return everything that is shown, with the time of the look and, if the database is away, only `trouble`."""
         try:
-            found = {part: await rows(self._settings, name, **params) for part, (name, params) in _QUICK.items()}
+            found = {part: await self._look(name, params) for part, (name, params) in _QUICK.items()}
             if time.monotonic() >= self._slow_due:
-                self._slow = {part: await rows(self._settings, name, **params) for part, (name, params) in _SLOW.items()}
+                self._slow = {part: await self._look(name, params) for part, (name, params) in _SLOW.items()}
                 self._slow_due = time.monotonic() + _SLOW_EVERY
         except Exception as error:
             if not is_database_absent(error):
                 raise
             return {"at": datetime.now().astimezone(), "trouble": "The database cannot be reached; trying again."}
         return {"at": datetime.now().astimezone(), **found, **self._slow}
+
+    async def _look(self, name: str, params: dict[str, Any]) -> list[Row]:
+        try:
+            return await rows(self._settings, name, **params)
+        except psycopg.errors.InsufficientPrivilege:
+            return []  # a person's role is not shown outside services
 
 
 def run(*, every: float, times: int | None, json: bool) -> ExitCode:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
 from jobs import faults
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.work import Work
+from models.chunks import Chunk
 from models.documents import Document
 from models.errors import ErrorType, Turn
 from models.stages import State
 from sql import query
 
-_CHUNK_TYPES = [
-    "uuid", "text", "text", "int4", "int4", "text", "text", "text[]",
-    "int4", "int4", "int4", "int4", "text", "jsonb", "vector", "text",
-]  # fmt: skip
-_CHUNK_BUFFER_TYPES = ["text", "int4", "int4", "uuid", "text", "text", "text[]", "int4", "int4", "int4", "int4", "jsonb"]
-VECTOR_BUFFER_TYPES = ["text", "int4", "int4", "text", "vector"]
+T = TypeVar("T")
+_AT_ONCE = 10_000
+"""Most rows of one statement, whose parameters lie in memory on both sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,9 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
     if complete:
         if work.served_version is not None:
             await _drop_served(conn, params)
-        await copy_rows(conn, "copy_chunks", _CHUNK_TYPES, _chunk_rows(document))
-        # From the copy on no other model can come to serve until this transaction has ended.
+        for passages in chunk_params(document):
+            await conn.execute(query("store_chunks"), passages)
+        # From then on no other model can come to serve until this transaction has ended.
         serving = await one(conn, "serving_model", {})
         if serving is not None and serving["embedding_model"] != document.embedding_model and not work.takes_any_model:
             raise StaleVectors
@@ -149,14 +150,15 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
             await conn.execute(query("clear_buffers"), params)
         return
     if document.chunks is not None and document.chunks is not saved.chunks:
-        await copy_rows(conn, "copy_chunk_buffer", _CHUNK_BUFFER_TYPES, _chunk_buffer_rows(document))
+        for part in _parts(document.chunks):
+            await conn.execute(query("store_chunk_buffer"), {**params, **_columns(part)})
         work.buffered = True
     if document.vectors is not None and document.vectors is not saved.vectors:
         kept = work.kept_vectors if work.kept_model == document.embedding_model else set()
         if work.buffered:
             await conn.execute(query("drop_other_vectors"), {**params, "embedding_model": document.embedding_model, "indexes": list(kept)})
-        rows = (row for row in _vector_buffer_rows(document) if row[2] not in kept)
-        await copy_rows(conn, "copy_vector_buffer", VECTOR_BUFFER_TYPES, rows)
+        made = zip((chunk.index for chunk in document.chunks or ()), document.vectors, strict=True)
+        await store_vectors(conn, document, str(document.embedding_model), {index: vector for index, vector in made if index not in kept})
         work.buffered = True
     if document.raw_extraction is not None and document.raw_extraction is not saved.raw_extraction:
         await conn.execute(query("store_extraction"), {**params, "raw_extraction": Jsonb(document.raw_extraction)})
@@ -168,37 +170,52 @@ async def _drop_served(conn: Connection, params: dict[str, Any]) -> None:
     await conn.execute(query("drop_other_markdown"), params)
 
 
-async def copy_rows(conn: Connection, name: str, types: list[str], rows: Iterable[tuple[Any, ...]]) -> None:
-    """Send rows to a named COPY, binary."""
-    async with conn.cursor() as cursor, cursor.copy(query(name)) as copy:
-        copy.set_types(types)
-        for row in rows:
-            await copy.write_row(row)
+async def store_vectors(conn: Connection, document: Document, model: str, vectors: Mapping[int, NDArray[np.float32]]) -> None:
+    """Add a model's vectors of passages, named by their numbers, to the buffer of the document's version."""
+    params = {"doc_id": document.doc_id, "version": document.version, "embedding_model": model}
+    for part in _parts(list(vectors.items())):
+        columns = {"indexes": [index for index, _ in part], "embeddings": [vector for _, vector in part]}
+        await conn.execute(query("store_vectors"), {**params, **columns})
+
+
+def chunk_params(document: Document) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of `store_chunks` for the document's passages and vectors, so many at a time as one statement takes."""
+    whose = {
+        "doc_id": document.doc_id, "user_id": document.user_id, "version": document.version,
+        "language": _language(document), "embedding_model": document.embedding_model,
+    }  # fmt: skip
+    made = list(zip(document.chunks or (), () if document.vectors is None else document.vectors, strict=True))
+    for part in _parts(made):
+        yield {**whose, **_columns([chunk for chunk, _ in part]), "embeddings": [vector for _, vector in part]}
+
+
+def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Yield so many rows at a time as one statement takes."""
+    for start in range(0, len(rows), _AT_ONCE):
+        yield rows[start : start + _AT_ONCE]
+
+
+def _columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
+    """Return passages as parameters, a list for each column."""
+    return {
+        "ids": [chunk.id for chunk in chunks],
+        "indexes": [chunk.index for chunk in chunks],
+        "contents": [chunk.content for chunk in chunks],
+        "hashes": [chunk.content_sha256 for chunk in chunks],
+        "heading_paths": [_array_text(chunk.heading_path) for chunk in chunks],
+        "page_starts": [chunk.page_start for chunk in chunks],
+        "page_ends": [chunk.page_end for chunk in chunks],
+        "char_starts": [chunk.char_start for chunk in chunks],
+        "char_ends": [chunk.char_end for chunk in chunks],
+        "metadata": [Jsonb(dict(chunk.metadata)) for chunk in chunks],
+    }
+
+
+def _array_text(values: Sequence[str]) -> str:
+    """Return texts as Postgres writes an array of them."""
+    return "{" + ",".join('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values) + "}"
 
 
 def _language(document: Document) -> str | None:
     language = (document.raw_extraction or {}).get("language")
     return language.get("code") if isinstance(language, dict) else language
-
-
-def _chunk_rows(document: Document) -> Iterable[tuple[Any, ...]]:
-    language = _language(document)
-    for chunk, vector in zip(document.chunks or (), () if document.vectors is None else document.vectors, strict=True):
-        yield (
-            chunk.id, document.doc_id, document.user_id, document.version, chunk.index, chunk.content, chunk.content_sha256,
-            list(chunk.heading_path), chunk.page_start, chunk.page_end, chunk.char_start, chunk.char_end, language,
-            Jsonb(dict(chunk.metadata)), vector, document.embedding_model,
-        )  # fmt: skip
-
-
-def _chunk_buffer_rows(document: Document) -> Iterable[tuple[Any, ...]]:
-    for chunk in document.chunks or ():
-        yield (
-            document.doc_id, document.version, chunk.index, chunk.id, chunk.content, chunk.content_sha256, list(chunk.heading_path),
-            chunk.page_start, chunk.page_end, chunk.char_start, chunk.char_end, Jsonb(dict(chunk.metadata)),
-        )  # fmt: skip
-
-
-def _vector_buffer_rows(document: Document) -> Iterable[tuple[Any, ...]]:
-    for chunk, vector in zip(document.chunks or (), () if document.vectors is None else document.vectors, strict=True):
-        yield document.doc_id, document.version, chunk.index, document.embedding_model, vector

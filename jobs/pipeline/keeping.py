@@ -16,7 +16,7 @@ from jobs import clock, faults
 from jobs.adapters.embedders import HostedEmbedder, SizedText
 from jobs.leases import Lease
 from jobs.outages import outlive
-from jobs.pipeline.checkpoint import VECTOR_BUFFER_TYPES, FencedOff, copy_rows
+from jobs.pipeline.checkpoint import FencedOff, store_vectors
 from jobs.pipeline.claims import Connection, one, rows
 from jobs.pipeline.sharing import Guarded, Sharing
 from jobs.pipeline.work import Work
@@ -101,8 +101,7 @@ class Keeping:
 
         async def store(conn: Connection) -> None:
             await conn.execute(query("drop_buffered_vectors"), {**params, "indexes": list(vectors)})
-            values = ((document.doc_id, document.version, index, model, vector) for index, vector in vectors.items())
-            await copy_rows(conn, "copy_vector_buffer", VECTOR_BUFFER_TYPES, values)
+            await store_vectors(conn, document, model, vectors)
 
         if await self._write(store):
             if self._work.kept_model != model:

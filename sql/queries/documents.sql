@@ -239,16 +239,31 @@ INSERT INTO extraction_buffer AS b (doc_id, version, raw_extraction)
 VALUES (%(doc_id)s, %(version)s, %(raw_extraction)s)
 ON CONFLICT (doc_id, version) DO UPDATE SET raw_extraction = EXCLUDED.raw_extraction;
 
--- name: copy_chunks
-COPY document_chunks (
+-- Rows come as one array a column, and an array in a column as its text: COPY refuses tables with row-level security, whatever the policy.
+
+-- name: store_chunks
+INSERT INTO document_chunks (
     id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
     language, metadata, embedding, embedding_model
-) FROM STDIN (FORMAT BINARY);
+)
+SELECT c.id, %(doc_id)s, %(user_id)s, %(version)s, c.chunk_index, c.content, c.content_sha256,
+    c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, %(language)s, c.metadata, c.embedding, %(embedding_model)s
+FROM unnest(
+    %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
+    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[],
+    %(embeddings)b::vector[]
+) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, embedding);
 
--- name: copy_chunk_buffer
-COPY chunk_buffer (
+-- name: store_chunk_buffer
+INSERT INTO chunk_buffer (
     doc_id, version, chunk_index, id, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata
-) FROM STDIN (FORMAT BINARY);
+)
+SELECT %(doc_id)s, %(version)s, c.chunk_index, c.id, c.content, c.content_sha256,
+    c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, c.metadata
+FROM unnest(
+    %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
+    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[]
+) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata);
 
 -- name: lock_claim
 -- First statement of what is stored while a stage goes on. No row: the claim has moved on and nothing may be written.
@@ -287,8 +302,10 @@ SET job_id = EXCLUDED.job_id, service = EXCLUDED.service, started_at = EXCLUDED.
 DELETE FROM hosted_jobs AS h
 WHERE h.doc_id = %(doc_id)s AND h.version = %(version)s AND h.part = %(part)s;
 
--- name: copy_vector_buffer
-COPY vector_buffer (doc_id, version, chunk_index, embedding_model, embedding) FROM STDIN (FORMAT BINARY);
+-- name: store_vectors
+INSERT INTO vector_buffer (doc_id, version, chunk_index, embedding_model, embedding)
+SELECT %(doc_id)s, %(version)s, v.chunk_index, %(embedding_model)s, v.embedding
+FROM unnest(%(indexes)b::integer[], %(embeddings)b::vector[]) AS v (chunk_index, embedding);
 
 -- name: drop_served_chunks
 DELETE FROM document_chunks AS c WHERE c.doc_id = %(doc_id)s;

@@ -9,7 +9,17 @@ SELECT
         SELECT FROM file_extractions AS d WHERE d.state IN ('queued', 'working', 'retrying') LIMIT %(busy)s
     ) AS d) >= %(busy)s AS is_busy,
     (SELECT i.indisvalid FROM pg_index AS i WHERE i.indexrelid = to_regclass(%(name)s)) AS is_valid,
-    EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.index_relid = to_regclass(%(name)s)) AS is_being_built;
+    EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.index_relid = to_regclass(%(name)s)) AS is_being_built,
+    (SELECT pg_has_role(t.relowner, 'SET') FROM pg_class AS t WHERE t.oid = to_regclass(%(table)s)) AS may_build;
+
+-- name: act_as_owner_of
+-- Indexes are built and dropped by the owner of their table alone. Returns nothing where whoever is connected may not take that role on.
+SELECT set_config('role', pg_get_userbyid(t.relowner), FALSE)
+FROM pg_class AS t
+WHERE t.oid = to_regclass(%(table)s) AND pg_has_role(t.relowner, 'SET');
+
+-- name: vector_index_exists
+SELECT to_regclass(%(name)s) IS NOT NULL AS exists;
 
 -- name: try_lock_index
 SELECT pg_try_advisory_lock(hashtextextended(%(name)s, 0)) AS locked;

@@ -173,7 +173,7 @@ WHERE w.heartbeat_at > now() - interval '1 hour'
 GROUP BY w.health;
 
 -- name: page_knows_alerts
-SELECT to_regclass('open_alerts') IS NOT NULL AS known;
+SELECT coalesce(has_table_privilege(to_regclass('open_alerts'), 'SELECT'), FALSE) AS known;
 
 -- name: page_alerts
 SELECT a.rule, a.severity, a.subject, a.message, a.opened_at, a.what_to_do

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
@@ -25,6 +25,7 @@ from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
 from models.stages import STAGE_BY_NAME, STAGES
+from tests.walls import PEOPLE, Walls, fill
 
 if TYPE_CHECKING:
     from tests.integration.outside import Outside
@@ -157,3 +158,34 @@ async def outside(bench: Bench) -> AsyncIterator[Outside]:
     made = Outside(bench)
     yield made
     await made.aclose()
+
+
+@pytest.fixture(scope="session")
+def walls() -> Iterator[Walls]:
+    """A server with a database in which alice and bob have a row each in every table. Tests leave it as it is."""
+    made = Walls()
+    try:
+        made.new_database()
+        made.raise_walls()
+        with made.as_login("postgres") as conn:
+            for user in PEOPLE:
+                fill(conn, user)
+            # A call that both shared.
+            conn.execute(
+                "INSERT INTO provider_usage (id, service, kind, doc_ids, batch_ids, user_ids, shares, cost, "
+                "outcome, give_up_at, finished_at) "
+                "SELECT gen_random_uuid(), 's', 'embedding', ARRAY['alice-doc', 'bob-doc'], ARRAY['alice-batch', 'bob-batch'], "
+                "ARRAY['alice', 'bob'], ARRAY[0.5, 0.5], 2, 'ok', now(), now()"
+            )
+            conn.execute("ANALYZE")
+        with made.as_login("bob"):  # whose session is there to be looked at
+            yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def alice(walls: Walls) -> Iterator[psycopg.Connection[Any]]:
+    """The connection of a person."""
+    with walls.as_login("alice") as conn:
+        yield conn

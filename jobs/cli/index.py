@@ -1,0 +1,35 @@
+"""`docmill index`: what a worker's maintenance does for the vector index, done by whoever may and at once."""
+
+from __future__ import annotations
+
+from jobs.cli.errors import ExitCode
+from jobs.cli.output import complain, say
+from jobs.cli.session import quiet_logs, rows, run_async
+from jobs.maintenance import look_after_index
+from models.settings import Settings, load_settings
+
+_SAID = {
+    "not needed": "There are fewer passages than VECTOR_INDEX_THRESHOLD: searches compare with all of them.",
+    "ready": "The vector index is there.",
+    "built": "The vector index has been built.",
+}
+
+
+def run() -> ExitCode:
+    """Build the index and say what was found or done."""
+    settings = load_settings()
+    quiet_logs(settings)
+    return run_async(_build(settings))
+
+
+async def _build(settings: Settings) -> ExitCode:
+    serving = await rows(settings, "serving_model")
+    if not serving:
+        say("There are no passages yet.")
+        return ExitCode.OK
+    outcome = await look_after_index(settings, serving[0]["embedding_model"], serving[0]["dimensions"], even_under_load=True)
+    if outcome in _SAID:
+        say(_SAID[outcome])
+        return ExitCode.OK
+    complain("Only the owner of the tables may build it." if outcome == "not allowed" else "A worker is building it at this moment.")
+    return ExitCode.FAILED
