@@ -9,6 +9,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from jobs.adapters.parsers import parse_file, parser_count
 from jobs.adapters.sandbox_child import Crashed
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile
 from models.errors import ParseError
 
@@ -31,7 +32,7 @@ async def parse_isolated(
     crashes: list[str] = []
     for skip in range(max(1, parser_count(file_type, mime_type))):
         try:
-            parsed = await sandbox.run(parse_file, str(path), file_name, file_type, mime_type, page_limit, skip=skip)
+            parsed = await sandbox.run(parse_file, StoredFile(path), file_name, file_type, mime_type, page_limit, skip=skip)
         except Crashed as crash:
             crashes.append(str(crash))
             continue

@@ -15,6 +15,7 @@ import pytest
 
 from jobs.adapters.archives import ArchiveLimits, Listing, Unpacked, list_archive, remove_leftovers, unpack_members, workspace
 from jobs.adapters.storage import LocalStorage
+from jobs.adapters.stored_file import StoredFile
 from models.errors import PermanentError
 from tests.archives import Raw, raw_zip, zip_bytes
 
@@ -23,7 +24,7 @@ LIMITS = ArchiveLimits(entries=50, archive_bytes=10_000_000, unpacked_bytes=5_00
 
 def listed(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> Listing:
     (tmp_path / "a.zip").write_bytes(content)
-    return list_archive(str(tmp_path / "a.zip"), "a.zip", limits)
+    return list_archive(StoredFile(tmp_path / "a.zip"), "a.zip", limits)
 
 
 def unpacked(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> dict[str, Unpacked]:
@@ -31,7 +32,7 @@ def unpacked(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> 
     listing = listed(tmp_path, content, limits)
     folder = tmp_path / "out"
     folder.mkdir(exist_ok=True)
-    made = unpack_members(str(tmp_path / "a.zip"), [m for m in listing.members if m.reason is None], str(folder), limits)
+    made = unpack_members(StoredFile(tmp_path / "a.zip"), [m for m in listing.members if m.reason is None], str(folder), limits)
     assert {path.name for path in folder.iterdir()} == {result.file for result in made if result.file is not None}
     return {u.path: u for u in [*made, *(Unpacked(m.path, reason=m.reason) for m in listing.members if m.reason is not None)]}
 

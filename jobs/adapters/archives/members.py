@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from models.settings import Settings
+if TYPE_CHECKING:  # a child needs no settings
+    from models.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

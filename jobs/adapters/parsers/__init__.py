@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 from jobs.adapters.encoding import storable, storable_value
 from jobs.adapters.parsers import email, html, office, ooxml, pdf, text, xberg
 from jobs.adapters.parsers.source import NoText, Parser, Source
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile, ParsedPage
 from models.errors import DocmillError, ParseError, PermanentError
 
@@ -40,13 +40,15 @@ PARSERS: dict[FileType | str, tuple[Parser, ...]] = {
 """The parsers of a type, best first; a MIME type goes before its coarse type. The next one is tried when one raises."""
 
 
-def parse_file(path: str, file_name: str, file_type: FileType, mime_type: str, page_limit: int = 10_000, *, skip: int = 0) -> ParsedFile:
+def parse_file(
+    file: StoredFile, file_name: str, file_type: FileType, mime_type: str, page_limit: int = 10_000, *, skip: int = 0
+) -> ParsedFile:
     """Return the file as markdown by page, in characters that Postgres can store.
 
     `skip` leaves out the first parsers of the type, for another try after one of them crashed its process. Raises PermanentError
     for an encrypted or missing file and ParseError with each parser's reason when none could read it.
     """
-    source = Source(Path(path), file_name, mime_type, page_limit)
+    source = Source(file, file_name, mime_type, page_limit)
     parsers = _chosen(source, file_type)
     reasons: list[tuple[str, BaseException]] = []
     for parser in parsers[skip:]:
@@ -67,7 +69,7 @@ def _chosen(source: Source, file_type: FileType) -> list[Parser]:
     """Return the parsers to try, in order, after the checks that need no parser."""
     parsers = PARSERS.get(source.mime_type) or PARSERS.get(file_type, ())
     try:
-        size = source.path.stat().st_size
+        size = source.file.size
     except FileNotFoundError as error:
         raise PermanentError(f"'{source.file_name}' cannot be parsed: its stored file is gone.") from error
     if size == 0:

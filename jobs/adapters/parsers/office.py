@@ -24,7 +24,7 @@ def parse_docx(source: Source) -> ParsedFile:
     """Return a Word document by way of HTML."""
     import mammoth  # noqa: PLC0415 - loaded in the child only
 
-    with source.path.open("rb") as file:
+    with source.file.open() as file:
         html = mammoth.convert_to_html(file, convert_image=mammoth.images.img_element(lambda _image: {"src": ""})).value
     markdown, _ = html_to_markdown(html)
     return ParsedFile((ParsedPage(1, markdown),), versioned("mammoth"), paged=False)
@@ -35,7 +35,7 @@ def parse_workbook(source: Source) -> ParsedFile:
     from python_calamine import CalamineWorkbook  # noqa: PLC0415 - loaded in the child only
 
     pages = []
-    with source.path.open("rb") as file, CalamineWorkbook.from_filelike(file) as workbook:
+    with source.file.open() as file, CalamineWorkbook.from_filelike(file) as workbook:
         source.check_pages(len(workbook.sheet_names), "sheets")
         for number, name in enumerate(workbook.sheet_names, start=1):
             sheet = workbook.get_sheet_by_index(number - 1)

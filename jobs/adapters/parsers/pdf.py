@@ -20,7 +20,8 @@ def parse_with_liteparse(source: Source) -> ParsedFile:
     """Return markdown by page, with headings and tables as liteparse finds them."""
     from liteparse import LiteParse  # noqa: PLC0415 - native code, loaded in the child only
 
-    with _opened(source) as pdf:
+    data = source.file.read_bytes()
+    with _opened(source, data) as pdf:
         metadata = _metadata(pdf)
     parser = LiteParse(
         ocr_enabled=False,
@@ -31,7 +32,7 @@ def parse_with_liteparse(source: Source) -> ParsedFile:
         max_pages=source.page_limit,
         quiet=True,
     )
-    result = parser.parse(_from_header(source.path.read_bytes()))  # given a path it goes by the extension, and uploads have none
+    result = parser.parse(_from_header(data))  # given a path it goes by the extension, and uploads have none
     pages = tuple(ParsedPage(page.page_num, _without_empty_fence(page.markdown) or page.text) for page in result.pages)
     if result.page_errors:
         metadata["pages_failed"] = [error.page_num for error in result.page_errors]
@@ -42,7 +43,7 @@ def parse_with_pdfium(source: Source) -> ParsedFile:
     """Return plain text by page."""
     pages = []
     failed = []
-    with _opened(source) as pdf:
+    with _opened(source, source.file.read_bytes()) as pdf:
         metadata = _metadata(pdf)
         for index in range(len(pdf)):
             try:
@@ -65,12 +66,12 @@ def _from_header(data: bytes) -> bytes:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Any]:
+def _opened(source: Source, data: bytes) -> Iterator[Any]:
     """Open by pdfium, which tells encrypted from broken and counts the pages before anything is read."""
     import pypdfium2  # noqa: PLC0415 - native code, loaded in the child only
 
     try:
-        pdf = pypdfium2.PdfDocument(str(source.path))
+        pdf = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
         if error.err_code == _WRONG_PASSWORD:
             raise PermanentError(f"'{source.file_name}' is encrypted: a password is needed to open the PDF.") from error

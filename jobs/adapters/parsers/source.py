@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+from jobs.adapters.stored_file import StoredFile
 from models.documents import ParsedFile
 from models.errors import ParseError
 
@@ -15,7 +15,7 @@ from models.errors import ParseError
 class Source:
     """The file to parse. `file_name` is the submitter's name for it, used in messages only."""
 
-    path: Path
+    file: StoredFile
     file_name: str
     mime_type: str
     page_limit: int

@@ -76,7 +76,7 @@ def _extract(source: Source, *, pages: bool) -> Any:
         ),
         max_archive_depth=0,
     )
-    given = xberg.ExtractInput(kind="bytes", bytes=source.path.read_bytes(), mime_type=source.mime_type)
+    given = xberg.ExtractInput(kind="bytes", bytes=source.file.read_bytes(), mime_type=source.mime_type)
     result = asyncio.run(xberg.extract(given, config))
     if result.errors or not result.results:
         reasons = "; ".join(f"{error.error_type}: {error.message}" for error in result.errors)
