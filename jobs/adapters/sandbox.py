@@ -212,16 +212,18 @@ class ProcessSandbox:
     async def _answer(self, child: _Child) -> Answer:
         """Wait for a child's answer within the limits; whatever else comes is an error after which the child is of no use."""
         kept: list[Any] = []
-        room = self._limits.max_output_mb * MB + MB  # the answer itself is judged by the child, in words
+        most = room = self._limits.max_output_mb * MB + MB  # a good child judges its answer itself, in words
         try:
             async with asyncio.timeout(self._limits.timeout):
                 while True:
-                    kind, content = await child.receive(room)
+                    kind, content = await child.receive(most)
                     value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
                     if kind == ANSWER and isinstance(value, Answer):
                         return value
                     if kind == PART:
                         room -= len(content) + 1024
+                        if room < 0:
+                            raise ValueError(f"parts of more than {most:,} bytes")
                         kept.append(value)
         except builtins.TimeoutError:
             late = TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")

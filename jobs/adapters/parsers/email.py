@@ -34,14 +34,14 @@ def parse_message(source: Source) -> ParsedFile:
 def parse_mailbox(source: Source) -> ParsedFile:
     """Return a page for each message, labelled by its subject."""
     messages = list(_messages(source.file.read_bytes()))
-    source.check_pages(len(messages), "messages")
     pages = []
-    for number, data in enumerate(messages, start=1):
+    for number, data in enumerate(messages[: source.pages_to_read(len(messages), "messages")], start=1):
         markdown, metadata = _render(_read(data))
         pages.append(ParsedPage(number, markdown, str(metadata.get("title", "")) or None))
     if not pages:
         raise NoText("it holds no message")
-    return ParsedFile(tuple(pages), "docmill email", metadata={"messages": len(pages)})
+    kept, cut = source.within_limit(tuple(pages), len(messages), "messages")
+    return ParsedFile(kept, "docmill email", metadata={"messages": len(messages)} | cut)
 
 
 def _messages(mailbox: bytes) -> Iterator[bytes]:

@@ -61,10 +61,10 @@ def parse_bare(source: Source) -> ParsedFile:
             pages, paged = [ParsedPage(number, _paragraphs(archive, name)) for number, name in enumerate(slides, start=1)], True
         else:
             pages, paged = _sheets(archive, names), True
-    source.check_pages(len(pages))
-    if not any(page.markdown.strip() for page in pages):
+    kept, cut = source.within_limit(tuple(pages))
+    if not any(page.markdown.strip() for page in kept):
         raise NoText("it holds no text")
-    return ParsedFile(tuple(pages), "docmill ooxml", paged=paged)
+    return ParsedFile(kept, "docmill ooxml", paged=paged, metadata=cut)
 
 
 def _word_parts(names: list[str]) -> list[str]:

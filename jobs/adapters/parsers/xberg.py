@@ -37,8 +37,8 @@ def parse_sheets(source: Source) -> ParsedFile:
         heading = f"## {name}"
         body = page.content.strip().removeprefix(heading).strip()
         pages.append(ParsedPage(page.page_number, f"{heading}\n\n{body}\n" if body else "", name))
-    source.check_pages(len(pages), "sheets")
-    return ParsedFile(with_content(source, pages), versioned("xberg"), metadata=_metadata(found))
+    kept, cut = source.within_limit(tuple(pages), what="sheets")
+    return ParsedFile(with_content(source, list(kept)), versioned("xberg"), metadata=_metadata(found) | cut)
 
 
 def parse_slides(source: Source) -> ParsedFile:
@@ -54,8 +54,8 @@ def parse_slides(source: Source) -> ParsedFile:
         if notes and notes not in content:
             content = f"{content.rstrip()}\n\n{notes}\n"
         pages.append(ParsedPage(page.page_number, content, page.section_name))
-    source.check_pages(len(pages), "slides")
-    return ParsedFile(tuple(pages), versioned("xberg"), metadata=_metadata(found))
+    kept, cut = source.within_limit(tuple(pages), what="slides")
+    return ParsedFile(kept, versioned("xberg"), metadata=_metadata(found) | cut)
 
 
 def _extract(source: Source, *, pages: bool) -> Any:
