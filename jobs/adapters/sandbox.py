@@ -11,10 +11,12 @@ import builtins
 import ctypes
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +56,9 @@ class _Child:
     def __init__(self, setup: Setup) -> None:
         """Start it, some milliseconds. Raises OSError where the system has no room."""
         self.calls = 0
+        self.cpu_ms = 0.0
+        self._scratch = None if setup.writable else Path(tempfile.mkdtemp(prefix="docmill-sandbox-"))
+        setup = replace(setup, writable=setup.writable or self._scratch)
         self._ours, theirs = socket.socketpair()
         with theirs:
             self._ours.setblocking(False)
@@ -76,6 +81,11 @@ class _Child:
         """Whether it runs; one that has ended keeps its number until `wait`, so that its group can still be killed."""
         return self._process.returncode is None and os.waitid(os.P_PID, self._process.pid, _PEEK) is None
 
+    @property
+    def littered(self) -> bool:
+        """Whether it has left something in its scratch folder, which is not for the next call to find."""
+        return self._scratch is not None and any(os.scandir(self._scratch))
+
     async def ready(self) -> None:
         """Wait until it is confined, and tell once what this kernel could not do."""
         async with asyncio.timeout(START_SECONDS):
@@ -94,13 +104,22 @@ class _Child:
         """Return what it sends next."""
         return await receive(self._ours, most)
 
-    def exit_code(self) -> int:
-        """Return how it ended, a signal as a negative number, after it has closed its end; it is killed if it lives on for a second."""
-        until = time.monotonic() + 1
+    def end(self, patience: float) -> tuple[int, Answer]:
+        """Wait for its end, kill it if it lives on for `patience` seconds, and return how it ended and what it used.
+
+        A signal is a negative number. The memory is the most that it took in its life.
+        """
+        until = time.monotonic() + patience
         while self.alive and time.monotonic() < until:
             time.sleep(0.005)
         self.kill()
-        return self._process.wait()
+        try:
+            _, status, used = os.wait4(self._process.pid, 0)
+        except ChildProcessError:  # somebody else has taken its end in
+            return self._process.wait(), Answer(None, None, 0, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        spent = (used.ru_utime + used.ru_stime) * 1000 - self.cpu_ms
+        return self._process.returncode, Answer(None, None, max(0.0, spent), used.ru_maxrss / 1024)
 
     def kill(self) -> None:
         """End it at once with its whole group; whoever waits for its answer sees it gone. Returns without waiting."""
@@ -112,12 +131,13 @@ class _Child:
         """Kill it when nobody waits for its answer any more."""
         self._ours.close()
         self.kill()
-        if self._process.returncode is None:
-            threading.Thread(target=self._process.wait, name="sandbox-child-ends", daemon=True).start()
+        threading.Thread(target=self.wait, name="sandbox-child-ends", daemon=True).start()
 
     def wait(self) -> None:
-        """Wait for its end."""
+        """Wait for its end and take its scratch folder away."""
         self._process.wait()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 class ProcessSandbox:
@@ -134,7 +154,8 @@ class ProcessSandbox:
     ) -> None:
         """Take the number of children, after how many calls each is replaced, the limits, and the one folder that they may write to.
 
-        `readable` are folders with code beside docmill's own. Starts nothing yet.
+        Without `writable` each child has a scratch folder of its own. `readable` are folders with code beside docmill's own.
+        Starts nothing yet.
         """
         self._limits = limits or Limits()
         self._calls_per_child = calls_per_child
@@ -170,10 +191,11 @@ class ProcessSandbox:
             except BaseException:
                 self._discard(child)
                 raise
-            if child.calls < self._calls_per_child and not self._closed:
+            if child.calls < self._calls_per_child and not child.littered and not self._closed:
                 self._idle.append(child)
             else:
                 self._discard(child)
+        child.cpu_ms += _number(answer.cpu_ms)
         usage.add(cpu_ms=_number(answer.cpu_ms), peak_memory_mb=_number(answer.peak_memory_mb))
         if answer.error is not None:
             raise answer.error
@@ -227,16 +249,22 @@ class ProcessSandbox:
                         kept.append(value)
         except builtins.TimeoutError:
             late = TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
+            await asyncio.to_thread(self._ended, child, 0.0)
             late.kept = kept
             raise late from None
         except (EOFError, OSError) as gone:
             if self._closed:
                 raise asyncio.CancelledError from gone
-            error = self._crash(await asyncio.to_thread(child.exit_code))
+            error = self._crash(await asyncio.to_thread(self._ended, child, 1.0))
             error.kept = kept
             raise error from None
         except Exception as strange:
             raise ParseError(f"The parser's answer cannot be read ({type(strange).__name__}: {str(strange)[:200]}).") from None
+
+    def _ended(self, child: _Child, patience: float) -> int:
+        code, spent = child.end(patience)
+        usage.add(cpu_ms=spent.cpu_ms, peak_memory_mb=spent.peak_memory_mb)
+        return code
 
     def _discard(self, child: _Child | None) -> None:
         if child is not None:

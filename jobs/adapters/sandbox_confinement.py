@@ -74,7 +74,7 @@ class Setup:
     parent: int
     """The worker's process id."""
     writable: Path | None = None
-    """The folder that it may write to; None for nowhere."""
+    """The folder that it may write to."""
     readable: tuple[Path, ...] = ()
     """Folders that it may read beside Python's and the system's libraries."""
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -80,6 +81,17 @@ def write_given(file: StoredFile) -> list[str]:
 
 def write(path: str) -> str:
     return attempt(lambda: Path(path).write_bytes(b"planted"))
+
+
+def use_temporary_file() -> str:
+    with tempfile.TemporaryFile() as file:
+        return attempt(file.write, b"gone afterwards")
+
+
+def leave_temporary_file() -> str:
+    fd, name = tempfile.mkstemp()
+    os.write(fd, b"of this document")
+    return name
 
 
 def list_folder(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -110,11 +111,18 @@ async def test_a_child_writes_beneath_its_folder_only_and_only_plain_files(sandb
     assert os.listdir(scratch) == ["mine"]  # noqa: PTH208
 
 
-async def test_a_child_without_a_folder_writes_nowhere(tmp_path: Path) -> None:
+async def test_what_a_child_leaves_in_its_own_scratch_folder_goes_with_it(tmp_path: Path) -> None:
     sandbox = ProcessSandbox(children=1, readable=(ROOT / "tests",))
     for path in (tmp_path / "x", Path("/tmp/docmill-canary"), Path("/var/tmp/docmill-canary")):
         assert await sandbox.run(attacks.write, str(path)) in REFUSED
+    child = await sandbox.run(work.process_id)
+    assert await sandbox.run(attacks.use_temporary_file) == "done"
+    assert await sandbox.run(work.process_id) == child
+    left = Path(await sandbox.run(attacks.leave_temporary_file))
+    assert await sandbox.run(work.process_id) != child
     await sandbox.aclose()
+    while left.parent.exists():  # noqa: ASYNC110 - it is about another process
+        await asyncio.sleep(0.02)
 
 
 async def test_a_child_knows_no_secret_of_the_worker(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
