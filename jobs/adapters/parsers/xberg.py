@@ -72,7 +72,10 @@ def _extract(source: Source, *, pages: bool) -> Any:
         ),
         pages=xberg.PageConfig(extract_pages=True) if pages else None,
         security_limits=xberg.SecurityLimits(
-            max_table_cells=MAX_CELLS, max_iterations=10 * MAX_CELLS, max_content_size=MAX_CONTENT_BYTES, max_pages=source.page_limit
+            max_table_cells=MAX_CELLS,
+            max_iterations=10 * MAX_CELLS,
+            max_content_size=MAX_CONTENT_BYTES,
+            max_pages=None if source.partial else source.page_limit,
         ),
         max_archive_depth=0,
     )
