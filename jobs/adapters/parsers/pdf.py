@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from jobs.adapters.parsers.pdf_streams import refuse_bombs
 from jobs.adapters.parsers.source import NoText, Parser, Source, versioned
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError, PermanentError
@@ -80,6 +81,7 @@ def _opened(source: Source, data: bytes) -> Iterator[Any]:
     """Open by pdfium, which tells encrypted from broken and counts the pages before anything is read."""
     import pypdfium2  # noqa: PLC0415 - native code, loaded in the child only
 
+    refuse_bombs(data)
     try:
         pdf = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
