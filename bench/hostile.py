@@ -156,6 +156,11 @@ def watched(pids: list[int]) -> Iterator[Watch]:
         thread.join()
 
 
+def quarters(values: list[float]) -> list[float]:
+    """Return the values at a quarter, half, three quarters and the end."""
+    return [values[len(values) * n // 4 - 1] for n in (1, 2, 3, 4)]
+
+
 def children_of(pids: list[int]) -> set[int]:
     """Return the processes below these."""
     parents = {}
@@ -297,13 +302,13 @@ def run(given: argparse.Namespace) -> None:
         with workers(settings, given.workers) as processes, watched([process.pid for process in processes]) as watch:
             warm(settings, folder)
             resting = {pid: values[-1] for pid, values in watch.memory.items()}
+            for values in watch.memory.values():
+                values.clear()
             began = time.perf_counter()
             refused = asyncio.run(submit(files, neighbours))
             taken = wait(settings, began, given.patience)
             time.sleep(3)
             alive = [process.poll() is None for process in processes]
-            after = {pid: values[-1] for pid, values in watch.memory.items()}
-            peak = {pid: max(values) for pid, values in watch.memory.items()}
             below = children_of(watch.pids)
         time.sleep(0.5)
         outcomes, documents = collect(settings, files, refused)
@@ -322,8 +327,11 @@ def run(given: argparse.Namespace) -> None:
             f"neighbours complete: {complete} of {len(neighbours)}",
             f"files changed outside of the storage: {len(changed)}, new in system folders: {len(new)}",
             f"documents that hold the canary: {len(canary)}; planted tokens told elsewhere: {len(told)}",
-            "memory of the workers before, highest, after: "
-            + "; ".join(f"{resting[pid]:.0f}, {peak[pid]:.0f}, {after[pid]:.0f} MB" for pid in watch.pids),
+            "memory of the workers before, after each quarter of the time, and at most: "
+            + "; ".join(
+                ", ".join(f"{mb:.0f}" for mb in [resting[pid], *quarters(watch.memory[pid]), max(watch.memory[pid])]) for pid in watch.pids
+            )
+            + " MB",
         ]
         print("\n".join(table([file for file in files if given.all or file.path in mismatches], outcomes)))
         for path, words in mismatches.items():
@@ -376,7 +384,7 @@ def page(path: Path, files: list[File], outcomes: Mapping[str, Outcome], checks:
         *(f"- {check}" for check in checks),
         *(f"- not as expected: `{name}`: {words}" for name, words in mismatches.items()),
         "",
-        *table(files, outcomes, 110),
+        *table(files, outcomes, 90),
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
