@@ -239,3 +239,18 @@ def leave_a_grandchild(path: str) -> None:
     while not (Path(path).exists() and Path(path).read_text()):
         time.sleep(0.01)
     os.abort()
+
+
+def start_threads(count: int) -> int:
+    """Start threads that take no room, and return how many the system allowed."""
+    threading.stack_size(32 * 1024)
+    wait = threading.Event()
+    started = 0
+    try:
+        for _ in range(count):
+            threading.Thread(target=wait.wait, daemon=True).start()
+            started += 1
+    except RuntimeError:
+        pass
+    wait.set()
+    return started

@@ -201,9 +201,11 @@ async def test_peak_memory_is_that_of_the_call_not_of_the_child(sandbox: Process
 
 
 async def test_a_failed_call_has_its_usage_counted(sandbox: ProcessSandbox) -> None:
-    with usage.measured() as used, pytest.raises(LLMError):
-        await sandbox.run(work.raise_llm_error)
-    assert used.peak_memory_mb > 0
+    for function, error in ((work.raise_llm_error, LLMError), (work.crash, Crashed)):
+        with usage.measured() as used, pytest.raises(error):
+            await sandbox.run(function)
+        assert used.peak_memory_mb > 0
+        assert used.cpu_ms >= 0
 
 
 WORKER = """

@@ -16,6 +16,7 @@ import pytest
 from jobs.adapters import sandbox_landlock, sandbox_seccomp
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
+from jobs.adapters.sandbox_confinement import SPARE_TASKS
 from jobs.adapters.stored_file import StoredFile
 from models.errors import ParseError, PermanentError, TimeoutError
 from tests.unit import sandbox_attacks as attacks
@@ -153,6 +154,11 @@ async def test_a_child_starts_no_process_and_touches_none(sandbox: ProcessSandbo
         assert await sandbox.run(function) in REFUSED
     assert await sandbox.run(attacks.start_thread) == "done"
     assert await sandbox.run(attacks.open_many, 100) == "Too many open files"
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root is never refused a thread")
+async def test_a_child_starts_so_many_threads_and_no_more(sandbox: ProcessSandbox) -> None:
+    assert 0 < await sandbox.run(attacks.start_threads, 5 * SPARE_TASKS) <= SPARE_TASKS
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are of x86_64")
