@@ -139,7 +139,7 @@ class ProcessSandbox:
                 while True:
                     kind, content = await child.receive(most)
                     value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
-                    if kind == ANSWER and isinstance(value, Answer):
+                    if kind == ANSWER and isinstance(value, Answer) and isinstance(value.error, DocmillError | None):
                         return value
                     if kind == PART:
                         room -= len(content) + 1024

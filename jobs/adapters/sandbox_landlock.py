@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,10 +42,9 @@ class _PathBeneath(ctypes.Structure):
 
 def abi_version() -> int:
     """Return what the kernel offers: 0 for nothing."""
-    try:
-        return max(0, int(ctypes.CDLL(None, use_errno=True).syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GIVE_VERSION)))
-    except (OSError, AttributeError):  # no Linux
+    if sys.platform != "linux":
         return 0
+    return max(0, int(ctypes.CDLL(None, use_errno=True).syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GIVE_VERSION)))
 
 
 def restrict(allowed: Mapping[Path, int]) -> None:

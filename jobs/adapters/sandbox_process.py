@@ -25,7 +25,6 @@ from jobs.adapters.sandbox_confinement import Setup
 START_SECONDS = 60.0
 _BOOT = "import sys; sys.path[:] = sys.argv[2:]; from jobs.adapters.sandbox_child import serve; serve(int(sys.argv[1]))"
 _PASSED_ON = frozenset({"LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH"})
-_PEEK = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 class Child:
@@ -57,7 +56,13 @@ class Child:
     @property
     def alive(self) -> bool:
         """Whether it runs; one that has ended keeps its number until `wait`, so that its group can still be killed."""
-        return self._process.returncode is None and os.waitid(os.P_PID, self._process.pid, _PEEK) is None
+        if sys.platform == "darwin":
+            return self._process.poll() is None
+        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        try:
+            return self._process.returncode is None and os.waitid(os.P_PID, self._process.pid, peek) is None
+        except ChildProcessError:  # somebody else has taken its end in
+            return False
 
     @property
     def littered(self) -> bool:

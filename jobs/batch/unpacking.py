@@ -18,7 +18,17 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
-from jobs.adapters.archives import ArchiveLimits, Listing, Member, Unpacked, list_archive, remove_leftovers, unpack_members, workspace
+from jobs.adapters.archives import (
+    ArchiveLimits,
+    Listing,
+    Member,
+    Unpacked,
+    list_archive,
+    refuse_strange,
+    remove_leftovers,
+    unpack_members,
+    workspace,
+)
 from jobs.adapters.storage import LocalStorage, StoredUpload
 from jobs.adapters.stored_file import StoredFile
 from jobs.batch.acceptance import Acceptance, BatchHeld, Superseded
@@ -248,17 +258,9 @@ async def _extract(sandbox: Sandbox, file: StoredFile, members: Sequence[Member]
         return []
     try:
         made = await sandbox.run(unpack_members, file, members, str(folder), limits)
-        _refuse_strange(made, members)
+        refuse_strange(made, members)
     except (ParseError, TimeoutError) as error:
         if len(members) == 1:
             return [Unpacked(members[0].path, reason=f"unpacking it failed: {str(error).rstrip('.')}")]
         return [result for member in members for result in await _extract(sandbox, file, [member], folder, limits)]
     return made
-
-
-def _refuse_strange(made: Sequence[Unpacked], members: Sequence[Member]) -> None:
-    """Raise a ParseError for files that were not asked for or lie elsewhere: a child that an archive has taken over could name any."""
-    if [result.path for result in made] != [member.path for member in members] or not all(
-        result.file in (None, str(member.offset)) for result, member in zip(made, members, strict=True)
-    ):
-        raise ParseError("the child returned other files than it was asked for")

@@ -13,10 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from jobs.adapters.archives import ArchiveLimits, Listing, Unpacked, list_archive, remove_leftovers, unpack_members, workspace
+from jobs.adapters.archives import (
+    ArchiveLimits,
+    Listing,
+    Member,
+    Unpacked,
+    list_archive,
+    refuse_strange,
+    remove_leftovers,
+    unpack_members,
+    workspace,
+)
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
-from models.errors import PermanentError
+from models.errors import ParseError, PermanentError
 from tests.archives import Raw, raw_zip, zip_bytes
 
 LIMITS = ArchiveLimits(entries=50, archive_bytes=10_000_000, unpacked_bytes=5_000_000, file_bytes=2_000_000, ratio=250)
@@ -275,3 +285,22 @@ def test_a_workspace_is_removed_by_its_owner_or_after_his_death_but_not_while_he
         assert remove_leftovers(storage) == 1
         assert (mine.exists(), abandoned.exists()) == (True, False)
     assert list((storage.base / "temp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [],
+        [Unpacked("b.txt", "7", 1, "0" * 64)],
+        [Unpacked("a.txt", "../../uploads/x", 1, "0" * 64)],
+        [Unpacked("a.txt", "/etc/passwd", 1, "0" * 64)],
+        [Unpacked("a.txt", "7", 1, "0" * 64)] * 2,
+    ],
+    ids=["none", "another", "outside", "absolute", "twice"],
+)
+def test_what_a_child_returns_is_believed_only_if_it_was_asked_for(made: list[Unpacked]) -> None:
+    asked = [Member("a.txt", 7, 1, 1, 0, 0)]
+    refuse_strange([Unpacked("a.txt", "7", 1, "0" * 64)], asked)
+    refuse_strange([Unpacked("a.txt", reason="it is damaged")], asked)
+    with pytest.raises(ParseError, match="other files"):
+        refuse_strange(made, asked)
