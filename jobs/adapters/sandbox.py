@@ -141,11 +141,10 @@ class ProcessSandbox:
                     value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
                     if kind == ANSWER and isinstance(value, Answer) and isinstance(value.error, DocmillError | None):
                         return value
-                    if kind == PART:
-                        room -= len(content) + 1024
-                        if room < 0:
-                            raise ValueError(f"parts of more than {most:,} bytes")
-                        kept.append(value)
+                    room -= len(content) + 1024
+                    if kind != PART or room < 0:
+                        raise ValueError(f"no answer, or parts of more than {most:,} bytes")
+                    kept.append(value)
         except builtins.TimeoutError:
             late = TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
             await asyncio.to_thread(self._ended, child, 0.0)

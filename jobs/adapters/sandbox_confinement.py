@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jobs
 import models
 from jobs.adapters import sandbox_landlock, sandbox_seccomp
 
@@ -156,4 +155,5 @@ def _python_folders() -> Iterator[Path]:
         yield from (Path(prefix, name) for name in ("lib", "lib64", "bin"))
     yield from (Path(path) for name, path in sysconfig.get_paths().items() if name.endswith("lib") or name == "stdlib")
     yield from (Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
-    yield from (Path(path) for package in (jobs, models) for path in package.__path__)
+    yield Path(__file__).parents[1]
+    yield from map(Path, models.__path__)

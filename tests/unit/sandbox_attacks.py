@@ -203,6 +203,11 @@ def forge_error_class() -> None:
     _send(ANSWER, b"\x80\x04\x8c\rmodels.errors\x8c$DocmillError.__init__.__globals__.get\x93.")
 
 
+def forge_kind() -> None:
+    _send(ANSWER, pickle.dumps("no Answer at all"))
+    time.sleep(60)
+
+
 def forge_length() -> None:
     sandbox_child._channel[0].sendall(HEAD.pack(ANSWER, 1 << 60))
     time.sleep(60)

@@ -174,7 +174,12 @@ async def test_system_calls_that_no_parser_needs_are_refused(sandbox: ProcessSan
 
 async def test_a_forged_answer_is_refused_and_runs_nothing(sandbox: ProcessSandbox, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    for function, args in ((attacks.forge_answer, (str(canary),)), (attacks.forge_error_class, ()), (attacks.forge_length, ())):
+    for function, args in (
+        (attacks.forge_answer, (str(canary),)),
+        (attacks.forge_error_class, ()),
+        (attacks.forge_length, ()),
+        (attacks.forge_kind, ()),
+    ):
         with pytest.raises(ParseError, match="answer cannot be read"):
             await sandbox.run(function, *args)
     with pytest.raises(ParseError, match="answer cannot be read"):
