@@ -58,13 +58,16 @@ def unpack_alone(archive_id: int) -> None:
     settings = load_settings()
 
     async def run() -> float:
-        sandbox = ProcessSandbox(children=1, limits=Limits(max_output_mb=settings.max_archive_mb))
         pool = make_pool(settings, url_of(settings))
         await pool.open()
         started = time.perf_counter()
-        await Unpacker(settings=settings, pool=pool, sandbox=sandbox, stopping=lambda: False).run(archive_id)
+        await Unpacker(
+            settings=settings,
+            pool=pool,
+            sandbox=lambda folder: ProcessSandbox(children=1, limits=Limits(max_output_mb=settings.max_archive_mb), writable=folder),
+            stopping=lambda: False,
+        ).run(archive_id)
         taken = time.perf_counter() - started
-        await sandbox.aclose()
         await pool.close()
         return taken
 

@@ -25,6 +25,7 @@ from rapidfuzz.distance import Indel
 
 from jobs.adapters import parsers
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError
 
 CORPUS = Path(os.environ.get("DOCMILL_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
@@ -67,7 +68,7 @@ def parsed(path: Path, only: str | None) -> str:
         chosen = tuple(replace(parser, first_above_bytes=None) for parser in chain if parser.name == only)
         parsers.PARSERS[sniffed.mime_type] = chosen or chain
     try:
-        result = parsers.parse_file(str(path), path.name, sniffed.file_type, sniffed.mime_type, skip=skip)
+        result = parsers.parse_file(StoredFile(path), path.name, sniffed.file_type, sniffed.mime_type, skip=skip)
     except DocmillError as error:
         print(f"{path.name}: {error}", file=sys.stderr)
         return ""

@@ -16,6 +16,7 @@ from jobs.adapters.embedders import HashedText, make_embedder
 from jobs.adapters.extractor import extract_locally
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from jobs.pipeline.checkpoint import chunk_params
 from jobs.stages.check import checked
 from jobs.stages.chunk import cut
@@ -80,7 +81,7 @@ def build_index(conn: psycopg.Connection, table: str, dimensions: int) -> None:
 def _worked_up(path: Path, settings: Settings) -> Document:
     """Do in this process, without limits, what the stages up to `extract` do, but for the vectors."""
     found = sniff(path, path.name)
-    parsed = parse_file(str(path), path.name, found.file_type, found.mime_type, settings.max_pages)
+    parsed = parse_file(StoredFile(path), path.name, found.file_type, found.mime_type, settings.max_pages)
     markdown, marks = join_pages(parsed)
     document = Document(
         doc_id=str(path), version=1, user_id="bench", file_name=path.name, file_path=path.name, milestone=Milestone.UPLOADED,

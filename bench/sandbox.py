@@ -14,14 +14,15 @@ from pathlib import Path
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType
 
-Call = tuple[str, str, FileType, str, int]
+Call = tuple[StoredFile, str, FileType, str, int]
 
 
 def call(path: Path) -> Call:
     found = sniff(path, path.name)
-    return str(path), path.name, found.file_type, found.mime_type, 10_000
+    return StoredFile(path), path.name, found.file_type, found.mime_type, 10_000
 
 
 def here(arguments: Call, tries: int) -> float:

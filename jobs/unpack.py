@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.batch.unpacking import Unpacker
@@ -14,24 +16,28 @@ _settings = app.settings
 _unpackers: list[Unpacker] = []
 
 
+def _sandbox(folder: Path) -> ProcessSandbox:
+    """Return a sandbox for one archive: its child may write to the archive's folder, and larger files than parsers may."""
+    return ProcessSandbox(
+        children=1,
+        limits=Limits(
+            timeout=_settings.parse_timeout_seconds,
+            memory_mb=_settings.parse_memory_mb,
+            max_output_mb=max(_settings.max_archive_mb, _settings.max_file_size_mb) + 1,
+        ),
+        writable=folder,
+    )
+
+
+async def _forget() -> None:
+    _unpackers.clear()
+
+
 def _unpacker() -> Unpacker:
-    """Return this worker's unpacker, made on first use. It has a child of its own: parsers' may not write large files."""
+    """Return this worker's unpacker, made on first use."""
     if not _unpackers:
-        sandbox = ProcessSandbox(
-            children=1,
-            limits=Limits(
-                timeout=_settings.parse_timeout_seconds,
-                memory_mb=_settings.parse_memory_mb,
-                max_output_mb=max(_settings.max_archive_mb, _settings.max_file_size_mb) + 1,
-            ),
-        )
-        _unpackers.append(Unpacker(settings=_settings, pool=app.pool, sandbox=sandbox, stopping=app.stopping))
-
-        async def close() -> None:
-            _unpackers.clear()
-            await sandbox.aclose()
-
-        app.at_close.append(close)
+        _unpackers.append(Unpacker(settings=_settings, pool=app.pool, sandbox=_sandbox, stopping=app.stopping))
+        app.at_close.append(_forget)
     return _unpackers[0]
 
 

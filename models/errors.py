@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -59,6 +59,8 @@ class DocmillError(Exception):
     """The call of an outside service that failed, where it was one."""
     turn: Turn | None = None
     """What is waited for, where the service's breaker or budget says so."""
+    kept: Sequence[object] = ()
+    """Parts of the result that a sandbox's child had handed over before a limit ended it."""
 
 
 class RetryableError(DocmillError):

@@ -1,165 +1,176 @@
-"""A warm pool of child processes for work that may crash, hang or eat memory. One file's harm stays that file's harm.
+"""A warm pool of child processes for work that may crash, hang, eat memory or be taken over. One file's harm stays that file's harm.
 
-Kept by pebble's `ProcessPool`: it replaces a child that died and kills one that hangs, also inside C code. What holds inside a
-child is written in `sandbox_child`.
+Each child has a channel of its own and is given open files, never paths. What it cannot do is written in `sandbox_confinement`; why no
+library is used is in docs/decisions/0013-own-sandbox.md.
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
-import multiprocessing.context
+import ctypes
 import os
-import pickle
 import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
+from loguru import logger
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer, prepare_child
-from models.errors import RetryableError, TimeoutError
+from jobs.adapters.sandbox_channel import ANSWER, PART, loads_carefully
+from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits
+from jobs.adapters.sandbox_confinement import Setup
+from jobs.adapters.sandbox_process import Child
+from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.stored_file import StoredFile
+from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+CALLS_PER_CHILD = 200
+"""So that what a library leaks, or a file has left behind, does not stay; the price of a new child is shared by as many documents."""
+_PR_SET_DUMPABLE = 4
 
-class _Child(multiprocessing.context.SpawnProcess):
-    """A spawned process that is always stopped at once and with its group: it ignores SIGTERM, which pebble would try for 3 s."""
-
-    def terminate(self) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            if self.pid is not None and os.getpgid(self.pid) == self.pid:
-                os.killpg(self.pid, signal.SIGKILL)
-        super().kill()
-
-
-class _SpawnContext(multiprocessing.context.SpawnContext):
-    """Spawn rather than fork: a child gets none of the worker's threads, sockets and locks."""
-
-    Process = _Child
-
-
-class _Pool:
-    """The pool behind one or more sandboxes: started by the first call, started again if it broke."""
-
-    def __init__(self, children: int, calls_per_child: int, limits: Limits) -> None:
-        self._children, self._calls_per_child, self._limits = children, calls_per_child, limits
-        self._pool: ProcessPool | None = None
-        self._under_way: set[Future[Answer]] = set()
-        self._closed = False
-
-    @property
-    def started(self) -> bool:
-        """Whether there is a pool."""
-        return self._pool is not None
-
-    def schedule(self, call: Call) -> Future[Answer]:
-        if self._closed:
-            raise RetryableError("The sandbox is closed: this worker is stopping.")
-        if self._pool is None or not self._pool.active:
-            if self._pool is not None:
-                threading.Thread(target=_stop, args=(self._pool,), name="stop-broken-sandbox", daemon=True).start()
-            self._pool = ProcessPool(
-                max_workers=self._children,
-                max_tasks=self._calls_per_child,
-                initializer=prepare_child,
-                initargs=(self._limits, os.getpid()),
-                context=_SpawnContext(),
-            )
-        try:
-            future: Future[Answer] = self._pool.schedule(answer, args=(call,), timeout=call.limits.timeout)
-        except RuntimeError as error:  # it broke since the question above
-            raise BrokenProcessPool(str(error)) from error
-        self._under_way.add(future)
-        future.add_done_callback(self._under_way.discard)
-        return future
-
-    def close(self) -> None:
-        """Cancel what is under way and wait for the children's end, about 0.1 s."""
-        self._closed = True
-        for future in tuple(self._under_way):  # pebble leaves them pending for ever
-            future.cancel()
-        if self._pool is not None:
-            _stop(self._pool)
-
-
-def _stop(pool: Any) -> None:
-    pool.stop()
-    pool.join()
+_told: set[str] = set()
+"""What has been said of this kernel in this process."""
 
 
 class ProcessSandbox:
     """Runs functions in child processes with limits on wall clock, CPU, memory and output."""
 
-    def __init__(self, *, children: int = 2, calls_per_child: int = 200, limits: Limits | None = None) -> None:
-        """Take the number of children, after how many calls each is replaced, and the limits. Starts nothing yet."""
+    def __init__(
+        self,
+        *,
+        children: int = 2,
+        calls_per_child: int = CALLS_PER_CHILD,
+        limits: Limits | None = None,
+        writable: Path | None = None,
+        readable: tuple[Path, ...] = (),
+    ) -> None:
+        """Take the number of children, after how many calls each is replaced, the limits, and the one folder that they may write to.
+
+        Without `writable` each child has a scratch folder of its own. `readable` are folders with code beside docmill's own.
+        Starts nothing yet.
+        """
         self._limits = limits or Limits()
-        self._pool = _Pool(children, calls_per_child, self._limits)
+        self._calls_per_child = calls_per_child
+        self._setup = Setup(self._limits, os.getpid(), writable, readable)
+        self._slots = asyncio.Semaphore(children)
+        self._idle: list[Child] = []
+        self._all: set[Child] = set()
+        self._closed = False
 
     @property
     def started(self) -> bool:
-        """Whether children have been started."""
-        return self._pool.started
-
-    def with_timeout(self, seconds: float) -> ProcessSandbox:
-        """Return a view of the same children with another wall clock, and the CPU limit that goes with it."""
-        view = object.__new__(ProcessSandbox)
-        view._limits = replace(self._limits, timeout=seconds)
-        view._pool = self._pool
-        return view
+        """Whether there are children."""
+        return bool(self._all)
 
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run an importable function in a child and return what it returns; arguments and result travel pickled.
+        """Run an importable function in a child and return what it returns, plain values and docmill's own data.
 
-        A crash or the memory limit is a Crashed, which is a ParseError; the output limit is a ParseError, a limit on wall clock
-        or CPU a TimeoutError. Docmill's own errors come through as raised, others as ParseError naming their class. Cancelling
-        the caller kills the child's call. If the pool itself breaks twice in a row the error is retryable.
+        Each StoredFile among `args` is opened here; what the storage raises comes through. A crash or the memory limit is a Crashed,
+        which is a ParseError; the output limit is a ParseError, a limit on wall clock or CPU a TimeoutError; what the function handed over
+        by `sandbox_child.keep` before is in the error's `kept`. Docmill's own errors come through as raised, others as ParseError naming
+        their class. Cancelling the caller kills the child. If children cannot be started the error is retryable.
         """
-        try:
-            return await self._run_once(function, args, kwargs)
-        except BrokenProcessPool:  # an idle child was killed from outside; the call had not begun
+        if self._closed:
+            raise RetryableError("The sandbox is closed: this worker is stopping.")
+        async with self._slots:
+            with ExitStack() as opened:
+                files = [await asyncio.to_thread(_open, value, opened) for value in args if isinstance(value, StoredFile)]
+                numbers = iter(range(len(files)))
+                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
+                child = await self._begin(Call(function, sent, kwargs, self._limits), files)
             try:
-                return await self._run_once(function, args, kwargs)
-            except BrokenProcessPool as error:
-                raise RetryableError("The sandbox's child processes end before they can work (killed from outside?).") from error
-
-    async def _run_once(self, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        answer_fd = os.memfd_create("docmill-answer") if hasattr(os, "memfd_create") else None
-        try:
-            inode = os.fstat(answer_fd).st_ino if answer_fd is not None else 0
-            call = Call(function, args, kwargs, self._limits, os.getpid(), answer_fd, inode)
-            try:
-                result = await asyncio.wrap_future(self._pool.schedule(call))
-            except ProcessExpired as expired:
-                raise self._crash(expired.exitcode) from expired
-            except BrokenProcessPool:
+                answer = await self._answer(child)
+            except BaseException:
+                self._discard(child)
                 raise
-            except builtins.TimeoutError as late:
-                raise TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.") from late
-            usage.add(cpu_ms=result.cpu_ms, peak_memory_mb=result.peak_memory_mb)
-            if result.error is not None:
-                raise result.error
-            if result.size > 16 * MB:
-                value: R = await asyncio.to_thread(_read_answer, result, answer_fd)
+            if child.calls < self._calls_per_child and not child.littered and not self._closed:
+                self._idle.append(child)
             else:
-                value = _read_answer(result, answer_fd)
-            return value
-        finally:
-            if answer_fd is not None:
-                os.close(answer_fd)
+                self._discard(child)
+        child.cpu_ms += _number(answer.cpu_ms)
+        usage.add(cpu_ms=_number(answer.cpu_ms), peak_memory_mb=_number(answer.peak_memory_mb))
+        if answer.error is not None:
+            raise answer.error
+        value: R = answer.result
+        return value
 
-    def _crash(self, exitcode: int) -> Crashed | TimeoutError:
-        """Name what ended a child: a signal when the code is negative, as multiprocessing tells it."""
+    async def _begin(self, call: Call, files: Sequence[int]) -> Child:
+        """Return a child that has been given the call: a warm one, else a new one."""
+        for _ in range(2 + len(self._idle)):
+            child = None
+            try:
+                child = self._idle.pop() if self._idle else await self._start()
+                if child.alive:
+                    await child.send(call, files)
+                    return child
+            except (OSError, EOFError, builtins.TimeoutError):  # killed from outside, or no room for a process
+                pass
+            except BaseException:
+                self._discard(child)
+                raise
+            self._discard(child)
+        raise RetryableError("The sandbox's child processes end before they can work (killed from outside?).")
+
+    async def _start(self) -> Child:
+        if self._closed:
+            raise asyncio.CancelledError
+        child = Child(self._setup)
+        self._all.add(child)
+        try:
+            _tell(await child.ready())
+        except BaseException:
+            self._discard(child)
+            raise
+        return child
+
+    async def _answer(self, child: Child) -> Answer:
+        """Wait for a child's answer within the limits; whatever else comes is an error after which the child is of no use."""
+        kept: list[Any] = []
+        most = room = self._limits.max_output_mb * MB + MB  # a good child judges its answer itself, in words
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                while True:
+                    kind, content = await child.receive(most)
+                    value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
+                    if kind == ANSWER and isinstance(value, Answer) and isinstance(value.error, DocmillError | None):
+                        return value
+                    room -= len(content) + 1024
+                    if kind != PART or room < 0:
+                        raise ValueError(f"no answer, or parts of more than {most:,} bytes")
+                    kept.append(value)
+        except builtins.TimeoutError:
+            late = TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
+            await asyncio.to_thread(self._ended, child, 0.0)
+            late.kept = kept
+            raise late from None
+        except (EOFError, OSError) as gone:
+            if self._closed:
+                raise asyncio.CancelledError from gone
+            error = self._crash(await asyncio.to_thread(self._ended, child, 1.0))
+            error.kept = kept
+            raise error from None
+        except Exception as strange:
+            raise ParseError(f"The parser's answer cannot be read ({type(strange).__name__}: {str(strange)[:200]}).") from None
+
+    def _ended(self, child: Child, patience: float) -> int:
+        code, spent = child.end(patience)
+        usage.add(cpu_ms=spent.cpu_ms, peak_memory_mb=spent.peak_memory_mb)
+        return code
+
+    def _discard(self, child: Child | None) -> None:
+        if child is not None:
+            self._all.discard(child)
+            child.close()
+
+    def _crash(self, exitcode: int) -> DocmillError:
+        """Name what ended a child: a signal when the code is negative."""
         if exitcode == -signal.SIGXCPU:
             return TimeoutError(f"Parsing was stopped at the CPU limit of {self._limits.cpu_limit} s.")
         how = f"exit code {exitcode}"
@@ -171,13 +182,35 @@ class ProcessSandbox:
 
     async def aclose(self) -> None:
         """Stop the children at once; calls under way are cancelled. Later calls are refused."""
-        await asyncio.to_thread(self._pool.close)
+        self._closed = True
+        children = tuple(self._all)
+        for child in children:
+            if child in self._idle:
+                self._discard(child)
+            else:
+                child.kill()
+        self._idle.clear()
+        for child in children:
+            await asyncio.to_thread(child.wait)
 
 
-def _read_answer(result: Answer, answer_fd: int | None) -> Any:
-    payload = result.payload
-    if result.size and answer_fd is not None:
-        payload = os.pread(answer_fd, result.size, 0)
-        while len(payload) < result.size:  # one read returns at most 2 GB
-            payload += os.pread(answer_fd, result.size - len(payload), len(payload))
-    return pickle.loads(payload)  # noqa: S301 - from our own child; pebble's pipe carries pickles in any case
+def _open(file: StoredFile, opened: ExitStack) -> int:
+    with storage_faults(file.path.parent, file.path.name):
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    opened.callback(os.close, fd)
+    return fd
+
+
+def _tell(missing: Any) -> None:
+    """Log, once in this process, what the kernel could not do; then at least hide this process from others of the same user."""
+    for words in missing if isinstance(missing, tuple) else ():
+        if isinstance(words, str) and words not in _told:
+            _told.add(words)
+            logger.warning("The parsers' sandbox is weaker here: {}", words)
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _number(value: Any) -> float:
+    """Return what a child says that it used, if that can be."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0.0

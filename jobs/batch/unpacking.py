@@ -9,17 +9,28 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
-from jobs.adapters.archives import ArchiveLimits, Listing, Member, Unpacked, list_archive, remove_leftovers, unpack_members, workspace
+from jobs.adapters.archives import (
+    ArchiveLimits,
+    Listing,
+    Member,
+    Unpacked,
+    list_archive,
+    refuse_strange,
+    remove_leftovers,
+    unpack_members,
+    workspace,
+)
 from jobs.adapters.storage import LocalStorage, StoredUpload
+from jobs.adapters.stored_file import StoredFile
 from jobs.batch.acceptance import Acceptance, BatchHeld, Superseded
 from jobs.batch.archive import Archive, EntryRow, in_groups, refused_entry, stored_entry
 from jobs.batch.submission import archive_upload_id
@@ -40,12 +51,26 @@ STORING = 8
 """Files that are stored at a time: each waits for the disk, which writes several at once as quickly as one."""
 
 
+class ClosableSandbox(Sandbox, Protocol):
+    """A sandbox for one archive."""
+
+    async def aclose(self) -> None:
+        """End its child."""
+        ...
+
+
 class Unpacker:
     """Unpacks archives for one worker process."""
 
     def __init__(
-        self, *, settings: Settings, pool: AsyncConnectionPool[Connection], sandbox: Sandbox, stopping: Callable[[], bool]
+        self,
+        *,
+        settings: Settings,
+        pool: AsyncConnectionPool[Connection],
+        sandbox: Callable[[Path], ClosableSandbox],
+        stopping: Callable[[], bool],
     ) -> None:
+        """Take what makes a sandbox whose child may write to a folder, and nowhere else."""
         self._settings = settings
         self._pool = pool
         self._sandbox = sandbox
@@ -93,34 +118,41 @@ class Unpacker:
         """Do what is left to do; False if the rest has been put off."""
         await asyncio.to_thread(remove_leftovers, self._storage)
         path = self._storage.resolve(archive.file_path)
-        listing = await self._list(archive, path)
+        with workspace(self._storage) as folder:
+            async with aclosing(self._sandbox(folder)) as sandbox:
+                return await self._unpack_into(folder, archive, StoredFile(path), sandbox)
+
+    async def _unpack_into(self, folder: Path, archive: Archive, file: StoredFile, sandbox: Sandbox) -> bool:
+        listing = await self._list(archive, file, sandbox)
         await self._at("listed", archive)
         await self._count_and_settle(archive)
         acceptance = Acceptance(self._pool, archive)
         await acceptance.look(listing.members)
         left = [member for member in listing.members if member.path not in acceptance.done]
-        with workspace(self._storage) as folder:
-            for number, group in enumerate(in_groups(left)):
-                if self._stopping():
-                    await self._put_off(archive, 0.0)
-                    logger.info("{}: the worker stops; unpacking goes on elsewhere", archive.name)
-                    return False
-                place = folder / str(number)
-                place.mkdir()
-                await self._unpack_group(archive, path, group, place, acceptance)
-                await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        for number, group in enumerate(in_groups(left)):
+            if self._stopping():
+                await self._put_off(archive, 0.0)
+                logger.info("{}: the worker stops; unpacking goes on elsewhere", archive.name)
+                return False
+            place = folder / str(number)
+            place.mkdir()
+            sound = [member for member in group if member.reason is None]
+            results = await _extract(sandbox, file, sound, place, self._limits)
+            results += [Unpacked(member.path, reason=member.reason) for member in group if member.reason is not None]
+            await self._take_group(archive, results, place, acceptance)
+            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         if acceptance.held:
             logger.info("{}: somebody's transaction holds {} of its documents; they are tried again", archive.name, acceptance.held)
             await self._put_off(archive, HELD_SECONDS)
         return acceptance.held == 0
 
-    async def _list(self, archive: Archive, path: Path) -> Listing:
+    async def _list(self, archive: Archive, file: StoredFile, sandbox: Sandbox) -> Listing:
         """Open the archive and note what it holds. PermanentError if it is bad, or breaks a limit, as a whole."""
         sha256 = archive.content_sha256
         if sha256 is None:
             sha256 = (await asyncio.to_thread(self._storage.fingerprint, archive.file_path)).sha256
         await asyncio.to_thread(self._storage.size, archive.file_path)  # there, and a regular file: in words for people
-        listing: Listing = await self._sandbox.run(list_archive, str(path), archive.name, self._limits)
+        listing: Listing = await sandbox.run(list_archive, file, archive.name, self._limits)
         found = await self._one(
             "record_listing",
             archive_id=archive.id,
@@ -142,9 +174,7 @@ class Unpacker:
             )
         return listing
 
-    async def _unpack_group(self, archive: Archive, path: Path, group: Sequence[Member], folder: Path, acceptance: Acceptance) -> None:
-        results = await self._extract(path, [member for member in group if member.reason is None], folder)
-        results += [Unpacked(member.path, reason=member.reason) for member in group if member.reason is not None]
+    async def _take_group(self, archive: Archive, results: Sequence[Unpacked], folder: Path, acceptance: Acceptance) -> None:
         await self._at("unpacked", archive)
         several = asyncio.Semaphore(STORING)
 
@@ -170,17 +200,6 @@ class Unpacker:
                     await self._one("note_unneeded_file", path=kept.file_path, doc_id=doc_id)
             raise
         await self._at("accepted", archive)
-
-    async def _extract(self, path: Path, members: Sequence[Member], folder: Path) -> list[Unpacked]:
-        """Unpack members in a child. Where that takes the child down or takes too long, one by one: then it is one member's fault."""
-        if not members:
-            return []
-        try:
-            return await self._sandbox.run(unpack_members, str(path), members, str(folder), self._limits)
-        except (ParseError, TimeoutError) as error:
-            if len(members) == 1:
-                return [Unpacked(members[0].path, reason=f"unpacking it failed: {str(error).rstrip('.')}")]
-        return [result for member in members for result in await self._extract(path, [member], folder)]
 
     def _store(self, archive: Archive, result: Unpacked, folder: Path, acceptance: Acceptance) -> EntryRow | StoredUpload:
         """Bring what became of a member to where it stays: an archive's stored file, or the row of a document. Runs in a thread."""
@@ -231,3 +250,17 @@ class Unpacker:
 
     async def _at(self, point: str, archive: Archive) -> None:
         await faults.at(f"unpack_{point}", archive.batch_id)
+
+
+async def _extract(sandbox: Sandbox, file: StoredFile, members: Sequence[Member], folder: Path, limits: ArchiveLimits) -> list[Unpacked]:
+    """Unpack members in a child. Where that takes the child down or takes too long, one by one: then it is one member's fault."""
+    if not members:
+        return []
+    try:
+        made = await sandbox.run(unpack_members, file, members, str(folder), limits)
+        refuse_strange(made, members)
+    except (ParseError, TimeoutError) as error:
+        if len(members) == 1:
+            return [Unpacked(members[0].path, reason=f"unpacking it failed: {str(error).rstrip('.')}")]
+        return [result for member in members for result in await _extract(sandbox, file, [member], folder, limits)]
+    return made

@@ -27,6 +27,7 @@ def run(word: str | None, *, batch: str | None = None, json: bool) -> ExitCode:
 async def _overview(settings: Settings, *, json: bool) -> ExitCode:
     found = {
         "documents": await rows(settings, "count_documents_by_state"),
+        "incomplete": (await rows(settings, "count_incomplete_documents"))[0]["documents"],
         "stages": await rows(settings, "count_unfinished_by_stage"),
         "queues": await rows(settings, "count_live_jobs"),
         "batches": await rows(settings, "latest_batches", limit=LATEST),
@@ -46,6 +47,8 @@ def _print_overview(found: Mapping[str, Any]) -> None:
         say("No documents yet: `docmill ingest PATH...` submits some.")
     else:
         table("Documents", ["state", "documents"], [[row["state"], row["documents"]] for row in found["documents"]], numbers=["documents"])
+    if found["incomplete"]:
+        say(f"Documents of which a part is missing: {found['incomplete']}. The view incomplete_documents says which, and why.")
     if found["stages"]:
         columns = ["stage", "queue", "queued", "working", "retrying"]
         table("Unfinished, by the stage that is due", columns, [[row[c] for c in columns] for row in found["stages"]], numbers=columns[2:])

@@ -14,7 +14,7 @@ def stage_detail(stage: str, document: Document) -> dict[str, Any]:
             return {"file_type": document.file_type, "mime_type": document.mime_type, "file_size": document.file_size}
         case "parse":
             made: dict[str, Any] = {"parser": document.parser, "pages": len(document.pages), "characters": len(document.markdown or "")}
-            for name in ("parsed_locally", "failed_pages"):
+            for name in ("parsed_locally", "failed_pages", "cut_by", "pages_kept", "pages_of"):
                 if name in document.parse_metadata:
                     made[name] = document.parse_metadata[name]
             return made | _reused(document)

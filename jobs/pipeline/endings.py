@@ -93,7 +93,7 @@ class Endings:
         plan = self._retry.plan(error, attempt)
         plan = plan and self._retry.within_wait(plan, waited)
         failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
-        work.events.append(failure_event(failure, plan, attempt))
+        work.events.append(failure_event(failure, plan, attempt, work.used))
         try:
             await self._checkpoint(work, outcome_of(plan, failure, attempt), lease, patient=True)
         except FencedOff:

@@ -6,6 +6,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from jobs.adapters.usage import Usage
 from jobs.pipeline.checkpoint import Failure, Outcome
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe, render_traceback
@@ -36,12 +37,13 @@ def describe_failure(document: Document, stage: str, error: Exception, *, attemp
     )
 
 
-def failure_event(failure: Failure, plan: RetryPlan | None, attempt: int) -> StageEvent:
-    """Return what the audit trail says: failed for good, or when it is tried again and whether that counts."""
+def failure_event(failure: Failure, plan: RetryPlan | None, attempt: int, used: Usage) -> StageEvent:
+    """Return what the audit trail says: failed for good, or when it is tried again and whether that counts; and what the try has cost."""
     detail: dict[str, Any] = {"error_type": failure.error_type, "error_message": failure.message}
     if plan is not None:
         detail |= {"delay_seconds": round(plan.delay, 3), "counts": plan.counts}
-    return StageEvent("failed" if plan is None else "retry_scheduled", failure.stage, attempt, detail=detail)
+    spent = {"cpu_ms": round(used.cpu_ms, 3), "peak_memory_mb": round(used.peak_memory_mb, 1) or None}
+    return StageEvent("failed" if plan is None else "retry_scheduled", failure.stage, attempt, **spent, detail=detail)
 
 
 def outcome_of(plan: RetryPlan | None, failure: Failure, attempt: int) -> Outcome:

@@ -38,6 +38,7 @@ async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, 
     lease.deadline = started + limit
     attempt = work.attempt_at(stage.due_at)
     with span(stage.name, doc_id=work.document.doc_id, stage=stage.name, attempt=attempt) as note, measured() as usage:
+        work.used = usage
         try:
             async with asyncio.timeout(limit) as deadline:
                 await faults.at(f"stage_started:{stage.name}", work.document.doc_id)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import clock
+from jobs.adapters.usage import Usage
 from models.documents import Document
 from models.stages import Milestone
 
@@ -63,6 +64,8 @@ class Work:
     """When it was claimed, by `jobs.clock`."""
     stage_began_at: float | None = None
     """When the stage that runs now, or ran last, began."""
+    used: Usage = field(default_factory=Usage)
+    """What that stage has cost so far."""
 
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""

@@ -70,8 +70,8 @@ class ProviderSettings(BaseSettings):
     """Seconds for one whole request to LlamaParse: an upload, or the download of all pages."""
 
     partial_parse: Annotated[Literal["keep", "fail"], AnyCase] = "keep"
-    """A document of which LlamaParse fails on some pages twice. keep: it goes on without them, and parse_metadata names them.
-    fail: it is failed."""
+    """A document that a limit cuts (MAX_PAGES, PARSE_OUTPUT_MB, PARSE_TIMEOUT_SECONDS, PARSE_MEMORY_MB), or of which LlamaParse fails on
+    some pages twice. keep: it goes on without the rest, and the view incomplete_documents shows it. fail: it is failed."""
 
     # Extraction by a language model
     extraction_provider: Annotated[Literal["local", "openai"], AnyCase] = "local"

@@ -22,6 +22,9 @@ FROM file_extractions AS d
 GROUP BY d.state
 ORDER BY d.state;
 
+-- name: count_incomplete_documents
+SELECT count(*) AS documents FROM incomplete_documents AS i WHERE i.state <> 'cancelled';
+
 -- name: count_unfinished_by_stage
 SELECT due_stage(d.milestone) AS stage, stage_queue(due_stage(d.milestone)) AS queue,
     count(*) FILTER (WHERE d.state = 'queued') AS queued,

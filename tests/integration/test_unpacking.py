@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import cancel_document, delete_batch, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
+from jobs.adapters.stored_file import StoredFile
 from jobs.arguments import derive_doc_id
 from jobs.batch import archive as archive_module
 from jobs.batch.unpacking import CRASHES, Unpacker
@@ -45,20 +46,13 @@ class Bench:
     pool: AsyncConnectionPool[Connection]
     settings: Settings
     folder: Path
-    sandbox: ProcessSandbox
     stopping: bool = False
     before_call: Callable[[str], None] = lambda _: None
     calls: list[str] = field(default_factory=list)
 
-    async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The sandbox's own, noted."""
-        self.calls.append(function.__name__)
-        self.before_call(function.__name__)
-        return await self.sandbox.run(function, *args, **kwargs)
-
     def unpacker(self, **changes: Any) -> Unpacker:
         settings = self.settings.model_copy(update=changes)
-        return Unpacker(settings=settings, pool=self.pool, sandbox=self, stopping=lambda: self.stopping)
+        return Unpacker(settings=settings, pool=self.pool, sandbox=lambda folder: Noted(self, folder), stopping=lambda: self.stopping)
 
     def zip(self, files: Mapping[str, bytes | str] | bytes, name: str = "batch.zip") -> Path:
         path = self.folder / name
@@ -113,14 +107,25 @@ class Bench:
         return [self.all(f"SELECT t.xmin::text, t.ctid::text, t.* FROM {table} t ORDER BY 1, 2") for table in tables]
 
 
+class Noted(ProcessSandbox):
+    """A sandbox whose calls are noted, and can be disturbed."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        super().__init__(children=1, writable=folder)
+        self.bench = bench
+
+    async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.bench.calls.append(function.__name__)
+        self.bench.before_call(function.__name__)
+        return await super().run(function, *args, **kwargs)
+
+
 @pytest.fixture
 async def bench(settings: Settings, database: str, conn: psycopg.Connection, tmp_path: Path) -> AsyncIterator[Bench]:
     load_settings.cache_clear()
     pool = make_pool(settings, database)
     await pool.open()
-    sandbox = ProcessSandbox(children=1)
-    yield Bench(conn, pool, settings, tmp_path, sandbox)
-    await sandbox.aclose()
+    yield Bench(conn, pool, settings, tmp_path)
     await pool.close()
     close_sync()
     load_settings.cache_clear()
@@ -465,7 +470,7 @@ def test_a_zip_with_ten_thousand_names_is_listed_in_one_go(tmp_path: Path) -> No
         for number in range(10_000):
             made.writestr(f"{number}.txt", b"")
     limits = ArchiveLimits.from_settings(Settings())
-    assert len(list_archive(str(tmp_path / "many.zip"), "many.zip", limits).members) == 10_000
+    assert len(list_archive(StoredFile(tmp_path / "many.zip"), "many.zip", limits).members) == 10_000
 
 
 def one_document(bench: Bench, batch_id: str = "b") -> tuple[str, str]:

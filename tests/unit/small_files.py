@@ -110,8 +110,11 @@ def pptx(*slides: str) -> bytes:
     return package(parts)
 
 
-def pdf(*pages: str, encrypt: str = "", title: str = "") -> bytes:
-    """Return a PDF with a line of Latin text on each page; an empty text leaves the page blank. `encrypt` is a raw /Encrypt entry."""
+def pdf(*pages: str, encrypt: str = "", title: str = "", bomb: bool = False) -> bytes:
+    """Return a PDF with a line of Latin text on each page; an empty text leaves the page blank. `encrypt` is a raw /Encrypt entry.
+
+    With `bomb` there is one page more, whose forms draw each other until a line stands there 10^11 times.
+    """
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
     objects.append(f"<< /Title ({title}) >>".encode())
     kids = []
@@ -122,6 +125,15 @@ def pdf(*pages: str, encrypt: str = "", title: str = "") -> bytes:
             b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >> /Contents %d 0 R >>"
             % len(objects)
         )
+        kids.append(f"{len(objects)} 0 R")
+    if bomb:
+        resources = b"/Resources << /Font << /F1 3 0 R >> /XObject << /X %d 0 R >> >>"
+        form = b"<< /Type /XObject /Subtype /Form /BBox [0 0 612 792] /Length %d " + resources + b" >>"
+        page = b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] " + resources + b" /Contents %d 0 R >>"
+        for stream in [b"/X Do " * 10] * 11 + [b"BT /F1 12 Tf 72 700 Td (again) Tj ET"]:
+            objects.append(form % (len(stream), len(objects) + 2) + b"\nstream\n%s\nendstream" % stream)
+        objects.append(b"<< /Length 5 >>\nstream\n/X Do\nendstream")
+        objects.append(page % (len(objects) - 12, len(objects)))
         kids.append(f"{len(objects)} 0 R")
     objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(kids)} >>".encode()
     data = b"%PDF-1.4\n"

@@ -13,9 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from jobs.adapters.archives import ArchiveLimits, Listing, Unpacked, list_archive, remove_leftovers, unpack_members, workspace
+from jobs.adapters.archives import (
+    ArchiveLimits,
+    Listing,
+    Member,
+    Unpacked,
+    list_archive,
+    refuse_strange,
+    remove_leftovers,
+    unpack_members,
+    workspace,
+)
 from jobs.adapters.storage import LocalStorage
-from models.errors import PermanentError
+from jobs.adapters.stored_file import StoredFile
+from models.errors import ParseError, PermanentError
 from tests.archives import Raw, raw_zip, zip_bytes
 
 LIMITS = ArchiveLimits(entries=50, archive_bytes=10_000_000, unpacked_bytes=5_000_000, file_bytes=2_000_000, ratio=250)
@@ -23,7 +34,7 @@ LIMITS = ArchiveLimits(entries=50, archive_bytes=10_000_000, unpacked_bytes=5_00
 
 def listed(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> Listing:
     (tmp_path / "a.zip").write_bytes(content)
-    return list_archive(str(tmp_path / "a.zip"), "a.zip", limits)
+    return list_archive(StoredFile(tmp_path / "a.zip"), "a.zip", limits)
 
 
 def unpacked(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> dict[str, Unpacked]:
@@ -31,7 +42,7 @@ def unpacked(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> 
     listing = listed(tmp_path, content, limits)
     folder = tmp_path / "out"
     folder.mkdir(exist_ok=True)
-    made = unpack_members(str(tmp_path / "a.zip"), [m for m in listing.members if m.reason is None], str(folder), limits)
+    made = unpack_members(StoredFile(tmp_path / "a.zip"), [m for m in listing.members if m.reason is None], str(folder), limits)
     assert {path.name for path in folder.iterdir()} == {result.file for result in made if result.file is not None}
     return {u.path: u for u in [*made, *(Unpacked(m.path, reason=m.reason) for m in listing.members if m.reason is not None)]}
 
@@ -274,3 +285,22 @@ def test_a_workspace_is_removed_by_its_owner_or_after_his_death_but_not_while_he
         assert remove_leftovers(storage) == 1
         assert (mine.exists(), abandoned.exists()) == (True, False)
     assert list((storage.base / "temp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        [],
+        [Unpacked("b.txt", "7", 1, "0" * 64)],
+        [Unpacked("a.txt", "../../uploads/x", 1, "0" * 64)],
+        [Unpacked("a.txt", "/etc/passwd", 1, "0" * 64)],
+        [Unpacked("a.txt", "7", 1, "0" * 64)] * 2,
+    ],
+    ids=["none", "another", "outside", "absolute", "twice"],
+)
+def test_what_a_child_returns_is_believed_only_if_it_was_asked_for(made: list[Unpacked]) -> None:
+    asked = [Member("a.txt", 7, 1, 1, 0, 0)]
+    refuse_strange([Unpacked("a.txt", "7", 1, "0" * 64)], asked)
+    refuse_strange([Unpacked("a.txt", reason="it is damaged")], asked)
+    with pytest.raises(ParseError, match="other files"):
+        refuse_strange(made, asked)

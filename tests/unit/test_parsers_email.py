@@ -10,6 +10,7 @@ import pytest
 
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from models.documents import ParsedFile
 
 Parse = Callable[[str, bytes], ParsedFile]
@@ -21,7 +22,7 @@ def parse(tmp_path: Path) -> Parse:
         path = tmp_path / "stored"
         path.write_bytes(data)
         found = sniff(path, name)
-        return parse_file(str(path), name, found.file_type, found.mime_type)
+        return parse_file(StoredFile(path), name, found.file_type, found.mime_type)
 
     return run
 

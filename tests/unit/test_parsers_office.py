@@ -12,6 +12,7 @@ import pytest
 from jobs.adapters import parsers
 from jobs.adapters.parsers import office, ooxml, parse_file
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile
 from models.errors import ParseError, PermanentError
 from tests.unit.small_files import docx, docx_parts, package, pptx, xlsx, xlsx_parts
@@ -28,7 +29,7 @@ def parse(tmp_path: Path) -> Parse:
         path = tmp_path / "stored"
         path.write_bytes(data)
         found = sniff(path, name)
-        return parse_file(str(path), name, found.file_type, found.mime_type)
+        return parse_file(StoredFile(path), name, found.file_type, found.mime_type)
 
     return run
 
@@ -116,10 +117,10 @@ def test_the_last_failure_names_the_reason_of_each_parser(parse: Parse) -> None:
 def test_parsers_can_be_left_out_from_the_front(tmp_path: Path) -> None:
     path = tmp_path / "stored"
     path.write_bytes(docx("hello"))
-    used = [parse_file(str(path), "a.docx", FileType.WORD, DOCX, skip=skip).parser.split()[0] for skip in range(3)]
+    used = [parse_file(StoredFile(path), "a.docx", FileType.WORD, DOCX, skip=skip).parser.split()[0] for skip in range(3)]
     assert used == ["xberg", "mammoth", "docmill"]
     with pytest.raises(ParseError, match="no parser is left"):
-        parse_file(str(path), "a.docx", FileType.WORD, DOCX, skip=3)
+        parse_file(StoredFile(path), "a.docx", FileType.WORD, DOCX, skip=3)
 
 
 def test_a_package_that_unpacks_to_too_much_is_refused_unopened(parse: Parse) -> None:
@@ -176,7 +177,7 @@ def test_too_many_slides_are_refused(tmp_path: Path) -> None:
     path.write_bytes(pptx("one", "two", "three"))
     found = sniff(path, "a.pptx")
     with pytest.raises(ParseError, match="more than the limit of 2"):
-        parse_file(str(path), "a.pptx", found.file_type, found.mime_type, page_limit=2)
+        parse_file(StoredFile(path), "a.pptx", found.file_type, found.mime_type, page_limit=2)
 
 
 def test_what_nobody_can_parse_is_not_supported(parse: Parse) -> None:
@@ -191,4 +192,4 @@ def test_an_empty_file_is_called_empty(parse: Parse) -> None:
 
 def test_a_stored_file_that_is_gone_is_a_permanent_error(tmp_path: Path) -> None:
     with pytest.raises(PermanentError, match="its stored file is gone"):
-        parse_file(str(tmp_path / "nothing"), "a.docx", FileType.WORD, DOCX)
+        parse_file(StoredFile(tmp_path / "nothing"), "a.docx", FileType.WORD, DOCX)

@@ -10,6 +10,7 @@ import pytest
 from jobs.adapters import parsers
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.parsers.pdf import PDFIUM
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile
 from models.errors import ParseError, PermanentError
 from tests.unit.small_files import PASSWORD_ENTRY, pdf
@@ -22,7 +23,7 @@ def parse(tmp_path: Path) -> Parse:
     def run(data: bytes, page_limit: int = 10_000) -> ParsedFile:
         path = tmp_path / "stored"
         path.write_bytes(data)
-        return parse_file(str(path), "a.pdf", FileType.PDF, "application/pdf", page_limit)
+        return parse_file(StoredFile(path), "a.pdf", FileType.PDF, "application/pdf", page_limit)
 
     return run
 

@@ -16,6 +16,7 @@ from jobs.adapters.parsers import parse_file
 from jobs.adapters.parsers.tables import markdown_table
 from jobs.adapters.parsers.text import find_delimiter
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from models.documents import ParsedFile
 from models.errors import ParseError
 
@@ -28,7 +29,7 @@ def parse(tmp_path: Path) -> Parse:
         path = tmp_path / "stored"
         path.write_bytes(data)
         found = sniff(path, name)
-        return parse_file(str(path), name, found.file_type, found.mime_type)
+        return parse_file(StoredFile(path), name, found.file_type, found.mime_type)
 
     return run
 

@@ -20,11 +20,12 @@ from models.errors import LLMError, ParseError, RateLimitError, RetryableError, 
 from tests.unit import sandbox_work as work
 
 ROOT = Path(__file__).parents[2]
+TESTS = (ROOT / "tests",)
 
 
 @pytest.fixture
-async def sandbox() -> AsyncIterator[ProcessSandbox]:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=30, memory_mb=2048, max_output_mb=4))
+async def sandbox(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=30, memory_mb=2048, max_output_mb=4), writable=tmp_path, readable=TESTS)
     yield sandbox
     await sandbox.aclose()
 
@@ -71,14 +72,15 @@ async def test_an_exit_is_a_parse_error_that_names_the_code(sandbox: ProcessSand
         await sandbox.run(work.leave, 3)
 
 
-async def test_a_hang_is_our_timeout_error_that_names_the_limit(sandbox: ProcessSandbox) -> None:
+async def test_a_hang_is_our_timeout_error_that_names_the_limit() -> None:
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=0.3), readable=TESTS)
     with pytest.raises(TimeoutError, match=r"0\.3 s"):
-        await sandbox.with_timeout(0.3).run(work.hang)
-    assert await sandbox.run(work.echo, 1) == 1
+        await sandbox.run(work.hang)
+    await sandbox.aclose()
 
 
 async def test_cpu_time_beyond_the_limit_is_a_timeout_error() -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, cpu_seconds=1))
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, cpu_seconds=1), readable=TESTS)
     with pytest.raises(TimeoutError, match="CPU limit of 1 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
@@ -136,7 +138,7 @@ async def test_cancelling_the_caller_kills_the_call(sandbox: ProcessSandbox, tmp
 
 
 async def test_closing_stops_calls_and_children_and_refuses_more(tmp_path: Path) -> None:
-    sandbox = ProcessSandbox(children=1)
+    sandbox = ProcessSandbox(children=1, writable=tmp_path, readable=TESTS)
     mark = tmp_path / "pid"
     task = asyncio.create_task(sandbox.run(work.hang_after, str(mark)))
     await until(lambda: mark.exists() and mark.read_text())
@@ -152,12 +154,11 @@ async def test_an_idle_child_killed_from_outside_is_replaced(sandbox: ProcessSan
     victim = await sandbox.run(work.process_id)
     os.kill(victim, signal.SIGKILL)
     await until(lambda: not alive(victim))
-    await asyncio.sleep(0.3)  # pebble notices and gives its pool up
     assert await sandbox.run(work.process_id) != victim
 
 
 async def test_children_are_replaced_after_their_share_of_calls() -> None:
-    sandbox = ProcessSandbox(children=1, calls_per_child=2)
+    sandbox = ProcessSandbox(children=1, calls_per_child=2, readable=TESTS)
     assert len({await sandbox.run(work.process_id) for _ in range(4)}) == 2
     await sandbox.aclose()
 
@@ -200,18 +201,21 @@ async def test_peak_memory_is_that_of_the_call_not_of_the_child(sandbox: Process
 
 
 async def test_a_failed_call_has_its_usage_counted(sandbox: ProcessSandbox) -> None:
-    with usage.measured() as used, pytest.raises(LLMError):
-        await sandbox.run(work.raise_llm_error)
-    assert used.peak_memory_mb > 0
+    for function, error in ((work.raise_llm_error, LLMError), (work.crash, Crashed)):
+        with usage.measured() as used, pytest.raises(error):
+            await sandbox.run(function)
+        assert used.peak_memory_mb > 0
+        assert used.cpu_ms >= 0
 
 
 WORKER = """
 import asyncio, sys
+from pathlib import Path
 from jobs.adapters.sandbox import ProcessSandbox
 from tests.unit import sandbox_work as work
 
 async def main():
-    sandbox = ProcessSandbox(children=2)
+    sandbox = ProcessSandbox(children=2, writable=Path(sys.argv[1]).parent, readable=(Path("tests").absolute(),))
     print(await sandbox.run(work.process_id), flush=True)
     await asyncio.gather(*(sandbox.run(work.hang_after, path) for path in sys.argv[1:]))
 

@@ -2,7 +2,7 @@
 
 from jobs.adapters.archives.extraction import unpack_members
 from jobs.adapters.archives.listing import list_archive
-from jobs.adapters.archives.members import ArchiveLimits, Listing, Member, Unpacked
+from jobs.adapters.archives.members import ArchiveLimits, Listing, Member, Unpacked, refuse_strange
 from jobs.adapters.archives.recognition import is_archive
 from jobs.adapters.archives.workspace import remove_leftovers, workspace
 
@@ -13,6 +13,7 @@ __all__ = [
     "Unpacked",
     "is_archive",
     "list_archive",
+    "refuse_strange",
     "remove_leftovers",
     "unpack_members",
     "workspace",

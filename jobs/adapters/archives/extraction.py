@@ -17,6 +17,7 @@ from jobs.adapters.archives.members import ArchiveLimits, Member, Unpacked
 from jobs.adapters.archives.recognition import is_archive
 from jobs.adapters.storage.durable import FILE_MODE
 from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.stored_file import StoredFile
 from models.errors import PermanentError
 
 BLOCK = 1 << 20
@@ -26,14 +27,14 @@ _DAMAGED = "it is damaged: its compressed data cannot be read"
 _LARGEST_DICTIONARY = 1 << 26  # bytes that an LZMA entry may ask for
 
 
-def unpack_members(path: str, members: Sequence[Member], folder: str, limits: ArchiveLimits) -> list[Unpacked]:
+def unpack_members(archive: StoredFile, members: Sequence[Member], folder: str, limits: ArchiveLimits) -> list[Unpacked]:
     """Unpack members into files in the folder, named by where they lie in the archive, and return what became of each, in order.
 
     A member at fault is returned with its reason and leaves no file. RetryableError: the disk of the archive or of the folder fails or is
     full. PermanentError: the archive has gone.
     """
     made = []
-    with storage_faults(Path(path).parent, Path(path).name), Path(path).open("rb") as file:
+    with storage_faults(archive.path.parent, archive.path.name), archive.open() as file:
         for member in members:
             target = Path(folder) / str(member.offset)
             try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import stat
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from jobs.adapters.archives.directory import Directory, DirectoryEntry, read_directory
 from jobs.adapters.archives.members import ArchiveLimits, Listing, Member
 from jobs.adapters.archives.names import LONGEST_PATH, decode_names, escapes, is_folder, is_system_file, shown_path, tell_apart
 from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.stored_file import StoredFile
 from models.errors import PermanentError
 
 METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
@@ -22,23 +22,23 @@ _LOCAL_HEADER = 30  # bytes, without name and extra fields
 _SHOWN = 80  # characters of a name in a message about the archive
 
 
-def list_archive(path: str, name: str, limits: ArchiveLimits) -> Listing:
-    """Return what the archive at `path`, called `name` in errors, holds.
+def list_archive(archive: StoredFile, name: str, limits: ArchiveLimits) -> Listing:
+    """Return what an archive, called `name` in errors, holds.
 
     PermanentError if it is bad or over a limit as a whole, RetryableError if the storage fails.
     """
-    with storage_faults(Path(path).parent, Path(path).name):
+    with storage_faults(archive.path.parent, archive.path.name):
         try:
-            return _list(Path(path), limits)
+            return _list(archive, limits)
         except PermanentError as error:
             raise PermanentError(f"{name}: {error}.") from None
 
 
-def _list(path: Path, limits: ArchiveLimits) -> Listing:
-    size = path.stat().st_size
+def _list(archive: StoredFile, limits: ArchiveLimits) -> Listing:
+    size = archive.size
     if size > limits.archive_bytes:
         raise PermanentError(f"it has {size:,} bytes, more than the {limits.archive_bytes:,} that MAX_ARCHIVE_MB allows")
-    with path.open("rb") as file:
+    with archive.open() as file:
         # Folders and hidden files are no files of the batch, but they cost time and memory too.
         directory, entries = read_directory(file, 2 * limits.entries + 1000)
     kept = [

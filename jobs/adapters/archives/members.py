@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from models.settings import Settings
+from models.errors import ParseError
+
+if TYPE_CHECKING:  # a child needs no settings
+    from models.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +71,11 @@ class Unpacked:
     sha256: str | None = None
     is_archive: bool = False
     reason: str | None = None
+
+
+def refuse_strange(made: Sequence[Unpacked], asked: Sequence[Member]) -> None:
+    """Raise a ParseError for files that were not asked for or lie elsewhere: a child that an archive has taken over could name any."""
+    if [result.path for result in made] != [member.path for member in asked] or not all(
+        result.file in (None, str(member.offset)) for result, member in zip(made, asked, strict=True)
+    ):
+        raise ParseError("the child returned other files than it was asked for")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 from jobs.adapters.encoding import storable, storable_value
 from jobs.adapters.parsers import email, html, office, ooxml, pdf, text, xberg
-from jobs.adapters.parsers.source import NoText, Parser, Source
+from jobs.adapters.parsers.source import NoText, Parser, Source, cut_off
+from jobs.adapters.sandbox_child import keep
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile, ParsedPage
 from models.errors import DocmillError, ParseError, PermanentError
 
 _DATA_URI = re.compile(r"data:[A-Za-z0-9.+/-]{0,100}(?:;[A-Za-z0-9=_-]{1,60}){0,5};base64,[A-Za-z0-9+/=%]{40,}+")
+
+_TEXT_SHARE = 0.9
+"""Of the output limit; the rest is for what goes along with the text."""
 
 PARSERS: dict[FileType | str, tuple[Parser, ...]] = {
     FileType.PDF: (pdf.LITEPARSE, pdf.PDFIUM),
@@ -40,18 +44,35 @@ PARSERS: dict[FileType | str, tuple[Parser, ...]] = {
 """The parsers of a type, best first; a MIME type goes before its coarse type. The next one is tried when one raises."""
 
 
-def parse_file(path: str, file_name: str, file_type: FileType, mime_type: str, page_limit: int = 10_000, *, skip: int = 0) -> ParsedFile:
+def parse_file(
+    file: StoredFile,
+    file_name: str,
+    file_type: FileType,
+    mime_type: str,
+    page_limit: int = 10_000,
+    *,
+    skip: int = 0,
+    partial: bool = False,
+    output_mb: int = 256,
+) -> ParsedFile:
     """Return the file as markdown by page, in characters that Postgres can store.
 
-    `skip` leaves out the first parsers of the type, for another try after one of them crashed its process. Raises PermanentError
-    for an encrypted or missing file and ParseError with each parser's reason when none could read it.
+    `skip` leaves out the first parsers of the type, for another try after one of them crashed its process. With `partial` a file with
+    more than `page_limit` pages or `output_mb` MB of text is cut off there, which the metadata says (`source.cut_off`), and pages are
+    handed over as they are done. Raises PermanentError for an encrypted or missing file and ParseError with each parser's reason when
+    none could read it.
     """
-    source = Source(Path(path), file_name, mime_type, page_limit)
+
+    def hand_over(part: ParsedFile) -> None:
+        if partial:
+            keep(_clean(part))
+
+    source = Source(file, file_name, mime_type, page_limit, partial, hand_over)
     parsers = _chosen(source, file_type)
     reasons: list[tuple[str, BaseException]] = []
     for parser in parsers[skip:]:
         try:
-            parsed = _storable(parser.parse(source))
+            parsed = _within_output(_storable(parser.parse(source)), output_mb) if partial else _storable(parser.parse(source))
         except (PermanentError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # libraries' own errors have no common class, and a panic in Rust is no Exception
@@ -67,7 +88,7 @@ def _chosen(source: Source, file_type: FileType) -> list[Parser]:
     """Return the parsers to try, in order, after the checks that need no parser."""
     parsers = PARSERS.get(source.mime_type) or PARSERS.get(file_type, ())
     try:
-        size = source.path.stat().st_size
+        size = source.file.size
     except FileNotFoundError as error:
         raise PermanentError(f"'{source.file_name}' cannot be parsed: its stored file is gone.") from error
     if size == 0:
@@ -90,16 +111,37 @@ def parser_count(file_type: FileType, mime_type: str) -> int:
 
 
 def _storable(parsed: ParsedFile) -> ParsedFile:
-    """Return the parsed file without characters that Postgres refuses and without base64 data; NoText if nothing is left."""
+    """Return the parsed file as `_clean` does; NoText if nothing is left."""
+    parsed = _clean(parsed)
+    if not any(page.markdown.strip() for page in parsed.pages):
+        raise NoText("it holds no text")
+    return parsed
+
+
+def _clean(parsed: ParsedFile) -> ParsedFile:
+    """Return the parsed file without characters that Postgres refuses and without base64 data."""
     pages = tuple(
         ParsedPage(page.number, _DATA_URI.sub("data:", storable(page.markdown)), None if page.label is None else storable(page.label))
         for page in parsed.pages
     )
-    if not any(page.markdown.strip() for page in pages):
-        raise NoText("it holds no text")
     metadata = storable_value(dict(parsed.metadata))
     assert isinstance(metadata, dict)
     return replace(parsed, pages=pages, metadata=metadata)
+
+
+def _within_output(parsed: ParsedFile, output_mb: int) -> ParsedFile:
+    """Return the pages that find room, the last one cut at a character; the metadata says so."""
+    room = int(output_mb * 1024 * 1024 * _TEXT_SHARE)
+    kept: list[ParsedPage] = []
+    for page in parsed.pages:
+        data = page.markdown.encode()
+        if len(data) > room:
+            kept.append(replace(page, markdown=data[:room].decode(errors="ignore")))
+            cut = cut_off(f"the output limit of {output_mb} MB (PARSE_OUTPUT_MB)", len(kept), len(parsed.pages))
+            return replace(parsed, pages=tuple(kept), metadata={**parsed.metadata, **cut})
+        room -= len(data)
+        kept.append(page)
+    return parsed
 
 
 def _nothing_worked(file_name: str, reasons: list[tuple[str, BaseException]]) -> ParseError:

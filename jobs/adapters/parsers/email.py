@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import mailbox
+import re
+from collections.abc import Iterator
 from email import message_from_bytes
 from email.errors import HeaderParseError
 from email.header import decode_header
 from email.message import Message
 from email.utils import collapse_rfc2231_value
+from itertools import zip_longest
 
 from jobs.adapters.encoding import decode, guess_encoding
 from jobs.adapters.parsers.html import declared_charset, html_to_markdown
@@ -20,29 +22,33 @@ MAX_HEADER_CHARACTERS = 2000
 MAX_DEPTH = 100
 """Messages within messages are followed this far."""
 MAX_PARTS = 5000
+_FROM_LINE = re.compile(rb"^From .*\n?", re.M)
 
 
 def parse_message(source: Source) -> ParsedFile:
     """Return the message with its subject as heading, headers, body and names of attachments."""
-    markdown, metadata = _render(_read(source.path.read_bytes()))
+    markdown, metadata = _render(_read(source.file.read_bytes()))
     return ParsedFile((ParsedPage(1, markdown),), "docmill email", paged=False, metadata=metadata)
 
 
 def parse_mailbox(source: Source) -> ParsedFile:
     """Return a page for each message, labelled by its subject."""
+    messages = list(_messages(source.file.read_bytes()))
     pages = []
-    box = mailbox.mbox(source.path, create=False)
-    try:
-        keys = box.keys()
-        source.check_pages(len(keys), "messages")
-        for number, key in enumerate(keys, start=1):
-            markdown, metadata = _render(_read(box.get_bytes(key)))
-            pages.append(ParsedPage(number, markdown, str(metadata.get("title", "")) or None))
-    finally:
-        box.close()
+    for number, data in enumerate(messages[: source.pages_to_read(len(messages), "messages")], start=1):
+        markdown, metadata = _render(_read(data))
+        pages.append(ParsedPage(number, markdown, str(metadata.get("title", "")) or None))
     if not pages:
         raise NoText("it holds no message")
-    return ParsedFile(tuple(pages), "docmill email", metadata={"messages": len(pages)})
+    kept, cut = source.within_limit(tuple(pages), len(messages), "messages")
+    return ParsedFile(kept, "docmill email", metadata={"messages": len(messages)} | cut)
+
+
+def _messages(mailbox: bytes) -> Iterator[bytes]:
+    """Yield the messages of a mailbox; each begins after a line that begins with `From `."""
+    begins = list(_FROM_LINE.finditer(mailbox))
+    for this, following in zip_longest(begins, begins[1:]):
+        yield mailbox[this.end() : following.start() if following else len(mailbox)]
 
 
 def _read(data: bytes) -> Message:

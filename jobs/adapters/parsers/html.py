@@ -20,7 +20,7 @@ _XML_ENCODING = re.compile(rb"""<\?xml[^>]{0,100}\bencoding\s*=\s*["']([A-Za-z0-
 
 def parse_html(source: Source) -> ParsedFile:
     """Return the page as markdown."""
-    data = source.path.read_bytes()
+    data = source.file.read_bytes()
     decoded = decode(data, declared_charset(data))
     markdown, metadata = html_to_markdown(decoded.text)
     metadata |= about_encoding(decoded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 from jobs.adapters.parsers.html import html_to_markdown
@@ -24,8 +25,8 @@ def parse_docx(source: Source) -> ParsedFile:
     """Return a Word document by way of HTML."""
     import mammoth  # noqa: PLC0415 - loaded in the child only
 
-    with source.path.open("rb") as file:
-        html = mammoth.convert_to_html(file, convert_image=mammoth.images.img_element(lambda _image: {"src": ""})).value
+    file = BytesIO(source.file.read_bytes())  # one without a name: mammoth would look for pictures beside it
+    html = mammoth.convert_to_html(file, convert_image=mammoth.images.img_element(lambda _image: {"src": ""})).value
     markdown, _ = html_to_markdown(html)
     return ParsedFile((ParsedPage(1, markdown),), versioned("mammoth"), paged=False)
 
@@ -35,16 +36,17 @@ def parse_workbook(source: Source) -> ParsedFile:
     from python_calamine import CalamineWorkbook  # noqa: PLC0415 - loaded in the child only
 
     pages = []
-    with source.path.open("rb") as file, CalamineWorkbook.from_filelike(file) as workbook:
-        source.check_pages(len(workbook.sheet_names), "sheets")
-        for number, name in enumerate(workbook.sheet_names, start=1):
+    with source.file.open() as file, CalamineWorkbook.from_filelike(file) as workbook:
+        names = workbook.sheet_names
+        for number, name in enumerate(names[: source.pages_to_read(len(names), "sheets")], start=1):
             sheet = workbook.get_sheet_by_index(number - 1)
             if sheet.height * sheet.width > MAX_CELLS:
                 raise ParseError(f"sheet '{name}' spans {sheet.height * sheet.width:,} cells, more than the limit of {MAX_CELLS:,}")
             rows = (row for row in map(_row, sheet.iter_rows()) if row)
             table = markdown_table(rows)
             pages.append(ParsedPage(number, f"## {name}\n\n{table}\n" if table else "", name))
-    return ParsedFile(with_content(source, pages), versioned("python-calamine"))
+    _, cut = source.within_limit(tuple(pages), len(names), "sheets")
+    return ParsedFile(with_content(source, pages), versioned("python-calamine"), metadata=cut)
 
 
 def with_content(source: Source, sheets: list[ParsedPage]) -> tuple[ParsedPage, ...]:

@@ -28,7 +28,7 @@ MAX_CHARACTERS = 64 * MB
 
 def check_package(source: Source) -> None:
     """Refuse a package without its part list and one that unpacks to too much, by the sizes it declares; zipfile holds it to them."""
-    with zipfile.ZipFile(source.path) as archive:
+    with source.file.open() as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     if "[Content_Types].xml" not in {entry.filename for entry in entries}:
         raise ParseError("it is no complete Office file: the part [Content_Types].xml is missing")
@@ -45,13 +45,13 @@ def check_package(source: Source) -> None:
 
 def has_drawings(source: Source) -> bool:
     """Tell whether a workbook has pictures or charts."""
-    with zipfile.ZipFile(source.path) as archive:
+    with source.file.open() as file, zipfile.ZipFile(file) as archive:
         return any(name.startswith(("xl/drawings/drawing", "xl/charts/")) for name in archive.namelist())
 
 
 def parse_bare(source: Source) -> ParsedFile:
     """Return paragraphs of a Word document (margins and notes too), of slides, or cells of sheets, without any formatting."""
-    with zipfile.ZipFile(source.path) as archive:
+    with source.file.open() as file, zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if any(name.startswith("word/") for name in names):
             text = "\n\n".join(filter(None, (_paragraphs(archive, name) for name in _word_parts(names))))
@@ -61,10 +61,10 @@ def parse_bare(source: Source) -> ParsedFile:
             pages, paged = [ParsedPage(number, _paragraphs(archive, name)) for number, name in enumerate(slides, start=1)], True
         else:
             pages, paged = _sheets(archive, names), True
-    source.check_pages(len(pages))
-    if not any(page.markdown.strip() for page in pages):
+    kept, cut = source.within_limit(tuple(pages))
+    if not any(page.markdown.strip() for page in kept):
         raise NoText("it holds no text")
-    return ParsedFile(tuple(pages), "docmill ooxml", paged=paged)
+    return ParsedFile(kept, "docmill ooxml", paged=paged, metadata=cut)
 
 
 def _word_parts(names: list[str]) -> list[str]:

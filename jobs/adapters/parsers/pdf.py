@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from jobs.adapters.parsers.pdf_streams import refuse_bombs
 from jobs.adapters.parsers.source import NoText, Parser, Source, versioned
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError, PermanentError
 
+PART_PAGES = 200
+"""Of a longer file so many pages are read at a time, and handed over. Running titles are recognised within a part."""
+MIN_PAGES_TO_DOUBT = 1000
+LEAST_PAGE_BYTES = 4
+"""What a page takes at least in any file: its entry in the page tree and in the table of objects, also where these are compressed."""
 _EMPTY_FENCE = re.compile(r"```(?:text)?\s*```")
 _WRONG_PASSWORD, _UNKNOWN_ENCRYPTION = 4, 5
 """FPDF_ERR_PASSWORD and FPDF_ERR_SECURITY of pdfium."""
@@ -20,8 +26,9 @@ def parse_with_liteparse(source: Source) -> ParsedFile:
     """Return markdown by page, with headings and tables as liteparse finds them."""
     from liteparse import LiteParse  # noqa: PLC0415 - native code, loaded in the child only
 
-    with _opened(source) as pdf:
-        metadata = _metadata(pdf)
+    data = source.file.read_bytes()
+    with _opened(source, data) as pdf:
+        count, metadata = len(pdf), _metadata(pdf)
     parser = LiteParse(
         ocr_enabled=False,
         output_format="markdown",
@@ -31,20 +38,26 @@ def parse_with_liteparse(source: Source) -> ParsedFile:
         max_pages=source.page_limit,
         quiet=True,
     )
-    result = parser.parse(_from_header(source.path.read_bytes()))  # given a path it goes by the extension, and uploads have none
-    pages = tuple(ParsedPage(page.page_num, _without_empty_fence(page.markdown) or page.text) for page in result.pages)
-    if result.page_errors:
-        metadata["pages_failed"] = [error.page_num for error in result.page_errors]
-    return _checked(pages, versioned("liteparse"), metadata)
+    data = _from_header(data)  # given a path it goes by the extension, and uploads have none
+    parts = [parser.parse(data)] if count <= PART_PAGES else (part.result for part in parser.parse_batches(data, PART_PAGES))
+    pages: list[ParsedPage] = []
+    failed: list[int] = []
+    for part in parts:
+        made = tuple(ParsedPage(page.page_num, _without_empty_fence(page.markdown) or page.text) for page in part.pages)
+        failed += [error.page_num for error in part.page_errors]
+        if count > PART_PAGES:
+            source.hand_over(ParsedFile(made, versioned("liteparse"), metadata={"page_count": count}))
+        pages += made
+    return _checked(source, pages, versioned("liteparse"), metadata, failed)
 
 
 def parse_with_pdfium(source: Source) -> ParsedFile:
     """Return plain text by page."""
-    pages = []
-    failed = []
-    with _opened(source) as pdf:
+    pages: list[ParsedPage] = []
+    failed: list[int] = []
+    with _opened(source, source.file.read_bytes()) as pdf:
         metadata = _metadata(pdf)
-        for index in range(len(pdf)):
+        for index in range(source.pages_to_read(len(pdf))):
             try:
                 page = pdf[index]
                 text = page.get_textpage().get_text_bounded()
@@ -53,9 +66,8 @@ def parse_with_pdfium(source: Source) -> ParsedFile:
                 failed.append(index + 1)
                 text = ""
             pages.append(ParsedPage(index + 1, text))
-    if failed:
-        metadata["pages_failed"] = failed
-    return _checked(tuple(pages), versioned("pypdfium2"), metadata)
+            source.hand_over(ParsedFile((pages[-1],), versioned("pypdfium2"), metadata={"page_count": len(pdf)}))
+    return _checked(source, pages, versioned("pypdfium2"), metadata, failed)
 
 
 def _from_header(data: bytes) -> bytes:
@@ -65,12 +77,13 @@ def _from_header(data: bytes) -> bytes:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Any]:
+def _opened(source: Source, data: bytes) -> Iterator[Any]:
     """Open by pdfium, which tells encrypted from broken and counts the pages before anything is read."""
     import pypdfium2  # noqa: PLC0415 - native code, loaded in the child only
 
+    refuse_bombs(data)
     try:
-        pdf = pypdfium2.PdfDocument(str(source.path))
+        pdf = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
         if error.err_code == _WRONG_PASSWORD:
             raise PermanentError(f"'{source.file_name}' is encrypted: a password is needed to open the PDF.") from error
@@ -78,7 +91,8 @@ def _opened(source: Source) -> Iterator[Any]:
             raise PermanentError(f"'{source.file_name}' is encrypted in a way that is not supported.") from error
         raise ParseError("it is no readable PDF") from error
     try:
-        source.check_pages(len(pdf))
+        _refuse_impossible(len(pdf), len(data))
+        source.pages_to_read(len(pdf))
         yield pdf
     finally:
         pdf.close()
@@ -100,16 +114,25 @@ def _metadata(pdf: Any) -> dict[str, Any]:
     return found | {"page_count": len(pdf)}
 
 
-def _checked(pages: tuple[ParsedPage, ...], parser: str, metadata: dict[str, Any]) -> ParsedFile:
+def _refuse_impossible(pages: int, size: int) -> None:
+    """Refuse a page tree that counts the same pages over and over: no file has more pages than it has room for."""
+    if pages > MIN_PAGES_TO_DOUBT and pages > size / LEAST_PAGE_BYTES:
+        raise ParseError(f"it claims {pages:,} pages, more than {size:,} bytes can hold")
+
+
+def _checked(source: Source, pages: list[ParsedPage], parser: str, metadata: dict[str, Any], failed: list[int]) -> ParsedFile:
     """Name the pages without text, and refuse a file that has nothing else."""
-    if not pages:
+    kept, cut = source.within_limit(tuple(pages), max(len(pages), metadata["page_count"]))
+    if not kept:
         raise NoText("it has no pages")
-    empty = [page.number for page in pages if not page.markdown.strip()]
-    if len(empty) == len(pages):
-        raise NoText(f"no text layer on any of its {len(pages)} pages (a scan?), and OCR is not configured")
+    empty = [page.number for page in kept if not page.markdown.strip()]
+    if len(empty) == len(kept):
+        raise NoText(f"no text layer on any of its {len(kept)} pages (a scan?), and OCR is not configured")
     if empty:
         metadata["pages_without_text"] = empty
-    return ParsedFile(pages, parser, metadata=metadata)
+    if failed:
+        metadata["pages_failed"] = failed
+    return ParsedFile(kept, parser, metadata=metadata | cut)
 
 
 def _without_empty_fence(markdown: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Any
 
-from models.documents import ParsedFile
+from jobs.adapters.stored_file import StoredFile
+from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
 
@@ -15,20 +16,39 @@ from models.errors import ParseError
 class Source:
     """The file to parse. `file_name` is the submitter's name for it, used in messages only."""
 
-    path: Path
+    file: StoredFile
     file_name: str
     mime_type: str
     page_limit: int
+    partial: bool = False
+    """Whether what lies within the limits is to be kept of a file that is over one; see `cut_off`."""
+    hand_over: Callable[[ParsedFile], None] = lambda _pages: None
+    """Makes sure of pages that are done: whoever waits has them even if a limit ends this process before the others are."""
 
     @property
     def is_ooxml(self) -> bool:
         """Whether it is a zip package of the Office kind."""
         return "openxmlformats" in self.mime_type or "macroEnabled" in self.mime_type
 
-    def check_pages(self, count: int, what: str = "pages") -> None:
-        """Refuse a file with more pages than the limit."""
-        if count > self.page_limit:
+    def pages_to_read(self, count: int, what: str = "pages") -> int:
+        """Return how many pages may be read of so many: all, or those within the limit. ParseError where that is not wanted."""
+        if count > self.page_limit and not self.partial:
             raise ParseError(f"it has {count:,} {what}, more than the limit of {self.page_limit:,}")
+        return min(count, self.page_limit)
+
+    def within_limit(self, pages: tuple[ParsedPage, ...], count: int | None = None, what: str = "pages") -> PageCut:
+        """Return the pages within the limit of a file that has `count`, and what its metadata says of the others."""
+        count = len(pages) if count is None else count
+        kept = self.pages_to_read(count, what)
+        return pages[:kept], cut_off(f"the page limit of {self.page_limit:,} (MAX_PAGES)", kept, count) if kept < count else {}
+
+
+PageCut = tuple[tuple[ParsedPage, ...], dict[str, Any]]
+
+
+def cut_off(by: str, pages: int, of: int | None) -> dict[str, Any]:
+    """Return what the metadata of an incomplete text says: which limit cut it, and how many pages of how many are there."""
+    return {"cut_by": by, "pages_kept": pages, "pages_of": of}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ _DELIMITERS = ",;\t|"
 
 def read_text(source: Source, declared: str | None = None) -> Decoded:
     """Return the decoded file."""
-    return decode(source.path.read_bytes(), declared)
+    return decode(source.file.read_bytes(), declared)
 
 
 def about_encoding(decoded: Decoded) -> dict[str, object]:
@@ -32,7 +32,7 @@ def parse_text(source: Source) -> ParsedFile:
     """Return the text unchanged but for its encoding and line ends."""
     declared = None
     if source.mime_type in ("application/xml", "image/svg+xml"):
-        with source.path.open("rb") as file:
+        with source.file.open() as file:
             match = _XML_ENCODING.match(file.read(200).lstrip())
         declared = match[1].decode("ascii") if match else None
     decoded = read_text(source, declared)

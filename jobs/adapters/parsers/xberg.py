@@ -37,8 +37,8 @@ def parse_sheets(source: Source) -> ParsedFile:
         heading = f"## {name}"
         body = page.content.strip().removeprefix(heading).strip()
         pages.append(ParsedPage(page.page_number, f"{heading}\n\n{body}\n" if body else "", name))
-    source.check_pages(len(pages), "sheets")
-    return ParsedFile(with_content(source, pages), versioned("xberg"), metadata=_metadata(found))
+    kept, cut = source.within_limit(tuple(pages), what="sheets")
+    return ParsedFile(with_content(source, list(kept)), versioned("xberg"), metadata=_metadata(found) | cut)
 
 
 def parse_slides(source: Source) -> ParsedFile:
@@ -54,8 +54,8 @@ def parse_slides(source: Source) -> ParsedFile:
         if notes and notes not in content:
             content = f"{content.rstrip()}\n\n{notes}\n"
         pages.append(ParsedPage(page.page_number, content, page.section_name))
-    source.check_pages(len(pages), "slides")
-    return ParsedFile(tuple(pages), versioned("xberg"), metadata=_metadata(found))
+    kept, cut = source.within_limit(tuple(pages), what="slides")
+    return ParsedFile(kept, versioned("xberg"), metadata=_metadata(found) | cut)
 
 
 def _extract(source: Source, *, pages: bool) -> Any:
@@ -72,11 +72,14 @@ def _extract(source: Source, *, pages: bool) -> Any:
         ),
         pages=xberg.PageConfig(extract_pages=True) if pages else None,
         security_limits=xberg.SecurityLimits(
-            max_table_cells=MAX_CELLS, max_iterations=10 * MAX_CELLS, max_content_size=MAX_CONTENT_BYTES, max_pages=source.page_limit
+            max_table_cells=MAX_CELLS,
+            max_iterations=10 * MAX_CELLS,
+            max_content_size=MAX_CONTENT_BYTES,
+            max_pages=None if source.partial else source.page_limit,
         ),
         max_archive_depth=0,
     )
-    given = xberg.ExtractInput(kind="bytes", bytes=source.path.read_bytes(), mime_type=source.mime_type)
+    given = xberg.ExtractInput(kind="bytes", bytes=source.file.read_bytes(), mime_type=source.mime_type)
     result = asyncio.run(xberg.extract(given, config))
     if result.errors or not result.results:
         reasons = "; ".join(f"{error.error_type}: {error.message}" for error in result.errors)

@@ -51,7 +51,14 @@ async def run(document: Document, tools: Tools) -> Document:
     found = await parse_hosted(document, path, tools)
     if isinstance(found, str):
         parsed = await parse_isolated(
-            tools.sandbox, path, document.file_name, document.file_type, document.mime_type, page_limit=tools.settings.max_pages
+            tools.sandbox,
+            path,
+            document.file_name,
+            document.file_type,
+            document.mime_type,
+            page_limit=tools.settings.max_pages,
+            output_mb=tools.settings.parse_output_mb,
+            partial=tools.settings.partial_parse == "keep",
         )
         parsed = replace(parsed, metadata={**parsed.metadata, "parsed_locally": found}) if found else parsed
     else:

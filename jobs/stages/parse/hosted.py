@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.adapters.llamaparse import HostedPages, JobLost, LlamaParse, count_pages, guess_pages, refusal, to_parsed_file
+from jobs.adapters.stored_file import StoredFile
 from jobs.stages import HostedJob, JobPart, Tools
 from models.documents import Document, ParsedFile
 from models.errors import ParseError, RequestRefused, ServiceUnavailable
@@ -95,7 +96,7 @@ class _Jobs:
         assert document.file_type is not None
         counted: int | None = None
         with suppress(ParseError, CallTimeout):  # a file that takes its reader down may still be one that the service can read
-            counted = await self._sandbox.run(count_pages, str(self._path), document.file_type, limit)
+            counted = await self._sandbox.run(count_pages, StoredFile(self._path), document.file_type, limit)
         return counted or guess_pages(document.file_size or 0, limit)
 
     async def failed_again(self, pages: HostedPages) -> HostedPages:

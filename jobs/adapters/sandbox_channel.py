@@ -1,0 +1,93 @@
+"""What goes between a worker and a sandbox's child: length, kind and a pickle over a pair of sockets that only these two hold.
+
+The child is not trusted: it may have been taken over by what it parsed. Its pickles may name docmill's own frozen data and errors, and
+nothing that could run code here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import io
+import pickle
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+HEAD = struct.Struct("<cQ")
+CALL, READY, PART, ANSWER = b"C", b"R", b"P", b"A"
+MOST_FILES = 8
+"""That may go along with a call."""
+_ALLOWED = frozenset({"jobs.adapters.archives.members", "jobs.adapters.sandbox_child", "models.documents", "models.errors"})
+
+
+class _Careful(pickle.Unpickler):
+    """Makes plain values and instances of classes that are defined in the modules above; anything else is an UnpicklingError."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _ALLOWED and name.isidentifier():
+            found = getattr(importlib.import_module(module), name, None)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"a sandbox's child may not send {module}.{name}")
+
+
+def loads_carefully(data: bytes | bytearray) -> Any:
+    """Return what a child has pickled. Raises pickle.UnpicklingError, or anything else, on what no child of good will sends."""
+    return _Careful(io.BytesIO(data)).load()
+
+
+async def send_call(sock: socket.socket, payload: bytes, files: Sequence[int]) -> None:
+    """Send a call with open files. Raises OSError if the child is gone."""
+    loop = asyncio.get_running_loop()
+    head = HEAD.pack(CALL, len(payload))
+    # The child has taken in every call before, so there is room for a few bytes.
+    sent = socket.send_fds(sock, [head], list(files)) if files else sock.send(head)
+    await loop.sock_sendall(sock, head[sent:] + payload)
+
+
+async def receive(sock: socket.socket, most: int) -> tuple[bytes, bytearray]:
+    """Return the kind and content of what a child sends next. EOFError or OSError if it is gone, ValueError for more than `most` bytes."""
+    kind, length = HEAD.unpack(await _read(sock, HEAD.size))
+    if length > most:
+        raise ValueError(f"{length:,} bytes, more than the {most:,} that are allowed")
+    return kind, await _read(sock, length)
+
+
+async def _read(sock: socket.socket, length: int) -> bytearray:
+    loop = asyncio.get_running_loop()
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        count = await loop.sock_recv_into(sock, view)
+        if count == 0:
+            raise EOFError("the child has closed its end")
+        view = view[count:]
+    return data
+
+
+def send_blocking(sock: socket.socket, kind: bytes, payload: bytes) -> None:
+    """The child's side: send something."""
+    sock.sendall(HEAD.pack(kind, len(payload)))
+    sock.sendall(payload)
+
+
+def receive_blocking(sock: socket.socket) -> tuple[bytearray, list[int]]:
+    """The child's side: return a call and the files that came with it. EOFError if the parent is gone."""
+    head, files, _, _ = socket.recv_fds(sock, HEAD.size, MOST_FILES)
+    head += _read_blocking(sock, HEAD.size - len(head)) if head else b""
+    if not head:
+        raise EOFError("the parent has closed its end")
+    return _read_blocking(sock, HEAD.unpack(head)[1]), list(files)
+
+
+def _read_blocking(sock: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        count = sock.recv_into(view)
+        if count == 0:
+            raise EOFError("the parent has closed its end")
+        view = view[count:]
+    return data
