@@ -80,8 +80,8 @@ INSERT INTO alert_conditions (rule, subject, message, detail, first_seen_at, las
 SELECT r.rule, %(evil)s, %(words)s, jsonb_build_object(%(words)s::text, %(words)s::text), now(), now(), now() FROM alert_rules AS r
 """
 ARCHIVES = """
-INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message)
-SELECT b.batch_id, b.run_id, b.user_id, %(words)s, %(words)s, 'uploads/x', 'failed', %(words)s FROM processing_jobs AS b
+INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message, ended_at)
+SELECT b.batch_id, b.run_id, b.user_id, %(words)s, %(words)s, 'uploads/x', 'failed', %(words)s, now() FROM processing_jobs AS b
 """
 REEMBEDDING = """
 INSERT INTO reembeddings (from_model, from_dimensions, to_model, error_message, worker)
