@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 import typer
+from loguru import logger
 
 from jobs.cli import main
 from jobs.cli.commands import app
@@ -72,7 +76,13 @@ def filled(front_door: None, conn: psycopg.Connection, tmp_path: Path, monkeypat
     (folder / "a\x1b]0;owned\x07\r\n\u202e.txt").write_text(WORDS)
     monkeypatch.setenv("LOG_LEVEL", "DEBUG")  # so that tracebacks are printed too
     load_settings.cache_clear()
+    handlers, hooks = logging.root.handlers[:], (sys.excepthook, threading.excepthook)
     yield folder
+    logging.root.handlers[:] = handlers
+    sys.excepthook, threading.excepthook = hooks
+    logging.captureWarnings(False)
+    logger.remove()
+    logger.configure(patcher=lambda _: None, extra={})
 
 
 def printed(*arguments: str) -> tuple[str, str]:
