@@ -10,6 +10,8 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -163,20 +165,20 @@ def test_a_connection_in_the_clear_to_another_machine_is_complained_of(cluster: 
 
 
 @pytest.fixture
-def true_server(tmp_path: Path, authority: Authority) -> Iterator[int]:
+def true_server(authority: Authority) -> Iterator[int]:
     """The port of a Postgres that does TLS itself and lets in nobody without it and a certificate."""
     programs = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     if not programs or os.geteuid() != 0:
         pytest.skip("no Postgres with TLS on this machine, or no right to start it")
-    folder = Path(f"{tmp_path}-true")
-    folder.mkdir(mode=0o755)
     account = "postgres"
+    # Not below pytest's own folder: another run of pytest would take away the server's right to enter it.
+    folder = Path(tempfile.gettempdir()) / f"docmill-tls-{uuid.uuid4().hex[:12]}"
+    folder.mkdir()
     try:
         shutil.chown(folder, account)
     except LookupError:
+        folder.rmdir()
         pytest.skip("no account postgres on this machine")
-    for parent in folder.parents[: len(folder.parents) - 2]:
-        parent.chmod(parent.stat().st_mode | 0o711)
     certificate, key = authority.files_for("localhost")
     port, data = free_port(), folder / "data"
 
