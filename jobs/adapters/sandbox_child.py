@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.adapters.sandbox_environment import forget_environment
 from models.errors import DocmillError, ParseError, RetryableError
 
 MB = 1024 * 1024
@@ -87,7 +86,6 @@ def prepare_child(limits: Limits, parent: int) -> None:
     """
     with suppress(OSError, AttributeError):  # Linux only; elsewhere the pool's closed pipe ends an idle child
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    forget_environment()
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the line above took hold
     os.setsid()  # its own group: Ctrl-C in a terminal is not for parsers, and the parent can kill the whole group

@@ -73,7 +73,8 @@ def assert_clean(text: str, where: str) -> None:
 
 
 def parser_environments(pid: int) -> list[str]:
-    children = [each for each in descendants(pid) if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]
+    """Return what is in the environments of a worker's children, but for the one that only keeps count of multiprocessing's things."""
+    children = [each for each in descendants(pid)[1:] if "resource_tracker" not in Path(f"/proc/{each}/cmdline").read_text()]
     return [Path(f"/proc/{each}/environ").read_text() for each in children]
 
 
@@ -101,7 +102,7 @@ def test_no_password_or_token_shows_anywhere(database: psycopg.Connection, tmp_p
             told["ps of a worker"] = process_list(process.pid)
             environments = parser_environments(process.pid)
             told["environment of the parsers"] = "".join(environments)
-            assert environments and all("postgresql:" not in one and "HOME=/" in one for one in environments)
+            assert environments and not any("postgresql:" in one for one in environments)
             with database_shell() as shell:
                 shell.stdin.write("SELECT 'it is ' || 'open';\n")  # type: ignore[union-attr]
                 shell.stdin.flush()  # type: ignore[union-attr]
