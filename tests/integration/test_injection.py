@@ -32,8 +32,11 @@ PAYLOADS = (
 )
 """What would call the trap if it became part of a statement, in each place where text can stand; or break the statement's syntax."""
 ROWS = frozenset({"file_extractions", "processing_jobs", "dead_letters"})
-KEYWORDS = {"content_sha256": "a" * 64, "stage": "parse", "switch": "auto", "end_status": "failed", "file_path": "uploads/x"}
+KEYWORDS = {"content_sha256": "a" * 64, "stage": "parse", "switch": "auto", "end_status": "failed", "file_path": "uploads/x",
+            "relation": "document_chunks"}  # fmt: skip
 """What lets a function go on where hostile text would only be refused; every second time."""
+REFUSALS = frozenset({"42501", "42602", "42704"})
+"""Errors of the class for wrong statements that text brings about without becoming part of one: no right, no name, no such thing."""
 TRAP = """
 CREATE FUNCTION spring() RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'the trap sprang'; RETURN 'true'; END $$;
 """
