@@ -19,8 +19,8 @@ docmill reads environment variables, and `.env` in the working directory for tho
 An empty variable counts as unset, and one that docmill does not know is ignored. All are checked at start; an error names every bad one,
 what is wrong with it and what is allowed. `procrastinate`'s own `--log-level` has no effect on a docmill app: use `LOG_LEVEL`.
 
-A secret can come from a file instead: `DATABASE_URL_FILE=/run/secrets/database_url`; one that everybody can read is complained of when a worker
-starts, outside of `/run/secrets`. Without `DATABASE_URL`, the variables that all
+A secret can come from a file instead: `DATABASE_URL_FILE=/run/secrets/database_url`. One that everybody can read is complained of
+when a worker starts, outside of `/run/secrets`. Without `DATABASE_URL`, the variables that all
 Postgres clients know (`PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD`, `PGPASSFILE`, `PGDATABASE`, `PGSERVICE`, `PGSSLMODE`, `PGSSLROOTCERT`
 and so on) say where the database is, from the environment or from `.env`; what `DATABASE_URL` leaves open they fill in as well. TLS is a
 matter of the connection string or of these variables, see [operations.md](operations.md#tls). Outside services are called through the
