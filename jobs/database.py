@@ -21,6 +21,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.redaction import describe
+from jobs.transport import warn_of_clear_text
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import query
@@ -142,6 +143,7 @@ def run_migrations(settings: Settings) -> list[str]:
     except psycopg.Error as error:
         raise unreachable(error) from error
     with conn:
+        warn_of_clear_text(conn)
         facts = conn.cursor(row_factory=dict_row).execute(query("server_facts")).fetchone()
         if facts is not None:
             _check_facts(facts)
@@ -155,6 +157,7 @@ async def check_database(settings: Settings, conninfo: str) -> None:
     except psycopg.Error as error:
         raise unreachable(error) from error
     async with conn:
+        warn_of_clear_text(conn)
         facts = await (await conn.execute(query("server_facts"))).fetchone()
         if facts is not None:
             _check_facts(facts)

@@ -21,6 +21,7 @@ from psycopg.rows import dict_row
 from jobs.adapters.storage import LocalStorage
 from jobs.database import connect_options, conninfo_of
 from jobs.redaction import describe
+from jobs.transport import clear_text_of
 from models.errors import DocmillError
 from models.settings import Settings
 from sql import query
@@ -114,8 +115,10 @@ async def _database(conn: _Connection, connected_seconds: float) -> Component:
     said = f"Postgres {facts['version'].split()[0]}, {facts['connections']} of {facts['max_connections']} connections in use"
     if facts["is_replica"] or facts["is_read_only"]:
         return Component("database", "down", f"{said}; it takes no writes", facts)
+    facts["encrypted"] = conn.pgconn.ssl_in_use
+    exposed = clear_text_of(conn)
     crowded = facts["connections"] >= CROWDED * facts["max_connections"]
-    return Component("database", "degraded" if crowded else "ok", said, facts)
+    return Component("database", "degraded" if crowded or exposed else "ok", f"{said}; {exposed}" if exposed else said, facts)
 
 
 async def _migrations(conn: _Connection) -> Component:

@@ -17,6 +17,7 @@ from loguru import logger
 
 from jobs.log_files import own_log_file, remove_abandoned
 from jobs.redaction import redact, redact_data, register_secrets_of, render_traceback
+from jobs.visible import visible
 from models.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ ROUTINE = frozenset(
     {"start_job", "job_success", "jobs_deferred", "periodic_task_deferred", "registering_periodic_task", "loading_blueprint"}
 )
 """Values of `action` in what procrastinate logs at INFO for every job. docmill's own lines say it better, so these are DEBUG here."""
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"} | {ord("\n"): "\n    "}
-
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 """Which JSON may hold as they are, but at which some readers would cut a line in two."""
 
@@ -90,9 +89,14 @@ def _render(record: Record, *, as_json: bool) -> None:
         line = context | line | ({"exception": details} if details else {})
         extra["_json"] = json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS)
     else:
-        extra["_line"] = f"{name}: {message}".translate(_CONTROLS)
-        extra["_context"] = "".join(f" {key}={value}" for key, value in context.items()).translate(_CONTROLS)
-        extra["_traceback"] = f"\n{details.rstrip()}".translate(_CONTROLS) if details else ""
+        extra["_line"] = _indented(f"{name}: {message}")
+        extra["_context"] = _indented("".join(f" {key}={value}" for key, value in context.items()))
+        extra["_traceback"] = _indented(f"\n{details.rstrip()}") if details else ""
+
+
+def _indented(text: str) -> str:
+    """Return text in which no line but the first can pass for one of the log's own."""
+    return visible(text).replace("\n", "\n    ")
 
 
 def _write_to_stderr(line: str) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
 from pydantic import SecretStr
 
 from models.settings import Settings
@@ -31,6 +32,8 @@ _PATTERNS = (
     ),
     re.compile(r"(?P<keep>\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
 )
+_SCRAM_KEYS = frozenset({"scram_client_key", "scram_server_key"})
+"""As good as the password; libpq lists them as for debugging."""
 _secrets: set[str] = set()
 _known: list[re.Pattern[str]] = []
 
@@ -45,8 +48,13 @@ def register_secret(secret: SecretStr | str) -> None:
     _known[:] = [re.compile("|".join(re.escape(known) for known in longest_first))]
 
 
+def secret_parts() -> frozenset[str]:
+    """Return which parts of a connection string no interface may show, by libpq's own list: password, sslpassword and so on."""
+    return frozenset(part.keyword.decode() for part in Conninfo.get_defaults() if part.dispchar == b"*") | _SCRAM_KEYS
+
+
 def register_secrets_of(settings: Settings) -> None:
-    """Register every secret setting, the passwords inside connection strings, and PGPASSWORD."""
+    """Register every secret setting, what libpq keeps secret inside of connection strings, and PGPASSWORD."""
     values = (getattr(settings, name) for name in type(settings).model_fields)
     for secret in (value.get_secret_value() for value in values if isinstance(value, SecretStr)):
         register_secret(secret)
@@ -54,10 +62,10 @@ def register_secrets_of(settings: Settings) -> None:
             parts = conninfo_to_dict(secret)
         except ProgrammingError:
             continue
-        password = str(parts.get("password") or "")
-        # A password that is also the user or the database name protects nothing, and to mask that word would blind many lines.
-        if password not in {parts.get("user"), parts.get("dbname")}:
-            register_secret(password)
+        for password in (str(parts.get(name) or "") for name in secret_parts()):
+            # A password that is also the user or the database name protects nothing, and to mask that word would blind many lines.
+            if password not in {parts.get("user"), parts.get("dbname")}:
+                register_secret(password)
     register_secret(os.environ.get("PGPASSWORD", ""))
 
 

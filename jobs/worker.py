@@ -31,6 +31,7 @@ from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry, worker_name
 from jobs.tracing import start_tracing
+from jobs.transport import warn_of_exposures
 from models.settings import Settings
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
@@ -193,6 +194,7 @@ class DocmillApp(App):
         """
         conninfo = await asyncio.to_thread(conninfo_of, self.settings)
         self._check_providers()
+        warn_of_exposures(self.settings)
         import_tasks: Callable[[], None] = self.perform_import_paths
         import_tasks()
         stop_tracing = start_tracing(self.worker_name)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -43,6 +43,46 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60, proc
         if time.monotonic() > end:
             raise AssertionError(f"waited {timeout} s in vain for {what}")
         time.sleep(0.05)
+
+
+def docmill(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end in the environment of the test."""
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+    )  # fmt: skip
+
+
+@contextmanager
+def database_shell() -> Iterator[subprocess.Popen[str]]:
+    """Yield a running `make db` that waits for statements; the environment is taken to be made already."""
+    process = subprocess.Popen(
+        ["make", "-C", str(REPOSITORY), "-o", ".venv/.installed", "db"], text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.communicate(timeout=60)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return a process and all that it has started, directly or not, as far as they live."""
+    found = [pid]
+    for known in found:
+        for task in Path(f"/proc/{known}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, task.read_text(encoding="ascii").split())
+    return found
+
+
+def process_list(pid: int) -> str:
+    """Return what `ps` shows to everybody of a process and all that it has started: their command lines."""
+    shown = []
+    for each in descendants(pid):
+        with suppress(OSError):
+            shown.append(Path(f"/proc/{each}/cmdline").read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(shown)
 
 
 @contextmanager

@@ -16,16 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.visible import visible
+
 WIDTH_OF_FILES = 160
 """Columns of a table that goes into a file or a pipe, where there is no terminal to ask; COLUMNS overrules."""
-
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]")
-"""Control characters but tab and newline, line separators, bidirectional controls, byte order mark, lone surrogates, invisible tags."""
 
 
 def printable(value: object, *, lines: bool = False) -> str:
     """Return text that a terminal only shows: escapes and controls become visible. Without `lines` it is one line."""
-    text = _UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), str(value).replace("\r\n", "\n"))
+    text = visible(str(value).replace("\r\n", "\n"))
     return text.expandtabs(4) if lines else re.sub(r"[\t\n]+", " ", text)
 
 

@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.serve.sessions import Sessions, Slowdown
+from jobs.transport import is_loopback
 from models.settings import Settings
 
 COOKIE = "docmill_session"
@@ -32,14 +33,6 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Cache-Control": "no-store",
 }
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether listening there keeps other machines out."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def host_names(settings: Settings) -> frozenset[str] | None:

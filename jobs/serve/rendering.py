@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, Response
 
 from jobs.serve.guard import Visitor
 from jobs.serve.sessions import Sessions
+from jobs.visible import visible
 from models.settings import Settings
 
 NAVIGATION = (
@@ -173,16 +174,7 @@ def tidy(value: object, longest: int = LONGEST_SHOWN) -> str:
 
 def _visible(value: Any) -> Any:
     """Make visible, in everything that a template puts out, what would turn or hide the letters around it."""
-    if type(value) is not str or (value.isascii() and value.isprintable()):
-        return value
-    return "".join(letter if _shows(letter) else f"\\u{ord(letter):04x}" for letter in value)
-
-
-def _shows(letter: str) -> bool:
-    code = ord(letter)
-    controls = (code < 32 and letter not in "\n\t") or 0x7F <= code <= 0x9F
-    # Marks that write right to left, and blanks without width, make one name look like another.
-    return not (controls or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x200B, 0x200E, 0x200F, 0xFEFF))
+    return visible(value) if type(value) is str else value  # markup is a subclass, and was made by us
 
 
 def data(value: object) -> str:

@@ -8,7 +8,7 @@ import uvicorn
 from loguru import logger
 
 from jobs.serve.app import make_app
-from jobs.serve.guard import is_loopback
+from jobs.transport import is_loopback, warn_of_exposures
 from models.errors import ConfigurationError
 from models.settings import Settings
 
@@ -25,6 +25,7 @@ def check_place(settings: Settings) -> None:
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. ConfigurationError: the place is not safe, or taken."""
     check_place(settings)
+    warn_of_exposures(settings)
     listening = _listen(settings.serve_host, settings.serve_port)
     config = uvicorn.Config(
         make_app(settings),

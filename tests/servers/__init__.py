@@ -8,7 +8,7 @@ from tests.servers.faults import Fault, Script
 from tests.servers.http import LocalServer, Request, Response
 from tests.servers.llamaparse import LlamaParseServer
 from tests.servers.openai import OpenAIServer
-from tests.servers.proxy import TunnelProxy
+from tests.servers.proxy import PostgresTls, TunnelProxy
 from tests.servers.tally import Tally
 from tests.servers.tls import Authority
 
@@ -18,6 +18,7 @@ __all__ = [
     "LlamaParseServer",
     "LocalServer",
     "OpenAIServer",
+    "PostgresTls",
     "Request",
     "Response",
     "Script",

@@ -103,9 +103,11 @@ def test_text_keeps_each_record_recognisable_whatever_is_in_it(capsys: pytest.Ca
     configure_logging(load_settings(), role="cli")
     with bound(doc_id="evil\nname"):
         logger.info("first\n2026-01-01 00:00:00.000 INFO forged \x1b[31mred")
+    with bound(file_name="a\r2026-01-01 00:00:00.000 INFO forged\u2028\x85b\u202ecod.exe"):
+        logger.info("second")
     lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("    ") for line in lines] == [False, True, True]
-    assert "\x1b" not in "".join(lines) and "\\x1b[31m" in lines[1]
+    assert [line.startswith("    ") for line in lines] == [False, True, True, False]
+    assert not set("\x1b\r\u2028\x85\u202e") & set("".join(lines)) and "\\x1b[31m" in lines[1] and "\\u202ecod.exe" in lines[3]
 
 
 def test_secrets_are_masked_in_messages_context_and_tracebacks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

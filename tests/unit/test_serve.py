@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,13 +11,14 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import SecretStr
 
-from jobs import health
+from jobs import health, serve
 from jobs.serve.charts import lines, stacked_bars
-from jobs.serve.guard import cookie, host_names, is_loopback, name_of, our_own
+from jobs.serve.guard import cookie, host_names, name_of, our_own
 from jobs.serve.rendering import _visible, ago, duration, link, money, number, size, tidy
 from jobs.serve.run import check_place
 from jobs.serve.sessions import MOST_SESSIONS, Sessions, Slowdown
 from jobs.serve.tally import STAGE_BOUNDS, Durations
+from jobs.transport import is_loopback
 from models.errors import ConfigurationError
 from models.settings import Settings
 
@@ -153,7 +155,7 @@ def test_values_are_shown_as_people_read_them() -> None:
 
 def test_text_that_would_turn_or_hide_its_neighbours_is_made_visible() -> None:
     assert _visible("invoice\u202egpj.exe") == "invoice\\u202egpj.exe"
-    assert _visible("a\x00b\x1b[31m\u200b") == "a\\u0000b\\u001b[31m\\u200b"
+    assert _visible("a\x00b\x1b[31m\u200b") == "a\\x00b\\x1b[31m\\u200b"
     assert _visible("two\nlines\tä") == "two\nlines\tä"
     assert tidy("x" * 30, 10) == "x" * 10 + " … (30 characters)"
 
@@ -188,3 +190,12 @@ async def test_a_storage_that_hangs_is_not_asked_by_one_more_thread_each_time(tm
     health._storage_asked_at.clear()
     assert (await health._storage(settings)).health in ("ok", "degraded")
     assert health._storage_asked_at == {}
+
+
+def test_templates_hold_no_script_no_style_and_nothing_that_undoes_escaping() -> None:
+    folder = Path(serve.__file__).parent / "templates"
+    templates = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.html")}
+    assert len(templates) > 10
+    undone = re.compile(r"\|\s*safe\b|autoescape|Markup|<style|\sstyle=|\son\w+=|<script(?! src=\"/static/live.js\")|javascript:", re.I)
+    unquoted = re.compile(r"<[^>]*=\{\{")
+    assert {name: found.group() for name, text in templates.items() if (found := undone.search(text) or unquoted.search(text))} == {}
