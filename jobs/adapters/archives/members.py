@@ -28,6 +28,12 @@ class ArchiveLimits:
             ratio=settings.max_archive_ratio,
         )
 
+    @classmethod
+    def of_document(cls, settings: Settings) -> ArchiveLimits:
+        """Return the limits for a document that is an archive inside; its parts are limited by their sum."""
+        most = settings.max_document_unpacked_mb * 1_000_000
+        return cls(settings.max_archive_entries, most, most, most, settings.max_archive_ratio)
+
 
 @dataclass(frozen=True, slots=True)
 class Member:

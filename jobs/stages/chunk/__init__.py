@@ -30,6 +30,7 @@ CHUNK_NAMESPACE = UUID("6d0c6f5e-2b1f-5d0a-9a55-0f6f1c1f7c11")
 MIN_CHUNK_SIZE = 50
 MAX_HEADER_CELLS = 20
 MAX_HEADER_CELL_CHARACTERS = 100
+MAX_HEADER_CHARACTERS = 10_000
 
 
 def chunk_id(doc_id: str, index: int, content_sha256: str) -> UUID:
@@ -131,7 +132,8 @@ def _metadata(markdown: str, structure: Structure, start: int, end: int) -> Mapp
     table = table_at(structure, start)
     if table is None or start <= table.start:
         return {"has_table": True}
-    header = cells(markdown[table.start : table.lines[1]])
+    # Of a header of megabytes only as much as is kept, because every passage of the table asks for it.
+    header = cells(markdown[table.start : min(table.lines[1], table.start + MAX_HEADER_CHARACTERS)])
     names = [plain(cell)[:MAX_HEADER_CELL_CHARACTERS] for cell in header[:MAX_HEADER_CELLS]]
     return {"has_table": True, "table_header": names}
 
