@@ -88,7 +88,12 @@ def test_each_rule_of_archives_holds_for_a_document_that_is_one_inside(case: str
 def test_the_settings_are_what_limits_a_document(tmp_path: Path) -> None:
     limits = ArchiveLimits.of_document(Settings(max_document_unpacked_mb=2, max_archive_entries=7, max_archive_ratio=11))
     assert (limits.unpacked_bytes, limits.entries, limits.ratio) == (2_000_000, 7, 11)
-    assert "MAX_ARCHIVE_RATIO allows 11" in refusal(tmp_path, zip_bytes({"a.xml": b"ab" * 800_000}), limits)
+    repetitive = zip_bytes({"a.xml": b"ab" * 20_000_000})
+    assert "MAX_ARCHIVE_RATIO allows 11" in refusal(tmp_path, repetitive, ArchiveLimits.of_document(Settings(max_archive_ratio=11)))
+
+
+def test_some_megabytes_of_one_sentence_are_no_bomb(tmp_path: Path) -> None:
+    assert refusal(tmp_path, docx("one sentence over and over. " * 400_000), ArchiveLimits.of_document(Settings())) == ""
 
 
 ENTITIES = {

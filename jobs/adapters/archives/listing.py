@@ -15,8 +15,6 @@ from jobs.adapters.zip_directory import Directory, DirectoryEntry, read_director
 from models.errors import PermanentError
 
 _OTHER_METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 93: "zstd", 95: "xz", 97: "WavPack", 98: "PPMd", 99: "AES encryption"}
-RATIO_FROM = 1_000_000
-"""Bytes up to which a file may be as well compressed as it likes."""
 _LOCAL_HEADER = 30  # bytes, without name and extra fields
 _SHOWN = 80  # characters of a name in a message about the archive
 
@@ -94,7 +92,7 @@ def why_not(name: str, entry: DirectoryEntry, directory: Directory, limits: Arch
         ),
         (entry.size > most, f"unpacked it has {entry.size:,} bytes, more than the {most:,} that {limit_name(name)} allows"),
         (
-            entry.size > RATIO_FROM and entry.size > limits.ratio * max(1, entry.compressed),
+            entry.size > limits.ratio_from and entry.size > limits.ratio * max(1, entry.compressed),
             f"unpacked it is {entry.size / max(1, entry.compressed):,.0f} times as large, as in a zip bomb; "
             f"MAX_ARCHIVE_RATIO allows {limits.ratio}",
         ),

@@ -16,6 +16,8 @@ class ArchiveLimits:
     unpacked_bytes: int
     file_bytes: int
     ratio: int
+    ratio_from: int = 1_000_000
+    """Up to this size a file may be as well compressed as it likes."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ArchiveLimits:
@@ -30,9 +32,10 @@ class ArchiveLimits:
 
     @classmethod
     def of_document(cls, settings: Settings) -> ArchiveLimits:
-        """Return the limits for a document that is an archive inside; its parts are limited by their sum."""
+        """Return the limits for a document that is an archive inside: its parts are limited by their sum, and a part of some megabytes
+        may be one sentence over and over."""
         most = settings.max_document_unpacked_mb * 1_000_000
-        return cls(settings.max_archive_entries, most, most, most, settings.max_archive_ratio)
+        return cls(settings.max_archive_entries, most, most, most, settings.max_archive_ratio, ratio_from=32_000_000)
 
 
 @dataclass(frozen=True, slots=True)
