@@ -103,7 +103,8 @@ def slides(url: str) -> bytes:
 def page(url: str) -> bytes:
     return (
         f'<!DOCTYPE html SYSTEM "{url}/dtd"><html><head><base href="{url}/"><link rel="stylesheet" href="{url}/a.css">'
-        f'<script src="{url}/a.js"></script><meta http-equiv="refresh" content="0; url={url}"><style>@import url("{url}/b.css"); p {{background: url({url}/c.png)}}'
+        f'<script src="{url}/a.js"></script><meta http-equiv="refresh" content="0; url={url}">'
+        f'<style>@import url("{url}/b.css"); p {{background: url({url}/c.png)}}'
         f'</style></head><body background="{url}"><p>{VISIBLE}</p><img src="{url}/a.png" srcset="{url}/b.png 2x">'
         f'<iframe src="{url}"></iframe>'
         f'<object data="{url}"></object><embed src="{url}"><video poster="{url}" src="{url}"></video><svg><use href="{url}#a"/></svg>'
@@ -126,7 +127,8 @@ def opendocument(url: str) -> bytes:
     )
     content = (
         f"<office:document-content {spaces}><office:body><office:text><text:p>{VISIBLE}<draw:frame>"
-        f'<draw:image xlink:href="{url}"/></draw:frame></text:p><text:section><text:section-source xlink:href="{url}/more.odt"/></text:section></office:text></office:body>'
+        f'<draw:image xlink:href="{url}"/></draw:frame></text:p>'
+        f'<text:section><text:section-source xlink:href="{url}/more.odt"/></text:section></office:text></office:body>'
         "</office:document-content>"
     )
     return package({"mimetype": "application/vnd.oasis.opendocument.text", "content.xml": content})
