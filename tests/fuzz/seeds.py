@@ -83,6 +83,8 @@ def _archives() -> list[bytes]:
         raw_zip([Raw(b"bomb", b"\0" * 1_500_000)]),
         raw_zip([Raw(b"x.zip", zip_bytes({"a": "b"}))]),
         raw_zip([]),
+        b"".join(bytes([kind, kind, kind, kind, 1, 1, 5, 1]) + b"%d.txt" % kind + b"content of a file" for kind in range(8)),
+        b"".join(bytes([0, 0, 0, 0, 1, 1, 17, 2]) + b"word/document.xml" + b"<!DOCTYPE x [<!ENTITY a 'b'>]>  " for _ in range(2)),
     ]
 
 

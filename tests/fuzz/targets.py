@@ -26,6 +26,7 @@ from jobs.stages.validate import refuse_file, refuse_size, refuse_type
 from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError
 from models.stages import Milestone
+from tests.archives import Raw, raw_zip
 
 SLOWEST_SECONDS = 20.0
 """For one input, on a busy machine and with every branch counted; a loop that does not end, or a square that grew, takes longer."""
@@ -91,8 +92,34 @@ def validate(data: bytes) -> None:
             assert str(error)
 
 
+def _built(data: bytes) -> bytes:
+    """Make an archive whose entries the input chooses: bytes that are changed at random seldom stay one."""
+    entries: list[Raw] = []
+    while len(data) > 8 and len(entries) < 25:
+        method, flags, mode, size, crc, of, name, content = data[:8]
+        packed = data[8 + name : 8 + name + content * 16]
+        entries.append(
+            Raw(
+                data[8 : 8 + name],
+                packed,
+                method=(8, 8, 0, 0, 12, 14, 93, 99)[method % 8],
+                flags=flags if flags % 3 == 0 else 0,
+                mode=(0o100644, 0o100644, 0o120777, 0o040755, 0o010600, 0)[mode % 6],
+                size=(None, None, 0, len(packed) + 1, 2_500_000, 2**32 - 1)[size % 6],
+                crc=1 if crc % 8 == 0 else None,
+                lies_at=of % len(entries) if entries and of % 8 == 0 else None,
+            )
+        )
+        data = data[8 + name + content * 16 :]
+    return raw_zip(entries, before=data, behind=data[:3])
+
+
 def archive(data: bytes) -> None:
-    """Directory, listing, names and extraction of an archive; and the same file taken for an Office package."""
+    """Directory, listing, names and extraction of an archive; and the same file taken for an Office package.
+
+    An input that begins as archives do is the file; of any other one is built.
+    """
+    data = data if data.startswith((b"PK", b"MZ")) else _built(data)
     base = _folder()
     folder = base / "workspace"
     folder.mkdir(exist_ok=True)

@@ -75,7 +75,7 @@ def test_names_from_every_side_are_only_ever_shown(conn: psycopg.Connection, set
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
 
-    stored = dict(conn.execute("SELECT doc_id, file_name FROM file_extractions").fetchall())
+    stored: dict[str, str] = dict(conn.execute("SELECT doc_id, file_name FROM file_extractions").fetchall())
     for doc_id, name in expected.items():
         assert stored[doc_id] == name
     assert len(stored) > len(NAMES) + 17 + 15
@@ -113,4 +113,4 @@ def ended(conn: psycopg.Connection) -> bool:
             + (SELECT count(*) FROM processing_jobs WHERE status IN ('pending', 'processing'))"""
     ).fetchone()
     assert row is not None
-    return row[0] == 0
+    return bool(row[0] == 0)
