@@ -180,6 +180,7 @@ def check(data: bytes) -> None:
     assert all(0 <= page.start <= len(markdown) for page in found.pages)
     if not pages:
         assert normalise(markdown) == markdown
+        assert "\n\n\n" not in markdown and all(line == line.rstrip(" \t") for line in markdown.split("\n"))
     again = checked(found)
     assert (again.markdown, again.pages) == (markdown, found.pages)
 
