@@ -1,4 +1,4 @@
-"""Speed of cutting and of local extraction: generated texts of several shapes, and the corpus' text files where it is at hand.
+"""Speed of checking, cutting and of local extraction: generated texts of several shapes, and the corpus' text files where it is at hand.
 
 Run by hand: `python -m bench.chunking`. CPU seconds of this process, so that a busy machine changes little.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.adapters.extractor import extract_locally
+from jobs.stages.check import normalise
 from jobs.stages.chunk import cut
 
 SIZE, OVERLAP = 1000, 100
@@ -29,6 +30,15 @@ SHAPES = {
     "Chinese without punctuation": "文書管理",
     "headings only": "# a\n",
     "emoji": "👨‍👩‍👧‍👦",
+    "brackets": "[",
+    "lines of one letter": "x\n",
+    "blanks inside lines": "x" + " " * 200_000,
+    "marks on one letter": "\u0300\u0327",
+    "table with a wide header": "| b |\n",
+}
+HEADS = {
+    "table": "| a | b | c | d |\n|---|---|---|---|\n",
+    "table with a wide header": "|" + " a |" * 60_000 + "\n|" + "---|" * 60_000 + "\n",
 }
 
 
@@ -43,18 +53,22 @@ def chunk(text: str) -> int:
 
 
 def shapes(console: Console) -> None:
-    table = Table("text", "MB", "passages", "cut MB/s", "passages/s", "extract MB/s", title="Generated, 1 and 4 million characters")
+    table = Table(
+        "text", "MB", "passages", "check MB/s", "cut MB/s", "passages/s", "extract MB/s", title="Generated, 1 and 4 million characters"
+    )
     for name, unit in SHAPES.items():
-        head = "| a | b | c | d |\n|---|---|---|---|\n" if name == "table" else ""
+        head = HEADS.get(name, "")
         for length in (1_000_000, 4_000_000):
             text = head + unit * (length // len(unit))
             megabytes = len(text.encode()) / 1e6
+            checking = seconds(partial(normalise, text))
             cutting, extracting = seconds(partial(chunk, text)), seconds(partial(extract_locally, text, (), "a.txt", {}))
             count = chunk(text)
             table.add_row(
                 name,
                 f"{megabytes:.1f}",
                 f"{count}",
+                f"{megabytes / checking:.0f}",
                 f"{megabytes / cutting:.1f}",
                 f"{count / cutting:.0f}",
                 f"{megabytes / extracting:.1f}",

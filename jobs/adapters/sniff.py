@@ -1,28 +1,26 @@
 """What a file is, by its content; the name decides only where the content cannot (CSV, Markdown and other plain text).
 
-Runs in the worker, on files of strangers: it reads a bounded part of the file, decompresses nothing but a small part list of
-Office packages (up to 256 KB), and never raises for any bytes.
+Runs in the worker, on files of strangers: it reads a bounded part of the file in bounded memory, decompresses nothing but the small part
+list of Office packages, and never raises for any bytes.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from jobs.adapters import ole
 from jobs.adapters.sniff_text import sniff_text
-from jobs.adapters.sniff_types import BY_EXTENSION, EXTENSIONS_OF, MAGIC, NAMES, OPENDOCUMENT, Kind
+from jobs.adapters.sniff_types import BY_EXTENSION, EXTENSIONS_OF, MAGIC, NAMES
+from jobs.adapters.sniff_zip import sniff_zip
+from jobs.adapters.zip_directory import has_directory
 from models.documents import FileType
 
 HEAD_BYTES = 64 * 1024
 TAIL_BYTES = 4 * 1024
-CONTENT_TYPES_BYTES = 256 * 1024
-MAX_ENTRIES = 100_000
 _PDF_OBJECT = re.compile(rb"(?:\s|%[^\r\n]*)*+\d+ \d+ obj\b")
 
 
@@ -131,12 +129,17 @@ def _probe_text(sample: _Sample) -> Sniffed | None:
 
 def _probe_zip(sample: _Sample) -> Sniffed | None:
     starts = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08", b"PK00PK\x03\x04")
-    return _sniff_zip(sample.file, sample.head) if sample.head.startswith(starts) else None
+    return _zip(sample) if sample.head.startswith(starts) else None
 
 
 def _probe_late_zip(sample: _Sample) -> Sniffed | None:
     """Find an archive behind junk, a self-extractor for example."""
-    return _sniff_zip(sample.file, sample.head) if zipfile.is_zipfile(sample.file) else None
+    return _zip(sample) if has_directory(sample.file) else None
+
+
+def _zip(sample: _Sample) -> Sniffed:
+    kind, encrypted, note = sniff_zip(sample.file, sample.head)
+    return Sniffed(kind.file_type, kind.mime_type, encrypted, note)
 
 
 def _has_filepass(workbook: bytes) -> bool:
@@ -150,81 +153,3 @@ def _has_filepass(workbook: bytes) -> bool:
         if at + 4 > len(workbook):
             return False
     return False
-
-
-def _sniff_zip(file: BinaryIO, head: bytes) -> Sniffed:
-    try:
-        file.seek(0)
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()[:MAX_ENTRIES]
-            kind = _package_kind(archive, {entry.filename for entry in entries})
-    except Exception:  # zipfile raises BadZipFile, UnicodeDecodeError, NotImplementedError, struct.error, ... on broken archives
-        return _sniff_broken_zip(head)
-    files = [entry for entry in entries if not entry.filename.endswith("/")]
-    locked = sum(bool(entry.flag_bits & 1) for entry in files)
-    note = f"{locked} of {len(files)} entries are encrypted" if 0 < locked < len(files) else None
-    encrypted = locked > 0 and (locked == len(files) or kind.file_type is not FileType.ZIP)
-    return Sniffed(kind.file_type, kind.mime_type, encrypted, note)
-
-
-def _package_kind(archive: zipfile.ZipFile, names: set[str]) -> Kind:
-    """Tell Office, OpenDocument and EPUB packages from other archives."""
-    if "mimetype" in names:
-        declared = _read_member(archive, "mimetype", 100).decode("ascii", errors="replace").strip()
-        if declared in OPENDOCUMENT:
-            return OPENDOCUMENT[declared]
-    if "[Content_Types].xml" in names:
-        parts = _read_member(archive, "[Content_Types].xml", CONTENT_TYPES_BYTES)
-        kind = _office_kind(parts, names)
-        if kind is not None:
-            return kind
-    for name, extension in (
-        ("word/document.xml", "docx"),
-        ("xl/workbook.xml", "xlsx"),
-        ("xl/workbook.bin", "xlsb"),
-        ("ppt/presentation.xml", "pptx"),
-    ):
-        if name in names:
-            return BY_EXTENSION[extension]
-    if any(name.startswith("Index/") and name.endswith(".iwa") for name in names) or "Index.zip" in names:
-        return Kind(FileType.UNKNOWN, "application/vnd.apple.iwork")
-    return Kind(FileType.ZIP, "application/zip")
-
-
-def _office_kind(parts: bytes, names: set[str]) -> Kind | None:
-    """Read the main part's type out of the package's part list; a document may hold other documents, so the main part decides."""
-    for marker, extension in (
-        (b"wordprocessingml.document.main+xml", "docx"), (b"wordprocessingml.template.main+xml", "docx"),
-        (b"ms-word.document.macroEnabled.main+xml", "docm"), (b"ms-word.template.macroEnabledTemplate.main+xml", "docm"),
-        (b"spreadsheetml.sheet.main+xml", "xlsx"), (b"spreadsheetml.template.main+xml", "xlsx"),
-        (b"ms-excel.sheet.macroEnabled.main+xml", "xlsm"), (b"ms-excel.template.macroEnabled.main+xml", "xlsm"),
-        (b"ms-excel.sheet.binary.macroEnabled.main", "xlsb"),
-        (b"presentationml.presentation.main+xml", "pptx"), (b"presentationml.slideshow.main+xml", "pptx"),
-        (b"presentationml.template.main+xml", "pptx"), (b"ms-powerpoint.presentation.macroEnabled.main+xml", "pptm"),
-        (b"ms-powerpoint.slideshow.macroEnabled.main+xml", "pptm"),
-    ):  # fmt: skip
-        if marker in parts:
-            return BY_EXTENSION[extension]
-    return None
-
-
-def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """Return at most `limit` bytes of a member; nothing if it cannot be read."""
-    try:
-        with archive.open(name) as member:
-            return member.read(limit)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, OSError, EOFError, KeyError, ValueError):
-        return b""
-
-
-def _sniff_broken_zip(head: bytes) -> Sniffed:
-    """Go by the member names in the local headers, for an archive whose directory is missing or wrong."""
-    note = "the archive is damaged"
-    for marker, extension in ((b"word/", "docx"), (b"xl/", "xlsx"), (b"ppt/", "pptx")):
-        at = head.find(b"PK\x03\x04")
-        while at >= 0:
-            if head[at + 30 : at + 30 + len(marker)] == marker:
-                kind = BY_EXTENSION[extension]
-                return Sniffed(kind.file_type, kind.mime_type, note=note)
-            at = head.find(b"PK\x03\x04", at + 4)
-    return Sniffed(FileType.ZIP, "application/zip", note=note)

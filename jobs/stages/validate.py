@@ -1,12 +1,17 @@
-"""validate: a stored upload is what it claims to be: non-empty, within the size limit, of a supported type, unchanged, not encrypted."""
+"""validate: a stored upload is what it claims to be: non-empty, within its limits, of a supported type, unchanged, not encrypted.
+
+A document that is an archive inside is unpacked here, in the sandbox, before any parser or outside service gets it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from jobs.adapters.archives import ArchiveLimits, check_package
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
 from jobs.adapters.storage import Fingerprint
+from jobs.adapters.stored_file import StoredFile
 from jobs.adapters.usage import in_thread
 from jobs.stages import Tools
 from models.documents import Document, FileType
@@ -45,6 +50,23 @@ def refuse_type(name: str, sniffed: Sniffed) -> None:
         )
 
 
+def refuse_size(name: str, size: int, file_type: FileType, limit_mb: int) -> None:
+    """Raise a PermanentError when a file is larger than its type may be."""
+    if limit_mb == 0:
+        raise PermanentError(f"{name}: files of type {file_type} are not accepted (MAX_FILE_SIZE_MB_BY_TYPE has {file_type}=0).")
+    if size > limit_mb * 1_000_000:
+        raise PermanentError(
+            f"{name}: {size:,} bytes is more than MAX_FILE_SIZE_MB_BY_TYPE allows for files of its type ({file_type}={limit_mb})."
+        )
+
+
+def is_package(mime_type: str) -> bool:
+    """Say whether a document of this type is an archive inside."""
+    return mime_type.startswith(("application/vnd.openxmlformats", "application/vnd.oasis.opendocument")) or mime_type.endswith(
+        (".macroEnabled.12", "epub+zip")
+    )
+
+
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
     path = tools.storage.resolve(document.file_path)
@@ -52,4 +74,7 @@ async def run(document: Document, tools: Tools) -> Document:
     refuse_file(document, found, tools.settings.max_file_size_mb)
     sniffed = await in_thread(sniff, path, document.file_name)
     refuse_type(document.file_name, sniffed)
+    refuse_size(document.file_name, found.size, sniffed.file_type, tools.settings.file_size_limit_mb(sniffed.file_type))
+    if is_package(sniffed.mime_type):
+        await tools.sandbox.run(check_package, StoredFile(path), document.file_name, ArchiveLimits.of_document(tools.settings))
     return replace(document, file_size=found.size, content_sha256=found.sha256, file_type=sniffed.file_type, mime_type=sniffed.mime_type)

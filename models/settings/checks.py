@@ -12,6 +12,9 @@ from urllib.parse import urlsplit
 from annotated_types import Interval
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 
+FILE_TYPES = ("pdf", "word", "excel", "powerpoint", "html", "email", "ebook", "text")
+"""The types of documents that are accepted, as models.documents.FileType calls them."""
+
 
 @dataclass(frozen=True)
 class Words:
@@ -107,6 +110,26 @@ def _key(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def sizes_by_type(value: str) -> dict[str, int]:
+    """Return the limits that `html=20,email=0` names, in MB by type. ValueError says what is wrong with it."""
+    sizes: dict[str, int] = {}
+    for pair in filter(None, (part.strip() for part in value.split(","))):
+        name, sign, size = (part.strip() for part in pair.partition("="))
+        if name not in FILE_TYPES:
+            raise ValueError(f"names {name[:40]!r}, which is none of {', '.join(FILE_TYPES)}")
+        if not sign or not (size.isascii() and size.isdigit() and len(size) <= 6):
+            raise ValueError(f"has no whole number of MB behind {name}=")
+        if name in sizes:
+            raise ValueError(f"names {name} twice")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _sizes(value: str) -> str:
+    """Accept what `sizes_by_type` can read."""
+    return ",".join(f"{name}={size}" for name, size in sizes_by_type(value.lower()).items())
+
+
 def usable_cores(at_most: int) -> int:
     """Count the cores that this process may run on, up to a limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -115,6 +138,9 @@ def usable_cores(at_most: int) -> int:
 
 AnyCase = BeforeValidator(lambda value: value.strip().lower() if isinstance(value, str) else value)
 AnyCaseUpper = BeforeValidator(lambda value: value.strip().upper() if isinstance(value, str) else value)
+SizesByType = Annotated[
+    str, AfterValidator(_sizes), Words(allowed=f"type=MB, separated by commas; types: {', '.join(FILE_TYPES)}", default="unset")
+]
 Folder = Annotated[Path, AfterValidator(_absolute), Words(allowed="a folder")]
 FolderInBase = Annotated[str, AfterValidator(_inside_base), Words(allowed="a folder name inside STORAGE_BASE_PATH")]
 OptionalFile = Annotated[Path | None, AfterValidator(_absolute)]

@@ -10,7 +10,20 @@ from annotated_types import Interval
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from models.settings.checks import AnyCase, AnyCaseUpper, Conninfo, Folder, FolderInBase, LogFile, OptionalFile, WebUrl, Words, usable_cores
+from models.settings.checks import (
+    AnyCase,
+    AnyCaseUpper,
+    Conninfo,
+    Folder,
+    FolderInBase,
+    LogFile,
+    OptionalFile,
+    SizesByType,
+    WebUrl,
+    Words,
+    sizes_by_type,
+    usable_cores,
+)
 from models.settings.providers import ProviderSettings
 from models.settings.secret_files import SecretFiles, secret_files_of
 from models.settings.serving import ServingSettings
@@ -132,6 +145,11 @@ class Settings(ServingSettings, ProviderSettings):
     skip: the document ends as a duplicate without rows of its own. process: it is worked on like any other."""
     max_file_size_mb: Annotated[int, Interval(ge=1, le=100_000)] = 100
     """Largest file that is accepted, in MB of 1,000,000 bytes."""
+    max_file_size_mb_by_type: SizesByType = ""
+    """Lower limits for some types of files, by content: text=20,html=20,powerpoint=0. 0: such files are refused."""
+    max_document_unpacked_mb: Annotated[int, Interval(ge=1, le=100_000)] = 1000
+    """Most that an Office file, an OpenDocument file or an e-book, which are archives inside, may hold when unpacked, in MB of 1,000,000
+    bytes. MAX_ARCHIVE_ENTRIES and MAX_ARCHIVE_RATIO hold for it too."""
     max_pages: Annotated[int, Interval(ge=1, le=1_000_000)] = 10_000
     """Most pages, slides or sheets of a document."""
     parse_timeout_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 300
@@ -232,6 +250,10 @@ class Settings(ServingSettings, ProviderSettings):
             if other.startswith("storage_") and taken == folder:
                 raise ValueError(f"is the folder of {other.upper()}")
         return folder
+
+    def file_size_limit_mb(self, file_type: str) -> int:
+        """Return the largest size of a file of a type, in MB; 0 where the type is refused."""
+        return min(self.max_file_size_mb, sizes_by_type(self.max_file_size_mb_by_type).get(file_type, self.max_file_size_mb))
 
     @property
     def database_conninfo(self) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from jobs import submit_document
 from models.settings import Settings
 from tests.running import REPOSITORY, wait_for, worker
+from tests.unit.small_files import docx, docx_parts, package
 
 PASSAGES = """SELECT d.file_name, c.id, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end, c.embedding::text,
     d.raw_extraction FROM document_chunks c JOIN file_extractions d USING (doc_id) ORDER BY c.doc_id, c.chunk_index"""
@@ -95,6 +96,10 @@ BAD = {
     "report.txt": (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n1 0 obj<<>>endobj\ntrailer<<>>\n%%EOF\n", "PERMANENT", "extension"),
     "broken.pdf": (b"%PDF-1.4\nnothing more", "PARSE_ERROR", "broken.pdf"),
     "archive.zip": (b"PK\x05\x06" + bytes(18), "PERMANENT", "batch"),
+    "bomb.docx": (package(docx_parts(["x"]) | {"word/document.xml": bytes(40_000_000)}), "PERMANENT", "MAX_ARCHIVE_RATIO allows 250"),
+    "laughs.docx": (package(docx_parts(["x"]) | {"word/a.xml": '<!DOCTYPE a [<!ENTITY b "c">]><a/>'}), "PERMANENT", "XML entities"),
+    "cut.docx": (docx("x")[:-30], "PERMANENT", "end is missing"),
+    "page.html": (b"<html><p>words</p></html>", "PERMANENT", "MAX_FILE_SIZE_MB_BY_TYPE has html=0"),
 }
 GOOD_TEXT = {
     "utf16.txt": "Grüße aus Köln und Łódź".encode("utf-16"),
@@ -109,7 +114,7 @@ def test_bad_files_fail_alone_with_a_reason_and_odd_encodings_are_read(conn: psy
     folder.mkdir()
     for name, content in {**{n: b[0] for n, b in BAD.items()}, **GOOD_TEXT}.items():
         (folder / name).write_bytes(content)
-    ingest(conn, tmp_path, sorted(folder.iterdir()))
+    ingest(conn, tmp_path, sorted(folder.iterdir()), MAX_FILE_SIZE_MB_BY_TYPE="html=0")
     rows = {
         row[0]: row[1:]
         for row in conn.execute(

@@ -65,7 +65,7 @@ class Function:
         name = sql.Identifier(self.signature.partition("(")[0])
         # A row is taken from its table, where there is one.
         row = "(SELECT r FROM {0} AS r WHERE %s::text IS NULL ORDER BY r.id DESC LIMIT 1)"
-        kinds = [sql.SQL(row if kind in ROWS else "%s::{0}").format(sql.SQL(kind)) for kind in self.types]  # type: ignore[arg-type]
+        kinds = [sql.SQL(row if kind in ROWS else "%s::{0}").format(sql.SQL(kind)) for kind in self.types]
         places = sql.SQL(", ").join(kinds)
         return sql.SQL("CALL {}({})" if self.is_procedure else "SELECT * FROM {}({})").format(name, places)
 

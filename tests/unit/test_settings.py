@@ -9,8 +9,10 @@ import pytest
 from annotated_types import Interval
 from pydantic import ValidationError
 
+from models.documents import FileType
 from models.errors import ConfigurationError
 from models.settings import Settings, allowed_values, default_value, load_settings
+from models.settings.checks import FILE_TYPES
 from models.settings.fields import SERVER_VARIABLES
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +94,10 @@ def test_the_ends_of_a_range_are_allowed(name: str, monkeypatch: pytest.MonkeyPa
         ("STORAGE_LOGS_DIR", "uploads", "is the folder of STORAGE_UPLOADS_DIR"),
         ("CHUNK_OVERLAP", "500", "is not less than half of CHUNK_SIZE=1000"),
         ("DATABASE_URL_FILE", "/no/such/file", "cannot be read"),
+        ("MAX_FILE_SIZE_MB_BY_TYPE", "exe=1", "names 'exe', which is none of pdf, word"),
+        ("MAX_FILE_SIZE_MB_BY_TYPE", "html", "has no whole number of MB behind html="),
+        ("MAX_FILE_SIZE_MB_BY_TYPE", "html=-1", "has no whole number of MB behind html="),
+        ("MAX_FILE_SIZE_MB_BY_TYPE", "html=1,html=2", "names html twice"),
     ],
 )
 def test_a_bad_value_says_what_is_wrong_with_it(variable: str, value: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +105,22 @@ def test_a_bad_value_says_what_is_wrong_with_it(variable: str, value: str, fault
     with pytest.raises(ConfigurationError) as caught:
         load_settings()
     assert variable in str(caught.value) and fault in str(caught.value)
+
+
+def test_a_type_has_its_own_limit_or_that_of_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_FILE_SIZE_MB_BY_TYPE", " HTML = 20 , email=0,pdf=900")
+    settings = load_settings()
+    assert settings.max_file_size_mb_by_type == "html=20,email=0,pdf=900"
+    assert [settings.file_size_limit_mb(name) for name in ("html", "email", "pdf", "text")] == [20, 0, 100, 100]
+    assert set(FILE_TYPES) == set(FileType) - {FileType.ZIP, FileType.UNKNOWN}
+
+
+def test_the_page_of_limits_has_the_settings_and_their_defaults() -> None:
+    rows = [row.split(" | ") for row in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8").splitlines() if row.startswith("| ")]
+    named = {row[1].strip("`").lower(): row[2] for row in rows if len(row) > 3 and row[1].startswith("`")}
+    assert len(named) >= 10
+    for name, default in named.items():
+        assert default.removesuffix(" s").replace(",", "") == default_value(name), name
 
 
 def test_all_bad_values_are_listed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from jobs.adapters.storage import Fingerprint
 from jobs.stages.check import checked, normalise, normalise_pages
 from jobs.stages.embed import missing_texts, refuse_vectors
 from jobs.stages.finalize import inconsistencies
-from jobs.stages.validate import refuse_file
+from jobs.stages.validate import refuse_file, refuse_size
 from models.chunks import Chunk
 from models.documents import Document, FileType, PageMark
 from models.errors import ParseError, PermanentError
@@ -128,3 +128,11 @@ def test_a_file_that_breaks_a_rule_is_refused_by_name(found: Fingerprint, words:
     refuse_file(WHOLE, Fingerprint(3, "1" * 64), 2)
     with pytest.raises(PermanentError, match=rf"report\.pdf: .*{words}"):
         refuse_file(WHOLE, found, 2)
+
+
+def test_a_type_may_have_a_lower_limit_or_be_refused() -> None:
+    refuse_size("a.html", 2_000_000, FileType.HTML, 2)
+    with pytest.raises(PermanentError, match=r"^a\.html: 2,000,001 bytes is more than MAX_FILE_SIZE_MB_BY_TYPE allows .*html=2"):
+        refuse_size("a.html", 2_000_001, FileType.HTML, 2)
+    with pytest.raises(PermanentError, match=r"^a\.eml: files of type email are not accepted .*email=0"):
+        refuse_size("a.eml", 10, FileType.EMAIL, 0)

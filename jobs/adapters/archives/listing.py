@@ -6,18 +6,15 @@ import stat
 from collections.abc import Sequence
 from itertools import pairwise
 
-from jobs.adapters.archives.directory import Directory, DirectoryEntry, read_directory
 from jobs.adapters.archives.members import ArchiveLimits, Listing, Member
 from jobs.adapters.archives.names import LONGEST_PATH, decode_names, escapes, is_folder, is_system_file, shown_path, tell_apart
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
+from jobs.adapters.zip_content import METHODS
+from jobs.adapters.zip_directory import Directory, DirectoryEntry, read_directory
 from models.errors import PermanentError
 
-METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
-"""The compression methods that can be undone, by their number in the format."""
 _OTHER_METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 93: "zstd", 95: "xz", 97: "WavPack", 98: "PPMd", 99: "AES encryption"}
-RATIO_FROM = 1_000_000
-"""Bytes up to which a file may be as well compressed as it likes."""
 _LOCAL_HEADER = 30  # bytes, without name and extra fields
 _SHOWN = 80  # characters of a name in a message about the archive
 
@@ -44,7 +41,7 @@ def _list(archive: StoredFile, limits: ArchiveLimits) -> Listing:
     kept = [
         (name, entry)
         for name, entry in zip(decode_names(entries), entries, strict=True)
-        if escapes(name) or not (_is_folder(name, entry) or is_system_file(name))
+        if escapes(name) or not (stands_for_folder(name, entry) or is_system_file(name))
     ]
     skipped = len(entries) - len(kept)
     if not kept:
@@ -54,7 +51,7 @@ def _list(archive: StoredFile, limits: ArchiveLimits) -> Listing:
     paths = tell_apart(shown_path(name) for name, _ in kept)
     members = tuple(_member(path, name, entry, directory, limits) for path, (name, entry) in zip(paths, kept, strict=True))
     sound = [member for member in members if member.reason is None]
-    _refuse_overlaps([member for member in members if _lies_inside(member, directory)])
+    refuse_overlaps([(member, member.path) for member in members if lies_inside(member, directory)])
     total = sum(member.size for member in sound)
     if total > limits.unpacked_bytes:
         raise PermanentError(
@@ -63,12 +60,13 @@ def _list(archive: StoredFile, limits: ArchiveLimits) -> Listing:
     return Listing(members, skipped, total)
 
 
-def _is_folder(name: str, entry: DirectoryEntry) -> bool:
+def stands_for_folder(name: str, entry: DirectoryEntry) -> bool:
+    """Say whether an entry is a folder, by its name or its mode."""
     return is_folder(name) or stat.S_ISDIR(entry.unix_mode)
 
 
 def _member(path: str, name: str, entry: DirectoryEntry, directory: Directory, limits: ArchiveLimits) -> Member:
-    reason = _why_not(name, entry, directory, limits)
+    reason = why_not(name, entry, directory, limits)
     if len(path.encode()) > LONGEST_PATH:
         # Cut, but still its own: the end of a path tells most.
         path = f"{path[:80]}...{entry.crc:08x}...{path[-80:]}"
@@ -76,7 +74,7 @@ def _member(path: str, name: str, entry: DirectoryEntry, directory: Directory, l
     return Member(path, entry.offset, entry.compressed, entry.size, entry.crc, entry.method, reason)
 
 
-def _why_not(name: str, entry: DirectoryEntry, directory: Directory, limits: ArchiveLimits) -> str | None:
+def why_not(name: str, entry: DirectoryEntry, directory: Directory, limits: ArchiveLimits) -> str | None:
     """Say why an entry will not be unpacked, by what the directory says of it; None if it will."""
     kind = stat.S_IFMT(entry.unix_mode)
     most = largest(name, limits)
@@ -89,12 +87,12 @@ def _why_not(name: str, entry: DirectoryEntry, directory: Directory, limits: Arc
         (bool(entry.flags & 0x20), "it is a patch for another file, which is not supported"),
         (entry.fault is not None, str(entry.fault)),
         (
-            not _lies_inside(entry, directory),
+            not lies_inside(entry, directory),
             "the archive is damaged here: its data would lie outside of the archive",
         ),
         (entry.size > most, f"unpacked it has {entry.size:,} bytes, more than the {most:,} that {limit_name(name)} allows"),
         (
-            entry.size > RATIO_FROM and entry.size > limits.ratio * max(1, entry.compressed),
+            entry.size > limits.ratio_from and entry.size > limits.ratio * max(1, entry.compressed),
             f"unpacked it is {entry.size / max(1, entry.compressed):,.0f} times as large, as in a zip bomb; "
             f"MAX_ARCHIVE_RATIO allows {limits.ratio}",
         ),
@@ -102,7 +100,8 @@ def _why_not(name: str, entry: DirectoryEntry, directory: Directory, limits: Arc
     return next((words for holds, words in reasons if holds), None)
 
 
-def _lies_inside(entry: DirectoryEntry | Member, directory: Directory) -> bool:
+def lies_inside(entry: DirectoryEntry | Member, directory: Directory) -> bool:
+    """Say whether an entry's data lies in the archive, before its directory."""
     return entry.offset >= 0 and entry.offset + _LOCAL_HEADER + entry.compressed <= directory.start
 
 
@@ -121,8 +120,8 @@ def limit_name(name: str) -> str:
     return "MAX_ARCHIVE_MB" if name.lower().endswith(".zip") else "MAX_FILE_SIZE_MB"
 
 
-def _refuse_overlaps(members: Sequence[Member]) -> None:
-    """Refuse an archive whose entries share data: no program makes such, and it is how the densest bombs work."""
-    for one, other in pairwise(sorted(members, key=lambda member: member.offset)):
+def refuse_overlaps(entries: Sequence[tuple[DirectoryEntry | Member, str]]) -> None:
+    """Refuse entries, each with its name for people, that share data: no program makes such, and it is how the densest bombs work."""
+    for (one, name), (other, other_name) in pairwise(sorted(entries, key=lambda entry: entry[0].offset)):
         if one.offset + _LOCAL_HEADER + one.compressed > other.offset:
-            raise PermanentError(f"entries lie upon one another ({one.path[:_SHOWN]!r} and {other.path[:_SHOWN]!r}), as in a zip bomb")
+            raise PermanentError(f"entries lie upon one another ({name[:_SHOWN]!r} and {other_name[:_SHOWN]!r}), as in a zip bomb")

@@ -21,6 +21,8 @@ class ArchiveLimits:
     unpacked_bytes: int
     file_bytes: int
     ratio: int
+    ratio_from: int = 1_000_000
+    """Up to this size a file may be as well compressed as it likes."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> ArchiveLimits:
@@ -32,6 +34,13 @@ class ArchiveLimits:
             file_bytes=settings.max_file_size_mb * 1_000_000,
             ratio=settings.max_archive_ratio,
         )
+
+    @classmethod
+    def of_document(cls, settings: Settings) -> ArchiveLimits:
+        """Return the limits for a document that is an archive inside: its parts are limited by their sum, and a part of some megabytes
+        may be one sentence over and over."""
+        most = settings.max_document_unpacked_mb * 1_000_000
+        return cls(settings.max_archive_entries, most, most, most, settings.max_archive_ratio, ratio_from=32_000_000)
 
 
 @dataclass(frozen=True, slots=True)

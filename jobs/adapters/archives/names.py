@@ -7,9 +7,9 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from jobs.adapters.archives.directory import DirectoryEntry
 from jobs.adapters.folders import is_hidden
 from jobs.adapters.storage import storable_text
+from jobs.adapters.zip_directory import DirectoryEntry
 
 LONGEST_PATH = 1200
 """Bytes of an entry's path in UTF-8; a longer one is refused."""

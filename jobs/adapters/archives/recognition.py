@@ -5,8 +5,8 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from jobs.adapters.archives.directory import has_directory
 from jobs.adapters.sniff import sniff
+from jobs.adapters.zip_directory import has_directory
 from models.documents import FileType
 
 

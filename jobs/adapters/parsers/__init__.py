@@ -97,7 +97,7 @@ def _chosen(source: Source, file_type: FileType) -> list[Parser]:
         raise ParseError(f"'{source.file_name}' cannot be parsed: files of type {source.mime_type} are not supported.")
     if source.is_ooxml:
         try:
-            ooxml.check_package(source)
+            ooxml.refuse_incomplete(source)
         except ParseError as error:
             raise ParseError(f"'{source.file_name}' cannot be parsed: {error}.") from error
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:

@@ -20,7 +20,7 @@ from models.errors import ParseError
 HEADERS = ("from", "to", "cc", "date")
 MAX_HEADER_CHARACTERS = 2000
 MAX_DEPTH = 100
-"""Messages within messages are followed this far."""
+"""How deep messages may lie in messages."""
 MAX_PARTS = 5000
 _FROM_LINE = re.compile(rb"^From .*\n?", re.M)
 
@@ -86,17 +86,20 @@ def _body(message: Message, depth: int) -> tuple[list[str], list[str]]:
     bodies: list[str] = []
     attachments: list[str] = []
     waiting = [message]
-    for _ in range(MAX_PARTS):
-        if not waiting:
-            break
+    seen = 0
+    while waiting:
         part = waiting.pop()
+        seen += 1
+        if seen > MAX_PARTS:
+            raise ParseError(f"it has more than {MAX_PARTS:,} parts")
         kind = part.get_content_type()
         payload = part.get_payload()
         children = [child for child in payload if isinstance(child, Message)] if isinstance(payload, list) else []
         name = _file_name(part)
         if kind == "message/rfc822" and children:
-            if depth < MAX_DEPTH:
-                bodies.append(_render(children[0], depth + 1)[0].strip())
+            if depth == MAX_DEPTH:
+                raise ParseError(f"its messages lie in one another more than {MAX_DEPTH} deep")
+            bodies.append(_render(children[0], depth + 1)[0].strip())
         elif kind == "multipart/alternative" and children:
             waiting.append(_preferred(children))
         elif children:

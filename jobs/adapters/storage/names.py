@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 
 LONGEST_NAME = 255
 _LONGEST_SUFFIX = 20
+_LONGEST_READ = 4096
+"""Characters at the end of a submitted name that are looked at: the longest path of common systems."""
 _SEPARATORS = re.compile(r"[/\\]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -19,7 +21,7 @@ def safe_display_name(name: str) -> str:
 
     Control and bidirectional characters are dropped, bytes that were no UTF-8 become U+FFFD, and a long name keeps its suffix.
     """
-    name = _SURROGATES.sub("\ufffd", _UNSHOWN.sub("", name))
+    name = _SURROGATES.sub("\ufffd", _UNSHOWN.sub("", name[-_LONGEST_READ:]))
     parts = [part.strip() for part in _SEPARATORS.split(unicodedata.normalize("NFC", name))]
     name = next((part for part in reversed(parts) if part not in {"", ".", ".."}), "unnamed")
     if len(name) <= LONGEST_NAME:

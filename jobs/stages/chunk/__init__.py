@@ -30,6 +30,7 @@ CHUNK_NAMESPACE = UUID("6d0c6f5e-2b1f-5d0a-9a55-0f6f1c1f7c11")
 MIN_CHUNK_SIZE = 50
 MAX_HEADER_CELLS = 20
 MAX_HEADER_CELL_CHARACTERS = 100
+MAX_HEADER_CHARACTERS = 10_000
 
 
 def chunk_id(doc_id: str, index: int, content_sha256: str) -> UUID:
@@ -53,6 +54,7 @@ def cut(markdown: str, pages: Sequence[PageMark], *, doc_id: str, size: int, ove
     structure = read_structure(markdown)
     trail = _HeadingTrail(structure)
     chunks: list[Chunk] = []
+    headers: dict[int, list[str]] = {}
     earliest = 0
     for span in spans(markdown, structure, size, overlap):
         start, end = _trimmed(markdown, span)
@@ -72,7 +74,7 @@ def cut(markdown: str, pages: Sequence[PageMark], *, doc_id: str, size: int, ove
                 page_end=page_at(pages, end - 1),
                 char_start=begins,
                 char_end=end,
-                metadata=_metadata(markdown, structure, start, end),
+                metadata=_metadata(markdown, structure, start, end, headers),
             )
         )
         earliest = start
@@ -123,17 +125,21 @@ def _trimmed(markdown: str, span: Span) -> Span:
     return (line if line or start == 0 else first), start + len(inner.rstrip())
 
 
-def _metadata(markdown: str, structure: Structure, start: int, end: int) -> Mapping[str, Any]:
-    """`has_table`; and `table_header`, the column names, for a passage that begins below the header of its table."""
+def _metadata(markdown: str, structure: Structure, start: int, end: int, headers: dict[int, list[str]]) -> Mapping[str, Any]:
+    """`has_table`; and `table_header`, the column names, for a passage that begins below the header of its table.
+
+    `headers` keeps the names by where their table begins, for the next passages of the same table.
+    """
     at = bisect_right(structure.tables, end - 1, key=lambda table: table.start) - 1
     if at < 0 or structure.tables[at].end <= start:
         return {}
     table = table_at(structure, start)
     if table is None or start <= table.start:
         return {"has_table": True}
-    header = cells(markdown[table.start : table.lines[1]])
-    names = [plain(cell)[:MAX_HEADER_CELL_CHARACTERS] for cell in header[:MAX_HEADER_CELLS]]
-    return {"has_table": True, "table_header": names}
+    if table.start not in headers:
+        line = markdown[table.start : min(table.lines[1], table.start + MAX_HEADER_CHARACTERS)]
+        headers[table.start] = [plain(cell)[:MAX_HEADER_CELL_CHARACTERS] for cell in cells(line)[:MAX_HEADER_CELLS]]
+    return {"has_table": True, "table_header": headers[table.start]}
 
 
 async def run(document: Document, tools: Tools) -> Document:

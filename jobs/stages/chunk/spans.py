@@ -49,7 +49,7 @@ def overlap_start(markdown: str, structure: Structure, earliest: int, start: int
     index = bisect_right(structure.headings, start, key=_start) - 1
     if index >= 0:
         heading = structure.headings[index]
-        if heading.end > start or not markdown[heading.start : start].strip():
+        if heading.end > start:
             return start
         lowest = max(lowest, heading.end)
     if lowest >= start:

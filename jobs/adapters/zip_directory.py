@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import BinaryIO
 
 from models.errors import PermanentError
@@ -66,11 +67,16 @@ def read_directory(file: BinaryIO, most: int) -> tuple[Directory, list[Directory
     return directory, entries
 
 
+def first_entries(file: BinaryIO, most: int) -> Iterator[DirectoryEntry]:
+    """Yield the first entries of an archive, one in memory at a time. PermanentError if there is none, or where it is damaged."""
+    return islice(_entries(file, _find_directory(file)), most)
+
+
 def has_directory(file: BinaryIO) -> bool:
     """Say whether a file ends as an archive does."""
     try:
         _find_directory(file)
-    except (PermanentError, struct.error):
+    except PermanentError:
         return False
     return True
 
