@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
 from jobs.pipeline.runner import Runner
 from jobs.stages import check, parse
 from models.documents import Document, FileType
@@ -35,13 +33,6 @@ async def outside(bench: Bench) -> AsyncIterator[Outside]:
     stored = Path(bench.settings.storage_base_path) / "uploads" / "a"
     stored.parent.mkdir(parents=True)
     stored.write_text(HTML, encoding="utf-8")
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
-async def sandbox() -> AsyncIterator[ProcessSandbox]:
-    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
     yield made
     await made.aclose()
 

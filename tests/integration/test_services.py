@@ -176,8 +176,7 @@ async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs
     service = await opened(make(requests_per_minute=6, patience_seconds=60))
     await service.call(ok, PURPOSE)
     waiting = asyncio.create_task(service.call(ok, PURPOSE))
-    while len(rows(conn, "SELECT id FROM provider_usage")) < 2:
-        await asyncio.sleep(0.01)
+    await until(lambda: len(rows(conn, "SELECT id FROM provider_usage")) == 2)
     waiting.cancel()
     with suppress(asyncio.CancelledError):
         await waiting
