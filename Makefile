@@ -14,15 +14,15 @@ PYTHON ?=
 PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3
 # Fail the tests when fewer percent of the lines and branches than this are covered.
 COVERAGE_MIN ?= 90
-# Two workers leave a small machine usable, and whoever is done early takes over from the other, because the slow tests lie together;
-# PYTEST_ARGS="-n 0 -k name" overrules.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# More processes than a small machine has cores, because many tests wait for worker processes, leases and timeouts; and whoever is done
+# early takes over from the others, because the slow tests lie together. PYTEST_ARGS="-n 0 -k name" overrules.
+PYTEST_ARGS ?= -n 4 --dist worksteal
 # samples/README.md quotes the questions below, so it would be its own best answer.
 DEMO_FILES := $(filter-out samples/README.md,$(wildcard samples/*))
 DEMO_QUESTION_EN := What is the penalty for late delivery?
 DEMO_QUESTION_DE := Ab welchem Lärmpegel ist Gehörschutz Pflicht?
 
-.PHONY: help demo test faults check audit licences sbom bench db clean constraints
+.PHONY: help demo test faults lint check audit licences sbom bench db clean constraints
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,9 +52,11 @@ demo: $(STAMP) ## ingest samples/ into the embedded Postgres and ask two questio
 	@echo; echo "Question: $(DEMO_QUESTION_DE)"
 	@$(BIN)/docmill search --limit 3 "$(DEMO_QUESTION_DE)"
 
-check: $(STAMP) ## lint, format and types; licences and known vulnerabilities of dependencies
+lint: $(STAMP) ## lint and format
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
+
+check: lint ## lint, format and types; licences and known vulnerabilities of dependencies
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m docs.licences --check
 	@$(BIN)/python -m docs.audit --daily
@@ -76,9 +78,11 @@ sbom: $(STAMP) ## write docmill.cdx.json, a CycloneDX bill of what is installed 
 	  --output-file docmill.cdx.json "$$fresh/docmill/bin/python"; \
 	echo docmill.cdx.json
 
-test: check ## check, then all tests with their coverage
+test: lint ## lint, then all tests with their coverage, and the types beside them
 	@$(BIN)/coverage erase
-	@$(BIN)/python -m pytest -q --cov --cov-report= $(PYTEST_ARGS)
+	@$(BIN)/mypy --no-error-summary & types=$$!; \
+	$(BIN)/python -m pytest -q --cov --cov-report= $(PYTEST_ARGS); tests=$$?; \
+	wait $$types || { echo 'mypy found errors: see above, or run make check' >&2; exit 1; }; exit $$tests
 	@$(BIN)/coverage report --skip-covered --fail-under=$(COVERAGE_MIN)
 
 faults: $(STAMP) ## the whole fault suite (about half an hour), then its table: bench/results/faults.md

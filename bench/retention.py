@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -61,7 +62,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def median_ms(action: Callable[[int], object], times: int) -> float:
-    return statistics.median(seconds(lambda n=n: action(n)) for n in range(times)) * 1000  # type: ignore[misc]  # a bound loop variable
+    return statistics.median(seconds(partial(action, n)) for n in range(times)) * 1000
 
 
 def megabytes(conn: Connection, *tables: str) -> float:
@@ -85,15 +86,22 @@ def trail(server: PostgresServer, folder: Path, count: int) -> None:
         print("| the audit trail | whole | in monthly parts |\n|---|---|---|", flush=True)
         tables = ("document_events", "parted_events")
         params = {"days": OLD, "count": count, "each": STAGES_A_DOCUMENT}
-        load = [count / seconds(lambda t=t: conn.execute(EVENTS.format(table=t), params)) for t in tables]  # type: ignore[misc]
+        load = [count / seconds(partial(conn.execute, EVENTS.format(table=t), params)) for t in tables]
         print(f"| rows/s of a bulk load | {load[0]:,.0f} | {load[1]:,.0f} |", flush=True)
         conn.execute("VACUUM ANALYZE")
         conn.execute("SET synchronous_commit = off")
-        write = [median_ms(lambda n, t=t: conn.execute(ONE_CHECKPOINT.format(table=t), {"doc_id": f"new-{n}"}), 500) for t in tables]  # type: ignore[misc]
+
+        def write_one(table: str, n: int) -> object:
+            return conn.execute(ONE_CHECKPOINT.format(table=table), {"doc_id": f"new-{n}"})
+
+        write = [median_ms(partial(write_one, t), 500) for t in tables]
         print(f"| ms to write a checkpoint's 8 rows | {write[0]:.3f} | {write[1]:.3f} |", flush=True)
-        ask = "SELECT * FROM {} WHERE doc_id = %s ORDER BY id"
-        last = count // STAGES_A_DOCUMENT
-        read = [median_ms(lambda n, t=t: conn.execute(ask.format(t), [f"document-{n * 997 % last}"]).fetchall(), 300) for t in tables]  # type: ignore[misc]
+
+        def read_one(table: str, n: int) -> object:
+            doc_id = f"document-{n * 997 % (count // STAGES_A_DOCUMENT)}"
+            return conn.execute(f"SELECT * FROM {table} WHERE doc_id = %s ORDER BY id", [doc_id]).fetchall()
+
+        read = [median_ms(partial(read_one, t), 300) for t in tables]
         print(f"| ms to read a document's | {read[0]:.3f} | {read[1]:.3f} |", flush=True)
         only = dict.fromkeys(("job_retention_days", "dead_letter_retention_days", "alert_retention_days", "usage_retention_days"), 0)
         pruning = settings.model_copy(update={**only, "deleted_event_retention_days": 365, "event_retention_days": 0})

@@ -1,4 +1,4 @@
-"""Forwards alerts to a webhook: a side task of every worker, of which one at a time does it.
+"""Forwards alerts to a webhook: a side task of every worker and of `docmill serve`, of which one at a time does it.
 
 An alert is a row of the table `alerts`, so none is lost while nobody listens; the NOTIFY only says that there is one. A row is locked while
 it is being sent and marked afterwards, so a crash between the two sends it again, with the same Idempotency-Key: at least once.
@@ -8,6 +8,7 @@ Nothing that goes wrong here may touch a document or end a worker.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psycopg
@@ -25,6 +26,8 @@ from sql import query
 
 LOOK_SECONDS = 30.0
 """Between two looks for what no notification announced, and between two tries to become the one that forwards."""
+RULE_SECONDS = 30.0
+"""Between two looks at the alert rules, over all workers and servers."""
 GIVE_UP_DAYS = 7
 """Older alerts are not sent any more, also not when a webhook is set for the first time; they stay in the table."""
 _LOCK = 0x646F636D616C72  # "docmalr" in ASCII: the key of the session advisory lock of the one that forwards
@@ -33,8 +36,15 @@ _LONGEST_ALERT_PAUSE = 300.0  # seconds between two tries of one alert
 _LONGEST_REFUSED_PAUSE = 3600.0  # the same for one that the webhook has refused for good, as far as it knows
 
 
+def log_changes(changes: Iterable[Mapping[str, Any]]) -> None:
+    """Say in the log what a look at the alert rules has changed: rows of evaluate_alerts."""
+    for row in changes:
+        level = "INFO" if row["change"] == "resolved" else "ERROR" if row["severity"] == "critical" else "WARNING"
+        logger.bind(rule=row["rule"], subject=row["subject"]).log(level, "Alert {}: {}", row["rule"], row["message"])
+
+
 class AlertForwarder:
-    """Forwards alerts for as long as it runs, unless another worker does."""
+    """Forwards alerts for as long as it runs, unless another process does."""
 
     def __init__(self, settings: Settings, *, look_seconds: float = LOOK_SECONDS) -> None:
         self._settings = settings

@@ -16,6 +16,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
+from jobs.alerts import RULE_SECONDS, log_changes
 from jobs.breaker import PLACES_PER_SECOND
 from jobs.redaction import describe
 from models.settings import Settings
@@ -31,7 +32,6 @@ SIDE_TASKS = [
 ]  # docmill's tasks that are no stages; an application's own are none of our business
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
-ALERT_SECONDS = 30.0  # between two looks at the alert rules, over all workers
 
 
 class Reconciler:
@@ -97,15 +97,11 @@ class Reconciler:
     async def _evaluate_alerts(self) -> None:
         """Look at the alert rules unless some worker has lately, and say what has changed. A rule that fails is no fault of the repairs."""
         try:
-            changes = await self._rows("evaluate_alerts", every_seconds=ALERT_SECONDS)
+            log_changes(await self._rows("evaluate_alerts", every_seconds=RULE_SECONDS))
         except psycopg.DatabaseError as error:
             if isinstance(error, psycopg.OperationalError):
                 raise
             logger.warning("The alert rules could not be evaluated: {}", describe(error))
-            return
-        for row in changes:
-            level = "INFO" if row["change"] == "resolved" else "ERROR" if row["severity"] == "critical" else "WARNING"
-            logger.bind(rule=row["rule"], subject=row["subject"]).log(level, "Alert {}: {}", row["rule"], row["message"])
 
     async def _reopen(self, done: dict[str, int]) -> None:
         seen = await self._rows("find_batches_to_reopen", after=self._after_batch, window=WINDOW)

@@ -46,6 +46,7 @@ POLICIES = (
     Policy("alerts", "alert_retention_days", "prune_alerts", params={"give_up_days": GIVE_UP_DAYS}),
     Policy("resolved alert conditions", "alert_retention_days", "prune_alert_conditions"),
     Policy("calls to outside services", "usage_retention_days", "prune_usage", start="-infinity"),
+    Policy("costs of what is gone", "usage_retention_days", "prune_cost_totals", start=""),
 )
 
 
@@ -86,7 +87,10 @@ def prune_rows(
 
 
 def _parts(conn: psycopg.Connection[Any], policy: Policy) -> list[dict[str, Any]]:
-    """Return the parameters that a policy is gone through with, one after another: the ledger is ordered by time within a service."""
+    """Return the parameters that a policy is gone through with, one after another: the ledger is ordered by time within a service, its
+    sums by name within a scope."""
+    if policy.query == "prune_cost_totals":
+        return [{"scope": "document"}, {"scope": "batch"}]
     if policy.query != "prune_usage":
         return [{}]
     return [{"service": row[0]} for row in conn.execute(query("usage_services")).fetchall()]

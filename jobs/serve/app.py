@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from jobs.health import COMPONENTS
 from jobs.redaction import describe
 from jobs.serve import batches, documents, letters, overview, search, signing, workers
+from jobs.serve.alarms import keep_watch
 from jobs.serve.examining import Doctor, all_work
 from jobs.serve.guard import Guard, host_names
 from jobs.serve.metrics import Meter
@@ -89,13 +90,13 @@ def _routes() -> list[Route | Mount]:
 
 @asynccontextmanager
 async def _lifespan(parts: Parts) -> AsyncIterator[None]:
-    background = asyncio.create_task(_keep_counting(parts))
+    background = [asyncio.create_task(_keep_counting(parts)), asyncio.create_task(keep_watch(parts.settings, parts.database))]
     try:
         yield
     finally:
-        background.cancel()
-        with suppress(asyncio.CancelledError):
-            await background
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         await parts.database.close()
 
 

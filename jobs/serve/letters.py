@@ -71,7 +71,7 @@ async def resolve(request: Request) -> Response:
 async def _resolve(database: Database, action: str, ids: list[int]) -> tuple[list[tuple[int, str]], int]:
     """Return the numbers that could not be resolved with the reason, and how many were."""
     refused, done = [], 0
-    start = await database.act("look_at_dead_letters")
+    [start] = await database.act("look_at_dead_letters")
     try:
         for number in ids:
             try:
@@ -80,7 +80,7 @@ async def _resolve(database: Database, action: str, ids: list[int]) -> tuple[lis
             except _REFUSALS as error:
                 refused.append((number, describe(error)))
     finally:
-        if action == "requeue" and done and start is not None:
+        if action == "requeue" and done:
             # The batch row is never locked in a document's transaction.
             await database.act("reopen_batches", since=start["at"])
     return refused, done

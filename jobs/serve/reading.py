@@ -121,11 +121,11 @@ class Database:
                 known = self._known[key] = time.monotonic() + seconds, rows
             return known[1]
 
-    async def act(self, name: str, **params: Any) -> Row | None:
-        """Run a named query that writes, as a transaction of its own, and return its first row."""
+    async def act(self, name: str, **params: Any) -> list[Row]:
+        """Run a named query that writes, as a transaction of its own, and return its rows."""
         async with self._connection() as conn, conn.transaction():
             await conn.execute(query("limit_action"), {"statement_ms": f"{self._settings.serve_query_seconds * 1000:.0f}"})
-            return await (await conn.execute(query(name), params)).fetchone()
+            return await (await conn.execute(query(name), params)).fetchall()
 
     @asynccontextmanager
     async def _connection(self, isolation: psycopg.IsolationLevel | None = None) -> AsyncIterator[_Connection]:

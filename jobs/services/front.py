@@ -82,7 +82,7 @@ class Service:
             asked_at = clock.seconds()
             asked = await self._ledger.begin(entry)
             if asked.hindrance is None:
-                await asyncio.sleep(asked.wait_seconds)
+                await self._wait_for_time(entry, asked.wait_seconds)
                 if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
                     why = "The service may no longer be called."
                 elif self._limited() and clock.seconds() - asked_at - asked.wait_seconds > LATEST_SECONDS:
@@ -105,6 +105,14 @@ class Service:
                 raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
                 entry, told = await self._ask_breaker(entry, told)
+
+    async def _wait_for_time(self, entry: Entry, seconds: float) -> None:
+        """Wait until a call may be sent. Cut off meanwhile, it was not, and is not to count as one whose answer never came."""
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self._spawn(self._withdraw(entry, NotSent("The call was not made: whoever it was for did not wait for its time.")))
+            raise
 
     def _limited(self) -> bool:
         return bool(self.terms.requests_per_minute or self.terms.tokens_per_minute)

@@ -15,6 +15,7 @@ from models.errors import (
     CredentialRefused,
     DocmillError,
     ErrorType,
+    FailedCall,
     PermanentError,
     RateLimitError,
     RetryableError,
@@ -64,6 +65,7 @@ def outcome_of(error: Exception, terms: Terms) -> Outcome:
         case _:
             # An adapter that does not understand what it sees; whether that is the service's fault is not known.
             failure = UnknownError(f"{name}: {told}")
+    failure.call = FailedCall(name, sent=True)  # it may have been
     return Outcome(_WORDS.get(kind, "rejected"), failure)
 
 

@@ -231,7 +231,8 @@ class Settings(ServingSettings, ProviderSettings):
     alert_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 90
     """Days that alerts are kept; open ones, and those that a webhook may still be sent, always are. 0: for ever."""
     usage_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 400
-    """Days that the ledger of calls to outside services is kept, from which costs are added up. 0: for ever."""
+    """Days that the ledger of calls to outside services is kept, from which costs are added up; their sums for longer, as long as the
+    document or batch is there. 0: for ever."""
     orphan_file_days: Annotated[int, Interval(ge=0, le=36_500)] = 7
     """Days after which a stored file goes that no document, archive or batch refers to, because its submission was cut off. 0: never."""
 

@@ -147,6 +147,26 @@ WITH looked AS MATERIALIZED (
 SELECT (SELECT count(*) FROM gone) AS removed, max(l.started_at) AS next, count(*) = %(window)s AND min(l.started_at) < max(l.started_at) AS more
 FROM looked AS l;
 
+-- name: prune_cost_totals
+-- Of documents and batches that are gone, once the ledger has forgotten them too: until then a name that comes back goes on counting.
+WITH looked AS MATERIALIZED (
+    SELECT DISTINCT t.name FROM cost_totals AS t WHERE t.scope = %(scope)s AND t.name > %(after)s ORDER BY t.name LIMIT %(window)s
+), old AS MATERIALIZED (
+    SELECT l.name FROM looked AS l
+    WHERE CASE %(scope)s WHEN 'document' THEN
+        NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = l.name)
+            AND NOT EXISTS (SELECT FROM provider_usage AS u WHERE u.doc_ids @> ARRAY[l.name])
+    ELSE
+        NOT EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = l.name)
+            AND NOT EXISTS (SELECT FROM provider_usage AS u WHERE u.batch_ids @> ARRAY[l.name])
+    END
+), free AS MATERIALIZED (
+    SELECT t.name, t.stripe FROM cost_totals AS t JOIN old AS o ON o.name = t.name WHERE t.scope = %(scope)s FOR UPDATE OF t SKIP LOCKED
+), gone AS (
+    DELETE FROM cost_totals AS t USING free AS f WHERE t.scope = %(scope)s AND t.name = f.name AND t.stripe = f.stripe RETURNING t.name
+)
+SELECT (SELECT count(*) FROM gone) AS removed, max(l.name) AS next, count(*) = %(window)s AS more FROM looked AS l;
+
 -- name: find_referenced_files
 -- Which of these paths anything in the database speaks of.
 SELECT p.path

@@ -25,7 +25,6 @@ SHORT = {
         "test_a_storm_of_terminated_backends_loses_nothing_and_listening_comes_back[queue-5]",
         "test_a_lease_connection_that_hangs_costs_no_document_and_no_patience[inline]",
         "test_a_refused_checkpoint_is_written_in_the_end[queue-40P01]",
-        "test_a_refused_checkpoint_is_written_in_the_end[inline-53100]",
         "test_a_checkpoint_behind_somebodys_lock_runs_into_the_limit_and_is_written_later[inline-lock_timeout]",
         "test_a_full_disk_costs_time_and_nothing_else[queue-8]",
     ],
@@ -41,7 +40,6 @@ SHORT = {
     ],
     "test_removal": [
         "test_a_deed_while_each_stage_runs_wins[inline-cancel]",
-        "test_a_deed_while_each_stage_runs_wins[queue-delete and submit]",
         "test_a_late_worker_of_a_deleted_document_writes_nothing_to_its_successor[inline]",
         "test_the_original_of_duplicates_is_deleted_under_load[inline-skip]",
         "test_equals_at_once_are_parsed_once_whatever_happens_to_the_first[queue-reuse]",
@@ -61,7 +59,6 @@ SHORT = {
     ],
     "test_sync": [
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
-        "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[queue-sync_deletes]",
     ],
     "test_reembedding": [
         "test_workers_killed_at_every_step_of_a_reembedding_lose_nothing_and_searches_never_miss_a_passage[inline]",
@@ -83,10 +80,12 @@ SHORT = {
     ],
     "test_services_refusing": [
         "test_documents_wait_for_a_key_that_works_again_and_spend_nothing[queue-401-embedding]",
-        "test_files_are_parsed_somewhere_whatever_the_parsing_service_does[inline-truncated-bad_answer]",
     ],
     "test_services_moody": [
         "test_documents_get_through_a_service_that_answers_every_fifth_request_or_do_when_requeued[inline-extraction]",
+    ],
+    "test_services_parsing": [
+        "test_an_outage_of_the_parsing_service_pays_no_page_twice_and_new_files_are_parsed_here[inline-10]",
     ],
     "test_services_unreachable": [],
     "test_deploy": [

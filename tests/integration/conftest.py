@@ -13,6 +13,8 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.database import make_pool
 from jobs.leases import LeaseKeeper
@@ -25,6 +27,7 @@ from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
 from models.stages import STAGE_BY_NAME, STAGES
+from tests.servers import OpenAIServer
 from tests.walls import PEOPLE, Walls, fill
 
 if TYPE_CHECKING:
@@ -144,6 +147,21 @@ async def bench(settings: Settings, database: str, conn: psycopg.Connection) -> 
     finally:
         leases.close()
         await pool.close()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[OpenAIServer]:
+    """A service for embeddings and chats behind a socket."""
+    with OpenAIServer(dimensions=32) as running:
+        yield running
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[ProcessSandbox]:
+    """One child for parsing and local extraction."""
+    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
+    yield made
+    await made.aclose()
 
 
 STAGE_NAMES = [stage.name for stage in STAGES]

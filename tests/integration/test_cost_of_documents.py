@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -10,27 +9,12 @@ from typing import Any
 
 import pytest
 
-from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
 from jobs.stages import embed, extract, parse
 from models.chunks import Chunk
 from models.documents import Document, FileType
 from tests.integration.conftest import sha
 from tests.integration.outside import Outside
 from tests.servers import LlamaParseServer, OpenAIServer
-
-
-@pytest.fixture
-def endpoint() -> Iterator[OpenAIServer]:
-    with OpenAIServer(dimensions=32) as running:
-        yield running
-
-
-@pytest.fixture
-async def sandbox() -> AsyncIterator[ProcessSandbox]:
-    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
-    yield made
-    await made.aclose()
 
 
 def embedding(outside: Outside, endpoint: OpenAIServer, **limits: Decimal) -> Any:

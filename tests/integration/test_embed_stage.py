@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,6 @@ from jobs.stages import embed
 from models.documents import Document
 from tests.integration.outside import MODEL, Outside
 from tests.servers import OpenAIServer, faults
-
-
-@pytest.fixture
-def endpoint() -> Iterator[OpenAIServer]:
-    with OpenAIServer(dimensions=32) as running:
-        yield running
 
 
 def runner(outside: Outside, endpoint: OpenAIServer, key: str | None = None, worker: str = "test:1", **settings: Any) -> Runner:

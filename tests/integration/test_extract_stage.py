@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
 from jobs.pipeline.runner import Runner
 from jobs.stages import extract
 from tests.integration.conftest import Bench
@@ -17,21 +16,8 @@ from tests.servers import OpenAIServer, faults
 
 
 @pytest.fixture
-def endpoint() -> Iterator[OpenAIServer]:
-    with OpenAIServer(dimensions=32) as running:
-        yield running
-
-
-@pytest.fixture
 async def outside(bench: Bench) -> AsyncIterator[Outside]:
     made = Outside(bench, passages=2)
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
-async def sandbox() -> AsyncIterator[ProcessSandbox]:
-    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
     yield made
     await made.aclose()
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
 from jobs.pipeline.runner import Runner
 from jobs.stages import check, parse
 from models.documents import Document, FileType
@@ -35,13 +33,6 @@ async def outside(bench: Bench) -> AsyncIterator[Outside]:
     stored = Path(bench.settings.storage_base_path) / "uploads" / "a"
     stored.parent.mkdir(parents=True)
     stored.write_text(HTML, encoding="utf-8")
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
-async def sandbox() -> AsyncIterator[ProcessSandbox]:
-    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
     yield made
     await made.aclose()
 
@@ -159,6 +150,32 @@ async def test_an_outage_in_mid_job_is_waited_out_because_the_job_is_paid_for(
     assert parsed(outside)[0].startswith("llamaparse ")
     assert endpoint.tally.uploads == 1
     assert outside.bench.one("SELECT count(*) FROM document_events WHERE detail->>'counts' = 'true'") == (0,)
+
+
+async def test_a_job_grown_old_in_an_outage_is_not_paid_again_because_the_first_question_about_it_fails(
+    outside: Outside, endpoint: LlamaParseServer, sandbox: Any
+) -> None:
+    worker = runner(outside, endpoint, sandbox)
+    hosted: Any = worker._tools.hosted_parser
+    hosted._deadline = 0.0  # one question a try, as after an outage that was longer than the deadline
+    endpoint.script(lambda number, seconds: faults.NAMED["500"] if number in (2, 3) else None)
+    outside.bench.submit()
+    made_old = "UPDATE hosted_jobs SET started_at = now() - interval '1 hour'"
+    await outside.work(worker, until=lambda: outside.bench.conn.execute(made_old) is None)
+    assert outside.state()[:2] == ("complete", "complete")
+    assert parsed(outside)[0].startswith("llamaparse ")
+    assert endpoint.tally.uploads == 1
+
+
+async def test_a_service_that_is_silent_twice_is_asked_again_before_files_are_parsed_locally(
+    outside: Outside, endpoint: LlamaParseServer, sandbox: Any
+) -> None:
+    outside.terms = {"total_seconds": 1.0}
+    endpoint.script(faults.first(2, faults.NAMED["hang_in_headers"]))
+    outside.bench.submit()
+    await outside.work(runner(outside, endpoint, sandbox))
+    assert outside.state()[:2] == ("complete", "complete")
+    assert parsed(outside)[0].startswith("llamaparse ")
 
 
 async def test_what_the_service_does_not_serve_or_cannot_parse_is_parsed_locally(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,6 @@ from models.settings import load_settings
 from tests.integration.conftest import Bench
 from tests.integration.outside import Outside
 from tests.servers import OpenAIServer, faults
-
-
-@pytest.fixture
-def endpoint() -> Iterator[OpenAIServer]:
-    with OpenAIServer(dimensions=32) as running:
-        yield running
 
 
 @pytest.fixture

@@ -184,6 +184,23 @@ async def test_letters_alerts_and_the_ledger_go_when_they_are_settled_and_old(be
     assert bench.all("SELECT doc_id FROM provider_usage") == [("open",)]
 
 
+def test_what_was_spent_is_known_while_the_document_or_its_ledger_is_there(bench: Bench) -> None:
+    for doc_id in ("there", "gone", "gone but in the ledger"):
+        bench.submit(doc_id)
+        usage(bench, doc_id)
+    bench.conn.execute("INSERT INTO processing_jobs (batch_id, correlation_id) VALUES ('batch there', 'c')")
+    bench.conn.execute("UPDATE provider_usage SET cost = 0.5")
+    bench.conn.execute(
+        "INSERT INTO cost_totals VALUES ('batch', 'batch gone', 1, 3), ('batch', 'batch gone', 2, 3), ('batch', 'batch there', 1, 3)"
+    )
+    bench.conn.execute("DELETE FROM file_extractions WHERE doc_id <> 'there'")
+    age(bench, 500)
+    bench.conn.execute("UPDATE provider_usage SET started_at = now(), give_up_at = now() WHERE doc_ids = ARRAY['gone but in the ledger']")
+    assert prune(bench, usage_retention_days=400) == {"calls to outside services": 1, "costs of what is gone": 3}
+    assert bench.all("SELECT name FROM cost_totals ORDER BY name") == [("batch there",), ("gone but in the ledger",), ("there",)]
+    assert prune(bench, usage_retention_days=400) == {}
+
+
 def usage(bench: Bench, doc_id: str, service: str = "s") -> None:
     bench.conn.execute(
         """INSERT INTO provider_usage (id, service, kind, doc_ids, batch_ids, user_ids, shares, give_up_at, outcome, finished_at)

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from models.settings import Settings
-from tests.running import REPOSITORY, served
+from tests.running import REPOSITORY, served, wait_for
 from tests.sites import client, failed_document, form_token, letters_on
 
 TOKEN = "correct-horse-battery-staple"
@@ -215,3 +215,19 @@ def test_a_port_that_is_taken_is_named(open_site: httpx2.Client) -> None:
     )
     assert done.returncode == 2
     assert f"SERVE_PORT={port}" in done.stderr
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_with_no_worker_left_the_server_tells_of_it_unless_it_only_shows(
+    settings: Settings, conn: psycopg.Connection, tmp_path: Path, read_only: bool
+) -> None:
+    conn.execute("UPDATE alert_rules SET threshold = 0, for_seconds = 0 WHERE rule = 'no_worker'")
+    conn.execute("SELECT submit_document('uploads/a', doc_id => 'a', content_sha256 => repeat('1', 64))")
+    log = tmp_path / "serve.log"
+    with served(log, SERVE_READ_ONLY=str(read_only)) as address, client(address) as visitor:
+        if read_only:
+            assert visitor.get("/readyz").status_code == 503
+            assert conn.execute("SELECT count(*) FROM alerts").fetchone() == (0,)
+            return
+        wait_for(lambda: conn.execute("SELECT kind FROM alerts").fetchall() == [("no_worker",)], f"an alert; see {log}")
+        wait_for(lambda: "Alert no_worker: documents wait in queue cpu" in log.read_text(), f"a line in {log}")

@@ -162,7 +162,7 @@ async def test_the_servers_own_questions_cannot_write(database_of: Database, con
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
         async with database_of.look() as look:
             await look.rows("reset_breaker", service="embedding x")
-    assert await database_of.act("reset_breaker", service="embedding x") == {"known": True}
+    assert await database_of.act("reset_breaker", service="embedding x") == [{"known": True}]
 
 
 async def test_a_question_behind_a_lock_is_given_up_and_the_connection_is_good_again(

@@ -172,6 +172,18 @@ async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(m
     assert times == 2
 
 
+async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs_nothing(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(requests_per_minute=6, patience_seconds=60))
+    await service.call(ok, PURPOSE)
+    waiting = asyncio.create_task(service.call(ok, PURPOSE))
+    await until(lambda: len(rows(conn, "SELECT id FROM provider_usage")) == 2)
+    waiting.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting
+    await service.aclose()
+    assert rows(conn, "SELECT outcome, cost > 0 FROM provider_usage ORDER BY started_at") == [("ok", True), ("not_sent", False)]
+
+
 async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make())
     shares = (CallShare("a", "ann", "b1", share=0.25), CallShare("b", "bob", None, share=0.75))

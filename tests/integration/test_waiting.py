@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,6 @@ from tests.servers import OpenAIServer, faults
 
 NAME = "embedding http://local key:none"
 PERIOD = 0.5
-
-
-@pytest.fixture
-def endpoint() -> Iterator[OpenAIServer]:
-    with OpenAIServer(dimensions=32) as running:
-        yield running
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
 from jobs.pipeline.runner import Runner
 from jobs.retry import StageRetry
 from jobs.stages import embed, extract
@@ -157,19 +155,6 @@ async def test_without_a_limit_a_document_waits_as_long_as_it_takes(bench: Bench
         await step(bench, made)
         hours_pass(bench, 10_000)
     assert waiting(bench)[:2] == ("retrying", 0)
-
-
-@pytest.fixture
-def endpoint() -> Iterator[OpenAIServer]:
-    with OpenAIServer(dimensions=32) as running:
-        yield running
-
-
-@pytest.fixture
-async def sandbox() -> AsyncIterator[ProcessSandbox]:
-    made = ProcessSandbox(children=1, limits=Limits(timeout=60, memory_mb=4096, max_output_mb=256))
-    yield made
-    await made.aclose()
 
 
 async def test_a_wait_after_a_request_that_was_kept_is_a_new_one(outside: Outside, endpoint: OpenAIServer) -> None:

@@ -1,7 +1,7 @@
 """Parsing by LlamaParse, version 2 of its HTTP API."""
 
 from jobs.adapters.llamaparse.answers import FailedPage, HostedPages, to_parsed_file
-from jobs.adapters.llamaparse.client import JobLost, LlamaParse, make_llamaparse
+from jobs.adapters.llamaparse.client import JobLost, JobOverdue, LlamaParse, make_llamaparse
 from jobs.adapters.llamaparse.formats import extension_of, refusal
 from jobs.adapters.llamaparse.page_count import count_pages, guess_pages
 
@@ -9,6 +9,7 @@ __all__ = [
     "FailedPage",
     "HostedPages",
     "JobLost",
+    "JobOverdue",
     "LlamaParse",
     "count_pages",
     "extension_of",

@@ -41,6 +41,10 @@ class JobLost(RetryableError):
     """The job is not there any more, or was cancelled: its id is worth nothing, and the file has to be sent again."""
 
 
+class JobOverdue(CallTimeout):
+    """The service said that the job is still going on, after LLAMAPARSE_DEADLINE_SECONDS. Its id stays good."""
+
+
 def _lost(message: str, call: FailedCall) -> JobLost:
     error = JobLost(message)
     error.call = call
@@ -160,13 +164,14 @@ class LlamaParse:
     ) -> HostedPages:
         """Poll until the job is done, less and less often. `waited` are the seconds since its start that an earlier worker spent.
 
-        TimeoutError at the deadline. A few polls that fail are passed over, longer where the service says so; then, or where a breaker
-        refuses to ask, their error is raised. The job goes on in any case: its id stays good.
+        JobOverdue where it is not done at the deadline. A few polls that fail are passed over, longer where the service says so; then, at
+        the deadline, or where a breaker refuses to ask, their error is raised. The job goes on in any case: its id stays good.
         """
         end = time.monotonic() + self._deadline - waited
         pause, failures = self._poll_seconds, 0
         while True:
             told = 0.0
+            failed: DocmillError | None = None
             try:
                 pages = await self.poll(job_id, shares=shares, caller=caller)
                 failures = 0
@@ -175,13 +180,15 @@ class LlamaParse:
             except (JobLost, CredentialRefused):
                 raise
             except (RateLimitError, ServiceUnavailable, RetryableError, CallTimeout) as error:
-                failures += 1
+                failures, failed = failures + 1, error
                 if failures >= _PATIENCE or (isinstance(error, ServiceUnavailable) and error.call is None):
                     raise
                 told = getattr(error, "retry_after", None) or 0.0
             pause = min(_LONGEST_PAUSE, pause * 1.5)
             if time.monotonic() + max(told, pause) > end:
-                raise CallTimeout(f"The LlamaParse job {job_id} was not done within LLAMAPARSE_DEADLINE_SECONDS={self._deadline:g}.")
+                if failed is not None:
+                    raise failed  # how far the job is, nobody has said
+                raise JobOverdue(f"The LlamaParse job {job_id} was not done within LLAMAPARSE_DEADLINE_SECONDS={self._deadline:g}.")
             await sleep(max(told, pause))
 
     async def aclose(self) -> None:

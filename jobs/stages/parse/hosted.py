@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from jobs.adapters.llamaparse import HostedPages, JobLost, LlamaParse, count_pages, guess_pages, refusal, to_parsed_file
+from jobs.adapters.llamaparse import HostedPages, JobLost, JobOverdue, LlamaParse, count_pages, guess_pages, refusal, to_parsed_file
 from jobs.adapters.stored_file import StoredFile
 from jobs.stages import HostedJob, JobPart, Tools
 from models.documents import Document, ParsedFile
@@ -84,9 +84,9 @@ class _Jobs:
             self.paid = False
             await self._drop(part)
             raise
-        except CallTimeout as error:
-            # One that comes back after an outage is asked for once, however old it is.
-            if error.call is None and job.waited > _WORTH_ASKING * self._deadline:
+        except JobOverdue:
+            # Only where the service says so itself: in an outage jobs grow old, and have been done for long when it ends.
+            if job.waited > _WORTH_ASKING * self._deadline:
                 await self._drop(part)
             raise
 
