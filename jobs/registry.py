@@ -36,6 +36,10 @@ class Pulse:
     jobs: Callable[[], list[int]]
     documents: Callable[[], list[str]]
     stopping: Callable[[], bool]
+    has_worked: Callable[[], bool]
+    """Whether a job has ended since the worker started."""
+    leave: Callable[[], None]
+    """Asks the worker, in its event loop, to finish what it has in hand and end."""
     oldest_query_at: Callable[[], float | None]
     """Since when the oldest query of the event loop waits for its answer; None when none does."""
     loop_beat_at: float = field(default_factory=time.monotonic)
@@ -47,6 +51,8 @@ class Registry:
 
     def __init__(self, settings: Settings, pulse: Pulse, loop: asyncio.AbstractEventLoop) -> None:
         self._limit = settings.watchdog_seconds
+        self._memory_limit = settings.worker_memory_limit_mb
+        self._leaves = False
         self._pulse = pulse
         self._loop = loop
         self._last_tick = time.monotonic()
@@ -54,7 +60,7 @@ class Registry:
 
     def tick(self, conn: psycopg.Connection) -> None:
         """Write the heartbeat, and end the process if its event loop or its queries are stuck although the database answers here."""
-        pulse = self._pulse
+        pulse, memory = self._pulse, resident_mb()
         host, _, pid = pulse.worker.rpartition(":")
         conn.execute(
             query("beat"),
@@ -67,13 +73,25 @@ class Registry:
                 "stopping": pulse.stopping(),
                 "active_jobs": pulse.jobs(),
                 "documents": pulse.documents(),
-                "memory_mb": resident_mb(),
+                "memory_mb": memory,
                 "cpu_seconds": time.process_time(),
                 "application_name": application_name(),
                 "version": version("docmill"),
             },
         )
+        self._weigh(memory)
         self._watch()
+
+    def _weigh(self, memory: float) -> None:
+        """Have the worker leave if it has grown too large; not before it has done something, or a limit that is too low would stop all work."""
+        if not self._leaves and 0 < self._memory_limit < memory and self._pulse.has_worked():
+            self._leaves = True
+            logger.warning(
+                "This worker holds {:.0f} MB of memory, more than {} (WORKER_MEMORY_LIMIT_MB): it finishes what it has in hand and ends",
+                memory,
+                self._memory_limit,
+            )
+            self._loop.call_soon_threadsafe(self._pulse.leave)
 
     def _watch(self) -> None:
         now = time.monotonic()
