@@ -83,7 +83,7 @@ class Registry:
         self._watch()
 
     def _weigh(self, memory: float) -> None:
-        """Have the worker leave if it has grown too large; not before it has done something, or a limit that is too low would stop all work."""
+        """Have the worker leave if it has grown too large; not before it has done a job, or a limit that is too low would stop all work."""
         if not self._leaves and 0 < self._memory_limit < memory and self._pulse.has_worked():
             self._leaves = True
             logger.warning(

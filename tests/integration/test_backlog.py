@@ -42,10 +42,12 @@ SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploa
     CASE WHEN s.state = 'failed' THEN 'no' END, 'c', now(), CASE WHEN s.state IN ('complete', 'failed', 'duplicate') THEN now() END
 FROM generate_series(1, 40000) AS n
 CROSS JOIN LATERAL (
-    SELECT CASE WHEN n <= 40 THEN 'working' WHEN n <= 12000 THEN 'complete' WHEN n % 10 < 6 THEN 'queued' WHEN n % 10 < 8 THEN 'complete' WHEN n % 20 = 8 THEN 'duplicate'
+    SELECT CASE WHEN n <= 40 THEN 'working' WHEN n <= 12000 THEN 'complete' WHEN n % 10 < 6 THEN 'queued'
+        WHEN n % 10 < 8 THEN 'complete' WHEN n % 20 = 8 THEN 'duplicate'
         WHEN n % 20 = 18 THEN 'failed' ELSE 'retrying' END AS state
 ) AS s
-JOIN processing_jobs AS b ON b.batch_id = 'batch ' || CASE WHEN n <= 12000 OR s.state IN ('queued', 'working', 'retrying') THEN 0 ELSE n % 500 + 1 END""",
+JOIN processing_jobs AS b ON b.batch_id = 'batch ' || CASE
+    WHEN n <= 12000 OR s.state IN ('queued', 'working', 'retrying') THEN 0 ELSE n % 500 + 1 END""",
     """
 INSERT INTO procrastinate_jobs (id, queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user)
 OVERRIDING SYSTEM VALUE
