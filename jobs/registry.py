@@ -6,6 +6,7 @@ Both run in the lease thread: they must go on while the event loop does not.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import resource
 import socket
@@ -23,6 +24,7 @@ from models.settings import Settings
 from sql import query
 
 STUCK_EXIT_CODE = 70  # EX_SOFTWARE: a supervisor starts a new process
+_GIVE_BACK_MB = 32.0  # growth since the last time from which on the allocator is asked to give back what is free
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -53,6 +55,7 @@ class Registry:
         self._limit = settings.watchdog_seconds
         self._memory_limit = settings.worker_memory_limit_mb
         self._leaves = False
+        self._weighed = resident_mb()
         self._pulse = pulse
         self._loop = loop
         self._last_tick = time.monotonic()
@@ -60,7 +63,7 @@ class Registry:
 
     def tick(self, conn: psycopg.Connection) -> None:
         """Write the heartbeat, and end the process if its event loop or its queries are stuck although the database answers here."""
-        pulse, memory = self._pulse, resident_mb()
+        pulse, memory = self._pulse, self._tidied_mb()
         host, _, pid = pulse.worker.rpartition(":")
         conn.execute(
             query("beat"),
@@ -81,6 +84,15 @@ class Registry:
         )
         self._weigh(memory)
         self._watch()
+
+    def _tidied_mb(self) -> float:
+        """Return the resident memory, less what a large document has left behind free: it is given back, or it would never be."""
+        memory = resident_mb()
+        if memory > self._weighed + _GIVE_BACK_MB:
+            give_back_memory()
+            self._weighed = memory = resident_mb()
+        self._weighed = min(self._weighed, memory)
+        return memory
 
     def _weigh(self, memory: float) -> None:
         """Have the worker leave if it has grown too large; not before it has done a job, or a limit that is too low would stop all work."""
@@ -131,3 +143,10 @@ def resident_mb() -> float:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_MB
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def give_back_memory() -> None:
+    """Return to the system what this process has freed but its allocator keeps, in pieces between what is in use; with glibc alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -128,3 +128,14 @@ def test_a_file_that_breaks_a_rule_is_refused_by_name(found: Fingerprint, words:
     refuse_file(WHOLE, Fingerprint(3, "1" * 64), 2)
     with pytest.raises(PermanentError, match=rf"report\.pdf: .*{words}"):
         refuse_file(WHOLE, found, 2)
+
+
+def test_vectors_of_one_call_are_not_copied_and_stand_in_the_order_of_the_passages() -> None:
+    made = np.zeros((3, 2), dtype=np.float32)
+    made[:] = [[1, 0], [2, 0], [3, 0]]
+    chunks = tuple(Chunk(uuid4(), index, name, name * 64) for index, name in enumerate("abc"))
+    given = {chunk.content_sha256: row for chunk, row in zip(chunks, made, strict=True)}
+    assert _in_order(chunks, given, 2) is made
+    assert _in_order(chunks[::-1], given, 2)[:, 0].tolist() == [3, 2, 1]
+    assert _in_order((*chunks, chunks[0]), given, 2)[:, 0].tolist() == [1, 2, 3, 1]
+    assert _in_order((), {}, 2).shape == (0, 2)
