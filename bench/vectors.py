@@ -55,7 +55,7 @@ def jittered(count: int) -> NDArray[np.float32]:
     own = np.load(CORPUS / "scifact_doc.f16.npy").astype(np.float32)
     rng = np.random.default_rng(1)
     rows = own[np.arange(count) % len(own)] + rng.normal(0, 0.02, (count, own.shape[1])).astype(np.float32)
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
 
 
 class Corpus:

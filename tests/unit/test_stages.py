@@ -11,7 +11,7 @@ import pytest
 
 from jobs.adapters.storage import Fingerprint
 from jobs.stages.check import checked, normalise, normalise_pages
-from jobs.stages.embed import missing_texts, refuse_vectors
+from jobs.stages.embed import _in_order, missing_texts, refuse_vectors
 from jobs.stages.finalize import inconsistencies
 from jobs.stages.validate import refuse_file
 from models.chunks import Chunk
@@ -133,8 +133,8 @@ def test_a_file_that_breaks_a_rule_is_refused_by_name(found: Fingerprint, words:
 def test_vectors_of_one_call_are_not_copied_and_stand_in_the_order_of_the_passages() -> None:
     made = np.zeros((3, 2), dtype=np.float32)
     made[:] = [[1, 0], [2, 0], [3, 0]]
-    chunks = tuple(Chunk(uuid4(), index, name, name * 64) for index, name in enumerate("abc"))
-    given = {chunk.content_sha256: row for chunk, row in zip(chunks, made, strict=True)}
+    chunks = tuple(chunk(index, text) for index, text in enumerate("abc"))
+    given = {each.content_sha256: row for each, row in zip(chunks, made, strict=True)}
     assert _in_order(chunks, given, 2) is made
     assert _in_order(chunks[::-1], given, 2)[:, 0].tolist() == [3, 2, 1]
     assert _in_order((*chunks, chunks[0]), given, 2)[:, 0].tolist() == [1, 2, 3, 1]
