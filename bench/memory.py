@@ -1,6 +1,6 @@
 """A worker's memory over ten thousand small documents, and while it works on a PDF of 25 MB and on one of 4,000 pages.
 
-Usage: python -m bench.memory [--documents 10000] [--samples 40] [--plot docs/images/memory.svg]
+Usage: python -m bench.memory [--documents 10000] [--samples 40] [--providers hash fast] [--plot docs/images/memory.svg]
 
 The process itself, parsing children not counted: Rss, and Pss beside it, from /proc. flat: the line through the second half of the samples,
 in MB per 1,000 documents. raised: the most while the document was in hand, above what the worker held before it, and how many times what
@@ -116,12 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--providers", nargs="*", default=["hash", "fast"], help="of the large documents' vectors")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     with bench_server() as (server, folder):
         columns = "document | passages | markdown + vectors MB | worker before | most | raised | times its weight | kept | load"
         print(f"| {columns} |\n|{'---|' * 9}")
-        for provider in ("hash", "fast"):
+        for provider in given.providers:
             large(server, folder, provider)
         if given.documents:
             found = small(server, folder, given.documents, given.samples)

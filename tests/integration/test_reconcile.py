@@ -230,3 +230,16 @@ async def test_a_sealed_batch_whose_last_document_ended_without_saying_so_is_set
     bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded'")
     assert await reconciler(bench).pass_once() == {"completed": 1}
     assert bench.one("SELECT status FROM processing_jobs") == ("completed",)
+
+
+async def test_a_sweep_of_what_waits_goes_on_where_the_last_pass_stopped_and_takes_several_windows_where_there_is_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.reconcile.WINDOW", 2)
+    for n in range(7):
+        bench.submit(f"doc {n}")
+    bench.conn.execute("DELETE FROM procrastinate_jobs")
+    hurried = reconciler(bench, reconcile_seconds=0.0)
+    assert [await hurried.pass_once() for _ in range(4)] == [{"requeued": 2}, {"requeued": 2}, {"requeued": 2}, {"requeued": 1}]
+    bench.conn.execute("DELETE FROM procrastinate_jobs")
+    assert await reconciler(bench, reconcile_seconds=3600.0).pass_once() == {"requeued": 7}
