@@ -152,8 +152,8 @@ async def test_a_document_whose_job_vanished_or_failed_is_queued_again_with_back
         bench.conn.execute(loss)
         assert await reconciler(bench, max_requeues=4).pass_once() == {"requeued": 1}
         assert bench.one("SELECT requeue_count FROM file_extractions") == (count,)
-        delay = "SELECT extract(epoch FROM j.scheduled_at - d.updated_at)::int FROM procrastinate_jobs j, file_extractions d ORDER BY j.id DESC"
-        delays.append(bench.one(delay)[0])
+        delay = "extract(epoch FROM j.scheduled_at - d.updated_at)::int"
+        delays.append(bench.one(f"SELECT {delay} FROM procrastinate_jobs j, file_extractions d ORDER BY j.id DESC")[0])
     assert delays == [None, 4, 8, 16]
     bench.conn.execute(loss)
     assert await reconciler(bench, max_requeues=4).pass_once() == {"failed": 1}
