@@ -31,7 +31,8 @@ SIDE_TASKS = [
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries"}  # what is due rather than broken
-WINDOW = 2000  # waiting documents, and duplicates, that a pass looks at
+WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
+SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 
 
 class Reconciler:
@@ -121,11 +122,16 @@ class Reconciler:
             await self._repair(done, "fail_stalled_batch", batch_id=row["batch_id"], **limits)
 
     async def _requeue_lost(self, done: dict[str, int]) -> None:
-        seen = await self._rows("find_lost_documents", after=self._after, window=WINDOW)
-        for row in seen:
-            if row["lost"]:
-                await self._repair(done, "requeue_lost_document", doc_id=row["doc_id"], max_requeues=self._settings.max_requeues)
-        self._after = seen[-1]["id"] if len(seen) == WINDOW else 0
+        """Look at as many windows as fit into a small share of the time: a sweep of a million takes minutes, not most of an hour."""
+        end = clock.seconds() + SWEEP_SHARE * self._settings.reconcile_seconds
+        while True:
+            seen = await self._rows("find_lost_documents", after=self._after, window=WINDOW)
+            for row in seen:
+                if row["lost"]:
+                    await self._repair(done, "requeue_lost_document", doc_id=row["doc_id"], max_requeues=self._settings.max_requeues)
+            self._after = seen[-1]["id"] if len(seen) == WINDOW else 0
+            if self._after == 0 or clock.seconds() >= end:
+                return
 
     async def _requeue_duplicates(self, done: dict[str, int]) -> None:
         seen = await self._rows("find_orphaned_duplicates", after=self._after_duplicate, window=WINDOW)

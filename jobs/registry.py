@@ -6,6 +6,7 @@ Both run in the lease thread: they must go on while the event loop does not.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import resource
 import socket
@@ -23,6 +24,7 @@ from models.settings import Settings
 from sql import query
 
 STUCK_EXIT_CODE = 70  # EX_SOFTWARE: a supervisor starts a new process
+_GIVE_BACK_MB = 32.0  # growth since the last time from which on the allocator is asked to give back what is free
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -36,6 +38,10 @@ class Pulse:
     jobs: Callable[[], list[int]]
     documents: Callable[[], list[str]]
     stopping: Callable[[], bool]
+    has_worked: Callable[[], bool]
+    """Whether a job has ended since the worker started."""
+    leave: Callable[[], None]
+    """Asks the worker, in its event loop, to finish what it has in hand and end."""
     oldest_query_at: Callable[[], float | None]
     """Since when the oldest query of the event loop waits for its answer; None when none does."""
     loop_beat_at: float = field(default_factory=time.monotonic)
@@ -47,6 +53,9 @@ class Registry:
 
     def __init__(self, settings: Settings, pulse: Pulse, loop: asyncio.AbstractEventLoop) -> None:
         self._limit = settings.watchdog_seconds
+        self._memory_limit = settings.worker_memory_limit_mb
+        self._leaves = False
+        self._weighed = resident_mb()
         self._pulse = pulse
         self._loop = loop
         self._last_tick = time.monotonic()
@@ -54,7 +63,7 @@ class Registry:
 
     def tick(self, conn: psycopg.Connection) -> None:
         """Write the heartbeat, and end the process if its event loop or its queries are stuck although the database answers here."""
-        pulse = self._pulse
+        pulse, memory = self._pulse, self._tidied_mb()
         host, _, pid = pulse.worker.rpartition(":")
         conn.execute(
             query("beat"),
@@ -67,13 +76,34 @@ class Registry:
                 "stopping": pulse.stopping(),
                 "active_jobs": pulse.jobs(),
                 "documents": pulse.documents(),
-                "memory_mb": resident_mb(),
+                "memory_mb": memory,
                 "cpu_seconds": time.process_time(),
                 "application_name": application_name(),
                 "version": version("docmill"),
             },
         )
+        self._weigh(memory)
         self._watch()
+
+    def _tidied_mb(self) -> float:
+        """Return the resident memory, less what a large document has left behind free: it is given back, or it would never be."""
+        memory = resident_mb()
+        if memory > self._weighed + _GIVE_BACK_MB:
+            give_back_memory()
+            self._weighed = memory = resident_mb()
+        self._weighed = min(self._weighed, memory)
+        return memory
+
+    def _weigh(self, memory: float) -> None:
+        """Have the worker leave if it has grown too large; not before it has done a job, or a limit that is too low would stop all work."""
+        if not self._leaves and 0 < self._memory_limit < memory and self._pulse.has_worked():
+            self._leaves = True
+            logger.warning(
+                "This worker holds {:.0f} MB of memory, more than {} (WORKER_MEMORY_LIMIT_MB): it finishes what it has in hand and ends",
+                memory,
+                self._memory_limit,
+            )
+            self._loop.call_soon_threadsafe(self._pulse.leave)
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -113,3 +143,10 @@ def resident_mb() -> float:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_MB
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def give_back_memory() -> None:
+    """Return to the system what this process has freed but its allocator keeps, in pieces between what is in use; with glibc alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

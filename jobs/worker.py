@@ -46,6 +46,21 @@ class DocmillWorker(Worker):
     """Procrastinate's worker, made to outlive outages. Only what would end it, or leave a job without an outcome, is changed."""
 
     app: DocmillApp
+    _worked = False
+    _leaving: asyncio.Task[None] | None = None
+
+    def has_worked(self) -> bool:
+        """Say whether a job has ended here."""
+        return self._worked
+
+    def leave(self) -> None:
+        """Take no more jobs, finish those in hand as if nothing were, then stop. A signal meanwhile is answered as ever."""
+        self._leaving = asyncio.create_task(self._stop_when_idle(), name="leave")
+
+    async def _stop_when_idle(self) -> None:
+        # All places are asked for at once, so that none of them goes to a new job in between.
+        await asyncio.gather(*(self._job_semaphore.acquire() for _ in range(self.concurrency)))
+        self.stop()
 
     def stopping(self) -> bool:
         """Say whether this worker has been asked to stop."""
@@ -90,6 +105,7 @@ class DocmillWorker(Worker):
         try:
             await self._acknowledge(job, *args, **kwargs)
         finally:
+            self._worked = True
             if self.app.settings.max_documents_per_user:
                 # A user who was at the limit no longer is, and of that no notification tells.
                 self.app.job_manager.wake()
@@ -206,6 +222,8 @@ class DocmillApp(App):
             jobs=worker.job_ids,
             documents=lambda: [] if self.leases is None else self.leases.held(),
             stopping=worker.stopping,
+            has_worked=worker.has_worked,
+            leave=worker.leave,
             oldest_query_at=self._connector().oldest_query_at,
         )
         registry = Registry(self.settings, pulse, asyncio.get_running_loop())

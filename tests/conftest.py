@@ -50,6 +50,11 @@ def empty_database(server: PostgresServer) -> Iterator[str]:
 @pytest.fixture
 def database(server: PostgresServer) -> Iterator[str]:
     """The conninfo of a migrated database of the test's own."""
+    yield from migrated_database(server)
+
+
+def migrated_database(server: PostgresServer) -> Iterator[str]:
+    """Yield the conninfo of a migrated database that is dropped afterwards."""
     yield from _database(server, TEMPLATE)
 
 

@@ -46,8 +46,7 @@ def _composed(text: str) -> str:
 def normalise_pages(markdown: str, marks: Sequence[PageMark]) -> tuple[str, tuple[PageMark, ...]]:
     """Normalise page by page, so that the marks stay true; a text without pages is one page without a mark."""
     starts = [mark.start for mark in marks] or [0]
-    slices = [markdown[start:end] for start, end in zip(starts, [*starts[1:], len(markdown)], strict=True)]
-    parts = [normalise(part) for part in slices]
+    parts = [normalise(markdown[start:end]) for start, end in zip(starts, [*starts[1:], len(markdown)], strict=True)]
     at, moved = 0, []
     for mark, part in zip(marks, parts, strict=False):
         moved.append(replace(mark, start=at))

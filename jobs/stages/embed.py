@@ -47,9 +47,18 @@ async def run(document: Document, tools: Tools) -> Document:
     missing = missing_texts(chunks, vectors)
     async for made in _embed(document, embedder, missing, tools):
         vectors.update(made)
+    return replace(document, vectors=_in_order(chunks, vectors, embedder.dimensions), embedded_count=len(missing))
+
+
+def _in_order(chunks: tuple[Chunk, ...], vectors: Mapping[str, Vectors], dimensions: int) -> Vectors:
+    """Return one row a chunk. Where a single call made just these rows in this order it is that call's array: they are large."""
     rows = [vectors[chunk.content_sha256] for chunk in chunks]
-    stacked = np.stack(rows) if rows else np.empty((0, embedder.dimensions), np.float32)
-    return replace(document, vectors=stacked, embedded_count=len(missing))
+    if not rows:
+        return np.empty((0, dimensions), np.float32)
+    made = rows[0].base
+    if made is not None and made.shape == (len(rows), dimensions) and all(map(np.may_share_memory, rows, made)):
+        return made
+    return np.stack(rows)
 
 
 async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, str], tools: Tools) -> AsyncIterator[dict[str, Vectors]]:

@@ -124,6 +124,9 @@ class Settings(ServingSettings, ProviderSettings):
     """A stage that took longer than this many seconds is made durable before the next one starts."""
     carry_limit_mb: Annotated[int, Interval(ge=1, le=100_000)] = 64
     """Results of one document that may wait in memory for the next checkpoint, in MB of 1,000,000 bytes."""
+    worker_memory_limit_mb: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
+    """A worker whose own memory, without its parsing processes, grows past this many MB of 1,000,000 bytes takes no more work, finishes
+    what it has in hand and ends with exit code 0; whatever supervises it starts a new one. Each does at least one job. 0: no limit."""
     shutdown_grace_seconds: Annotated[float, Interval(ge=0, le=3600)] = 30
     """Seconds that work in hand has to end after SIGTERM."""
     submit_lock_timeout_seconds: Annotated[float, Interval(ge=0.01, le=300)] = 5

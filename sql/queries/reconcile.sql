@@ -38,10 +38,12 @@ WITH looked AS MATERIALIZED (
 ), fetched AS MATERIALIZED (
     SELECT j.args ->> 'doc_id' AS doc_id FROM procrastinate_jobs AS j WHERE j.status = 'doing'
 )
-SELECT l.id, l.doc_id, NOT EXISTS (
-    SELECT FROM procrastinate_jobs AS j
+-- With a limit, so that each is looked for by the index: all waiting jobs are never read.
+SELECT l.id, l.doc_id, (
+    SELECT j.id FROM procrastinate_jobs AS j
     WHERE j.status = 'todo' AND j.queueing_lock = due_stage(l.milestone) || ':' || l.doc_id
-) AND NOT EXISTS (SELECT FROM fetched AS f WHERE f.doc_id = l.doc_id) AS lost
+    LIMIT 1
+) IS NULL AND NOT EXISTS (SELECT FROM fetched AS f WHERE f.doc_id = l.doc_id) AS lost
 FROM looked AS l
 ORDER BY l.id;
 
@@ -63,8 +65,12 @@ SELECT requeue_duplicate(%(doc_id)s) AS outcome;
 -- Unfinished documents of cancelled runs: they were being written, or submitted, while the batch was cancelled.
 SELECT d.doc_id
 FROM processing_jobs AS b
-JOIN file_extractions AS d ON d.batch_id = b.batch_id
-WHERE b.status = 'cancelled' AND d.run_id IS NOT NULL AND d.state IN ('queued', 'working', 'retrying')
+CROSS JOIN LATERAL (
+    SELECT f.doc_id FROM file_extractions AS f
+    WHERE f.batch_id = b.batch_id AND f.run_id IS NOT NULL AND f.state IN ('queued', 'working', 'retrying')
+    LIMIT %(most)s
+) AS d
+WHERE b.status = 'cancelled'
 LIMIT %(most)s;
 
 -- name: cancel_straggler
@@ -171,13 +177,16 @@ SELECT fail_stalled_batch(%(batch_id)s, %(timeout_seconds)s, %(undisturbed_secon
 
 -- name: find_batches_to_reopen
 -- Ended batches of which a document goes on again and nobody said so. From batch to batch of the unfinished documents, not from document to
--- document, and a window of them, so that a pass costs the same whatever the backlog; the next pass goes on behind it.
+-- document, and a window of them, so that a pass costs the same whatever the backlog; the next pass goes on behind it. The order is that of
+-- the one index that has unfinished documents alone.
 WITH RECURSIVE unfinished (batch_id, place) AS (
     (SELECT d.batch_id, 1 FROM file_extractions AS d
-        WHERE d.batch_id > %(after)s AND d.state IN ('queued', 'working', 'retrying') ORDER BY d.batch_id LIMIT 1)
+        WHERE d.batch_id > %(after)s AND d.state IN ('queued', 'working', 'retrying')
+        ORDER BY d.batch_id, d.run_id, d.id DESC LIMIT 1)
     UNION ALL
     SELECT (SELECT d.batch_id FROM file_extractions AS d
-        WHERE d.batch_id > u.batch_id AND d.state IN ('queued', 'working', 'retrying') ORDER BY d.batch_id LIMIT 1), u.place + 1
+        WHERE d.batch_id > u.batch_id AND d.state IN ('queued', 'working', 'retrying')
+        ORDER BY d.batch_id, d.run_id, d.id DESC LIMIT 1), u.place + 1
     FROM unfinished AS u
     WHERE u.batch_id IS NOT NULL AND u.place < %(window)s
 ), free AS (

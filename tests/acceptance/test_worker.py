@@ -91,3 +91,30 @@ def test_every_line_of_a_json_log_parses_and_carries_its_context(conn: psycopg.C
     assert by_document["b"]["stage"] == "validate"
     assert all("doc_id" not in line for line in lines if line["logger"].startswith("procrastinate.worker") and "Stopped" in line["message"])
     assert not any("nothing to read" in json.dumps(line) for line in lines)
+
+
+def test_a_worker_that_has_grown_too_large_finishes_what_it_has_in_hand_and_ends_and_the_next_goes_on(
+    conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    """A limit below what any worker weighs: each does what it has in hand, and no more, until a supervisor's next one takes over."""
+    for doc_id in "abcd":
+        submit_document(b"text of " + doc_id.encode(), file_name=f"{doc_id}.txt", doc_id=doc_id)
+    limited = {"WORKER_MEMORY_LIMIT_MB": "1", "WORKER_CONCURRENCY": "1", "SHUTDOWN_GRACE_SECONDS": "0", "LOG_LEVEL": "INFO"}
+    # Stages longer than the grace: one that is cut off would be begun again, and its document handed on.
+    slow = {"DOCMILL_FAULTS": "sleep:2@stage_started:chunk"}
+    lives = 0
+    while one(conn, "SELECT count(*) FROM file_extractions WHERE state = 'complete'") < (4,):
+        lives += 1
+        assert lives <= 4
+        before = one(conn, "SELECT count(*) FROM file_extractions WHERE state = 'complete'")
+        log = tmp_path / f"log {lives}"
+        with worker(log, "-q", "cpu,embed,extract", **limited, **slow) as process:
+            assert process.wait(timeout=120) == 0
+        assert log.read_text().count("WORKER_MEMORY_LIMIT_MB") == 1
+        assert one(conn, "SELECT count(*) FROM file_extractions WHERE state = 'complete'") > before
+        assert one(conn, "SELECT count(*) FROM file_extractions WHERE state IN ('working', 'retrying')") == (0,)
+        assert one(conn, "SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'") == (0,)
+    assert lives >= 2
+    assert one(conn, "SELECT sum(crash_count + retry_count + requeue_count) FROM file_extractions") == (0,)
+    assert one(conn, "SELECT count(*) FROM document_events WHERE event IN ('handed_on', 'rescued', 'requeued')") == (0,)
+    assert one(conn, "SELECT max(count) FROM (SELECT count(*) FROM document_events WHERE stage = 'chunk' GROUP BY doc_id) AS c") == (1,)

@@ -152,7 +152,8 @@ async def test_a_document_whose_job_vanished_or_failed_is_queued_again_with_back
         bench.conn.execute(loss)
         assert await reconciler(bench, max_requeues=4).pass_once() == {"requeued": 1}
         assert bench.one("SELECT requeue_count FROM file_extractions") == (count,)
-        delays.append(bench.one("SELECT extract(epoch FROM scheduled_at - now())::int FROM procrastinate_jobs ORDER BY id DESC")[0])
+        delay = "extract(epoch FROM j.scheduled_at - d.updated_at)::int"
+        delays.append(bench.one(f"SELECT {delay} FROM procrastinate_jobs j, file_extractions d ORDER BY j.id DESC")[0])
     assert delays == [None, 4, 8, 16]
     bench.conn.execute(loss)
     assert await reconciler(bench, max_requeues=4).pass_once() == {"failed": 1}
@@ -230,3 +231,16 @@ async def test_a_sealed_batch_whose_last_document_ended_without_saying_so_is_set
     bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded'")
     assert await reconciler(bench).pass_once() == {"completed": 1}
     assert bench.one("SELECT status FROM processing_jobs") == ("completed",)
+
+
+async def test_a_sweep_of_what_waits_goes_on_where_the_last_pass_stopped_and_takes_several_windows_where_there_is_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.reconcile.WINDOW", 2)
+    for n in range(7):
+        bench.submit(f"doc {n}")
+    bench.conn.execute("DELETE FROM procrastinate_jobs")
+    hurried = reconciler(bench, reconcile_seconds=0.0)
+    assert [await hurried.pass_once() for _ in range(4)] == [{"requeued": 2}, {"requeued": 2}, {"requeued": 2}, {"requeued": 1}]
+    bench.conn.execute("DELETE FROM procrastinate_jobs")
+    assert await reconciler(bench, reconcile_seconds=3600.0).pass_once() == {"requeued": 7}

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.adapters.storage import Fingerprint
 from jobs.stages.check import checked, normalise, normalise_pages
-from jobs.stages.embed import missing_texts, refuse_vectors
+from jobs.stages.embed import _in_order, missing_texts, refuse_vectors
 from jobs.stages.finalize import inconsistencies
 from jobs.stages.validate import refuse_file, refuse_size
 from models.chunks import Chunk
@@ -136,3 +136,14 @@ def test_a_type_may_have_a_lower_limit_or_be_refused() -> None:
         refuse_size("a.html", 2_000_001, FileType.HTML, 2)
     with pytest.raises(PermanentError, match=r"^a\.eml: files of type email are not accepted .*email=0"):
         refuse_size("a.eml", 10, FileType.EMAIL, 0)
+
+
+def test_vectors_of_one_call_are_not_copied_and_stand_in_the_order_of_the_passages() -> None:
+    made = np.zeros((3, 2), dtype=np.float32)
+    made[:] = [[1, 0], [2, 0], [3, 0]]
+    chunks = tuple(chunk(index, text) for index, text in enumerate("abc"))
+    given = {each.content_sha256: row for each, row in zip(chunks, made, strict=True)}
+    assert _in_order(chunks, given, 2) is made
+    assert _in_order(chunks[::-1], given, 2)[:, 0].tolist() == [3, 2, 1]
+    assert _in_order((*chunks, chunks[0]), given, 2)[:, 0].tolist() == [1, 2, 3, 1]
+    assert _in_order((), {}, 2).shape == (0, 2)

@@ -1,0 +1,225 @@
+"""A million documents waiting against a thousand: what a document costs, what the reconciler costs, and what submitting them takes.
+
+Usage: python -m bench.backlog [--large 1000000] [--small 1000] [--documents 300] [--rounds 5] [--lives 3000]
+
+submitting: the backlog itself, through SQL's submit_document in transactions of 10,000; memory of the submitter and of its backend as it
+goes. Then 5,000 documents through the front door, from Python, with the memory of that process.
+worker: `--documents` small texts before the backlog (a higher priority) through one worker, the two databases taking turns; from the 30th
+document that is complete until the last. CPU: of the worker with its children, and of all of Postgres.
+statements: what a worker asks the database for a document that is carried through, without the work: fetch, claim, last checkpoint with
+its job, and settling. In the order in which they wait, from the first on; then the same with a snapshot held open since before the first,
+as a backup does, so that nothing dead can go.
+reconciler: one pass, seconds of the clock and of its backend's CPU, and how many passes a whole sweep takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+
+from bench.cpu import cpu_seconds, memory_mb
+from bench.running import bench_server, fresh_settings, small_documents, url_of, workers
+from jobs.database import make_pool
+from jobs.front import close_async
+from jobs.reconcile import WINDOW, Reconciler
+from jobs.submit import accept
+from models.settings import Settings
+from sql import query
+
+CHUNK = 10_000
+WARM = 30
+SUBMIT = """SELECT count(submit_document('backlog/' || n, doc_id => 'backlog ' || n,
+    content_sha256 => encode(sha256(convert_to(n::text, 'UTF8')), 'hex'))) FROM generate_series(%s::int8, %s::int8) AS n"""
+SIZES = """SELECT relname, n_live_tup, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_table_size(relid) / 1e6, pg_indexes_size(relid) / 1e6
+    FROM pg_stat_user_tables WHERE relname IN ('file_extractions', 'procrastinate_jobs', 'worker_registry') ORDER BY 1"""
+ADVANCE: dict[str, Any] = {
+    "worker": "bench:1", "milestone": "complete", "state": "complete", "retry_count": 0, "waits": False, "gained": True,
+    "error_type": None, "error_message": None, "waiting_for": None, "waiting_revision": None, "waiting_place": None, "file_size": 8000,
+    "content_sha256": None, "file_type": "text", "mime_type": "text/plain", "page_count": None, "chunk_count": 9, "duplicate_of": None,
+    "raw_extraction": "{}", "events": '[{"stage": "finalize", "event": "completed", "attempt": 0, "detail": {}}]',
+    "next_stage": None, "next_delay": 0.0,
+}  # fmt: skip
+
+
+def load() -> str:
+    return f"load {os.getloadavg()[0]:.1f}"
+
+
+def backend(conn: psycopg.Connection) -> int:
+    return conn.info.backend_pid
+
+
+def submit_backlog(settings: Settings, count: int) -> None:
+    """Submit documents with SQL, in chunks, and print memory as it goes."""
+    with psycopg.connect(url_of(settings), autocommit=True) as conn:
+        started, own, seen = time.perf_counter(), cpu_seconds(backend(conn)), []
+        for start in range(1, count + 1, CHUNK):
+            conn.execute(SUBMIT, [start, min(count, start + CHUNK - 1)])
+            seen.append((memory_mb(os.getpid()), memory_mb(backend(conn), "Private_Dirty")))
+        taken, cpu = time.perf_counter() - started, cpu_seconds(backend(conn)) - own
+        conn.execute("VACUUM (ANALYZE) file_extractions, procrastinate_jobs, procrastinate_events, document_events")
+    marks = [seen[len(seen) * part // 4 - 1] for part in (1, 2, 3, 4)] if len(seen) >= 4 else seen
+    memory = ", ".join(f"{own:.0f} / {other:.0f}" for own, other in marks)
+    print(
+        f"submitted {count:,} in {taken:.0f} s ({cpu / count * 1e6:.0f} us CPU each); MB of submitter / backend: {memory}; {load()}",
+        flush=True,
+    )
+
+
+def submit_files(settings: Settings, count: int) -> None:
+    """Submit documents through the front door and print this process' memory as it goes."""
+    marks: list[float] = []
+
+    async def submit() -> None:
+        for number in range(count):
+            await accept(settings, f"front door {number}".encode(), doc_id=f"front {number}", file_name="front.txt", priority=-1)
+            if number % (count // 5) == count // 5 - 1:
+                marks.append(memory_mb(os.getpid()))
+        await close_async()
+
+    started = time.perf_counter()
+    asyncio.run(submit())
+    each = (time.perf_counter() - started) / count
+    print(
+        f"front door: {count:,} documents, {each * 1e3:.1f} ms each; MB: {', '.join(f'{mark:.0f}' for mark in marks)}; {load()}", flush=True
+    )
+
+
+def one_round(settings: Settings, server_pid: int, paths: list[Path], number: int) -> tuple[float, float, float]:
+    """Work on documents that go before the backlog; return seconds, and CPU seconds of worker and Postgres, for each."""
+
+    async def submit() -> None:
+        for path in paths:
+            content = path.read_bytes() + f"\n\nRound {number}".encode()
+            await accept(settings, content, doc_id=f"{number} {path.name}", file_name=path.name, priority=1)
+        await close_async()
+
+    asyncio.run(submit())
+    done = "SELECT count(*) FROM file_extractions WHERE state = 'complete' AND doc_id LIKE %s || ' %%'"
+    with psycopg.connect(url_of(settings), autocommit=True) as conn, workers(settings) as started:
+
+        def at(count: int) -> tuple[float, float, float]:
+            while (row := conn.execute(done, [str(number)]).fetchone()) is None or row[0] < count:
+                time.sleep(0.05)
+            return time.perf_counter(), cpu_seconds(started[0].pid), cpu_seconds(server_pid)
+
+        conn.execute("SET enable_seqscan = off")
+        first, last = at(WARM), at(len(paths))
+    clock, worker, postgres = ((end - begin) / (len(paths) - WARM) for begin, end in zip(first, last, strict=True))
+    return clock, worker, postgres
+
+
+def live(conn: psycopg.Connection, count: int) -> tuple[float, float]:
+    """Take documents through the statements of a worker; return seconds and CPU seconds of the backend for each."""
+    cursor = conn.cursor(row_factory=dict_row)
+    registered = conn.execute("SELECT worker_id FROM procrastinate_register_worker_v1()").fetchone()
+    assert registered is not None
+    fetch = {"queues": None, "worker_id": registered[0], "after_user": "", "others_first": True, "max_documents": 0}
+    begun, own = time.perf_counter(), cpu_seconds(backend(conn))
+    for _ in range(count):
+        job = cursor.execute(query("fetch_job"), fetch).fetchone()
+        assert job is not None
+        if job["id"] is None:
+            raise RuntimeError("nothing waits any more")
+        about = {"doc_id": job["args"]["doc_id"], "job_id": job["id"], "worker": "bench:1", "lease_seconds": 60, "serialise": True}
+        claimed = cursor.execute(query("claim_document"), about).fetchone()
+        assert claimed is not None
+        done = {**ADVANCE, "doc_id": about["doc_id"], "claim": claimed["claim"], "finished_job_id": job["id"]}
+        cursor.execute(query("advance_document"), done)
+        cursor.execute(query("settle_batch"), {"batch_id": "none"})
+    return (time.perf_counter() - begun) / count, (cpu_seconds(backend(conn)) - own) / count
+
+
+@contextmanager
+def snapshot(settings: Settings) -> Iterator[None]:
+    """Hold a snapshot open, as a backup does."""
+    with psycopg.connect(url_of(settings)) as conn:
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        conn.execute("SELECT 1")
+        yield
+
+
+def statements(settings: Settings, name: str, count: int) -> None:
+    with psycopg.connect(url_of(settings), autocommit=True) as conn:
+        conn.execute("VACUUM (ANALYZE) file_extractions, procrastinate_jobs")
+        parts = [live(conn, count // 3) for _ in range(3)]
+        with snapshot(settings):
+            held = [live(conn, count // 3) for _ in range(3)]
+        for what, made in (("statements", parts), ("with a snapshot held", held)):
+            told = ", ".join(f"{clock * 1e3:.2f} ms ({cpu * 1e3:.2f})" for clock, cpu in made)
+            print(f"{name}: {what}, by thirds of {count:,}, clock (CPU): {told}; {load()}", flush=True)
+        for relation, alive, dead, updates, hot, table, index in conn.execute(SIZES):
+            share = f"{hot / updates:.2f} HOT" if updates else "no updates"
+            print(f"{name}: {relation}: {alive:,} rows, {dead:,} dead, {share}, {table:.0f} MB, indexes {index:.0f} MB", flush=True)
+
+
+async def reconcile(settings: Settings, name: str, server_pid: int) -> None:
+    pool = make_pool(settings, url_of(settings))
+    await pool.open()
+    try:
+        reconciler = Reconciler(settings, pool)
+        reconciler._awake_since -= 2 * settings.lease_seconds  # as one that has been awake for long enough
+        await reconciler.pass_once()
+        taken = []
+        for _ in range(5):
+            began, cpu = time.perf_counter(), cpu_seconds(server_pid)
+            await reconciler.pass_once()
+            taken.append((time.perf_counter() - began, cpu_seconds(server_pid) - cpu))
+    finally:
+        await pool.close()
+    clock, cpu = (statistics.median(each) for each in zip(*taken, strict=True))
+    print(
+        f"{name}: a pass of the reconciler {clock * 1e3:.0f} ms, Postgres' CPU {cpu * 1e3:.0f} ms, a window of {WINDOW}; {load()}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Fill two databases and print what each measurement found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", type=int, default=1_000_000)
+    parser.add_argument("--small", type=int, default=1_000)
+    parser.add_argument("--documents", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lives", type=int, default=3_000)
+    given = parser.parse_args()
+    with bench_server() as (server, folder):
+        server_pid = int((folder / "postgres" / "postmaster.pid").read_text().split()[0])
+        made = {count: fresh_settings(server, folder, f"waiting_{count}", embedding_provider="hash", log_level="CRITICAL")
+                for count in (given.small, given.large)}  # fmt: skip
+        for count, settings in made.items():
+            submit_backlog(settings, count)
+        submit_files(fresh_settings(server, folder, "front_door"), 5_000)
+        paths = small_documents(folder / "documents", given.documents + WARM)
+        found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in made}
+        for number in range(given.rounds):
+            for count, settings in made.items():
+                found[count].append(one_round(settings, server_pid, paths, number))
+        for count, rounds in found.items():
+            clock, worker, postgres = (statistics.median(each) * 1e3 for each in zip(*rounds, strict=True))
+            print(f"worker, {count:,} waiting: {clock:.1f} ms a document, CPU {worker:.1f} ms worker, {postgres:.1f} ms Postgres; {load()}")
+        for count, settings in made.items():
+            asyncio.run(reconcile(settings, f"{count:,} waiting", server_pid))
+        submit_backlog_more(made[given.small], given.lives)
+        for count, settings in made.items():
+            statements(settings, f"{count:,} waiting", given.lives)
+
+
+def submit_backlog_more(settings: Settings, lives: int) -> None:
+    """Have enough wait in the small database for the statements, which use two lives of each."""
+    with psycopg.connect(url_of(settings), autocommit=True) as conn:
+        conn.execute(SUBMIT, [10_000_001, 10_000_000 + 2 * lives])
+
+
+if __name__ == "__main__":
+    main()

