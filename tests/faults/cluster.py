@@ -106,6 +106,12 @@ class Cluster:
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @property
+    def system_user(self) -> str | None:
+        """Whom its processes run as, where that is not the caller."""
+        user: str | None = self._server.system_user
+        return user
+
     def running(self) -> bool:
         return self._pg_ctl("status") == 0
 
@@ -113,6 +119,29 @@ class Cluster:
         if self.running():
             self.stop("immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Replica(Cluster):
+    """A streaming replica of a cluster, ready to be read (hot standby)."""
+
+    def __init__(self, primary: Cluster) -> None:
+        self._server, self._primary = primary._server, primary
+        self.folder = Path(tempfile.mkdtemp(prefix="docmill-replica-"))
+        self.port = free_port()
+        shutil.chown(self.folder, self.system_user or os.getuid())
+        copy = [str(self._server.bin_path / "pg_basebackup"), "-d", primary.conninfo(), "-D", str(self.folder), "-R", "-c", "fast"]
+        subprocess.run(copy, user=self.system_user, cwd="/", check=True, capture_output=True)
+        with (self.folder / "postgresql.conf").open("a") as file:
+            file.write(f"port = '{self.port}'\n")
+        self.start()
+
+    def catch_up(self) -> None:
+        """Wait until all that is committed on the primary by now can be read here."""
+        with psycopg.connect(self._primary.conninfo(), autocommit=True) as conn:
+            (position,) = conn.execute("SELECT pg_current_wal_lsn()").fetchone() or (None,)
+        with psycopg.connect(self.conninfo(), autocommit=True) as conn:
+            while conn.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [position]).fetchone() != (True,):
+                time.sleep(0.02)
 
 
 def has_root() -> bool:

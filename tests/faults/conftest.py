@@ -89,6 +89,7 @@ SHORT = {
         "test_documents_get_through_a_service_that_answers_every_fifth_request_or_do_when_requeued[inline-extraction]",
     ],
     "test_services_unreachable": [],
+    "test_hosts": [],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
         "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",
