@@ -89,9 +89,13 @@ def url_of(settings: Settings) -> str:
 
 def environment(settings: Settings) -> dict[str, str]:
     """Return the environment in which a worker process has these settings."""
-    named = {name.upper(): value for name, value in settings.model_dump(exclude_none=True, exclude={"database_url"}).items()}
+    named = {
+        name.upper(): value
+        for name, value in settings.model_dump(exclude_none=True, exclude={"database_url", "database_url_direct"}).items()
+    }
     own = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
-    return {**os.environ, **own, "DATABASE_URL": url_of(settings)}
+    direct = {"DATABASE_URL_DIRECT": settings.database_url_direct.get_secret_value()} if settings.database_url_direct else {}
+    return {**os.environ, **own, "DATABASE_URL": url_of(settings), **direct}
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Cluster:
 
     def _pg_ctl(self, *arguments: str) -> int:
         with (self.folder / "pg_ctl.log").open("ab") as log:
-            command = [str(self._server.bin_path / "pg_ctl"), "-w", "-t", "60", "-D", str(self.folder), *arguments]
+            command = [str(self.bin_path / "pg_ctl"), "-w", "-t", "60", "-D", str(self.folder), *arguments]
             return subprocess.run(command, stdout=log, stderr=log, user=self._server.system_user, cwd="/", check=False).returncode
 
     def start(self) -> None:
@@ -83,14 +83,14 @@ class Cluster:
         time.sleep(away)
         self.start()
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Process ids, the postmaster's first."""
         postmaster = (self.folder / "postmaster.pid").read_text().split()[0]
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text(encoding="ascii").split()
         return [int(pid) for pid in (postmaster, *children)]
 
     def _signal(self, number: int) -> None:
-        for pid in self._processes():
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -112,6 +112,12 @@ class Cluster:
         user: str | None = self._server.system_user
         return user
 
+    @property
+    def bin_path(self) -> Path:
+        """Where Postgres' own programs are."""
+        path: Path = self._server.bin_path
+        return path
+
     def running(self) -> bool:
         return self._pg_ctl("status") == 0
 
@@ -129,7 +135,7 @@ class Replica(Cluster):
         self.folder = Path(tempfile.mkdtemp(prefix="docmill-replica-"))
         self.port = free_port()
         shutil.chown(self.folder, self.system_user or os.getuid())
-        copy = [str(self._server.bin_path / "pg_basebackup"), "-d", primary.conninfo(), "-D", str(self.folder), "-R", "-c", "fast"]
+        copy = [str(self.bin_path / "pg_basebackup"), "-d", primary.conninfo(), "-D", str(self.folder), "-R", "-c", "fast"]
         subprocess.run(copy, user=self.system_user, cwd="/", check=True, capture_output=True)
         with (self.folder / "postgresql.conf").open("a") as file:
             file.write(f"port = '{self.port}'\n")

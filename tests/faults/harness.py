@@ -225,11 +225,14 @@ class Arena:
         """A file for the `once` of a fault."""
         return str(self.folder / f"mark-{name}")
 
-    def worker(
-        self, *arguments: str, faults: Iterable[str] = (), restart: bool = False, on: Host | None = None, **environment: str
+    def worker(self, *arguments: str, faults: Iterable[str] = (), restart: bool = False, **environment: str) -> Worker:
+        return self.worker_on(None, *arguments, faults=faults, restart=restart, **environment)
+
+    def worker_on(
+        self, host: Host | None, *arguments: str, faults: Iterable[str] = (), restart: bool = False, **environment: str
     ) -> Worker:
         given = {**self.environment, **environment, "DOCMILL_FAULTS": "\n".join(faults)}
-        worker = Worker(self.folder / f"worker{len(self._workers)}.log", given, arguments, restart=restart, on=on)
+        worker = Worker(self.folder / f"worker{len(self._workers)}.log", given, arguments, restart=restart, on=host)
         self._workers.append(worker)
         return worker
 

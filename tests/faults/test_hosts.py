@@ -34,7 +34,7 @@ class Network:
         ways = {"DATABASE_URL": self.pooler.session(address)}
         if self.arena.mode == "queue":
             ways = {"DATABASE_URL": self.pooler.transaction(address), "DATABASE_URL_DIRECT": self.pooler.session(address)}
-        return self.arena.worker(faults=faults, on=self.hosts[number], WORKER_CONCURRENCY="4", **ways)
+        return self.arena.worker_on(self.hosts[number], faults=faults, restart=False, WORKER_CONCURRENCY="4", **ways)
 
 
 @pytest.fixture
