@@ -20,12 +20,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 
-from bench.running import environment, small_documents, submit_all, wait_until_ended
+from bench.running import cpu_seconds, environment, small_documents, submit_all, wait_until_ended
 from models.settings import Settings
 from tests.faults.cluster import Cluster
 from tests.faults.invariant import check_invariant
@@ -50,6 +50,7 @@ class Place:
     hosts: tuple[Host, Host]
     authority: Authority
     folder: Path
+    pids: list[int] = field(default_factory=list)
 
     def settings(self, database: str, **changes: object) -> Settings:
         """Return the settings of this machine, which submits without the network."""
@@ -58,7 +59,7 @@ class Place:
 
     @contextmanager
     def workers(self, settings: Settings, database: str, way: str, on: tuple[int | None, ...]) -> Iterator[list[subprocess.Popen[bytes]]]:
-        """Yield workers that have registered; `on` says on which host each is."""
+        """Yield workers that have registered; `on` says on which host each is. `self.pids`: of them, the server and the pooler."""
         with contextlib.ExitStack() as stack:
             conninfo = self.cluster.conninfo(database)
             user, address = self.cluster.system_user, self.hosts[0].address
@@ -80,6 +81,7 @@ class Place:
                 started.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parents[1]))
             try:
                 self.until(database, "SELECT count(*) = %s FROM worker_registry", len(on))
+                self.pids = [self.cluster.processes()[0], pooler.pid, *(process.pid for process in started)]
                 yield started
             finally:
                 for process in started:
@@ -107,8 +109,9 @@ def place() -> Iterator[Place]:
         yield Place(cluster, made, Authority(folder, *(address_of(n) for n in range(2))), folder)
 
 
-def throughput(at: Place, paths: list[Path], way: str, on: tuple[int | None, ...]) -> float:
-    """Return documents per second from the first submission to the last end, with workers that are up and have parsed something."""
+def throughput(at: Place, paths: list[Path], way: str, on: tuple[int | None, ...]) -> tuple[float, float]:
+    """Return documents per second from the first submission to the last end, with workers that are up and have parsed something, and
+    milliseconds of CPU a document of all workers, the server and the pooler together."""
     database = at.cluster.create_database()
     settings = at.settings(database)
     with at.workers(settings, database, way, on):
@@ -117,14 +120,12 @@ def throughput(at: Place, paths: list[Path], way: str, on: tuple[int | None, ...
             path.write_text(f"warm up {path.name}")
         asyncio.run(submit_all(settings, warm))
         wait_until_ended(settings, len(warm), time.perf_counter())
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), cpu_seconds(*at.pids)
         asyncio.run(submit_all(settings, paths))
         took = wait_until_ended(settings, len(warm) + len(paths), started)
-        with psycopg.connect(at.cluster.conninfo(database), autocommit=True) as conn:
-            shares = conn.execute("SELECT count(*) FROM document_events WHERE event = 'completed' GROUP BY worker").fetchall()
-            print(f"documents of each worker: {[row[0] for row in shares]}", file=sys.stderr)
+        cpu = cpu_seconds(*at.pids) - cpu
     at.cluster.drop_database(database)
-    return len(paths) / took
+    return len(paths) / took, 1000 * cpu / len(paths)
 
 
 def cut_off(at: Place, paths: list[Path], lease: float) -> str:
@@ -184,18 +185,16 @@ def main() -> None:
         return
     with place() as at:
         paths = small_documents(at.folder / "documents", given.documents)
-        rates: dict[str, list[float]] = {}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
         for number in range(given.rounds):
-            order = list(WAYS) if number % 2 == 0 else list(WAYS)[::-1]  # the machine's mood falls on all alike
-            for name in order:
-                way, on = WAYS[name]
-                rates.setdefault(name, []).append(throughput(at, paths, way, on))
-                print(f"round {number + 1}: {name} {rates[name][-1]:.1f} documents/s", file=sys.stderr, flush=True)
-        base = statistics.median(rates["1 host x 2 workers, TLS"])
-        print("| what | documents/s | of one host with two |\n|---|---|---|")
-        for name in WAYS:
-            median = statistics.median(rates[name])
-            print(f"| {name} | {median:.1f} | {median / base:.2f} |")
+            for name in list(WAYS) if number % 2 == 0 else list(WAYS)[::-1]:  # the machine's mood falls on all alike
+                found[name].append(throughput(at, paths, *WAYS[name]))
+                print(f"round {number + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+        medians = {name: [statistics.median(column) for column in zip(*rounds, strict=True)] for name, rounds in found.items()}
+        base = medians["1 host x 2 workers, TLS"]
+        print("| what | documents/s | of one host with two | CPU ms a document | of one host with two |\n|---|---|---|---|---|")
+        for name, (rate, cpu) in medians.items():
+            print(f"| {name} | {rate:.1f} | {rate / base[0]:.2f} | {cpu:.1f} | {cpu / base[1]:.2f} |", flush=True)
         print("\n" + cut_off(at, paths, given.lease))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import re
 import statistics
 import subprocess
@@ -25,23 +24,24 @@ from pathlib import Path
 
 import psycopg
 
-from bench.running import small_documents, submit_all, wait_until_ended, workers
+from bench.running import cpu_seconds, small_documents, submit_all, wait_until_ended, workers
 from models.settings import Settings
 from tests.faults.cluster import Cluster
 from tests.servers import pgbouncer
 
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+WRITTEN = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"  # transactions and savepoints that wrote something
 TRANSACTIONS = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
 
 
 @contextmanager
-def way(cluster: Cluster, database: str, pooled: bool) -> Iterator[dict[str, str]]:
-    """Yield the settings of a way to the database."""
+def way(cluster: Cluster, database: str, pooled: bool) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """Yield the settings of a way to the database, and the process ids of what stands in it."""
     if not pooled:
-        yield {"database_url": cluster.conninfo(database)}
+        yield {"database_url": cluster.conninfo(database)}, []
         return
     with pgbouncer.PgBouncer(cluster.conninfo(database), system_user=cluster.system_user, connections=8) as pooler:
-        yield {"database_url": pooler.transaction(), "database_url_direct": pooler.session()}
+        yield {"database_url": pooler.transaction(), "database_url_direct": pooler.session()}, [pooler.pid]
 
 
 def one(cluster: Cluster, database: str, question: str) -> float:
@@ -51,22 +51,24 @@ def one(cluster: Cluster, database: str, question: str) -> float:
 
 
 @contextmanager
-def running(cluster: Cluster, folder: Path, pooled: bool, count: int) -> Iterator[tuple[str, Settings]]:
-    """Yield a new database with so many workers that are up, and the settings of a submitter beside the pooler."""
+def running(cluster: Cluster, folder: Path, pooled: bool, count: int) -> Iterator[tuple[str, Settings, list[int]]]:
+    """Yield a new database with so many workers that are up, the settings of a submitter beside the pooler, and all process ids."""
     database = cluster.create_database()
     common: dict[str, str] = {"storage_base_path": str(folder / database), "log_level": "ERROR", "embedding_provider": "hash"}
-    with way(cluster, database, pooled) as urls:
+    with way(cluster, database, pooled) as (urls, pids):
         settings = Settings(**common, **urls)  # type: ignore[arg-type]  # pydantic reads strings
-        with workers(settings, count):
+        with workers(settings, count) as started:
             while one(cluster, database, "SELECT count(*) FROM worker_registry") < count:
                 time.sleep(0.1)
-            yield database, Settings(**common, database_url=cluster.conninfo(database))  # type: ignore[arg-type]  # pydantic reads strings
+            all_of_it = [cluster.processes()[0], *pids, *(process.pid for process in started)]
+            yield database, Settings(**common, database_url=cluster.conninfo(database)), all_of_it  # type: ignore[arg-type]  # pydantic reads strings
     cluster.drop_database(database)
 
 
-def throughput(cluster: Cluster, folder: Path, paths: list[Path], pooled: bool) -> tuple[float, float]:
-    """Return documents a second of two workers, and the most connections that were seen."""
-    with running(cluster, folder, pooled, 2) as (database, settings):
+def throughput(cluster: Cluster, folder: Path, paths: list[Path], pooled: bool) -> tuple[float, float, float, float]:
+    """Return documents a second of two workers, milliseconds of CPU of all together and writing transactions a document, and the most
+    connections that were seen."""
+    with running(cluster, folder, pooled, 2) as (database, settings, pids):
         most, over = [0.0], threading.Event()
 
         def watch() -> None:
@@ -75,31 +77,23 @@ def throughput(cluster: Cluster, folder: Path, paths: list[Path], pooled: bool) 
 
         watcher = threading.Thread(target=watch)
         watcher.start()
+        written, cpu = one(cluster, database, WRITTEN), cpu_seconds(*pids)
         started = time.perf_counter()
         asyncio.run(submit_all(settings, paths))
         took = wait_until_ended(settings, len(paths), started)
+        written, cpu = one(cluster, database, WRITTEN) - written, cpu_seconds(*pids) - cpu
         over.set()
         watcher.join()
-    return len(paths) / took, max(most)
-
-
-def server_cpu(cluster: Cluster) -> float:
-    """Return the seconds of CPU that the server's processes have used so far, those that have ended included."""
-    total = 0
-    for pid in cluster.processes():
-        with contextlib.suppress(FileNotFoundError):
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-            total += sum(int(fields[i]) for i in ((11, 12, 13, 14) if pid == cluster.processes()[0] else (11, 12)))
-    return total / 100
+    return len(paths) / took, 1000 * cpu / len(paths), written / len(paths), max(most)
 
 
 def idle(cluster: Cluster, folder: Path, pooled: bool, count: int, seconds: float) -> tuple[float, float, float]:
     """Return transactions a second, percent of one core, and connections, of so many workers with nothing to do."""
-    with running(cluster, folder, pooled, count) as (database, _):
+    with running(cluster, folder, pooled, count) as (database, *_):
         time.sleep(5)
-        before, cpu = one(cluster, database, TRANSACTIONS), server_cpu(cluster)
+        before, cpu = one(cluster, database, TRANSACTIONS), cpu_seconds(cluster.processes()[0])
         time.sleep(seconds)
-        done, used = one(cluster, database, TRANSACTIONS) - before, server_cpu(cluster) - cpu
+        done, used = one(cluster, database, TRANSACTIONS) - before, cpu_seconds(cluster.processes()[0]) - cpu
         return done / seconds, 100 * used / seconds, one(cluster, database, CONNECTIONS)
 
 
@@ -133,15 +127,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="docmill-bench-") as scratch:
             folder = Path(scratch)
             paths = small_documents(folder / "documents", given.documents)
-            found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+            found: dict[bool, list[tuple[float, float, float, float]]] = {False: [], True: []}
             for number in range(given.rounds):
                 for pooled in (False, True) if number % 2 == 0 else (True, False):
                     found[pooled].append(throughput(cluster, folder, paths, pooled))
                     print(f"round {number + 1}: pooled {pooled} {found[pooled][-1]}", file=sys.stderr, flush=True)
-            print("| two workers | documents/s | connections of the server, at most |\n|---|---|---|")
+            print("| two workers | documents/s | CPU ms | writing transactions a document | connections of the server, at most |")
+            print("|---|---|---|---|---|")
             for pooled, rounds in found.items():
-                rate, most = statistics.median(r for r, _ in rounds), max(m for _, m in rounds)
-                print(f"| {'through the pooler (8 to share)' if pooled else 'straight'} | {rate:.1f} | {most:.0f} |")
+                *columns, most = (list(column) for column in zip(*rounds, strict=True))
+                cells = " | ".join(f"{statistics.median(column):.1f}" for column in columns)
+                print(f"| {'through the pooler (8 to share)' if pooled else 'straight'} | {cells} | {max(most):.0f} |", flush=True)
             print("\n| idle workers | transactions/s | server, % of a core | connections |\n|---|---|---|---|")
             for count in map(int, given.idle.split(",")):
                 for pooled in (False, True):

@@ -30,17 +30,17 @@ DIMENSIONS = 384
 SEARCH = "SELECT count(*) FROM search_hybrid(%s, %s, 'bench')"
 
 
-def fill(conninfo: str, passages: int) -> None:
-    """Write passages of 50 to a document, as complete ones, with an index over their vectors."""
+def fill(conninfo: str, passages: int, users: int = 20, dimensions: int = DIMENSIONS) -> None:
+    """Write passages of 50 to a document, which belong to so many users in turn; without a vector index."""
     rng = random.Random(1)
     with psycopg.connect(conninfo, autocommit=True) as conn:
         register_vector(conn)
         conn.execute(
             "INSERT INTO file_extractions (doc_id, user_id, file_name, file_path, file_type, correlation_id) "
-            "SELECT 'd' || n, 'u' || n % 20, 'd', 'd', 'text', 'bench' FROM generate_series(0, %s) AS n",
-            [passages // 50],
+            "SELECT 'd' || n, 'u' || n %% %s, 'd', 'd', 'text', 'bench' FROM generate_series(0, %s) AS n",
+            [users, passages // 50],
         )
-        vectors = np.random.default_rng(1).standard_normal((passages, DIMENSIONS)).astype(np.float32)
+        vectors = np.random.default_rng(1).standard_normal((passages, dimensions)).astype(np.float32)
         columns = "id, doc_id, user_id, version, chunk_index, content, content_sha256, char_start, char_end, embedding, embedding_model"
         with conn.cursor().copy(f"COPY document_chunks ({columns}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
             copy.set_types(["uuid", "text", "text", "int4", "int4", "text", "text", "int4", "int4", "vector", "text"])
@@ -51,7 +51,7 @@ def fill(conninfo: str, passages: int) -> None:
                     (
                         f"{number:032x}",
                         f"d{document}",
-                        f"u{document % 20}",
+                        f"u{document % users}",
                         1,
                         number % 50,
                         text,
@@ -62,10 +62,6 @@ def fill(conninfo: str, passages: int) -> None:
                         "bench",
                     )
                 )
-        conn.execute(
-            f"CREATE INDEX ON document_chunks USING hnsw ((embedding::vector({DIMENSIONS})) vector_cosine_ops) "
-            "WHERE embedding_model = 'bench'".encode()
-        )
         conn.execute("VACUUM ANALYZE document_chunks")
         conn.execute("VACUUM ANALYZE file_extractions")
 
@@ -145,6 +141,11 @@ def main() -> None:
     try:
         database = primary.create_database()
         fill(primary.conninfo(database), given.passages)
+        with psycopg.connect(primary.conninfo(database), autocommit=True) as conn:
+            conn.execute(
+                f"CREATE INDEX ON document_chunks USING hnsw ((embedding::vector({DIMENSIONS})) vector_cosine_ops) "
+                "WHERE embedding_model = 'bench'".encode()
+            )
         replica = Replica(primary)
         replica.catch_up()
         bind(primary, 0)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -110,6 +110,19 @@ def workers(settings: Settings, count: int = 1, *arguments: str) -> Iterator[lis
             process.terminate()
         for process in started:
             process.wait(timeout=60)
+
+
+def cpu_seconds(*roots: int) -> float:
+    """Return the CPU time that processes have used so far with all below them, those that have ended and been waited for included."""
+    total, waiting = 0, list(roots)
+    while waiting:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            pid = waiting.pop()
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+            total += sum(int(field) for field in fields[11:15])
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text(encoding="ascii").split()]
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def small_documents(folder: Path, count: int) -> list[Path]:

@@ -76,6 +76,11 @@ class PgBouncer:
         """Where a connection of the server is lent for a session."""
         return self._conninfo("by_session", address or self._address)
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def server_connections(self) -> int:
         """How many connections to the server the transactions share now."""
         with psycopg.connect(self._conninfo("pgbouncer", self._address), autocommit=True, prepare_threshold=None) as admin:
