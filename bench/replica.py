@@ -18,6 +18,7 @@ import sys
 import time
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
+from uuid import UUID
 
 import numpy as np
 import psycopg
@@ -49,7 +50,7 @@ def fill(conninfo: str, passages: int, users: int = 20, dimensions: int = DIMENS
                 document = number // 50
                 copy.write_row(
                     (
-                        f"{number:032x}",
+                        UUID(int=number),
                         f"d{document}",
                         f"u{document % users}",
                         1,
@@ -146,6 +147,7 @@ def main() -> None:
                 f"CREATE INDEX ON document_chunks USING hnsw ((embedding::vector({DIMENSIONS})) vector_cosine_ops) "
                 "WHERE embedding_model = 'bench'".encode()
             )
+        print("filled", file=sys.stderr, flush=True)
         replica = Replica(primary)
         replica.catch_up()
         bind(primary, 0)
@@ -159,6 +161,7 @@ def main() -> None:
                 "all of them at the replica": [there] * given.clients,
             }.items():
                 found.setdefault(name, []).append(searches(places, given.seconds))
+                print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
         print("| what | searches/s | median ms | p95 ms |\n|---|---|---|---|")
         for name, rounds in found.items():
             print(f"| {name} | " + " | ".join(f"{statistics.median(column):.1f}" for column in zip(*rounds, strict=True)) + " |")
