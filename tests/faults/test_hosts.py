@@ -93,4 +93,4 @@ def test_a_host_that_is_cut_off_loses_nothing_and_works_again_by_itself(network:
     assert stays.alive()
     assert (cut.exits, stays.exits) == ([], [])
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete' OR crash_count > 1") == 0
-    arena.judge("12 two hosts", f"one of two hosts cut off, {away}; the other had ended its documents {rescued} s after the cut")
+    arena.judge("16 two hosts", f"one of two hosts cut off, {away}; the other had ended its documents {rescued} s after the cut")
