@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psycopg
 
-from bench.running import cpu_seconds, environment, small_documents, submit_all, wait_until_ended
+from bench.running import cpu_seconds, end_cleanly, environment, small_documents, submit_all, wait_until_ended
 from models.settings import Settings
 from tests.faults.cluster import Cluster
 from tests.faults.invariant import check_invariant
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lease", type=float, default=60)
     given = parser.parse_args()
+    end_cleanly()
     if reason := hosts.missing() or pgbouncer.missing():
         print(f"Not measured: {reason}.")
         return

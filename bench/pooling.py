@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psycopg
 
-from bench.running import cpu_seconds, small_documents, submit_all, wait_until_ended, workers
+from bench.running import cpu_seconds, end_cleanly, small_documents, submit_all, wait_until_ended, workers
 from models.settings import Settings
 from tests.faults.cluster import Cluster
 from tests.servers import pgbouncer
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--idle", default="1,4,10")
     parser.add_argument("--seconds", type=int, default=20)
     given = parser.parse_args()
+    end_cleanly()
     if reason := pgbouncer.missing():
         print(f"Not measured: {reason}.")
         return

@@ -24,7 +24,7 @@ import numpy as np
 import psycopg
 from pgvector.psycopg import register_vector
 
-from bench.running import WORDS
+from bench.running import WORDS, end_cleanly
 from tests.faults.cluster import Cluster, Replica
 
 DIMENSIONS = 384
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    end_cleanly()
     primary = Cluster(shared_buffers="512MB", max_wal_size="2GB", maintenance_work_mem="512MB")
     replica = None
     try:
