@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import psycopg
+import pytest
 from pgvector.psycopg import register_vector
 
 from tests.running import REPOSITORY
@@ -39,3 +40,5 @@ def test_every_question_is_answered_and_partitioning_loses_no_passage(conn: psyc
     conn.execute("DELETE FROM file_extractions WHERE doc_id <> 'd1'")
     assert conn.execute("SELECT doc_id FROM document_chunks").fetchall() == [("d1",)]
     conn.execute("SELECT * FROM embedding_coverage")
+    with pytest.raises(psycopg.errors.FeatureNotSupported):  # the page says so of docmill's care for the vector index
+        conn.execute("CREATE INDEX CONCURRENTLY ON document_chunks (language)")
