@@ -48,7 +48,7 @@ def test_two_workers_and_the_command_share_four_connections_of_a_transaction_poo
     for number in range(30):
         (folder / f"report-{number}.md").write_text(f"# Report {number}\n\nPumps and valves of series {number} were inspected.\n")
     logs = [tmp_path / "log0", tmp_path / "log1"]
-    quick = {"LEASE_SECONDS": "5", "RECONCILE_SECONDS": "0.2", "WORKER_POLL_SECONDS": "60", "LOG_FORMAT": "json"}
+    quick = {"RECONCILE_SECONDS": "0.2", "WORKER_POLL_SECONDS": "60", "LOG_FORMAT": "json"}
     with worker(logs[0], **quick) as first, worker(logs[1], HANDOFF="queue", **quick):
         ready = "SELECT count(*) = 2 FROM worker_registry"
         wait_for(lambda: conn.execute(ready).fetchone() == (True,), "both workers", process=first)
