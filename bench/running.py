@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -89,9 +90,13 @@ def url_of(settings: Settings) -> str:
 
 def environment(settings: Settings) -> dict[str, str]:
     """Return the environment in which a worker process has these settings."""
-    named = {name.upper(): value for name, value in settings.model_dump(exclude_none=True, exclude={"database_url"}).items()}
+    named = {
+        name.upper(): value
+        for name, value in settings.model_dump(exclude_none=True, exclude={"database_url", "database_url_direct"}).items()
+    }
     own = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
-    return {**os.environ, **own, "DATABASE_URL": url_of(settings)}
+    direct = {"DATABASE_URL_DIRECT": settings.database_url_direct.get_secret_value()} if settings.database_url_direct else {}
+    return {**os.environ, **own, "DATABASE_URL": url_of(settings), **direct}
 
 
 @contextmanager
@@ -106,6 +111,24 @@ def workers(settings: Settings, count: int = 1, *arguments: str) -> Iterator[lis
             process.terminate()
         for process in started:
             process.wait(timeout=60)
+
+
+def end_cleanly() -> None:
+    """Let SIGTERM end this process as an exception does, so that servers and namespaces that it has made go with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def cpu_seconds(*roots: int) -> float:
+    """Return the CPU time that processes have used so far with all below them, those that have ended and been waited for included."""
+    total, waiting = 0, list(roots)
+    while waiting:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            pid = waiting.pop()
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+            total += sum(int(field) for field in fields[11:15])
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                waiting += [int(child) for child in (task / "children").read_text(encoding="ascii").split()]
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def small_documents(folder: Path, count: int) -> list[Path]:

@@ -10,13 +10,15 @@ import socket
 import tempfile
 import threading
 import warnings
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from pgvector.psycopg import register_vector_async
-from psycopg.conninfo import make_conninfo
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
@@ -83,13 +85,41 @@ def connect_options(settings: Settings) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
         "application_name": application_name(),
+        # A pooler may give the next transaction another connection of the server, which knows nothing of what was prepared.
+        "prepare_threshold": None if behind_pooler(settings) else 5,
     }
+
+
+def behind_pooler(settings: Settings) -> bool:
+    """Say whether DATABASE_URL leads through a transaction pooler: then, and only then, there is a way around it."""
+    return settings.database_url_direct is not None
+
+
+class PooledConnection(psycopg.AsyncConnection[Any]):
+    """A connection to a transaction pooler. What a session is told stays with whichever connection of the server it used, so limits
+    are set anew in each transaction: a round trip more."""
+
+    limits: dict[str, Any] | None = None
+
+    @asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncGenerator[psycopg.AsyncTransaction]:
+        """Do as psycopg does, within the limits."""
+        outermost = self.info.transaction_status == TransactionStatus.IDLE
+        async with super().transaction(savepoint_name, force_rollback) as transaction:
+            if outermost and self.limits is not None:
+                await self.execute(query("limit_transactions"), self.limits)
+            yield transaction
 
 
 async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> None:
     # A process that is paused or cut off in mid-transaction must not keep its documents locked, or nobody could rescue them.
     limits = {"idle_ms": f"{settings.lease_seconds * 1000:.0f}", "transaction_ms": f"{settings.stage_timeout_seconds * 1000:.0f}"}
-    await conn.execute(query("limit_transactions"), limits)
+    if isinstance(conn, PooledConnection):
+        conn.limits = {**limits, "local": True}
+    else:
+        await conn.execute(query("limit_transactions"), {**limits, "local": False})
     try:
         await register_vector_async(conn)
     except psycopg.ProgrammingError as error:
@@ -100,6 +130,7 @@ def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None)
     """Return an unopened pool of autocommit connections that know the vector type; waiting for one ends after DATABASE_TIMEOUT."""
     return AsyncConnectionPool(
         conninfo,
+        connection_class=PooledConnection if behind_pooler(settings) else psycopg.AsyncConnection,
         kwargs={**connect_options(settings), "autocommit": True},
         min_size=1,
         max_size=max_size or settings.database_max_connections,
@@ -139,7 +170,7 @@ def run_migrations(settings: Settings) -> list[str]:
     """Check the server, bring it to the present schema and return what was applied; every complaint is a ConfigurationError."""
     conninfo = conninfo_of(settings, direct=True)
     try:
-        conn = psycopg.connect(make_conninfo(conninfo, **connect_options(settings)), autocommit=True)
+        conn = psycopg.connect(conninfo, **connect_options(settings), autocommit=True)
     except psycopg.Error as error:
         raise unreachable(error) from error
     with conn:

@@ -92,7 +92,7 @@ async def _of_database(settings: Settings, host: str | None) -> list[Component]:
         return [Component("database", "down", message), *others]
     async with conn:
         checks: dict[str, Callable[[], Awaitable[Component]]] = {
-            "database": lambda: _database(conn, time.perf_counter() - started),
+            "database": lambda: _database(conn, time.perf_counter() - started, to_read=settings.serve_read_only),
             "migrations": lambda: _migrations(conn),
             "workers": lambda: _workers(conn, host),
             "queues": lambda: _queues(conn),
@@ -109,11 +109,15 @@ async def _rows(conn: _Connection, name: str, **params: Any) -> list[_Row]:
     return await (await conn.execute(query(name), params)).fetchall()
 
 
-async def _database(conn: _Connection, connected_seconds: float) -> Component:
+async def _database(conn: _Connection, connected_seconds: float, *, to_read: bool) -> Component:
+    """`to_read`: nobody wants to write, so that a replica will do."""
     facts = (await _rows(conn, "database_facts"))[0]
     facts["connected_ms"] = round(connected_seconds * 1000, 1)
     said = f"Postgres {facts['version'].split()[0]}, {facts['connections']} of {facts['max_connections']} connections in use"
-    if facts["is_replica"] or facts["is_read_only"]:
+    if facts["is_replica"]:
+        age = facts["newest_change_seconds"]
+        said += "; a replica" + ("" if age is None else f", whose newest change is {age:.0f} s old")
+    if not to_read and (facts["is_replica"] or facts["is_read_only"]):
         return Component("database", "down", f"{said}; it takes no writes", facts)
     facts["encrypted"] = conn.pgconn.ssl_in_use
     exposed = clear_text_of(conn)

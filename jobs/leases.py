@@ -16,7 +16,6 @@ from functools import partial
 
 import psycopg
 from loguru import logger
-from psycopg.conninfo import make_conninfo
 
 from jobs import clock
 from jobs.database import connect_options
@@ -68,7 +67,7 @@ class LeaseKeeper:
         self.seconds = settings.lease_seconds
         """How long a claim holds without renewal."""
         self._tick_seconds = min(settings.lease_seconds / 4, 5.0)
-        self._conninfo = make_conninfo(conninfo, **connect_options(settings))
+        self._conninfo, self._options = conninfo, connect_options(settings)
         self._on_tick = on_tick
         self._leases: dict[tuple[str, int], Lease] = {}
         self._lock = threading.Lock()
@@ -107,7 +106,7 @@ class LeaseKeeper:
         if self._thread is not None:
             self._thread.join(timeout=5)
         if last is not None:
-            self._conninfo = make_conninfo(self._conninfo, connect_timeout=2)
+            self._options["connect_timeout"] = 2
             self._try("This worker could not sign off", last)
         self._drop_connection()
 
@@ -138,7 +137,7 @@ class LeaseKeeper:
 
     def _connection(self) -> psycopg.Connection:
         if self._conn is None or self._conn.closed:
-            self._conn = psycopg.connect(self._conninfo, autocommit=True)
+            self._conn = psycopg.connect(self._conninfo, **self._options, autocommit=True)
         return self._conn
 
     def _drop_connection(self) -> None:

@@ -51,7 +51,8 @@ class Settings(ServingSettings, ProviderSettings):
     """Where Postgres is. Unset: the PG* variables say it (PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE, PGSSLMODE and so on);
     without them an embedded server starts by itself."""
     database_url_direct: Conninfo = None
-    """A way to the same database around a transaction pooler such as PgBouncer, for LISTEN and migrations. Unset: DATABASE_URL."""
+    """A way to the same database around a transaction pooler such as PgBouncer, for LISTEN and migrations; it tells
+    docmill that there is one. Unset: DATABASE_URL."""
     database_max_connections: Annotated[int, Interval(ge=2, le=1000)] = 10
     """Most pooled connections of one process."""
     database_timeout: Annotated[float, Interval(ge=0.1, le=3600)] = 30

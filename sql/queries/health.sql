@@ -3,6 +3,7 @@
 -- name: database_facts
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_replica,
     current_setting('default_transaction_read_only')::boolean AS is_read_only,
+    extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 AS newest_change_seconds,
     (SELECT count(*) FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend') AS connections,
     current_setting('max_connections')::integer AS max_connections;
 

@@ -48,5 +48,6 @@ SELECT current_setting('server_version_num')::integer AS version_number,
     current_database() AS database;
 
 -- name: limit_transactions
--- Ends a session, and with it its locks, when its process falls silent in mid-transaction.
-SELECT set_config('idle_in_transaction_session_timeout', %(idle_ms)s, FALSE), set_config('transaction_timeout', %(transaction_ms)s, FALSE);
+-- Ends a session, and with it its locks, when its process falls silent in mid-transaction; local: for this transaction alone.
+SELECT set_config('idle_in_transaction_session_timeout', %(idle_ms)s, %(local)s),
+    set_config('transaction_timeout', %(transaction_ms)s, %(local)s);

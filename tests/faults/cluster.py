@@ -65,7 +65,7 @@ class Cluster:
 
     def _pg_ctl(self, *arguments: str) -> int:
         with (self.folder / "pg_ctl.log").open("ab") as log:
-            command = [str(self._server.bin_path / "pg_ctl"), "-w", "-t", "60", "-D", str(self.folder), *arguments]
+            command = [str(self.bin_path / "pg_ctl"), "-w", "-t", "60", "-D", str(self.folder), *arguments]
             return subprocess.run(command, stdout=log, stderr=log, user=self._server.system_user, cwd="/", check=False).returncode
 
     def secure(self, **passwords: str) -> None:
@@ -94,14 +94,14 @@ class Cluster:
         time.sleep(away)
         self.start()
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Process ids, the postmaster's first."""
         postmaster = (self.folder / "postmaster.pid").read_text().split()[0]
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text(encoding="ascii").split()
         return [int(pid) for pid in (postmaster, *children)]
 
     def _signal(self, number: int) -> None:
-        for pid in self._processes():
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -117,6 +117,18 @@ class Cluster:
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @property
+    def system_user(self) -> str | None:
+        """Whom its processes run as, where that is not the caller."""
+        user: str | None = self._server.system_user
+        return user
+
+    @property
+    def bin_path(self) -> Path:
+        """Where Postgres' own programs are."""
+        path: Path = self._server.bin_path
+        return path
+
     def running(self) -> bool:
         return self._pg_ctl("status") == 0
 
@@ -124,6 +136,29 @@ class Cluster:
         if self.running():
             self.stop("immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Replica(Cluster):
+    """A streaming replica of a cluster, ready to be read (hot standby)."""
+
+    def __init__(self, primary: Cluster) -> None:
+        self._server, self._primary = primary._server, primary
+        self.folder = Path(tempfile.mkdtemp(prefix="docmill-replica-"))
+        self.port = free_port()
+        shutil.chown(self.folder, self.system_user or os.getuid())
+        copy = [str(self.bin_path / "pg_basebackup"), "-d", primary.conninfo(), "-D", str(self.folder), "-R", "-c", "fast"]
+        subprocess.run(copy, user=self.system_user, cwd="/", check=True, capture_output=True)
+        with (self.folder / "postgresql.conf").open("a") as file:
+            file.write(f"port = '{self.port}'\n")
+        self.start()
+
+    def catch_up(self) -> None:
+        """Wait until all that is committed on the primary by now can be read here."""
+        with psycopg.connect(self._primary.conninfo(), autocommit=True) as conn:
+            (position,) = conn.execute("SELECT pg_current_wal_lsn()").fetchone() or (None,)
+        with psycopg.connect(self.conninfo(), autocommit=True) as conn:
+            while conn.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [position]).fetchone() != (True,):
+                time.sleep(0.02)
 
 
 def has_root() -> bool:

@@ -23,6 +23,7 @@ from models.settings import load_settings
 from tests.faults.cluster import Cluster
 from tests.faults.invariant import Rows, check_invariant, passages
 from tests.running import REPOSITORY
+from tests.servers.hosts import Host
 
 QUICK = {
     "LEASE_SECONDS": "2", "RECONCILE_SECONDS": "0.2", "WORKER_POLL_SECONDS": "0.1", "EMBEDDING_PROVIDER": "hash",
@@ -62,10 +63,11 @@ def samples() -> dict[str, bytes]:
 class Worker:
     """A real `procrastinate worker`, started again by a supervisor if `restart` says so."""
 
-    def __init__(self, log: Path, environment: dict[str, str], arguments: Iterable[str], *, restart: bool) -> None:
+    def __init__(self, log: Path, environment: dict[str, str], arguments: Iterable[str], *, restart: bool, on: Host | None = None) -> None:
         self.log = log
         self.exits: list[int] = []
-        self._command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker", *arguments]
+        command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker", *arguments]
+        self._command = command if on is None else on.command(*command)
         self._environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
         self._restart = restart
         self._lock = threading.Lock()
@@ -224,8 +226,13 @@ class Arena:
         return str(self.folder / f"mark-{name}")
 
     def worker(self, *arguments: str, faults: Iterable[str] = (), restart: bool = False, **environment: str) -> Worker:
+        return self.worker_on(None, *arguments, faults=faults, restart=restart, **environment)
+
+    def worker_on(
+        self, host: Host | None, *arguments: str, faults: Iterable[str] = (), restart: bool = False, **environment: str
+    ) -> Worker:
         given = {**self.environment, **environment, "DOCMILL_FAULTS": "\n".join(faults)}
-        worker = Worker(self.folder / f"worker{len(self._workers)}.log", given, arguments, restart=restart)
+        worker = Worker(self.folder / f"worker{len(self._workers)}.log", given, arguments, restart=restart, on=host)
         self._workers.append(worker)
         return worker
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 class Authority:
-    """Issues a certificate for 127.0.0.1 and localhost; `file` is what clients trust (SSL_CERT_FILE, sslrootcert)."""
+    """Issues a certificate for 127.0.0.1, localhost and further `names`; `file` is what clients trust (SSL_CERT_FILE, sslrootcert)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *names: str) -> None:
         import trustme
 
         self._authority = trustme.CA()
         self._folder = folder
         self.file = folder / "ca.pem"
         self._authority.cert_pem.write_to_path(str(self.file))
-        self.server_context = self.context_for("127.0.0.1", "localhost")
+        self.server_context = self.context_for("127.0.0.1", "localhost", *names)
 
     def context_for(self, *names: str, ask_clients: bool = False) -> ssl.SSLContext:
         """Return what a server of these names works with; `ask_clients`: it lets in only who shows a certificate of this authority."""
