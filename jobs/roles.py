@@ -81,7 +81,10 @@ def _do(conn: psycopg.Connection, name: str, **names: str) -> None:
 
 
 def create_roles(settings: Settings) -> tuple[list[str], list[str]]:
-    """Make the roles that are missing, then give docmill's tables to their owner with policies and rights; return what of both was new."""
+    """Make the roles that are missing, then give docmill's tables to docmill_owner with policies and rights; return what of both was new.
+
+    Whoever has owned the tables becomes a member of docmill_owner, so that nothing that logs in as that role loses its rights.
+    """
     with _administration(settings) as conn:
         oneself = _one(conn, "about_oneself")
         if oneself["owner"] is None:
@@ -103,6 +106,9 @@ def create_roles(settings: Settings) -> tuple[list[str], list[str]]:
                     conn.execute(statement.format(role=composing.Identifier(name), comment=composing.Literal(comment)))
             if not oneself["superuser"] and not _one(conn, "is_member_of_owner")["is_member"]:
                 conn.execute(query("take_on_owner"))
+            if not oneself["owner_is_superuser"] and oneself["owner"] not in (oneself["name"], _NAMES[0]):
+                # Workers may still log in as the role that has owned the tables: they go on.
+                _do(conn, "grant_role", role=_NAMES[0], login=oneself["owner"])
         return missing, secure(conn)
 
 

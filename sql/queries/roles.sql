@@ -54,7 +54,8 @@ SELECT pg_advisory_xact_lock(hashtextextended('docmill roles', 0));
 -- name: about_oneself
 SELECT r.rolname AS name, r.rolsuper AS superuser, r.rolcreaterole OR r.rolsuper AS may_create,
     (SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = to_regclass('relation_rights')) AS owns_tables,
-    (SELECT pg_get_userbyid(c.relowner) FROM pg_class AS c WHERE c.oid = to_regclass('relation_rights')) AS owner
+    (SELECT pg_get_userbyid(c.relowner) FROM pg_class AS c WHERE c.oid = to_regclass('relation_rights')) AS owner,
+    (SELECT o.rolsuper FROM pg_class AS c JOIN pg_roles AS o ON o.oid = c.relowner WHERE c.oid = to_regclass('relation_rights')) AS owner_is_superuser
 FROM pg_roles AS r
 WHERE r.rolname = current_user;
 

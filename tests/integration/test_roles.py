@@ -163,6 +163,19 @@ def test_an_administrator_without_superuser_migrates_and_secures_a_database_of_t
         apart.close()
 
 
+def test_workers_that_log_in_as_the_former_owner_go_on(clean: Walls) -> None:
+    clean.new_database("template1")
+    with clean.as_login("postgres") as conn:
+        conn.execute("CREATE EXTENSION vector")
+        conn.execute(f"ALTER DATABASE {clean.database} OWNER TO {clean.new_login('former')}".encode())
+    with clean.as_login("former") as conn:
+        migrate(conn)
+        create_roles(clean.settings())
+        fill(conn, "alice")
+        assert rows(conn, "SELECT doc_id FROM document_chunks") == [("alice-doc",)]
+        assert migrate(conn) == []
+
+
 def test_what_a_later_migration_makes_is_the_owners_and_secured(clean: Walls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clean.new_database()
     create_roles(clean.settings())

@@ -43,11 +43,11 @@ def test_every_relation_has_rights_and_every_function_that_runs_as_its_owner_is_
         # A temporary table of the caller's must not stand for one of ours.
         unpinned = rows(
             conn,
-            """SELECT p.proname FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace AND p.prosqlbody IS NULL
-            AND NOT coalesce(array_to_string(p.proconfig, ',') LIKE '%%search_path=pg_catalog, public,
-            pg_temp%%', FALSE) AND p.prokind = 'f'
-            AND p.proname NOT LIKE 'procrastinate%%' AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid =
-            p.oid AND d.deptype = 'e')""",
+            """SELECT p.proname FROM pg_proc p
+            WHERE p.pronamespace = 'public'::regnamespace AND p.prosqlbody IS NULL AND p.prokind = 'f'
+                AND NOT coalesce(array_to_string(p.proconfig, ',') LIKE '%%search_path=pg_catalog, public, pg_temp%%', FALSE)
+                AND p.proname NOT LIKE 'procrastinate%%'
+                AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')""",
         )
         assert unpinned == []
         views = rows(conn, "SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = 'public'::regnamespace "

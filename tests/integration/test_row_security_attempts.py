@@ -118,8 +118,8 @@ def test_a_person_tries_in_vain(walls: Walls, alice: psycopg.Connection[Any], at
         assert rows(again, asked) == [("alice", False)]
 
 
-LEAK = "CREATE FUNCTION pg_temp.leak(text) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS $$ BEGIN RAISE "
-"NOTICE '%', $1; RETURN TRUE; END $$"
+LEAK = """CREATE FUNCTION pg_temp.leak(text) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS
+    $$ BEGIN RAISE NOTICE '%', $1; RETURN TRUE; END $$"""
 NOTHING: dict[str, tuple[str, list[tuple[Any, ...]]]] = {
     # Reading.
     "by name": ("SELECT doc_id FROM file_extractions WHERE doc_id = 'bob-doc'", []),
