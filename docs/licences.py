@@ -17,7 +17,7 @@ ALLOWED = frozenset(
     {"0BSD", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "ISC", "MIT", "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib"}
 )
 """Licences that ask for no more than their notice, and MPL-2.0, which holds for its own files alone."""
-EXCEPTIONS = dict.fromkeys(("psycopg", "psycopg-binary", "psycopg-pool", "pebble", "pygal"), "LGPL: imported unchanged, no copy shipped")
+EXCEPTIONS = dict.fromkeys(("psycopg", "psycopg-binary", "psycopg-pool", "pygal"), "LGPL: imported unchanged, no copy shipped")
 SPELLINGS = {
     "3-Clause BSD License": "BSD-3-Clause", "Apache 2.0": "Apache-2.0", "Apache License 2.0": "Apache-2.0",
     "Apache Software License": "Apache-2.0", "BSD License": "BSD", "ISC License": "ISC", "ISC License (ISCL)": "ISC",

@@ -72,7 +72,7 @@ def test_where_the_tool_cannot_be_installed_the_audit_is_skipped(
 
 def test_all_that_is_installed_with_docmill_may_be_used() -> None:
     packages = list(licences.installed("docmill"))
-    assert {"psycopg", "pebble", "wordllama", "opentelemetry-sdk", "h11"} <= {package.name for package in packages}
+    assert {"psycopg", "wordllama", "opentelemetry-sdk", "h11"} <= {package.name for package in packages}
     assert [package for package in packages if not package.is_allowed] == []
     assert set(licences.EXCEPTIONS) <= {package.name for package in packages}, "an exception that nobody needs any more goes"
 
