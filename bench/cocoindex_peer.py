@@ -77,8 +77,7 @@ async def main(folder: pathlib.Path) -> None:
 
 app = coco.App(coco.AppConfig(name="peer"), main, folder=pathlib.Path(FOLDER))
 
-if __name__ == "__main__":
-    for _ in sys.stdin:
-        began, cpu = time.perf_counter(), time.process_time()
-        app.update_blocking()
-        print(f"{time.perf_counter() - began:.3f} {time.process_time() - cpu:.3f}", flush=True)
+for _ in sys.stdin:
+    began, cpu = time.perf_counter(), time.process_time()
+    app.update_blocking()
+    print(f"{time.perf_counter() - began:.3f} {time.process_time() - cpu:.3f}", flush=True)
