@@ -47,9 +47,12 @@ def refuse_type(name: str, sniffed: Sniffed) -> None:
 
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
-    path = tools.storage.resolve(document.file_path)
-    found = await in_thread(tools.storage.fingerprint, document.file_path)
-    refuse_file(document, found, tools.settings.max_file_size_mb)
-    sniffed = await in_thread(sniff, path, document.file_name)
+
+    def look() -> tuple[Fingerprint, Sniffed]:
+        found = tools.storage.fingerprint(document.file_path)
+        refuse_file(document, found, tools.settings.max_file_size_mb)
+        return found, sniff(tools.storage.resolve(document.file_path), document.file_name)
+
+    found, sniffed = await in_thread(look)
     refuse_type(document.file_name, sniffed)
     return replace(document, file_size=found.size, content_sha256=found.sha256, file_type=sniffed.file_type, mime_type=sniffed.mime_type)
