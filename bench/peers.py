@@ -1,8 +1,8 @@
 """Documents per second and CPU per document of docmill beside other programs, on the same texts and the same server.
 
-Usage: python -m bench.peers --peers FOLDER [--rounds 5] [--documents 300] [--only bare_loop cocoindex_ingest]
+Usage: python -m bench.peers [--peers FOLDER] [--rounds 5] [--documents 300] [--only bare_loop cocoindex_ingest]
 
-FOLDER holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their corpora, their server and, made by
+FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their corpora, their server and, made by
 `run.sh 0`, their environments. The bare loop needs none of its own.
 All start from the same text files and end with one row a passage and a ready HNSW index. docmill's time runs from the first submission
 to idle workers until the last document is complete and the index is built; submitting (durable copy, row, job) is part of it.
@@ -150,12 +150,15 @@ class Results:
 def main() -> None:
     """Run the rounds and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--peers", type=Path, default=os.environ.get("DOCMILL_PEERS"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=["bare_loop", "cocoindex_ingest"], help="names of peers")
     given = parser.parse_args()
+    if given.peers is None:
+        print("The peers' scripts are not here: set DOCMILL_PEERS to their folder.")
+        return
     home = Path(os.environ.setdefault("PEERS_DIR", str(Path(".peers").resolve())))
     results = Results(given.documents)
     folder = corpus(given.peers, given.documents)
