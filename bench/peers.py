@@ -2,8 +2,8 @@
 
 Usage: python -m bench.peers [--peers FOLDER] [--rounds 5] [--documents 300] [--only bare_loop cocoindex_ingest]
 
-FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their corpora, their server and, made by
-`run.sh 0`, their environments. The bare loop needs none of its own.
+FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their
+corpora, their server and, made by `run.sh 0`, their environments. The bare loop needs none of its own.
 All start from the same text files and end with one row a passage and a ready HNSW index. docmill's time runs from the first submission
 to idle workers until the last document is complete and the index is built; submitting (durable copy, row, job) is part of it.
 
