@@ -66,7 +66,7 @@ class Service:
 @contextmanager
 def service() -> Iterator[Service]:
     """Yield the running server, which ends afterwards."""
-    command = [sys.executable, "-m", "tests.servers", "openai", "--latency", str(LATENCY), "--dimensions", str(DIMENSIONS)]
+    command = [sys.executable, "-m", "tests.servers", "openai", "--latency", str(LATENCY), "--dimensions", str(DIMENSIONS), "--cheap"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
         try:
             assert process.stdout is not None

@@ -100,9 +100,11 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def workers(settings: Settings, count: int = 1, *arguments: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+def workers(
+    settings: Settings, count: int = 1, *arguments: str, app: str = "procrastinate_app.app"
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Yield running `procrastinate worker` processes and stop them gracefully afterwards."""
-    command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker", *arguments]
+    command = [sys.executable, "-m", "procrastinate", f"--app={app}", "worker", *arguments]
     started = [subprocess.Popen(command, env=environment(settings), cwd=Path(__file__).parents[1]) for _ in range(count)]
     try:
         yield started

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
+from jobs import clock
 from jobs.adapters.embedders import make_embedder, make_embedder_of
 from jobs.adapters.exchange import DIRECT
 from jobs.pipeline.claims import Connection, one
@@ -14,6 +16,9 @@ from jobs.stages import Embedder
 from models.calls import Caller
 from models.errors import ConfigurationError
 from models.settings import Settings
+
+_SEEN_SECONDS = 1.0
+"""For which what a worker has seen is good enough: a document that has vectors of another model by its end is embedded again."""
 
 
 @cache
@@ -46,11 +51,15 @@ class ServingEmbedder:
         self._pool = pool
         self._caller = caller
         self._told: set[str] = set()
+        self._seen: str | None = None
+        self._seen_at = -math.inf
 
-    async def choose(self) -> Embedder:
-        """Return the embedder that a document is to be embedded with now."""
-        async with self._pool.connection() as conn:
-            model = await serving_model(conn)
+    async def choose(self, *, fresh: bool = False) -> Embedder:
+        """Return the embedder that a document is to be embedded with now: see jobs.stages.ChooseEmbedder."""
+        if fresh or self._seen is None or clock.seconds() - self._seen_at > _SEEN_SECONDS:
+            async with self._pool.connection() as conn:
+                self._seen, self._seen_at = await serving_model(conn), clock.seconds()
+        model = self._seen
         own = own_embedder(self._settings, self._caller)
         if model is None or model == own.model:
             return own

@@ -75,6 +75,7 @@ def _runner() -> Runner:
                 stopping=app.stopping,
                 finished_jobs=app.finished_jobs,
                 company=company,
+                lent_place=app.lent_place,
             )
         )
 

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import psycopg
@@ -27,6 +28,7 @@ from jobs.database import conninfo_of
 from jobs.fetching import DocmillJobManager
 from jobs.leases import LeaseKeeper
 from jobs.outages import DATABASE_ERRORS, outlive
+from jobs.places import Places
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry, worker_name
@@ -35,6 +37,8 @@ from jobs.transport import warn_of_exposures
 from models.settings import Settings
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
+_LENDABLE = 4
+"""Documents that wait for the embedding service beside each that is in work: so many that requests fill, so few that memory holds them."""
 
 
 def _leave_at_once(number: int) -> None:
@@ -61,6 +65,15 @@ class DocmillWorker(Worker):
         # All places are asked for at once, so that none of them goes to a new job in between.
         await asyncio.gather(*(self._job_semaphore.acquire() for _ in range(self.concurrency)))
         self.stop()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.places = Places(self.concurrency, lendable=_LENDABLE * self.concurrency)
+        setattr(self, "_job_semaphore", self.places)  # noqa: B010 - procrastinate takes and leaves places there
+
+    def _log_extra(self, action: str, context: Any, job_result: Any, **kwargs: Any) -> dict[str, Any]:
+        # The rest describes the job anew for each line, also for those that no level lets through, and docmill logs none of it.
+        return {"action": action}
 
     def stopping(self) -> bool:
         """Say whether this worker has been asked to stop."""
@@ -193,6 +206,10 @@ class DocmillApp(App):
     def stopping(self) -> bool:
         """Say whether this worker has been asked to stop."""
         return self._running is not None and self._running.stopping()
+
+    def lent_place(self) -> AbstractContextManager[None]:
+        """Lend the place of a document that waits for an outside service to another; see jobs.places."""
+        return nullcontext() if self._running is None else self._running.places.lent()
 
     def _worker(self, **kwargs: Any) -> DocmillWorker:
         self._running = DocmillWorker(app=self, **{**self.worker_defaults, **kwargs})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from models.stages import State
 from models.submissions import Submission
+
+_TOGETHER = 16
+"""New documents that are accepted in one transaction: each commit waits for the disk."""
 
 
 def is_zip(path: Path) -> bool:
@@ -65,17 +69,7 @@ class FolderRun:
             if row["state"] not in {"failed", "cancelled"} or not self._looked.resume
         }
         made.known, made.standing = batch is not None, batch["run_id"] if batch is not None else None
-        archives: dict[str, tuple[Entry, str]] = {}
-        for entry in entries:
-            kept = self._kept(entry, known.get(entry.doc_id))
-            if kept is not None:
-                made.files.append(kept)
-                self.tell(kept)
-            elif self._is_kept_archive(entry, before) or (yield partial(is_zip, entry.path)):
-                yield from self._look_at_archive(entry, archives)
-            else:
-                made.files.append((yield from self._submit_one(entry, known.get(entry.doc_id))))
-                self.tell(made.files[-1])
+        archives = yield from self._submit_each(entries, known, before)
         accepted = [result.submission.doc_id for result in made.files if result.submission is not None]
         made.archives = list(archives)
         there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
@@ -89,6 +83,31 @@ class FolderRun:
             yield from self._add_archives(archives)
             yield from self._seal(accepted)
         return made
+
+    def _submit_each(
+        self, entries: Sequence[Entry], known: Mapping[str, Mapping[str, Any]], before: Mapping[str, str]
+    ) -> Steps[dict[str, tuple[Entry, str]]]:
+        """Submit the documents among the entries, new ones some at a time, and return the archives among them: name -> entry, SHA-256."""
+        archives: dict[str, tuple[Entry, str]] = {}
+        stored: list[tuple[Entry, dict[str, Any]]] = []
+        for entry in entries:
+            kept = self._kept(entry, known.get(entry.doc_id))
+            if kept is not None:
+                self._note(kept)
+            elif self._is_kept_archive(entry, before) or (yield partial(is_zip, entry.path)):
+                yield from self._look_at_archive(entry, archives)
+            elif (accepting := (yield from self._store(entry, known.get(entry.doc_id)))) is not None:
+                if entry.doc_id in known:  # its row is locked: many at once, in another order than others have, could end in a deadlock
+                    yield from self._accept([(entry, accepting)])
+                    continue
+                stored.append((entry, accepting))
+                if len(stored) == _TOGETHER:
+                    yield from self._accept(stored)
+                    stored.clear()
+        yield from self._accept(stored)
+        order = {entry.name: number for number, entry in enumerate(entries)}
+        self.made.files.sort(key=lambda result: order[result.name])
+        return archives
 
     def _kept(self, entry: Entry, known: Mapping[str, Any] | None) -> FileResult | None:
         """Return the result of a document that is known to be unchanged without reading its file; None if that is not known."""
@@ -113,25 +132,52 @@ class FolderRun:
         try:
             archives[storable_text(entry.name)] = entry, self._looked.digests.get(entry.name) or (yield digest)
         except DocmillError as error:
-            self.made.files.append(FileResult(entry.name, error=error))
-            self.tell(self.made.files[-1])
+            self._note(FileResult(entry.name, error=error))
 
-    def _submit_one(self, entry: Entry, known: Mapping[str, Any] | None) -> Steps[FileResult]:
+    def _note(self, result: FileResult) -> None:
+        self.made.files.append(result)
+        self.tell(result)
+
+    def _store(self, entry: Entry, known: Mapping[str, Any] | None) -> Steps[dict[str, Any] | None]:
+        """Store a file that has changed and return what accepts it; None where that is not needed or cannot be, which is noted."""
         whole = self._whole
         try:
             if known is not None and known["state"] != State.CANCELLED and (yield lambda: self._is_unchanged(entry, known)):
-                return _unchanged(entry, known)
+                self._note(_unchanged(entry, known))
+                return None
             place = Place(whole.user_id, whole.batch_id, None, entry.source_path)
             # The file is stored before the run is begun: one that is refused begins none.
-            params = yield lambda: prepare(
+            params: dict[str, Any] = yield lambda: prepare(
                 self._settings, entry.path, place=place, doc_id=entry.doc_id, priority=whole.priority, correlation_id=whole.correlation_id
             )
-            params["run_id"] = self.made.run_id or (yield from self._begin())
-            return FileResult(entry.name, (yield from accept(params)), content_sha256=params["content_sha256"])
         except ConfigurationError:
             raise
         except DocmillError as error:
-            return FileResult(entry.name, error=error)
+            self._note(FileResult(entry.name, error=error))
+            return None
+        return params
+
+    def _accept(self, stored: Sequence[tuple[Entry, dict[str, Any]]]) -> Steps[None]:
+        """Accept documents whose files have been stored: all at once or, where one of them stands in the way, one by one."""
+        accepted: dict[str, Submission] = {}
+        if len(stored) > 1:
+            with suppress(DocmillError, psycopg.Error):  # each of them is told what is wrong with it below
+                run_id = self.made.run_id or (yield from self._begin())
+                documents = [{**params, "run_id": str(run_id), "metadata": params["metadata"].obj} for _, params in stored]
+                rows = {row["doc_id"]: row for row in (yield Ask("accept_documents", {"documents": Jsonb(documents)}))}
+                accepted = {params["doc_id"]: submission(params, rows.get(params["doc_id"])) for _, params in stored}
+        for entry, params in stored:
+            try:
+                made = accepted.get(params["doc_id"])
+                if made is None:
+                    params["run_id"] = self.made.run_id or (yield from self._begin())
+                    made = yield from accept(params)
+            except ConfigurationError:
+                raise
+            except DocmillError as error:
+                self._note(FileResult(entry.name, error=error))
+            else:
+                self._note(FileResult(entry.name, made, content_sha256=params["content_sha256"]))
 
     def _is_unchanged(self, entry: Entry, known: Mapping[str, Any]) -> bool:
         made = hashlib.sha256()

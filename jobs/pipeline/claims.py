@@ -116,6 +116,7 @@ def _work(row: DictRow, job_id: int) -> Work:
         waiting_since=None if row["waited_seconds"] is None else clock.seconds() - row["waited_seconds"],
         suspect=row["crash_count"] > 0,
         may_parse=row["may_parse"],
+        is_sole=row["is_sole"],
     )
 
 

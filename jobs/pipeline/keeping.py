@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -44,11 +44,12 @@ class Keeping:
         checkpoint: Callable[[Work], Awaitable[None]],
         stopping: Callable[[], bool],
         sharing: Sharing,
+        lent_place: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's."""
+        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's; `lent_place` as in Runner."""
         self._pool, self._work, self._lease, self._sharing = pool, work, lease, sharing
         self._margin = _MARGIN * lease_seconds
-        self._checkpoint, self._stopping = checkpoint, stopping
+        self._checkpoint, self._stopping, self._lent_place = checkpoint, stopping, lent_place
 
     @property
     def shares(self) -> tuple[CallShare, ...]:
@@ -65,7 +66,8 @@ class Keeping:
         told: Embedded | None = None
         while told is None:
             await self.ready()
-            told = await self._sharing.embed(embedder, texts, share=self.shares[0], may_call=self.may_call, alone=alone)
+            with self._lent_place():
+                told = await self._sharing.embed(embedder, texts, share=self.shares[0], may_call=self.may_call, alone=alone)
         return told
 
     async def ready(self) -> None:

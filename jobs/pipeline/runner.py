@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,12 +30,17 @@ from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, extract
 from jobs.tracing import span
+from models.documents import Document
 from models.errors import PermanentError
 from models.settings import Settings
 from models.stages import Stage, due_stage
 from sql import query
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
+
+
+async def _none(document: Document) -> None:
+    """There is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,9 @@ class Runner:
         finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
         company: Company | None = None,
+        lent_place: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`lent_place`: what is open while a document does nothing but wait for a request that it shares with others."""
         self._settings = settings
         self._pool = pool
         self._tools = tools
@@ -74,10 +82,20 @@ class Runner:
         self._retry = retry
         self._stages = stages or STAGE_FUNCTIONS
         self._company = company or Company()
+        self._lent_place = lent_place
+        self._in_hand: Counter[str | None] = Counter()
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
 
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
+        # From now on, because it is worth waiting for while it is claimed and loaded.
+        self._sharing.expect(job.id, job.stage in _UNTIL_EMBED)
+        try:
+            await self._run(job, doc_id)
+        finally:
+            self._sharing.expect(job.id, False)
+
+    async def _run(self, job: Job, doc_id: str) -> None:
         async with self._company.shared():
             claimed_at = clock.seconds()
             work, cancelled = await self._claim_whole(job, doc_id)
@@ -137,6 +155,7 @@ class Runner:
         document = work.document
         about = {"doc_id": document.doc_id, "batch_id": document.batch_id, "correlation_id": document.correlation_id}
         told = {**about, "user_id": document.user_id, "version": document.version, "claim": work.claim}
+        self._in_hand[document.batch_id] += 1
         with bound(**about, worker=self._worker), span("document", trace=document.correlation_id, **told) as note:
             try:
                 if cancelled:
@@ -145,9 +164,12 @@ class Runner:
                     await self._carry(job, work, lease)
                 note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
-                self._sharing.expect(work.job_id, False)
+                self._sharing.expect(work.job_id, False)  # the batch may take a while to settle
                 self._leases.release(lease)
-        if document.batch_id is not None and not work.fenced:
+                self._in_hand[document.batch_id] -= 1
+        # While another document of it is in hand here, a batch has not ended; that one will ask.
+        if document.batch_id is not None and not self._in_hand[document.batch_id]:
+            del self._in_hand[document.batch_id]
             async with self._pool.connection() as conn:
                 await conn.execute(query("settle_batch"), {"batch_id": document.batch_id})
 
@@ -243,7 +265,10 @@ class Runner:
             checkpoint=self._endings.keep,
             stopping=self._stopping,
             sharing=self._sharing,
+            lent_place=self._lent_place,
         )
+        if work.is_sole:  # the claim has said so already
+            return replace(self._tools, paid=keeping, find_original=_none, original_text=_none)
         return replace(self._tools, paid=keeping)
 
     async def _after(self, job: Job, stage: Stage, work: Work, lease: Lease, elapsed: float) -> Stage | None:
@@ -277,7 +302,7 @@ class Runner:
         work.takes_any_model = True
         choose = self._tools.choose_embedder
         try:
-            if choose is not None and (await choose()).model != work.document.embedding_model:
+            if choose is not None and (await choose(fresh=True)).model != work.document.embedding_model:
                 work.document = await self._stages["embed"](work.document, self._tools)
         except Exception as error:
             logger.warning("{} keeps its vectors of {}: {}", work.document.file_name, work.document.embedding_model, describe(error))

@@ -49,6 +49,8 @@ class Work:
     """A worker has crashed with this document in hand: it runs alone, with a checkpoint after each stage."""
     may_parse: bool = True
     """Parse need not wait for an equal document. Where it must, or the content was not known yet, the document is claimed anew for it."""
+    is_sole: bool = False
+    """It owns its content: no equal document of the user is complete, and none is worked on beside it."""
     ended: bool = False
     """A checkpoint has ended the work on it here."""
     takes_any_model: bool = False

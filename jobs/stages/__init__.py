@@ -47,6 +47,14 @@ class Embedder(Protocol):
         ...
 
 
+class ChooseEmbedder(Protocol):
+    """Says which embedder a document is to be embedded with now."""
+
+    async def __call__(self, *, fresh: bool = False) -> Embedder:
+        """Return that of the model that serves searches, as of a second ago at most; `fresh`: as of now."""
+        ...
+
+
 class Storage(Protocol):
     """Files below the storage base path."""
 
@@ -135,8 +143,8 @@ class Tools:
     """The text of such a document, if it is of the same type."""
     original_extraction: Callable[[Document], Awaitable[OriginalExtraction | None]]
     """What was extracted from such a document, if its text is the same."""
-    choose_embedder: Callable[[], Awaitable[Embedder]] | None = None
-    """The embedder of the model that serves searches now; None for `embedder` always."""
+    choose_embedder: ChooseEmbedder | None = None
+    """None for `embedder` always."""
     extractor: ModelExtractor | None = None
     """Extraction by a language model beside the local one; None for EXTRACTION_PROVIDER=local."""
     hosted_parser: LlamaParse | None = None

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs.adapters.usage import in_thread
+from jobs.adapters.usage import beside
 from jobs.stages import Tools
 from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError
@@ -81,5 +81,5 @@ def checked(document: Document) -> Document:
 
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with checked markdown, its SHA-256, and the doc_id of an equal document if the user has one."""
-    document = await in_thread(checked, document)
+    document = await beside(document.markdown or "", checked, document)
     return document if document.duplicate_of else replace(document, duplicate_of=await tools.find_original(document))

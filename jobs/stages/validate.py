@@ -69,10 +69,13 @@ def is_package(mime_type: str) -> bool:
 
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
-    path = tools.storage.resolve(document.file_path)
-    found = await in_thread(tools.storage.fingerprint, document.file_path)
-    refuse_file(document, found, tools.settings.max_file_size_mb)
-    sniffed = await in_thread(sniff, path, document.file_name)
+
+    def look() -> tuple[Fingerprint, Sniffed]:
+        found = tools.storage.fingerprint(document.file_path)
+        refuse_file(document, found, tools.settings.max_file_size_mb)
+        return found, sniff(tools.storage.resolve(document.file_path), document.file_name)
+
+    found, sniffed = await in_thread(look)
     refuse_type(document.file_name, sniffed)
     refuse_size(document.file_name, found.size, sniffed.file_type, tools.settings.file_size_limit_mb(sniffed.file_type))
     if is_package(sniffed.mime_type):

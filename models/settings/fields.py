@@ -110,7 +110,8 @@ class Settings(ServingSettings, ProviderSettings):
     handoff: Annotated[Literal["inline", "queue"], AnyCase] = "inline"
     """inline: a worker carries a document on through all stages whose queues it listens to. queue: every stage waits in its queue."""
     worker_concurrency: Annotated[int, Interval(ge=1, le=1000)] = 4
-    """Documents that one worker has in hand at a time."""
+    """Documents that one worker works on at a time. One that only waits for the embedding service lends its place to another; four times
+    as many wait at most."""
     max_documents_per_user: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     """Documents of one user that are in work at once, over all workers, which should all be given the same number; 0 for as many as there
     are workers for. Whatever it is, users take turns: the one with the fewest documents in work goes first. Among the documents of a user

@@ -33,7 +33,7 @@ class ProviderSettings(BaseSettings):
     """Most texts of one request. TEI refuses more than its --max-client-batch-size, 32 by default."""
     embedding_max_tokens: Annotated[int, Interval(ge=64, le=10_000_000)] = 250_000
     """Most tokens of one request, by a safe estimate without a tokenizer. OpenAI's limit is 300000."""
-    embedding_gather_ms: Annotated[int, Interval(ge=0, le=10_000)] = 20
+    embedding_gather_ms: Annotated[int, Interval(ge=0, le=10_000)] = 200
     """Longest wait of a request that is not full for texts of other documents which this worker has in hand, in milliseconds. 0: no
     request is shared by documents."""
     embedding_concurrent_requests: Annotated[int, Interval(ge=1, le=1000)] = 4

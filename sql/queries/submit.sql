@@ -7,6 +7,21 @@ FROM accept_document(
     %(priority)s, %(correlation_id)s, %(batch_id)s, %(run_id)s, %(lock_timeout_ms)s
 ) AS a;
 
+-- name: accept_documents
+-- Many new documents of a batch in one transaction, in one order for all who submit: all of them or, where one stands in the way, none.
+SELECT e.doc_id, a.outcome, a.version, a.state
+FROM (
+    SELECT t.* FROM jsonb_to_recordset(%(documents)s) AS t (
+        doc_id text, user_id text, file_name text, file_path text, source_path text, file_size bigint, content_sha256 text,
+        metadata jsonb, priority integer, correlation_id text, batch_id text, run_id uuid, lock_timeout_ms integer
+    )
+    ORDER BY t.doc_id
+) AS e
+CROSS JOIN LATERAL accept_document(
+    e.doc_id, e.user_id, e.file_name, e.file_path, e.source_path, e.file_size, e.content_sha256, e.metadata,
+    e.priority, e.correlation_id, e.batch_id, e.run_id, e.lock_timeout_ms
+) AS a;
+
 -- name: begin_batch
 SELECT begin_batch(%(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s) AS run_id;
 

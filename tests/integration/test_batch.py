@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from jobs.arguments import absolute_path, path_doc_id
-from jobs.batch import BatchSubmission, submit_file, submit_folder
+from jobs.batch import BatchSubmission, folders, submit_file, submit_folder
 from jobs.front import close_async
 from models.settings import Settings
 
@@ -94,7 +94,11 @@ async def test_a_vanished_file_leaves_the_run_but_stays_a_document(front: Settin
     assert (await submit_folder(front, folder)).run_id is None
 
 
-async def test_a_run_that_was_cut_short_is_finished_by_the_next(front: Settings, folder: Path, conn: psycopg.Connection) -> None:
+async def test_a_run_that_was_cut_short_is_finished_by_the_next(
+    front: Settings, folder: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_TOGETHER", 2)
+
     def stop(_: object) -> None:
         raise KeyboardInterrupt
 
@@ -102,7 +106,7 @@ async def test_a_run_that_was_cut_short_is_finished_by_the_next(front: Settings,
         await submit_folder(front, folder, on_file=stop)
     assert conn.execute("SELECT sealed_at FROM processing_jobs").fetchone() == (None,)
     made = await submit_folder(front, folder)
-    assert outcomes(made) == {"a.txt": "unchanged", "b.txt": "accepted", "sub/c.txt": "accepted"}
+    assert outcomes(made) == {"a.txt": "unchanged", "b.txt": "unchanged", "sub/c.txt": "accepted"}
     assert conn.execute("SELECT total_files, sealed_at IS NOT NULL FROM processing_jobs").fetchone() == (3, True)
 
 
@@ -116,6 +120,21 @@ async def test_a_refused_file_keeps_no_neighbour_out(front: Settings, folder: Pa
     assert "MAX_FILE_SIZE_MB" in errors["b.txt"]
     assert "pipe" in errors["pipe"]
     assert conn.execute("SELECT total_files FROM processing_jobs").fetchone() == (2,)
+
+
+async def test_one_document_that_cannot_be_taken_keeps_none_out_that_are_accepted_with_it(
+    front: Settings, folder: Path, conn: psycopg.Connection
+) -> None:
+    taken = path_doc_id("default", folder / "b.txt")
+    conn.execute("SELECT submit_document('uploads/b', doc_id => %s, user_id => 'bob')", [taken])
+    made = await submit_folder(front, folder)
+    assert {file.name: str(file.error) for file in made.files if file.error} == {"b.txt": f'doc_id "{taken}" is taken; choose another.'}
+    assert [(file.name, file.submission.outcome) for file in made.files if file.submission] == [
+        ("a.txt", "accepted"),
+        ("sub/c.txt", "accepted"),
+    ]
+    assert conn.execute("SELECT total_files, sealed_at IS NOT NULL FROM processing_jobs").fetchone() == (2, True)
+    assert conn.execute("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo'").fetchone() == (3,)
 
 
 async def test_a_folder_without_files_makes_no_batch(front: Settings, tmp_path: Path, conn: psycopg.Connection) -> None:

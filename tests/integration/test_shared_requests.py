@@ -12,6 +12,7 @@ import pytest
 
 from jobs.leases import Lease
 from jobs.pipeline.runner import Runner
+from jobs.places import Places
 from jobs.stages import embed
 from tests.integration.outside import Outside
 from tests.servers import OpenAIServer, Request, Response, faults
@@ -76,6 +77,34 @@ async def test_forty_small_documents_send_a_few_requests_and_each_pays_its_share
     # Their texts are equally long, so they pay alike.
     assert max(cost for _, cost, _ in paid) <= 2 * min(cost for _, cost, _ in paid)
     assert outside.bench.one("SELECT count(*), count(DISTINCT doc_id) FROM document_chunks WHERE embedding IS NOT NULL") == (400, 40)
+
+
+async def test_documents_that_wait_for_a_request_lend_their_places_to_others(outside: Outside, endpoint: Fragile) -> None:
+    for doc_id in DOCUMENTS[:6]:
+        outside.bench.submit(doc_id)
+    worker, places = runner(outside, endpoint), Places(2, lendable=2)
+    worker._lent_place = places.lent
+    endpoint.latency = 1.0
+    in_hand: set[str] = set()
+    most = 0
+
+    async def one(job: Any, doc_id: str) -> None:
+        nonlocal most
+        in_hand.add(doc_id)
+        most = max(most, len(in_hand))
+        await worker.run(job, doc_id)
+        in_hand.remove(doc_id)
+        places.release()
+
+    running = []
+    async with asyncio.timeout(120):
+        for found in list(iter(outside.bench.fetch, None)):
+            await places.acquire()
+            running.append(asyncio.create_task(one(*found)))
+        await asyncio.gather(*running)
+    assert set(states(outside).values()) == {("complete", 0)}
+    assert most == 4
+    assert (endpoint.tally.texts, endpoint.tally.paid_twice()) == (54, 0)
 
 
 async def test_a_poisoned_passage_in_a_shared_request_fails_its_document_alone(outside: Outside, endpoint: Fragile) -> None:

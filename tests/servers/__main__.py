@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--key", help="the key that is asked for; none by default")
     parser.add_argument("--dimensions", type=int, default=1536)
+    parser.add_argument("--cheap", action="store_true", help="embeddings without meaning, at little cost")
     parser.add_argument("--rpm", type=int, help="requests a minute before 429")
     parser.add_argument("--tpm", type=int, help="tokens a minute before 429")
     parser.add_argument("--job-seconds", type=float, default=1.0, help="how long a LlamaParse job takes")
@@ -32,6 +33,7 @@ def main() -> None:
     server: OpenAIServer | LlamaParseServer
     if given.service == "openai":
         server = OpenAIServer(port=given.port, latency=given.latency, key=given.key, dimensions=given.dimensions)
+        server.cheap = given.cheap
         server.requests_per_minute, server.tokens_per_minute = given.rpm, given.tpm
     else:
         server = LlamaParseServer(port=given.port, latency=given.latency, key=given.key)

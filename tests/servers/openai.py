@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.adapters.embedders.hashed import HashedWords
+from jobs.adapters.embedders.hashed import HashedText, HashedWords
 from tests.servers.faults import openai_error
 from tests.servers.http import LocalServer, Request, Response
 
@@ -50,6 +50,8 @@ class OpenAIServer(LocalServer):
         self.max_text_tokens = 8192
         self.poison: str | None = None
         """A text with this in it is refused with 400, and the whole request with it."""
+        self.cheap = False
+        """Vectors without meaning and estimates of tokens, at a tenth of the cost: for measuring what asks, not what answers."""
         self.shuffled = False
         """Answers list the embeddings in another order; `index` is right."""
         self.requests_per_minute: int | None = None
@@ -98,11 +100,11 @@ class OpenAIServer(LocalServer):
 
     async def _embed(self, asked: dict[str, Any], mangle: str) -> Response:
         texts = asked["input"]
-        counts = [count_tokens(text) for text in texts]
+        counts = [1 + len(text) // 4 if self.cheap else count_tokens(text) for text in texts]
         self._refuse(asked, texts, counts)
         headers = self._spend(sum(counts))
         size = asked.get("dimensions", self.dimensions) if self.chooses_dimensions == "yes" else self.dimensions
-        rows = 2 * await HashedWords(size).embed(texts)  # not of length 1: that is the client's to make
+        rows = 2 * await (HashedText if self.cheap else HashedWords)(size).embed(texts)  # not of length 1: that is the client's to make
         items = [(index, row) for index, row in enumerate(rows)]
         if self.shuffled:
             random.Random(len(texts)).shuffle(items)

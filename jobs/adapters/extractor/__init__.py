@@ -153,7 +153,7 @@ def _first_line(markdown: str, structure: Structure) -> str:
 def _statistics(markdown: str, structure: Structure, pages: Sequence[PageMark]) -> dict[str, int | None]:
     return {
         "characters": len(markdown),
-        "words": sum(1 for _ in _WORD.finditer(markdown)),
+        "words": len(_WORD.findall(markdown)),
         "pages": len(pages) or None,
         "headings": len(structure.headings),
         "tables": len(structure.tables),

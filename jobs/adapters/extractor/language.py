@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import islice
 
 SAMPLES = 5
 SAMPLE_CHARACTERS = 1_500
@@ -27,7 +28,7 @@ def find_language(text: str) -> tuple[str, float] | None:
     judged = 0
     for start in starts:
         sample = " ".join(_NOT_PROSE.sub(" ", text[start : start + length]).split())
-        if sum(character.isalpha() for character in sample) < MIN_LETTERS:
+        if len(list(islice(filter(str.isalpha, sample), MIN_LETTERS))) < MIN_LETTERS:
             continue
         code, confidence = _classifier()(sample)
         judged += 1

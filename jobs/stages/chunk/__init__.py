@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from jobs.adapters.markdown import Structure, cells, page_at, plain, read_structure, table_at
-from jobs.adapters.usage import in_thread
+from jobs.adapters.usage import beside
 from jobs.stages import Tools
 from jobs.stages.chunk.spans import Span, body_start, overlap_start, spans
 from models.chunks import Chunk
@@ -147,9 +147,8 @@ async def run(document: Document, tools: Tools) -> Document:
     assert document.markdown is not None, "the stage `check` leaves a markdown"
     settings = tools.settings
 
-    chunks = await in_thread(
-        cut, document.markdown, document.pages, doc_id=document.doc_id, size=settings.chunk_size, overlap=settings.chunk_overlap
-    )
+    text, size, overlap = document.markdown, settings.chunk_size, settings.chunk_overlap
+    chunks = await beside(text, cut, text, document.pages, doc_id=document.doc_id, size=size, overlap=overlap)
     if not chunks:
         raise PermanentError(f"{document.file_name} has no text to cut into passages")
     return replace(document, chunks=chunks)

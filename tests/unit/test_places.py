@@ -1,0 +1,57 @@
+"""Places of a worker: as many documents in work as there are places, and more only while some of them merely wait."""
+
+from __future__ import annotations
+
+import asyncio
+
+from jobs.places import Places
+
+
+async def is_free(places: Places) -> bool:
+    try:
+        async with asyncio.timeout(0.01):
+            return await places.acquire()
+    except TimeoutError:
+        return False
+
+
+async def test_a_lent_place_is_anothers_until_it_comes_back_and_then_one_must_leave_for_good() -> None:
+    places = Places(2, lendable=1)
+    assert await places.acquire()
+    assert await places.acquire()
+    assert not await is_free(places)
+    with places.lent():
+        assert await is_free(places)
+        assert not await is_free(places)
+    # Three work now on two places.
+    places.release()
+    assert not await is_free(places)
+    places.release()
+    assert await is_free(places)
+
+
+async def test_no_more_places_are_lent_than_may_be_and_each_comes_back_also_after_an_error() -> None:
+    places = Places(1, lendable=1)
+    assert await places.acquire()
+    with places.lent(), places.lent():
+        assert await is_free(places)
+        assert not await is_free(places)
+    places.release()
+    places.release()
+    try:
+        with places.lent():
+            raise ValueError
+    except ValueError:
+        pass
+    assert await is_free(places)
+    assert not await is_free(places)
+
+
+async def test_who_waits_for_a_place_is_woken_by_one_that_is_lent() -> None:
+    places = Places(1, lendable=1)
+    assert await places.acquire()
+    waiting = asyncio.create_task(places.acquire())
+    await asyncio.sleep(0)
+    with places.lent():
+        async with asyncio.timeout(10):
+            assert await waiting
