@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,27 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 from pgvector.psycopg import register_vector, register_vector_async
+from psycopg.types.json import Jsonb
 
 from bench.cpu import cpu_seconds
 from bench.retrieval import CORPUS, documents
 from bench.running import bench_server, fresh_settings, url_of
-from jobs.pipeline.checkpoint import _CHUNK_TYPES, Outcome, _chunk_rows, checkpoint
+from jobs.pipeline.checkpoint import Outcome, checkpoint
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
 from models.chunks import Chunk
-from models.documents import FileType
+from models.documents import Document, FileType
 from models.settings import Settings
 from models.stages import Milestone, State
-from sql import query
 
 MODEL = "scifact"
-COPY = query("copy_chunks")
+COPY = b"""COPY %b (
+    id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
+    language, metadata, embedding, embedding_model
+) FROM STDIN (FORMAT BINARY)"""
+COPIED = [
+    "uuid", "text", "text", "int4", "int4", "text", "text", "text[]", "int4", "int4", "int4", "int4", "text", "jsonb", "vector", "text",
+]  # fmt: skip
 INDEXES = {
     "as maintenance builds it, 64 MB": ("64MB", 2, "vector"),
     "1 GB, no parallel workers": ("1GB", 0, "vector"),
@@ -106,15 +112,25 @@ async def by_checkpoint(conn: psycopg.AsyncConnection[Any], works: list[Work]) -
         await checkpoint(conn, work, Outcome(State.COMPLETE), worker="bench:1")
 
 
+def copied(document: Document) -> Iterator[tuple[Any, ...]]:
+    """Yield a document's passages as rows of COPIED types."""
+    assert document.chunks is not None and document.vectors is not None
+    for chunk, vector in zip(document.chunks, document.vectors, strict=True):
+        yield (
+            chunk.id, document.doc_id, document.user_id, document.version, chunk.index, chunk.content, chunk.content_sha256, [],
+            chunk.page_start, chunk.page_end, chunk.char_start, chunk.char_end, "en", Jsonb({}), vector, document.embedding_model,
+        )  # fmt: skip
+
+
 def by_copy(table: str) -> Callable[[psycopg.AsyncConnection[Any], list[Work]], Any]:
     """Return what writes the same passages with COPY alone."""
-    statement = COPY.replace("COPY document_chunks", f"COPY {table}").encode()
+    statement = COPY % table.encode()
 
     async def write(conn: psycopg.AsyncConnection[Any], works: list[Work]) -> None:
         for work in works:
             async with conn.transaction(), conn.cursor() as cursor, cursor.copy(statement) as copy:
-                copy.set_types(_CHUNK_TYPES)
-                for row in _chunk_rows(work.document):
+                copy.set_types(COPIED)
+                for row in copied(work.document):
                     await copy.write_row(row)
 
     return write
