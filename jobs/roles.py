@@ -13,7 +13,6 @@ from typing import Any
 
 import psycopg
 from psycopg import sql as composing
-from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
 from jobs.arguments import check_name
@@ -53,7 +52,7 @@ class Login:
 def _administration(settings: Settings) -> Iterator[psycopg.Connection]:
     """Yield an autocommit connection; what Postgres refuses for want of rights is a RoleError that says who may."""
     try:
-        conn = psycopg.connect(make_conninfo(conninfo_of(settings, direct=True), **connect_options(settings)), autocommit=True)
+        conn = psycopg.connect(conninfo_of(settings, direct=True), **connect_options(settings), autocommit=True)
     except psycopg.Error as error:
         raise unreachable(error) from error
     with conn:

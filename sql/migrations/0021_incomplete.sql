@@ -27,3 +27,5 @@ COMMENT ON COLUMN incomplete_documents.pages_kept IS 'Pages that are there; null
 COMMENT ON COLUMN incomplete_documents.pages_of IS 'Pages that the file has; null where that is not known.';
 COMMENT ON COLUMN incomplete_documents.failed_pages IS 'The pages that could not be read, as the parser tells it; null where a limit cut the text.';
 COMMENT ON COLUMN incomplete_documents.parsed_at IS 'When it was parsed.';
+
+INSERT INTO relation_rights (relation, rows_of_user, reader, app) VALUES ('incomplete_documents', NULL, 'SELECT', 'SELECT');
