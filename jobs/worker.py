@@ -69,7 +69,6 @@ class DocmillWorker(Worker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.places = Places(self.concurrency, lendable=_LENDABLE * self.concurrency)
-        setattr(self, "_job_semaphore", self.places)  # noqa: B010 - procrastinate takes and leaves places there
 
     def _log_extra(self, action: str, context: Any, job_result: Any, **kwargs: Any) -> dict[str, Any]:
         # The rest describes the job anew for each line, also for those that no level lets through, and docmill logs none of it.
@@ -155,6 +154,9 @@ class DocmillWorker(Worker):
         return [context.job.id for context in list(self._running_jobs.values()) if context.job.id is not None]
 
     def _start_side_tasks(self) -> list[asyncio.Task[Any]]:
+        # Procrastinate has just made a semaphore for this run, where it takes and leaves places.
+        self.places = Places(self.concurrency, lendable=_LENDABLE * self.concurrency)
+        setattr(self, "_job_semaphore", self.places)  # noqa: B010 - not part of its typed surface
         reconciler = Reconciler(self.app.settings, self.app.pool)
         forwarder = AlertForwarder(self.app.settings)
         return [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+
+from procrastinate.worker import Worker
 
 from jobs.places import Places
 
@@ -55,3 +58,9 @@ async def test_who_waits_for_a_place_is_woken_by_one_that_is_lent() -> None:
     with places.lent():
         async with asyncio.timeout(10):
             assert await waiting
+
+
+def test_procrastinates_worker_takes_places_from_what_side_tasks_begin_with() -> None:
+    source = inspect.getsource(Worker._run_loop)
+    assert 0 < source.index("self._job_semaphore = ") < source.index("self._start_side_tasks()")
+    assert "self._job_semaphore.acquire()" in inspect.getsource(Worker._fetch_and_process_jobs)
