@@ -50,6 +50,7 @@ class DocmillWorker(Worker):
     """Procrastinate's worker, made to outlive outages. Only what would end it, or leave a job without an outcome, is changed."""
 
     app: DocmillApp
+    places: Places
     _worked = False
     _leaving: asyncio.Task[None] | None = None
 
@@ -62,13 +63,8 @@ class DocmillWorker(Worker):
         self._leaving = asyncio.create_task(self._stop_when_idle(), name="leave")
 
     async def _stop_when_idle(self) -> None:
-        # All places are asked for at once, so that none of them goes to a new job in between.
-        await asyncio.gather(*(self._job_semaphore.acquire() for _ in range(self.concurrency)))
+        await self.places.close()
         self.stop()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.places = Places(self.concurrency, lendable=_LENDABLE * self.concurrency)
 
     def _log_extra(self, action: str, context: Any, job_result: Any, **kwargs: Any) -> dict[str, Any]:
         # The rest describes the job anew for each line, also for those that no level lets through, and docmill logs none of it.

@@ -60,6 +60,22 @@ async def test_who_waits_for_a_place_is_woken_by_one_that_is_lent() -> None:
             assert await waiting
 
 
+async def test_closing_waits_for_all_who_work_or_wait_and_lets_nobody_in() -> None:
+    places = Places(2, lendable=1)
+    assert await places.acquire()
+    with places.lent():
+        closing = asyncio.create_task(places.close())
+        await asyncio.sleep(0)
+        assert not await is_free(places)
+        assert not closing.done()
+    assert not await is_free(places)
+    assert not closing.done()
+    places.release()
+    async with asyncio.timeout(10):
+        await closing
+    assert not await is_free(places)
+
+
 def test_procrastinates_worker_takes_places_from_what_side_tasks_begin_with() -> None:
     source = inspect.getsource(Worker._run_loop)
     assert 0 < source.index("self._job_semaphore = ") < source.index("self._start_side_tasks()")
