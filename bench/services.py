@@ -12,7 +12,7 @@ taken: passages wait, cut and stored, for workers that listen to the queue `embe
 until the last vector is stored. served: in the same run, from the first request's arrival to the last one's answer.
 alone: the same with the `hash` provider, without any service: where that is longer than the ideal, it is the machine that is measured.
 share: ideal / taken. of possible: the longer of bare and alone / taken.
-needed: texts / (what the documents in one worker's hands can send at once, at most 256).
+needed: texts / 256.
 --whole: from the first submission to idle workers until the last document is complete, and the same with the `hash` provider.
 """
 
@@ -62,9 +62,10 @@ class Shape:
         in_hand = min(self.documents, workers * concurrency)
         return math.ceil(self.documents / in_hand) * math.ceil(self.passages / TEXTS)
 
-    def needed(self, concurrency: int) -> int:
-        """Return the fewest requests in which the documents that one worker has in hand can be embedded together."""
-        return math.ceil(self.texts / min(TEXTS, self.passages * min(concurrency, self.documents)))
+    @property
+    def needed(self) -> int:
+        """The fewest requests that hold all texts."""
+        return math.ceil(self.texts / TEXTS)
 
 
 Measured = dict[Shape, tuple[float, dict[str, Any]]]
@@ -162,7 +163,7 @@ def throughput(server: PostgresServer, folder: Path, seen: Service, shapes: list
         if given.whole:
             (seconds, all_in_all), hashed = made["whole openai"][shape], made["whole hash"][shape][0]
             whole = f" {seconds:.2f} | {hashed:.2f} | {all_in_all['requests']} |"
-        requests = f"{tally['requests']} / {shape.needed(given.concurrency)}"
+        requests = f"{tally['requests']} / {shape.needed}"
         name = f"{shape.documents} x {shape.passages}"
         print(
             f"| {name} | {count} | {ideal:.2f} | {bare:.2f} | {alone:.2f} | {taken:.2f} | {served(tally):.2f} "

@@ -37,6 +37,8 @@ REFUSED = {
     # Changing anything.
     "insert a document": "INSERT INTO file_extractions (doc_id, user_id, file_name, file_path, correlation_id) "
     "VALUES ('x', 'bob', 'f', 'p', 'c')",
+    "insert a document of a name that is taken": "INSERT INTO file_extractions (doc_id, user_id, file_name, file_path, correlation_id) "
+    "VALUES ('bob-doc', 'alice', 'f', 'p', 'c')",
     "submit a document": "SELECT submit_document('uploads/x', doc_id => 'x', user_id => 'bob')",
     "take another's name": "SELECT submit_document('uploads/x', doc_id => 'bob-doc', user_id => 'alice')",
     "submit a batch": "SELECT begin_batch('x', 'bob', '/x', 'c')",

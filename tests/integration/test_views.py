@@ -73,6 +73,7 @@ async def fill(bench: Bench) -> None:
     bench.conn.execute("SELECT seal_batch('b', %s, 6)", [run])
     beat(bench.conn)
     bench.conn.execute("INSERT INTO circuit_breakers (service) VALUES ('embedding https://s k')")
+    bench.conn.execute("UPDATE document_markdown SET parse_metadata = '{\"cut_by\": \"MAX_PAGES\"}' WHERE doc_id = 'complete'")
     bench.conn.execute(
         """INSERT INTO provider_usage (
             id, service, kind, stage, doc_ids, batch_ids, user_ids, shares, outcome, cost, give_up_at, finished_at, latency_ms)
@@ -135,8 +136,8 @@ def run_files(database: str) -> str:
     return done.stdout
 
 
-def test_there_are_twenty_files_and_each_begins_with_its_question() -> None:
-    assert len(INSPECT) == 20
+def test_there_are_twenty_one_files_and_each_begins_with_its_question() -> None:
+    assert len(INSPECT) == 21
     for path in INSPECT:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("-- ") and "?" in first, path.name
