@@ -41,7 +41,7 @@ class PgBouncer:
         server = " ".join(f"{name}={to[name]}" for name in ("host", "port", "dbname", "user") if to.get(name))
         tls = ""
         if authority is not None:
-            certificate, key = authority.files_for(address or "127.0.0.1")
+            certificate, key = authority.files_for(*authority.names)
             shutil.copy(certificate, self.folder / "certificate.pem")
             shutil.copy(key, self.folder / "key.pem")
             tls = (

@@ -16,7 +16,8 @@ class Authority:
         self._folder = folder
         self.file = folder / "ca.pem"
         self._authority.cert_pem.write_to_path(str(self.file))
-        self.server_context = self.context_for("127.0.0.1", "localhost", *names)
+        self.names = ("127.0.0.1", "localhost", *names)
+        self.server_context = self.context_for(*self.names)
 
     def context_for(self, *names: str, ask_clients: bool = False) -> ssl.SSLContext:
         """Return what a server of these names works with; `ask_clients`: it lets in only who shows a certificate of this authority."""
