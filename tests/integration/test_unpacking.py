@@ -584,8 +584,12 @@ async def test_what_was_stored_while_the_batch_was_being_deleted_goes_too(bench:
     for path in files:
         os.utime(path, (0, 0))
     assert len(files) > 1
-    assert remove_noted_files(bench.settings, bench.conn) == len(files)
-    assert not any(path.exists() for path in files)
+
+    def gone() -> bool:
+        remove_noted_files(bench.settings, bench.conn)
+        return not any(path.exists() for path in files)
+
+    wait_for(gone, "the files to be removed; transactions of other tests on the same server are waited for")
 
 
 async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_entries(bench: Bench) -> None:
