@@ -29,6 +29,7 @@ from jobs.reconcile import Reconciler
 from models.errors import RetryableError
 from models.settings import Settings, load_settings
 from tests.archives import Raw, raw_zip, write_zip, zip_bytes
+from tests.running import wait_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
