@@ -76,6 +76,8 @@ def test_who_has_not_signed_in_sees_nothing_and_who_has_does(
             wait_for(lambda outcome=outcome: outcome in text(driver), outcome)  # type: ignore[misc]  # a default is what binds it
         assert driver.execute_script("return document.cookie") == "", "scripts cannot read the session"
         click(driver, "footer button[type=submit]")
+        # Going elsewhere at once could cut the signing out off.
+        wait_for(lambda: driver.find_elements("css selector", "#token") != [], "the page that asks for the token")
         driver.get(address + "/dead-letters")
         assert "secret-plan" not in driver.page_source
 
