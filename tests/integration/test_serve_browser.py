@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ def driver() -> Iterator[Any]:
 
 
 def text(driver: Any, selector: str = "main") -> str:
-    return str(driver.find_element("css selector", selector).text)
+    """Return what a part of the page says now, also where another page comes while it is asked."""
+    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+
+    for _ in range(1000):
+        with contextlib.suppress(NoSuchElementException, StaleElementReferenceException):
+            return str(driver.find_element("css selector", selector).text)
+    raise AssertionError(f"no {selector} on the page")
 
 
 def click(driver: Any, selector: str) -> None:
