@@ -43,7 +43,9 @@ def settle(arena: Arena, timeout: float = 120) -> None:
     ended = "SELECT count(*) FROM processing_jobs WHERE status IN ('pending', 'processing')"
     arena.wait(lambda: arena.one(ended) == 0, "the batch to end", timeout)
     arena.settle()
-    assert arena.one("SELECT count(*) FROM batch_archives WHERE state IN ('waiting', 'unpacking')") == 0
+    unfinished = "SELECT count(*) FROM batch_archives a WHERE a.state IN ('waiting', 'unpacking')"
+    assert arena.one(unfinished + " AND a.run_id IN (SELECT b.run_id FROM processing_jobs b)") == 0
+    arena.wait(lambda: arena.one(unfinished) == 0, "archives of former runs to be given up")
     live = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'unpack' AND status IN ('todo', 'doing')"
     arena.wait(lambda: arena.one(live) == 0, "every unpack job to end")
     left = [path.name for path in (arena.folder / "storage" / "temp").glob("unpack-*")]
