@@ -96,9 +96,9 @@ def test_a_new_zip_in_mid_unpack_wins_and_its_run_holds_what_it_holds(arena: Are
     write(arena, dict(list(old.items())[:GROUP_ENTRIES]), {}, "noted.zip")  # what will have been accepted
     first = unnoted(arena, old, "old.zip")
     arena.worker(faults=[f"sleep:3@unpack_accepted;doc=b;once={arena.mark('accepted')}"])
-    arena.worker()
     submit_batch(first, batch_id="b")
     arena.wait(lambda: len(arena.marks()) == 1, "the first group to be accepted")
+    arena.worker()  # not before, or it could be the one that unpacks
     second = submit_batch(write(arena, new, {}, "new.zip"), batch_id="b")
     assert second.outcome == "new_run"
     arena.fault()
