@@ -221,3 +221,18 @@ def test_an_upgrade_of_procrastinates_fetch_is_noticed(conn: psycopg.Connection)
         "Worker._fetch_and_process_jobs": "4de336a3f291be50",
         "Worker._handle_notification": "cfe6457278bdb7b3",
     }
+
+
+def test_only_what_is_claimed_afterwards_is_fetched_without_waiting_for_the_disk(conn: psycopg.Connection) -> None:
+    """A task of an application claims nothing: a fetch that a crash of the server undid would have it run twice."""
+    usual = conn.execute("SHOW synchronous_commit").fetchone()
+    for task, waits in (("the application's own", True), ("validate", False)):
+        if waits:
+            defer(conn, task)
+        else:
+            submit(conn, "ann")
+        with conn.transaction():
+            found = Fetcher(conn).fetch()
+            assert found is not None and found["task_name"] == task
+            now = conn.execute("SHOW synchronous_commit").fetchone()
+        assert now == (usual if waits else ("off",))
