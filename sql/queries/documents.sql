@@ -43,7 +43,11 @@ RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correl
         SELECT FROM file_extractions AS o
         WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.state = 'complete'
     ) AS may_parse,
-    %(serialise)s AND d.owns_content AS is_sole;
+    -- Who owns its content since an earlier claim may have been passed by one that was through with parse.
+    %(serialise)s AND d.owns_content AND NOT EXISTS (
+        SELECT FROM file_extractions AS o
+        WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.state = 'complete'
+    ) AS is_sole;
 
 -- name: claim_alone
 -- Says that the document has its worker to itself from now on, so that the next crash is its own.

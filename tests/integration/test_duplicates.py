@@ -297,3 +297,17 @@ async def test_every_stage_of_a_reusing_document_leaves_its_event(bench: Bench) 
     await bench.drain()
     told = bench.all("SELECT stage FROM document_events WHERE doc_id = 'b' AND event IN ('stage_completed', 'completed') ORDER BY id")
     assert [row[0] for row in told] == STAGE_NAMES
+
+
+async def test_an_owner_that_comes_back_knows_of_an_equal_that_has_completed_past_it(bench: Bench) -> None:
+    """One that failed after parse owns nothing any more, and needs not to own anything to go on from there."""
+    submit_validated(bench, "a", "b")
+    assert (await claimed(bench, "a")).is_sole
+    bench.conn.execute("UPDATE file_extractions SET milestone = 'parse_complete' WHERE doc_id = 'a'")
+    end(bench, "a", "failed")
+    assert (await claimed(bench, "b")).is_sole
+    bench.conn.execute("UPDATE file_extractions SET state = 'retrying', lease_until = NULL WHERE doc_id = 'b'")
+    bench.conn.execute("UPDATE file_extractions SET state = 'queued', claim = claim + 1 WHERE doc_id = 'a'")
+    assert not (await claimed(bench, "a")).is_sole
+    end(bench, "a", "complete")
+    assert not (await claimed(bench, "b")).is_sole
