@@ -16,11 +16,8 @@
 CREATE INDEX file_extractions_unfinished ON file_extractions (batch_id, run_id, id DESC)
     WHERE batch_id IS NOT NULL AND state IN ('queued', 'working', 'retrying');
 COMMENT ON INDEX file_extractions_unfinished IS 'Whether a batch goes on, the newest document first, and which batches do.';
-DROP INDEX file_extractions_batch_unfinished;
-
 CREATE INDEX file_extractions_working ON file_extractions (id) WHERE state = 'working';
 COMMENT ON INDEX file_extractions_working IS 'What is being worked on; without the lease, so that renewing one is a HOT update.';
-DROP INDEX file_extractions_leases;
 
 CREATE OR REPLACE FUNCTION run_is_open(batch_id text, run_id uuid) RETURNS boolean LANGUAGE plpgsql STABLE
 SET enable_seqscan = off
@@ -50,5 +47,9 @@ EXCEPTION WHEN feature_not_supported THEN
     ALTER TABLE document_markdown ALTER COLUMN markdown SET STORAGE EXTERNAL;
 END;
 $$;
+
+-- At last, because this stops readers too until the transaction ends.
+DROP INDEX file_extractions_batch_unfinished;
+DROP INDEX file_extractions_leases;
 
 CALL pin_search_path();
