@@ -28,7 +28,10 @@ def stopped_at(arena: Arena, sleep: float, grace: float) -> float:
         f"sleep:{min(sleep, 4) if place.startswith(('in_', 'committed')) else sleep}@{place};doc={doc};once={arena.mark(doc)}"
         for place, doc in zip(PLACES, wanted, strict=False)
     ]
-    worker = arena.worker(faults=faults, SHUTDOWN_GRACE_SECONDS=str(grace), WORKER_CONCURRENCY=str(len(PLACES)), CHECKPOINT_SECONDS="0")
+    worker = arena.worker(
+        faults=faults, SHUTDOWN_GRACE_SECONDS=str(grace), WORKER_CONCURRENCY=str(len(PLACES)), CHECKPOINT_SECONDS="0",
+        LEASE_SECONDS="10",  # longer than the checkpoint is held up, which would else be cut off and lose its claim
+    )  # fmt: skip
     arena.wait(lambda: len(arena.marks()) == len(PLACES), "documents at every place")
     worker.signal(signal.SIGTERM)
     arena.fault()
