@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +135,18 @@ class Endings:
 
     def _why_cancelled(self) -> str:
         return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
+
+    async def end_job(self, work: Work) -> None:
+        """End the job of a document that was taken along, which procrastinate's worker does not know of, where no checkpoint has.
+
+        One that cannot be ended is left to the reconciler.
+        """
+        if work.job_id in self._finished_jobs:
+            self._finished_jobs.discard(work.job_id)
+        elif work.fenced:
+            with suppress(psycopg.Error):
+                async with self._pool.connection(timeout=LAST_WAIT if self._stopping() else None) as conn:
+                    await conn.execute(query("end_job"), {"job_id": work.job_id})
 
     async def tell_fenced(self, work: Work, stage: Stage | None) -> None:
         """Drop the work and say so in the audit trail."""

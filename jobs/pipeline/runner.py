@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +17,16 @@ from jobs import clock, faults
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
-from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
+from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document, take_along
 from jobs.pipeline.company import Company
 from jobs.pipeline.durable import LAST_WAIT, CheckpointFailed
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.failure import describe_failure
 from jobs.pipeline.keeping import Keeping
 from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage
+from jobs.pipeline.shared_tools import shared
 from jobs.pipeline.sharing import Sharing
+from jobs.pipeline.together import Together
 from jobs.pipeline.work import StageEvent, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
@@ -33,9 +35,11 @@ from jobs.tracing import span
 from models.documents import Document
 from models.errors import PermanentError
 from models.settings import Settings
-from models.stages import Stage, due_stage
+from models.stages import Milestone, Stage, due_stage
 from sql import query
 
+_SMALL_KB = 64
+"""What a document may weigh that is taken along."""
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
 
@@ -83,6 +87,9 @@ class Runner:
         self._stages = stages or STAGE_FUNCTIONS
         self._company = company or Company()
         self._lent_place = lent_place
+        # What waits for outside services, or takes long for each, has no use for company.
+        hosted = tools.hosted_parser is not None or tools.extractor is not None
+        self._may_share = settings.handoff == "inline" and tools.embedder.quick and not hosted
         self._in_hand: Counter[str | None] = Counter()
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
 
@@ -98,16 +105,47 @@ class Runner:
     async def _run(self, job: Job, doc_id: str) -> None:
         async with self._company.shared():
             claimed_at = clock.seconds()
-            work, cancelled = await self._claim_whole(job, doc_id)
-            if work is None:
+            works, cancelled = await self._claim_whole(job, doc_id)
+            if not works:
                 return
+            if len(works) > 1:
+                await self._work_together(job, works, claimed_at, cancelled=cancelled)
+                return
+            work = works[0]
             lease = self._hold(work, claimed_at)
             if not work.suspect or cancelled:
                 await self._work(job, work, lease, cancelled=cancelled)
                 return
         await self._work(job, work, lease)
 
-    async def _claim_whole(self, job: Job, doc_id: str) -> tuple[Work | None, bool]:
+    async def _work_together(self, job: Job, works: Sequence[Work], claimed_at: float, *, cancelled: bool) -> None:
+        """Work on a job's document and on those that were taken along with it, each as if it were alone with its lease and its failures."""
+        together = Together(len(works))
+
+        async def go(work: Work) -> None:
+            work.together = together
+            lease = self._hold(work, claimed_at)
+            await self._work(replace(job, id=work.job_id), work, lease, cancelled=cancelled)
+
+        here, loop = asyncio.current_task(), asyncio.get_running_loop()
+        if cancelled and here is not None:
+            here.uncancel()
+        tasks = [asyncio.create_task(go(work)) for work in works]
+        while not all(task.done() for task in tasks):
+            try:
+                await asyncio.wait(tasks)
+            except asyncio.CancelledError:  # a shutdown: each hands on what it has
+                for task in tasks:
+                    loop.call_soon(task.cancel)  # not before it has begun
+                if here is not None:
+                    here.uncancel()
+        for work, task in list(zip(works, tasks, strict=True))[1:]:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.bind(doc_id=work.document.doc_id).error("What it came to could not be written: {}", describe(error))
+            await self._endings.end_job(work)
+        await tasks[0]
+
+    async def _claim_whole(self, job: Job, doc_id: str) -> tuple[list[Work], bool]:
         """Claim, and say whether this was cancelled meanwhile: a claim that nobody knows of would pass for a crash when its lease ends."""
         claiming = asyncio.ensure_future(self._claim(job, doc_id))
         try:
@@ -116,16 +154,17 @@ class Runner:
             if not (await asyncio.wait([claiming], timeout=LAST_WAIT))[0]:
                 claiming.cancel()  # the database does not answer, and this worker must stop
                 raise
-            if claiming.cancelled() or claiming.exception() or claiming.result() is None:
+            if claiming.cancelled() or claiming.exception() or not claiming.result():
                 raise
             return claiming.result(), True
 
-    async def _claim(self, job: Job, doc_id: str) -> Work | None:
+    async def _claim(self, job: Job, doc_id: str) -> list[Work]:
+        """Return the document, and after it those that are taken along; nothing where it cannot be claimed."""
         settings = self._settings
         async with self._pool.connection() as conn:
             if self._stopping():
                 await self._put_off(conn, job, doc_id, 0.0)
-                return None
+                return []
             work = await claim_document(
                 conn,
                 doc_id,
@@ -137,16 +176,38 @@ class Runner:
             )
             if not isinstance(work, NotClaimed):
                 await faults.at("claimed", doc_id)
-                return work
+                return [work, *await self._take_along(conn, job, work)]
             if work.deleted:
-                return None
+                return []
             if work.state is None:
                 raise PermanentError(f'There is no document with doc_id "{doc_id}".')
             if work.wait_seconds is not None:
                 await self._put_off(conn, job, doc_id, work.wait_seconds)
                 why = f"waits for {work.waits_for}, which is equal" if work.waits_for else "cannot be had now"
                 logger.bind(doc_id=doc_id, stage=job.stage).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
-            return None
+            return []
+
+    async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
+        """Claim small documents that wait like this one, where working on several at once is quick and waits for no outside service."""
+        settings = self._settings
+        at_most = settings.small_documents_together - 1
+        if at_most < 1 or not self._may_share or job.stage != "validate" or work.suspect or work.retry_count or self._stopping():
+            return []
+        if work.document.milestone is not Milestone.UPLOADED or (work.document.file_size or 0) > _SMALL_KB * 1000:
+            return []
+        works = await take_along(
+            conn,
+            work,
+            worker=self._worker,
+            lease_seconds=settings.lease_seconds,
+            serialise=settings.duplicate_policy != "process",
+            at_most=at_most,
+            max_kb=_SMALL_KB,
+            max_documents=settings.max_documents_per_user,
+        )
+        for taken in works:
+            await faults.at("claimed", taken.document.doc_id)
+        return works
 
     async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
         await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
@@ -165,6 +226,8 @@ class Runner:
                 note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
                 self._sharing.expect(work.job_id, False)  # the batch may take a while to settle
+                if work.together is not None:
+                    work.together.leave()
                 self._leases.release(lease)
                 self._in_hand[document.batch_id] -= 1
         # While another document of it is in hand here, a batch has not ended; that one will ask.
@@ -265,11 +328,12 @@ class Runner:
             checkpoint=self._endings.keep,
             stopping=self._stopping,
             sharing=self._sharing,
-            lent_place=self._lent_place,
+            lent_place=self._lent_place if work.together is None else nullcontext,  # the place is that of all of them
         )
+        tools = self._tools if work.together is None else shared(self._tools, work.together)
         if work.is_sole:  # the claim has said so already
-            return replace(self._tools, paid=keeping, find_original=_none, original_text=_none)
-        return replace(self._tools, paid=keeping)
+            return replace(tools, paid=keeping, find_original=_none, original_text=_none)
+        return replace(tools, paid=keeping)
 
     async def _after(self, job: Job, stage: Stage, work: Work, lease: Lease, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""

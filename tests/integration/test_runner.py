@@ -12,7 +12,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from jobs.pipeline.checkpoint import chunk_params
+from jobs.pipeline.rows import chunk_params
 from jobs.pipeline.runner import Job
 from models.chunks import Chunk
 from models.documents import Document
