@@ -48,6 +48,7 @@ class Endings:
 
     async def leave(self, work: Work, lease: Lease, following: Stage) -> None:
         """Hand the document on to its next stage's queue."""
+        work.part()
         retry_count = work.attempt_at(work.document.milestone)
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
         logger.bind(duration_ms=work.taken_ms()).debug("{} is handed on to {}", work.document.file_name, following.name)
@@ -64,6 +65,7 @@ class Endings:
 
     async def skip(self, work: Work, lease: Lease, original: str) -> None:
         """End a document as a duplicate, without rows of its own."""
+        work.part()
         work.document = replace(work.document, duplicate_of=original)
         work.events.append(StageEvent("duplicate", detail={"duplicate_of": original}))
         await self._checkpoint(work, Outcome(State.DUPLICATE), lease)
@@ -89,6 +91,7 @@ class Endings:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
         if stage is None:
             raise error
+        work.part()
         attempt, waited = work.attempt_at(stage.due_at), work.waited_at(stage.due_at)
         error = self._retry.judge(error, waited)
         plan = self._retry.plan(error, attempt)
@@ -151,6 +154,7 @@ class Endings:
     async def tell_fenced(self, work: Work, stage: Stage | None) -> None:
         """Drop the work and say so in the audit trail."""
         work.fenced = True
+        work.part()
         name = stage.name if stage else None
         logger.bind(stage=name, duration_ms=work.taken_ms()).warning("The claim has moved on; the work on {} is dropped", name)
         # The lease of what is not ours any more is lost too, which cancels this task: it has ended already.

@@ -226,8 +226,7 @@ class Runner:
                 note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
                 self._sharing.expect(work.job_id, False)  # the batch may take a while to settle
-                if work.together is not None:
-                    work.together.leave()
+                work.part()
                 self._leases.release(lease)
                 self._in_hand[document.batch_id] -= 1
         # While another document of it is in hand here, a batch has not ended; that one will ask.

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-_PATIENCE = 0.05
-"""Seconds for which those who have come wait for the others: one may have stopped to wait for something else."""
+_PATIENCE = 1.0
+"""Seconds for which those who have come wait for the others, should one wait for something else without leaving."""
 
 
 class NotTogether(Exception):

@@ -72,6 +72,12 @@ class Work:
     used: Usage = field(default_factory=Usage)
     """What that stage has cost so far."""
 
+    def part(self) -> None:
+        """Go on alone, so that no other waits for it."""
+        if self.together is not None:
+            self.together.leave()
+            self.together = None
+
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""
         return self.retry_count if milestone == self.saved.milestone else 0

@@ -11,10 +11,13 @@ SET enable_sort = off
 SET plan_cache_mode = force_generic_plan
 AS $$
 -- Documents of the same user whose jobs come next in the same queue, new, small and unlike any other of the user's, so that none of them waits
--- for another or can be spared; what is not so is left to be fetched alone. No more than an eighth of what is seen waiting is taken: the
--- others are for the other workers. Whatever somebody's transaction holds is skipped, so this waits for nobody. Claims as claim_document does.
+-- for another or can be spared; what is not so is left to be fetched alone. No more is taken than each place of all workers would get if
+-- they shared what waits. Whatever somebody's transaction holds is skipped, so this waits for nobody. Claims as claim_document does.
 DECLARE
     leader procrastinate_jobs;
+    places CONSTANT integer := greatest(1, (
+        SELECT sum(w.concurrency) FROM worker_registry AS w WHERE NOT w.stopping AND w.heartbeat_at > now() - interval '30 seconds'
+    ));
     seen bigint[];
     room integer;
     documents bigint;
@@ -30,9 +33,9 @@ BEGIN
         WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = leader.queue_name AND j.docmill_user = leader.docmill_user
             AND j.priority = leader.priority AND NOT j.docmill_begun
         ORDER BY j.id
-        LIMIT 8 * at_most
+        LIMIT least(places, 100) * at_most
     ) AS w;
-    room := least(at_most, coalesce(cardinality(seen), 0) / 8);
+    room := least(at_most, coalesce(cardinality(seen), 0) / places);
     IF room > 0 AND max_documents > 0 THEN
         -- As take_users_job has it, so that the limit holds exactly.
         PERFORM pg_advisory_xact_lock(hashtextextended('docmill documents of ' || leader.docmill_user, 0));
@@ -79,6 +82,6 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION take_along IS
-    'Fetches and claims for a worker small new documents that wait behind the one whose job of validate it has, at most so many and an eighth of what waits. max_bytes: of each file. max_documents: in work at once per user, 0 for any number.';
+    'Fetches and claims for a worker small new documents that wait behind the one whose job of validate it has, at most so many, and no more than its place''s part of what waits. max_bytes: of each file. max_documents: in work at once per user, 0 for any number.';
 
 CALL pin_search_path();

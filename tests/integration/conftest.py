@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
+from jobs.adapters.embedders import HashedWords
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
@@ -88,7 +89,7 @@ class Bench:
         reading = Reading(self.pool)
         nothing: Any = None
         tools = Tools(
-            settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original,
+            settings, LocalStorage.from_settings(settings), nothing, HashedWords(), reading.known_vectors, reading.find_original,
             reading.original_text, reading.original_extraction,
         )  # fmt: skip
         return Runner(
