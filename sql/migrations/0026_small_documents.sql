@@ -33,7 +33,7 @@ BEGIN
         WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = leader.queue_name AND j.docmill_user = leader.docmill_user
             AND j.priority = leader.priority AND NOT j.docmill_begun
         ORDER BY j.id
-        LIMIT least(places, 100) * at_most
+        LIMIT least(places + 1, 100) * at_most
     ) AS w;
     room := least(at_most, coalesce(cardinality(seen), 0) / places);
     IF room > 0 AND max_documents > 0 THEN
