@@ -261,6 +261,8 @@ class Unused:
     async def run(self, *_: Any, **__: Any) -> Any:
         raise ParseError("it was asked")
 
+    run_each = run
+
 
 def real_tools(bench: Bench, **changes: Any) -> Tools:
     return replace(bench.runner(**changes)._tools, sandbox=Unused())

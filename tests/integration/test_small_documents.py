@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -79,7 +80,7 @@ async def test_what_the_database_refuses_of_one_is_stored_of_the_others(bench: B
 
     def with_a_nul(stage: str, document: Document) -> Document:
         document = plain(stage, document)
-        return made.replace(document, markdown="no\x00text") if stage == "parse" and document.doc_id == "d04" else document
+        return replace(document, markdown="no\x00text") if stage == "parse" and document.doc_id == "d04" else document
 
     monkeypatch.setattr(made, "made_by", with_a_nul)
     submit(bench, 16)
