@@ -79,7 +79,7 @@ def test_a_worker_killed_between_a_last_document_and_its_batch_leaves_no_batch_o
             submit_batch(conn, f"batch{number}", {doc_id: content})
     arena.accepted(wanted)
     faults = [f"kill@committed:complete;doc={doc_id};once={arena.mark(doc_id)}" for doc_id in wanted]
-    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1")
+    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1", SMALL_DOCUMENTS_TOGETHER="1")
     arena.settle()
     check_summaries(arena, 6)
     assert len(arena.marks()) == 6
