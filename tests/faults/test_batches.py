@@ -61,7 +61,7 @@ def test_last_documents_that_end_in_the_same_moment_end_their_batch_once(arena: 
         gate.execute(GATE)
         gate.execute("SELECT pg_advisory_lock(42)")
         for _ in range(2):
-            arena.worker(WORKER_CONCURRENCY="6", DATABASE_MAX_CONNECTIONS="20")
+            arena.worker(WORKER_CONCURRENCY="6", DATABASE_MAX_CONNECTIONS="20", SMALL_DOCUMENTS_TOGETHER="1")
         # Every document stands before its last commit; then all of them go through at once.
         arena.wait(lambda: arena.one(AT_GATE) == len(wanted), "every document to stand at the gate")
         gate.execute("SELECT pg_advisory_unlock(42)")

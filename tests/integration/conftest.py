@@ -19,9 +19,10 @@ from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.database import make_pool
 from jobs.leases import LeaseKeeper
+from jobs.pipeline.claiming import Job
 from jobs.pipeline.claims import Connection
 from jobs.pipeline.reading import Reading
-from jobs.pipeline.runner import Job, Runner
+from jobs.pipeline.runner import Runner
 from jobs.retry import StageRetry
 from jobs.stages import Tools
 from models.chunks import Chunk

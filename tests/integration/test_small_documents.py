@@ -9,7 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs.pipeline.runner import Job, Runner
+from jobs.pipeline.claiming import Job
+from jobs.pipeline.runner import Runner
 from models.documents import Document
 from models.errors import PermanentError, RetryableError
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
