@@ -106,7 +106,7 @@ class Unpacker:
         except (RetryableError, TimeoutError) as error:
             await self._try_later(archive, error)
         except DocmillError as error:
-            await self._fail(archive, str(error))
+            await self._fail(archive, error)
         except asyncio.CancelledError:
             # The worker has run out of patience. Without this the reconciler would find it, a little later.
             with suppress(psycopg.Error):
@@ -152,7 +152,7 @@ class Unpacker:
         if sha256 is None:
             sha256 = (await asyncio.to_thread(self._storage.fingerprint, archive.file_path)).sha256
         await asyncio.to_thread(self._storage.size, archive.file_path)  # there, and a regular file: in words for people
-        listing: Listing = await sandbox.run(list_archive, file, archive.name, self._limits)
+        listing: Listing = await sandbox.run(list_archive, file, self._limits)
         found = await self._one(
             "record_listing",
             archive_id=archive.id,
@@ -164,12 +164,12 @@ class Unpacker:
         entries, size = (found["all_entries"] or 0, found["all_bytes"] or 0) if found is not None else (0, 0)
         if entries > self._limits.entries:
             raise PermanentError(
-                f"{archive.name}: with the archives that it lies beside and in there are {entries:,} files, more than the "
+                f"with the archives that it lies beside and in there are {entries:,} files, more than the "
                 f"{self._limits.entries:,} that MAX_ARCHIVE_ENTRIES allows."
             )
         if size > self._limits.unpacked_bytes:
             raise PermanentError(
-                f"{archive.name}: with the archives that it lies beside and in there are {size:,} bytes when unpacked, more than the "
+                f"with the archives that it lies beside and in there are {size:,} bytes when unpacked, more than the "
                 f"{self._limits.unpacked_bytes:,} that MAX_ARCHIVE_UNPACKED_MB allows."
             )
         return listing
@@ -229,19 +229,19 @@ class Unpacker:
             logger.info("Somebody's transaction holds the batch; its number of files is brought up to date later")
         await self._one("settle_batch", batch_id=archive.batch_id)
 
-    async def _fail(self, archive: Archive, reason: str) -> None:
-        await self._one("end_archive", archive_id=archive.id, state="failed", error_message=reason)
-        logger.error("{} cannot be unpacked: {}", archive.name, reason)
+    async def _fail(self, archive: Archive, error: DocmillError) -> None:
+        await self._one("end_archive", archive_id=archive.id, state="failed", error_message=f"{archive.name}: {error}")
+        logger.error("{} cannot be unpacked: {}", archive.name, error)
 
     async def _put_off(self, archive: Archive, delay: float, reason: str | None = None) -> None:
         await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason)
 
     async def _try_later(self, archive: Archive, error: DocmillError) -> None:
         if archive.retry_count >= self._settings.max_retry_attempts:
-            await self._fail(archive, str(error))
+            await self._fail(archive, error)
             return
         delay = calculate_backoff(archive.retry_count, self._settings.retry_base_delay_seconds, self._settings.retry_max_delay_seconds)
-        await self._put_off(archive, delay, str(error))
+        await self._put_off(archive, delay, f"{archive.name}: {error}")
         logger.warning("{}: trying again in {:.1f} s: {}", archive.name, delay, error)
 
     async def _one(self, name: str, **params: Any) -> dict[str, Any] | None:
