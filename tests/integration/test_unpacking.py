@@ -229,6 +229,7 @@ async def test_two_unpackers_of_one_archive_at_once_make_each_document_once(benc
     submit_batch(bench.zip(FILES), batch_id="b")
     archive = bench.jobs()[0]
     await asyncio.gather(*(bench.unpacker().run(archive) for _ in range(3)))
+    await bench.unpack()  # on a busy machine each may have found the others in its way
     assert bench.one("SELECT count(*), max(version) FROM file_extractions") == (10, 1)
     assert bench.one("SELECT count(*) FROM document_events") == (10,)
     assert bench.one("SELECT state, unpacked_count FROM batch_archives") == ("unpacked", 10)
