@@ -35,10 +35,16 @@ CALLS_PER_CHILD = 200
 """So that what a library leaks, or a file has left behind, does not stay; the price of a new child is shared by as many documents."""
 CALLS_AT_ONCE = MOST_FILES
 """Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
+COMPUTING = 0.9
+"""The share of the time limit, in CPU time, from which on a call that ran into it has computed rather than waited, and would again."""
 _PR_SET_DUMPABLE = 4
 
 _told: set[str] = set()
 """What has been said of this kernel in this process."""
+
+
+class Exhausted(ParseError):
+    """The work computed until its time was up; other code may manage the same file."""
 
 
 class ProcessSandbox:
@@ -74,10 +80,11 @@ class ProcessSandbox:
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run an importable function in a child and return what it returns, plain values and docmill's own data.
 
-        Each StoredFile among `args` is opened here; what the storage raises comes through. A crash or the memory limit is a Crashed,
-        which is a ParseError; the output limit is a ParseError, a limit on wall clock or CPU a TimeoutError; what the function handed over
-        by `sandbox_child.keep` before is in the error's `kept`. Docmill's own errors come through as raised, others as ParseError naming
-        their class. Cancelling the caller kills the child. If children cannot be started the error is retryable.
+        Each StoredFile among `args` is opened here; what the storage raises comes through. A crash or the memory limit is a Crashed, a
+        limit on time that was spent computing an Exhausted, both ParseErrors, as the output limit is; a limit on time that was spent
+        waiting is a TimeoutError. What the function handed over by `sandbox_child.keep` before is in the error's `kept`. Docmill's own
+        errors come through as raised, others as ParseError naming their class. Cancelling the caller kills the child. If children cannot
+        be started the error is retryable.
         """
         if self._closed:
             raise RetryableError("The sandbox is closed: this worker is stopping.")
@@ -170,23 +177,27 @@ class ProcessSandbox:
                         raise ValueError(f"no answer, or parts of more than {most:,} bytes")
                     kept.append(value)
         except builtins.TimeoutError:
-            late = TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
-            await asyncio.to_thread(self._ended, child, 0.0)
+            _, cpu_seconds = await asyncio.to_thread(self._ended, child, 0.0)
+            # What waited (for a disk, or for its turn on a busy machine) may do better the next time.
+            kind_of_end = Exhausted if cpu_seconds >= COMPUTING * self._limits.timeout else TimeoutError
+            late = kind_of_end(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
             late.kept = kept
             raise late from None
         except (EOFError, OSError) as gone:
             if self._closed:
                 raise asyncio.CancelledError from gone
-            error = self._crash(await asyncio.to_thread(self._ended, child, 1.0))
+            code, _ = await asyncio.to_thread(self._ended, child, 1.0)
+            error = self._crash(code)
             error.kept = kept
             raise error from None
         except Exception as strange:
             raise ParseError(f"The parser's answer cannot be read ({type(strange).__name__}: {str(strange)[:200]}).") from None
 
-    def _ended(self, child: Child, patience: float) -> int:
+    def _ended(self, child: Child, patience: float) -> tuple[int, float]:
+        """See a child's end; return how it came and the CPU seconds that the call took."""
         code, spent = child.end(patience)
         usage.add(cpu_ms=spent.cpu_ms, peak_memory_mb=spent.peak_memory_mb)
-        return code
+        return code, spent.cpu_ms / 1000
 
     def _discard(self, child: Child | None) -> None:
         if child is not None:
@@ -196,7 +207,7 @@ class ProcessSandbox:
     def _crash(self, exitcode: int) -> DocmillError:
         """Name what ended a child: a signal when the code is negative."""
         if exitcode == -signal.SIGXCPU:
-            return TimeoutError(f"Parsing was stopped at the CPU limit of {self._limits.cpu_limit} s.")
+            return Exhausted(f"Parsing was stopped at the CPU limit of {self._limits.cpu_limit} s.")
         how = f"exit code {exitcode}"
         if exitcode < 0:
             with suppress(ValueError):

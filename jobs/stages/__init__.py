@@ -35,7 +35,8 @@ class Sandbox(Protocol):
     """Runs CPU-heavy or untrusted work in a child process with limits."""
 
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run an importable function in a child. A crash or a limit is a ParseError, a hang a TimeoutError; DocmillErrors come through."""
+        """Run an importable function in a child. A crash, a loop or a limit is a ParseError, a wait too long a TimeoutError; DocmillErrors
+        come through."""
         ...
 
     async def run_each(self, calls: Sequence[SandboxCall]) -> list[Answer]:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.adapters import sandbox as sandbox_module
 from jobs.adapters import usage
-from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox import Exhausted, ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
 from jobs.adapters.stored_file import StoredFile
 from models.errors import LLMError, ParseError, RateLimitError, RetryableError, TimeoutError
@@ -73,16 +74,24 @@ async def test_an_exit_is_a_parse_error_that_names_the_code(sandbox: ProcessSand
         await sandbox.run(work.leave, 3)
 
 
-async def test_a_hang_is_our_timeout_error_that_names_the_limit() -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=0.3), readable=TESTS)
-    with pytest.raises(TimeoutError, match=r"0\.3 s"):
+async def test_a_wait_is_our_timeout_error_that_names_the_limit(tmp_path: Path) -> None:
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS, writable=tmp_path)
+    with pytest.raises(TimeoutError, match=r"time limit of 5\.5 s"):
+        await sandbox.run(work.hang_after, str(tmp_path / "mark"))
+    await sandbox.aclose()
+
+
+async def test_a_loop_until_the_time_is_up_is_no_timeout_because_it_would_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "COMPUTING", 0.01)  # a busy machine gives it next to nothing
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS)
+    with pytest.raises(Exhausted, match=r"time limit of 5\.5 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
 
 
-async def test_cpu_time_beyond_the_limit_is_a_timeout_error() -> None:
+async def test_cpu_time_beyond_the_limit_is_no_timeout_either() -> None:
     sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, cpu_seconds=1), readable=TESTS)
-    with pytest.raises(TimeoutError, match="CPU limit of 1 s"):
+    with pytest.raises(Exhausted, match="CPU limit of 1 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
 
