@@ -44,8 +44,11 @@ _DATE = re.compile(
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
-_YEAR = re.compile(r"[0-9](?:(?<=[12])(?<!\w[12])[0-9]{3}(?!\w)|[-/.][0-3]?[0-9][-/.][0-9]{2})")
-"""In every date: a year of four digits, or the last of three numbers. Far quicker to look for than all that a date can begin with."""
+_YEAR = re.compile(r"[0-9](?:(?<=[12])(?<!\w[12])[0-9]{3}|[-/.][0-3]?[0-9][-/.][0-9]{2})")
+"""In every date: a year of four digits, or the last of three numbers. Far quicker to look for than all that a date can begin with.
+
+What follows is no matter here: the end of what is looked at may hide it, so there must be more of that whatever it is.
+"""
 _AROUND = 64
 """More than a date has before and after its `_YEAR`."""
 

@@ -12,7 +12,7 @@ SAMPLE_CHARACTERS = 1_500
 GLANCE_CHARACTERS = 120
 """Of each sample, to begin with: py3langid takes a quarter of a microsecond a byte, and most texts are in one language from end to end."""
 SURE = 0.5
-"""How certain each glance must be of one and the same language: over 1,000 texts in 71 languages none was named that samples did not name."""
+"""How certain each glance must be of the same language: over 1,000 texts in 71 languages none was named that samples did not name."""
 MIN_LETTERS = 3
 MIN_CONFIDENCE = 0.3
 """Below it no language is named: the measured mistakes on titles of two words lie under 0.1, right answers over 0.35."""
