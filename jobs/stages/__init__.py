@@ -7,9 +7,10 @@ so that a stage can be tried without a database.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,6 @@ from jobs.adapters.embedders import HostedEmbedder, SizedText
 from jobs.adapters.llamaparse import LlamaParse
 from jobs.adapters.llm import ModelExtractor
 from jobs.adapters.sandbox_child import Answer
-from jobs.adapters.storage import Fingerprint
 from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
@@ -89,8 +89,8 @@ class Storage(Protocol):
         """Return the absolute path; a path that leaves the base is a PermanentError."""
         ...
 
-    def fingerprint(self, relative: str) -> Fingerprint:
-        """Return size and SHA-256 of a stored file."""
+    def open(self, relative: str) -> AbstractContextManager[BinaryIO]:
+        """Open a stored file for reading. PermanentError if the name is at fault; RetryableError if the storage is, also in the block."""
         ...
 
 

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from jobs.adapters.archives import ArchiveLimits, check_package
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
-from jobs.adapters.storage import Fingerprint
+from jobs.adapters.storage import Fingerprint, fingerprint
 from jobs.adapters.stored_file import StoredFile
 from jobs.stages import Tools
 from models.documents import Document, FileType
@@ -70,9 +70,10 @@ async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
 
     def look() -> tuple[Fingerprint, Sniffed]:
-        found = tools.storage.fingerprint(document.file_path)
-        refuse_file(document, found, tools.settings.max_file_size_mb)
-        return found, sniff(tools.storage.resolve(document.file_path), document.file_name)
+        with tools.storage.open(document.file_path) as file:
+            found = fingerprint(file)
+            refuse_file(document, found, tools.settings.max_file_size_mb)
+            return found, sniff(file, document.file_name)
 
     found, sniffed = await tools.in_thread(look)
     refuse_type(document.file_name, sniffed)
