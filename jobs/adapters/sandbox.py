@@ -11,7 +11,7 @@ import builtins
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 from loguru import logger
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_channel import ANSWER, PART, loads_carefully
-from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits
+from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
+from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup
 from jobs.adapters.sandbox_process import Child
 from jobs.adapters.storage.faults import storage_faults
@@ -33,6 +33,8 @@ R = TypeVar("R")
 
 CALLS_PER_CHILD = 200
 """So that what a library leaks, or a file has left behind, does not stay; the price of a new child is shared by as many documents."""
+CALLS_AT_ONCE = MOST_FILES
+"""Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
 COMPUTING = 0.9
 """The share of the time limit, in CPU time, from which on a call that ran into it has computed rather than waited, and would again."""
 _PR_SET_DUMPABLE = 4
@@ -88,7 +90,8 @@ class ProcessSandbox:
             raise RetryableError("The sandbox is closed: this worker is stopping.")
         async with self._slots:
             with ExitStack() as opened:
-                files = [await asyncio.to_thread(_open, value, opened) for value in args if isinstance(value, StoredFile)]
+                named = [value for value in args if isinstance(value, StoredFile)]
+                files = await asyncio.to_thread(lambda: [_open(value, opened) for value in named]) if named else []
                 numbers = iter(range(len(files)))
                 sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
                 child = await self._begin(Call(function, sent, kwargs, self._limits), files)
@@ -107,6 +110,27 @@ class ProcessSandbox:
             raise answer.error
         value: R = answer.result
         return value
+
+    async def run_each(self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]) -> list[Answer]:
+        """Run short calls, each a function, its arguments and its named arguments, and return an Answer each, in order.
+
+        Some of them share a child's turn, with its limits, so what `run` raises when a child crashes or meets a limit is raised for all.
+        """
+        parts = [calls[start : start + CALLS_AT_ONCE] for start in range(0, len(calls), CALLS_AT_ONCE)]
+        return [answer for answers in await asyncio.gather(*map(self._run_part, parts)) for answer in answers]
+
+    async def _run_part(self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]) -> Sequence[Answer]:
+        files: list[StoredFile] = []
+        sent = []
+        for function, args, kwargs in calls:
+            first = len(files)
+            files += [value for value in args if isinstance(value, StoredFile)]
+            numbers = iter(range(first, len(files)))
+            sent.append((function, tuple(replace(v, fd=next(numbers)) if isinstance(v, StoredFile) else v for v in args), kwargs))
+        answers = await self.run(answer_each, sent, *files)
+        if len(answers) != len(calls) or not all(isinstance(one, Answer) and isinstance(one.error, DocmillError | None) for one in answers):
+            raise ParseError("The parser's answers cannot be read.")
+        return answers
 
     async def _begin(self, call: Call, files: Sequence[int]) -> Child:
         """Return a child that has been given the call: a warm one, else a new one."""

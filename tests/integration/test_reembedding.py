@@ -282,7 +282,7 @@ async def test_a_document_that_somebody_holds_is_done_later_and_keeps_no_other(s
 class Failing:
     """Fails on some texts, or always, with an error of its own."""
 
-    model, dimensions = NEW.model, NEW.dimensions
+    model, dimensions, quick = NEW.model, NEW.dimensions, True
 
     def __init__(self, error: Exception, on: str = "") -> None:
         self.error, self.on, self.calls = error, on, 0

@@ -17,6 +17,7 @@ from jobs.adapters import sandbox as sandbox_module
 from jobs.adapters import usage
 from jobs.adapters.sandbox import Exhausted, ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
+from jobs.adapters.stored_file import StoredFile
 from models.errors import LLMError, ParseError, RateLimitError, RetryableError, TimeoutError
 from tests.unit import sandbox_work as work
 
@@ -251,3 +252,23 @@ def test_a_killed_worker_leaves_no_child_behind(tmp_path: Path) -> None:
         worker.communicate()
     while any(map(alive, children)):
         time.sleep(0.02)
+
+
+async def test_calls_that_share_a_turn_have_an_answer_each_in_their_order(sandbox: ProcessSandbox, tmp_path: Path) -> None:
+    files = [StoredFile(tmp_path / f"{number}.txt") for number in range(20)]
+    for number, file in enumerate(files):
+        file.path.write_text(f"file {number}")
+    calls: list[tuple[Callable[..., object], tuple[object, ...], dict[str, object]]] = [(work.content_of, (file,), {}) for file in files]
+    calls[7] = (work.raise_foreign, (), {})
+    answers = await sandbox.run_each(calls)
+    assert [answer.result for answer in answers] == [None if number == 7 else f"file {number}" for number in range(20)]
+    assert isinstance(answers[7].error, ParseError)
+    assert all(answer.error is None for number, answer in enumerate(answers) if number != 7)
+    assert max(answer.peak_memory_mb for answer in answers) > 5
+
+
+@pytest.mark.parametrize("harm", [work.crash, work.exhaust_memory])
+async def test_what_takes_a_child_down_is_nobodys_answer_who_shared_its_turn(sandbox: ProcessSandbox, harm: Callable[[], object]) -> None:
+    with pytest.raises(ParseError):
+        await sandbox.run_each([(work.text_of, (3,), {}), (harm, (), {}), (work.text_of, (4,), {})])
+    assert [answer.result for answer in await sandbox.run_each([(work.text_of, (3,), {}), (work.text_of, (4,), {})])] == ["xxx", "xxxx"]
