@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile, ParsedPage
 from models.errors import DocmillError, ParseError, PermanentError
 
+_QUOTED = re.compile(r"`[^`]{4,}+`")
+"""How parsers in Rust quote tags and entities that they did not expect."""
 _TEXT_SHARE = 0.9
 """Of the output limit; the rest is for what goes along with the text."""
 
@@ -133,8 +136,8 @@ def _nothing_worked(file_name: str, reasons: list[tuple[str, BaseException]]) ->
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error in a line of at most 300 characters, with its class unless it is ours."""
-    message = " ".join(str(error).split())[:300].rstrip(".")
+    """Return an error in a line of at most 300 characters, with its class unless it is ours, and without what it quotes from the file."""
+    message = _QUOTED.sub("`...`", " ".join(str(error).split()))[:300].rstrip(".")
     if isinstance(error, DocmillError):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
