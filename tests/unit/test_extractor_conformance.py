@@ -80,7 +80,8 @@ def document_of(markdown: str, pages: Sequence[PageMark]) -> Document:
 def tools_with(extractor: ModelExtractor | None) -> Tools:
     """What the stage uses of its tools, for a document that equals no other."""
     unused: Any = None
-    return Tools(Settings(), unused, Here(), unused, unused, unused, unused, unused, extractor=extractor)
+    here: Any = Here()
+    return Tools(Settings(), unused, here, unused, unused, unused, unused, unused, extractor=extractor)
 
 
 def model(server: OpenAIServer, schema: str | None = None, timeout: float = 20, **limits: int) -> ModelExtractor:
