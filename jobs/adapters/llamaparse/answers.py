@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.adapters.parsers.source import NoText, with_text
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
@@ -98,7 +99,7 @@ def _read_pages(
 
 def to_parsed_file(found: HostedPages, parser: str) -> ParsedFile:
     """Return what a parser returns. Failed pages are named in the metadata with their reasons, and are empty pages in the text, so that
-    the numbers of the others stay true. Without any good page a ParseError."""
+    the numbers of the others stay true. Without any good page, or any text, a ParseError."""
     if not found.pages:
         first = f": {found.failed[0].error}" if found.failed else ""
         raise ParseError(f"LlamaParse could not parse any page{first}")
@@ -110,4 +111,7 @@ def to_parsed_file(found: HostedPages, parser: str) -> ParsedFile:
         metadata["warnings"] = [f"LlamaParse reads at most 64 KB of a page; these may have lost their ends: {full[:20]}"]
     if found.credits is not None:
         metadata["credits"] = found.credits
-    return ParsedFile(pages=tuple(pages), parser=parser, paged=True, metadata=metadata)
+    try:
+        return with_text(ParsedFile(pages=tuple(pages), parser=parser, paged=True, metadata=metadata))
+    except NoText:
+        raise ParseError("LlamaParse found no text in the file.") from None
