@@ -42,12 +42,11 @@ SUBMIT = """SELECT count(submit_document('backlog/' || n, doc_id => 'backlog ' |
     content_sha256 => encode(sha256(convert_to(n::text, 'UTF8')), 'hex'))) FROM generate_series(%s::int8, %s::int8) AS n"""
 SIZES = """SELECT relname, n_live_tup, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_table_size(relid) / 1e6, pg_indexes_size(relid) / 1e6
     FROM pg_stat_user_tables WHERE relname IN ('file_extractions', 'procrastinate_jobs', 'worker_registry') ORDER BY 1"""
-ADVANCE: dict[str, Any] = {
-    "worker": "bench:1", "milestone": "complete", "state": "complete", "retry_count": 0, "waits": False, "gained": True,
-    "error_type": None, "error_message": None, "waiting_for": None, "waiting_revision": None, "waiting_place": None, "file_size": 8000,
-    "content_sha256": None, "file_type": "text", "mime_type": "text/plain", "page_count": None, "chunk_count": 9, "duplicate_of": None,
-    "raw_extraction": "{}", "events": '[{"stage": "finalize", "event": "completed", "attempt": 0, "detail": {}}]',
-    "next_stage": None, "next_delay": 0.0,
+DONE: dict[str, Any] = {
+    "worker": "bench:1", "file_sizes": [8000], "hashes": [None], "file_types": ["text"], "mime_types": ["text/plain"],
+    "page_counts": [None],
+    "chunk_counts": [9], "duplicates_of": [None], "extractions": ["{}"],
+    "events": ['[{"stage": "finalize", "event": "completed", "attempt": 0, "detail": {}}]'],
 }  # fmt: skip
 
 
@@ -134,8 +133,8 @@ def live(conn: psycopg.Connection, count: int) -> tuple[float, float]:
         about = {"doc_id": job["args"]["doc_id"], "job_id": job["id"], "worker": "bench:1", "lease_seconds": 60, "serialise": True}
         claimed = cursor.execute(query("claim_document"), about).fetchone()
         assert claimed is not None
-        done = {**ADVANCE, "doc_id": about["doc_id"], "claim": claimed["claim"], "finished_job_id": job["id"]}
-        cursor.execute(query("advance_document"), done)
+        done = {"doc_ids": [about["doc_id"]], "claims": [claimed["claim"]], "job_ids": [job["id"]]}
+        cursor.execute(query("complete_documents"), DONE | done)
         cursor.execute(query("settle_batch"), {"batch_id": "none"})
     return (time.perf_counter() - begun) / count, (cpu_seconds(backend(conn)) - own) / count
 

@@ -17,7 +17,7 @@ from jobs.adapters.extractor import extract_locally
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
-from jobs.pipeline.checkpoint import chunk_params
+from jobs.pipeline.rows import chunk_params
 from jobs.stages.check import checked
 from jobs.stages.chunk import cut
 from jobs.stages.parse import join_pages

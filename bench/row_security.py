@@ -23,7 +23,7 @@ from pgvector.psycopg import register_vector
 from psycopg.conninfo import make_conninfo
 
 from bench.running import WORDS, bench_server, fresh_settings, url_of
-from jobs.pipeline.checkpoint import chunk_params
+from jobs.pipeline.rows import chunk_params
 from jobs.roles import create_roles, grant_as, grant_to_person
 from models.chunks import Chunk
 from models.documents import Document

@@ -1,17 +1,14 @@
-"""Writes `.env.example` and docs/configuration.md from the settings: run it after changing models/settings/fields.py."""
+"""Writes `.env.example` and docs/configuration.md from the settings: run it after changing models/settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from models.settings import Settings, allowed_values, default_value
-from models.settings.providers import ProviderSettings
 from models.settings.secret_files import holds_secret
-from models.settings.serving import ServingSettings
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(Settings.model_fields, key=lambda name: 2 * (name in ProviderSettings.model_fields) + (name in ServingSettings.model_fields))
-"""All settings, those of `docmill serve` and of outside services last."""
+NAMES = list(Settings.model_fields)
 INTRODUCTION = """\
 # Configuration
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, Unpack, cast
@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, TypedDict, Unpack, cast
 import psycopg
 from psycopg.rows import dict_row
 
-from jobs.adapters.storage import LocalStorage, safe_display_name, storable_path
+from jobs.adapters.storage import LocalStorage, StoredUpload, Upload, safe_display_name, storable_path
 from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id
 from jobs.front import async_connection, sync_connection
 from jobs.redaction import describe
-from models.errors import RetryableError, SubmitConflict, SubmitError
+from models.errors import DocmillError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from models.stages import State
 from models.submissions import Submission
@@ -70,6 +70,36 @@ class Options(TypedDict, total=False):
 
 def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[str, Any]:
     """Check the arguments, copy the file into storage and return the parameters of the statement that accepts it."""
+    (params,) = prepare_together(settings, [(file, options)])
+    if isinstance(params, DocmillError):
+        raise params
+    return params
+
+
+def prepare_together(settings: Settings, files: Sequence[tuple[File, Options]]) -> list[dict[str, Any] | DocmillError]:
+    """Do as `prepare` does with several files, which wait for the disk together; return what it returns or raises for each."""
+    prepared: list[dict[str, Any] | DocmillError] = []
+    uploads: list[Upload] = []
+    for file, options in files:
+        try:
+            upload, params = _checked(settings, file, options)
+        except SubmitError as error:
+            prepared.append(error)
+        else:
+            uploads.append(upload)
+            prepared.append(params)
+    stored = iter(LocalStorage.from_settings(settings).store_uploads(uploads))
+    return [params if isinstance(params, DocmillError) else _with_stored(params, next(stored)) for params in prepared]
+
+
+def _with_stored(params: dict[str, Any], stored: StoredUpload | DocmillError) -> dict[str, Any] | DocmillError:
+    if isinstance(stored, DocmillError):
+        return stored
+    return {**params, "file_path": stored.file_path, "file_size": stored.size, "content_sha256": stored.sha256}
+
+
+def _checked(settings: Settings, file: File, options: Options) -> tuple[Upload, dict[str, Any]]:
+    """Return what is to be stored, and the parameters but for what the storage tells. SubmitError for what no document can have."""
     place = options.get("place") or Place()
     doc_id, file_name = options.get("doc_id"), options.get("file_name")
     priority, correlation_id = options.get("priority", 0), options.get("correlation_id")
@@ -96,17 +126,12 @@ def prepare(settings: Settings, file: File, **options: Unpack[Options]) -> dict[
     else:
         raise SubmitError(f"A document is a path, bytes or an open binary file, not {type(file).__name__}.")
     check_name("doc_id", doc_id)
-    stored = LocalStorage.from_settings(settings).store_upload(
-        doc_id, source, settings.max_file_size_mb * 1_000_000, str(source) if isinstance(source, Path) else name
-    )
-    return {
+    called = str(source) if isinstance(source, Path) else name
+    return Upload(doc_id, source, settings.max_file_size_mb * 1_000_000, called), {
         "doc_id": doc_id,
         "user_id": place.user_id,
         "file_name": safe_display_name(name),
-        "file_path": stored.file_path,
         "source_path": place.source_path or (storable_path(source) if isinstance(source, Path) else None),
-        "file_size": stored.size,
-        "content_sha256": stored.sha256,
         "metadata": metadata,
         "priority": priority,
         "correlation_id": check_name("correlation_id", correlation_id or str(uuid.uuid4())),

@@ -11,9 +11,9 @@ from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.pipeline import Runner
+from jobs.pipeline.claiming import Job
 from jobs.pipeline.company import Company
 from jobs.pipeline.reading import Reading
-from jobs.pipeline.runner import Job
 from jobs.retry import StageRetry
 from jobs.services import OwnServices
 from jobs.serving import ServingEmbedder, own_embedder

@@ -6,19 +6,24 @@ apply procrastinate's schema under the same lock. See docs/decisions/0002-own-mi
 
 from __future__ import annotations
 
+import time
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import psycopg
+from loguru import logger
 from procrastinate.schema import SchemaManager, migrations_path
 
 from models.errors import ConfigurationError
 from sql import query
+from sql.giving_way import Watcher
 from sql.securing import act_as_oneself, act_as_owner, is_secured, secure
 
 _LOCK = 0x646F636D696C6C  # "docmill" in ASCII: the key of the session advisory lock that lets one migration run at a time
 _TRIES = 5  # of a migration that meets those who use the database in a deadlock
+_LONGEST_PAUSE = 30.0  # seconds between two tries of one that found others in its way
+_Migration = tuple[str, str, Path | Traversable]  # component, name, file
 
 
 def _applied(conn: psycopg.Connection, component: str) -> set[str]:
@@ -29,8 +34,11 @@ def _own() -> list[Traversable]:
     return sorted((p for p in files("sql").joinpath("migrations").iterdir() if p.name.endswith(".sql")), key=lambda p: p.name)
 
 
-def _apply(conn: psycopg.Connection, component: str, name: str, path: Path | Traversable) -> None:
-    for tries_left in reversed(range(_TRIES)):
+def _apply(conn: psycopg.Connection, watcher: Watcher, migration: _Migration) -> None:
+    """Apply one migration, however often it has to give way to others who hold a table that it needs."""
+    component, name, path = migration
+    deadlocks = waits = 0
+    while True:
         try:
             with conn.transaction():
                 # Migrations ship with the packages and hold no caller's text.
@@ -39,44 +47,58 @@ def _apply(conn: psycopg.Connection, component: str, name: str, path: Path | Tra
             return
         except psycopg.errors.DeadlockDetected:
             # With a submitter or a worker, who take the tables in their own order; it has gone on by now.
-            if not tries_left:
+            deadlocks += 1
+            if deadlocks == _TRIES:
                 raise
+        except psycopg.errors.QueryCanceled:
+            hindrance = watcher.take_hindrance()
+            if hindrance is None:  # by somebody else, who will have meant it
+                raise
+            pause = min(2.0**waits, _LONGEST_PAUSE)
+            waits += 1
+            logger.warning("{} has given way, so that others can write: {}. Trying again in {:g} s", name, hindrance, pause)
+            time.sleep(pause)
 
 
-def _migrate_procrastinate(conn: psycopg.Connection) -> list[str]:
-    """Apply procrastinate's schema to a new database, or the migrations it has gained since to an old one."""
-    names = sorted(p.name for p in migrations_path.glob("*.sql"))
-    applied = _applied(conn, "procrastinate")
+def _make_procrastinate(conn: psycopg.Connection) -> list[str]:
+    """Apply procrastinate's whole schema to a new database, which then has all its migrations."""
     row = conn.execute(query("procrastinate_exists")).fetchone()
     if row is not None and not row[0]:
         with conn.transaction():
             conn.execute(SchemaManager.get_schema())
-            for name in names:
-                conn.execute(query("record_migration"), {"component": "procrastinate", "name": name})
+            for path in migrations_path.glob("*.sql"):
+                conn.execute(query("record_migration"), {"component": "procrastinate", "name": path.name})
         return ["procrastinate schema"]
-    if not applied:
+    if not _applied(conn, "procrastinate"):
         raise ConfigurationError(
             "The database already holds a procrastinate schema that docmill did not make. Use a database of docmill's own, or upgrade that "
             "schema to the installed procrastinate and record its migrations in docmill_migrations (docs/operations.md says how)."
         )
-    todo = [name for name in names if name not in applied]
-    for name in todo:
-        _apply(conn, "procrastinate", name, migrations_path / name)
-    return [f"procrastinate {name}" for name in todo]
+    return []
+
+
+def _missing(conn: psycopg.Connection) -> list[_Migration]:
+    theirs = [("procrastinate", path.name, path) for path in sorted(migrations_path.glob("*.sql"), key=lambda p: p.name)]
+    ours = [("docmill", path.name, path) for path in _own()]
+    applied = {component: _applied(conn, component) for component in ("procrastinate", "docmill")}
+    return [(component, name, path) for component, name, path in [*theirs, *ours] if name not in applied[component]]
 
 
 def migrate(conn: psycopg.Connection) -> list[str]:
-    """Apply what is missing over an autocommit connection and return the names of what was applied, in order."""
+    """Apply what is missing over an autocommit connection and return the names of what was applied, in order.
+
+    A transaction that holds a table is waited for without an end, but never with others waiting behind: see giving_way.
+    """
     conn.execute(query("lock_migrations"), {"key": _LOCK})
     try:
         act_as_owner(conn)
         conn.execute(query("create_migrations_table"))
-        done = _migrate_procrastinate(conn)
-        applied = _applied(conn, "docmill")
-        for path in _own():
-            if path.name not in applied:
-                _apply(conn, "docmill", path.name, path)
-                done.append(path.name)
+        done = _make_procrastinate(conn)
+        if missing := _missing(conn):
+            with Watcher(conn) as watcher:
+                for migration in missing:
+                    _apply(conn, watcher, migration)
+            done += [name if component == "docmill" else f"{component} {name}" for component, name, _ in missing]
         if done and is_secured(conn):
             secure(conn)
         return done

@@ -89,7 +89,7 @@ class Shelf:
         shelf = self
 
         class Watched:
-            model, dimensions = made.model, made.dimensions
+            model, dimensions, quick = made.model, made.dimensions, made.quick
 
             async def embed(self, texts: Any, kind: Any = "passage") -> Any:
                 shelf.embedded += texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 SAMPLE_BYTES = 64 * 1024
@@ -21,6 +22,7 @@ _CONTROL_BYTES = bytes(set(range(0x20)) - set(b"\t\n\v\f\r\x1b") | {0x7F})
 _CONTROL_CHARACTERS = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f]")
 _ISO_2022_JP = re.compile(rb"\x1b\$[@B]|\x1b\([IJ]")
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
+_NOT_ASCII_BYTES = bytes(range(0x80, 0x100))
 _WTF8 = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]|\xc0\x80")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -41,13 +43,13 @@ class Decoded:
     damaged: int = 0
 
 
-def decode(data: bytes, declared: str | None = None) -> Decoded:
+def decode(data: bytes, declared: str | None = None, guessed: str | None = None) -> Decoded:
     """Return the text of any bytes, with `\\n` line ends and only storable characters.
 
     Order: byte order mark, UTF-16/32 patterns, valid UTF-8, the declared encoding, UTF-8 with a few foreign bytes (read as
-    Windows-1252), the most plausible legacy encoding, Windows-1252.
+    Windows-1252), the most plausible legacy encoding, Windows-1252. `guessed`: what `guess_encoding` has said of the same.
     """
-    encoding = guess_encoding(data, declared) or "cp1252"
+    encoding = guessed or guess_encoding(data, declared) or "cp1252"
     mark = next((bom for bom, name in _BOMS if name == encoding and data.startswith(bom)), b"")
     body = data[len(mark) :]
     if encoding == "utf-8" and not mark:
@@ -102,7 +104,7 @@ _ASCII_LOOKALIKES = frozenset({"iso2022_jp", "iso2022_kr", "hz", "utf-7"})
 
 def storable(text: str) -> str:
     """Return the text as UTF-8 and Postgres can hold it: no NUL, no lone surrogates (pairs are joined), `\\n` as the only line end."""
-    if _SURROGATE.search(text):
+    if not text.isascii() and _SURROGATE.search(text):
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
     if "\x00" in text:
         text = text.replace("\x00", "")
@@ -158,9 +160,13 @@ def _plausible_utf16(sample: bytes, encoding: str) -> bool:
 
 def _utf8_evidence(sample: bytes, whole: bool) -> tuple[int, int]:
     """Count well-formed multi-byte sequences and bytes that are none; a sequence cut by the end of the sample counts as neither."""
+    if sample.isascii():
+        return 0, 0
+    with suppress(UnicodeDecodeError):
+        return len(sample.decode("utf-8")) - len(sample.translate(None, _NOT_ASCII_BYTES)), 0
     text = _WTF8.sub(b"", sample).decode("utf-8", errors="surrogateescape")
     bad = len(_ESCAPED_BYTE.findall(text))
-    good = 0 if text.isascii() else len(_BEYOND_ASCII.findall(text)) - bad
+    good = len(_BEYOND_ASCII.findall(text)) - bad
     if bad and not whole:
         cut = len(text) - len(text.rstrip("".join(map(chr, range(0xDC80, 0xDD00)))))
         bad -= cut if cut <= 3 else 0

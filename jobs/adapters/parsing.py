@@ -9,6 +9,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from jobs.adapters.parsers import parse_file, parser_count
 from jobs.adapters.parsers.source import cut_off
+from jobs.adapters.sandbox import Exhausted
 from jobs.adapters.sandbox_child import Crashed
 from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile
@@ -37,7 +38,8 @@ async def parse_isolated(
     output_mb: int = 256,
     partial: bool = False,
 ) -> ParsedFile:
-    """Return what `parse_file` returns. A crash or the memory limit goes on with the type's next parser, a time limit does not.
+    """Return what `parse_file` returns. A crash or the memory limit goes on with the type's next parser, and so does a time limit that was
+    spent computing and left no page; one that was spent waiting is a TimeoutError.
 
     With `partial` the pages that were handed over before such a limit are returned where there are any, and the metadata says so.
     """
@@ -48,10 +50,10 @@ async def parse_isolated(
             parsed = await sandbox.run(
                 parse_file, StoredFile(path), file_name, file_type, mime_type, page_limit, skip=skip, partial=partial, output_mb=output_mb
             )
-        except (Crashed, TimeoutError) as limit:
+        except (Crashed, Exhausted, TimeoutError) as limit:
             kept = max(kept, limit.kept, key=len)
             crashes.append(str(limit))
-            if isinstance(limit, Crashed):
+            if isinstance(limit, Crashed) or (isinstance(limit, Exhausted) and not kept):
                 continue
             if not kept:
                 raise

@@ -11,7 +11,7 @@ import builtins
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 from loguru import logger
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_channel import ANSWER, PART, loads_carefully
-from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits
+from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
+from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup
 from jobs.adapters.sandbox_process import Child
 from jobs.adapters.storage.faults import storage_faults
@@ -33,10 +33,18 @@ R = TypeVar("R")
 
 CALLS_PER_CHILD = 200
 """So that what a library leaks, or a file has left behind, does not stay; the price of a new child is shared by as many documents."""
+CALLS_AT_ONCE = MOST_FILES
+"""Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
+COMPUTING = 0.9
+"""The share of the time limit, in CPU time, from which on a call that ran into it has computed rather than waited, and would again."""
 _PR_SET_DUMPABLE = 4
 
 _told: set[str] = set()
 """What has been said of this kernel in this process."""
+
+
+class Exhausted(ParseError):
+    """The work computed until its time was up; other code may manage the same file."""
 
 
 class ProcessSandbox:
@@ -72,16 +80,18 @@ class ProcessSandbox:
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run an importable function in a child and return what it returns, plain values and docmill's own data.
 
-        Each StoredFile among `args` is opened here; what the storage raises comes through. A crash or the memory limit is a Crashed,
-        which is a ParseError; the output limit is a ParseError, a limit on wall clock or CPU a TimeoutError; what the function handed over
-        by `sandbox_child.keep` before is in the error's `kept`. Docmill's own errors come through as raised, others as ParseError naming
-        their class. Cancelling the caller kills the child. If children cannot be started the error is retryable.
+        Each StoredFile among `args` is opened here; what the storage raises comes through. A crash or the memory limit is a Crashed, a
+        limit on time that was spent computing an Exhausted, both ParseErrors, as the output limit is; a limit on time that was spent
+        waiting is a TimeoutError. What the function handed over by `sandbox_child.keep` before is in the error's `kept`. Docmill's own
+        errors come through as raised, others as ParseError naming their class. Cancelling the caller kills the child. If children cannot
+        be started the error is retryable.
         """
         if self._closed:
             raise RetryableError("The sandbox is closed: this worker is stopping.")
         async with self._slots:
             with ExitStack() as opened:
-                files = [await asyncio.to_thread(_open, value, opened) for value in args if isinstance(value, StoredFile)]
+                named = [value for value in args if isinstance(value, StoredFile)]
+                files = await asyncio.to_thread(lambda: [_open(value, opened) for value in named]) if named else []
                 numbers = iter(range(len(files)))
                 sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
                 child = await self._begin(Call(function, sent, kwargs, self._limits), files)
@@ -100,6 +110,27 @@ class ProcessSandbox:
             raise answer.error
         value: R = answer.result
         return value
+
+    async def run_each(self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]) -> list[Answer]:
+        """Run short calls, each a function, its arguments and its named arguments, and return an Answer each, in order.
+
+        Some of them share a child's turn, with its limits, so what `run` raises when a child crashes or meets a limit is raised for all.
+        """
+        parts = [calls[start : start + CALLS_AT_ONCE] for start in range(0, len(calls), CALLS_AT_ONCE)]
+        return [answer for answers in await asyncio.gather(*map(self._run_part, parts)) for answer in answers]
+
+    async def _run_part(self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]]) -> Sequence[Answer]:
+        files: list[StoredFile] = []
+        sent = []
+        for function, args, kwargs in calls:
+            first = len(files)
+            files += [value for value in args if isinstance(value, StoredFile)]
+            numbers = iter(range(first, len(files)))
+            sent.append((function, tuple(replace(v, fd=next(numbers)) if isinstance(v, StoredFile) else v for v in args), kwargs))
+        answers = await self.run(answer_each, sent, *files)
+        if len(answers) != len(calls) or not all(isinstance(one, Answer) and isinstance(one.error, DocmillError | None) for one in answers):
+            raise ParseError("The parser's answers cannot be read.")
+        return answers
 
     async def _begin(self, call: Call, files: Sequence[int]) -> Child:
         """Return a child that has been given the call: a warm one, else a new one."""
@@ -146,23 +177,27 @@ class ProcessSandbox:
                         raise ValueError(f"no answer, or parts of more than {most:,} bytes")
                     kept.append(value)
         except builtins.TimeoutError:
-            late = TimeoutError(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
-            await asyncio.to_thread(self._ended, child, 0.0)
+            _, cpu_seconds = await asyncio.to_thread(self._ended, child, 0.0)
+            # What waited (for a disk, or for its turn on a busy machine) may do better the next time.
+            kind_of_end = Exhausted if cpu_seconds >= COMPUTING * self._limits.timeout else TimeoutError
+            late = kind_of_end(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
             late.kept = kept
             raise late from None
         except (EOFError, OSError) as gone:
             if self._closed:
                 raise asyncio.CancelledError from gone
-            error = self._crash(await asyncio.to_thread(self._ended, child, 1.0))
+            code, _ = await asyncio.to_thread(self._ended, child, 1.0)
+            error = self._crash(code)
             error.kept = kept
             raise error from None
         except Exception as strange:
             raise ParseError(f"The parser's answer cannot be read ({type(strange).__name__}: {str(strange)[:200]}).") from None
 
-    def _ended(self, child: Child, patience: float) -> int:
+    def _ended(self, child: Child, patience: float) -> tuple[int, float]:
+        """See a child's end; return how it came and the CPU seconds that the call took."""
         code, spent = child.end(patience)
         usage.add(cpu_ms=spent.cpu_ms, peak_memory_mb=spent.peak_memory_mb)
-        return code
+        return code, spent.cpu_ms / 1000
 
     def _discard(self, child: Child | None) -> None:
         if child is not None:
@@ -172,7 +207,7 @@ class ProcessSandbox:
     def _crash(self, exitcode: int) -> DocmillError:
         """Name what ended a child: a signal when the code is negative."""
         if exitcode == -signal.SIGXCPU:
-            return TimeoutError(f"Parsing was stopped at the CPU limit of {self._limits.cpu_limit} s.")
+            return Exhausted(f"Parsing was stopped at the CPU limit of {self._limits.cpu_limit} s.")
         how = f"exit code {exitcode}"
         if exitcode < 0:
             with suppress(ValueError):

@@ -23,7 +23,7 @@ from jobs.adapters.sandbox_confinement import MB, Limits, confine
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError
 
-__all__ = ["MB", "Answer", "Call", "Crashed", "Limits", "answer", "keep", "serve"]
+__all__ = ["MB", "Answer", "Call", "Crashed", "Limits", "answer", "answer_each", "keep", "serve"]
 
 TRIM_ABOVE_MB = 300
 TRACEBACK_CHARS = 8000
@@ -110,6 +110,27 @@ def answer(payload: bytes | bytearray, files: Sequence[int]) -> bytes:
     if _peak_memory_mb() > TRIM_ABOVE_MB:
         _give_memory_back()
     return packed
+
+
+def answer_each(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]], *files: StoredFile) -> tuple[Answer, ...]:
+    """Run calls one after the other and return an Answer each. A StoredFile among their arguments has its place in `files` as its number.
+
+    What was too much for this process is raised: it may have been the calls together, and nobody's own fault.
+    """
+    found: list[Answer] = []
+    for function, args, kwargs in calls:
+        before = _cpu_ms()
+        error, result = None, None
+        try:
+            result = function(*(files[value.fd or 0] if isinstance(value, StoredFile) else value for value in args), **kwargs)
+        except MemoryError:
+            raise
+        except BaseException as caught:  # as in `answer`
+            error = _as_docmill_error(caught, Limits())
+            del caught
+        found.append(Answer(error, result, _cpu_ms() - before, 0.0))
+    peak = _peak_memory_mb()
+    return tuple(replace(one, peak_memory_mb=peak) for one in found)
 
 
 def _packed(error: DocmillError | None, result: Any, cpu_before: float) -> bytes:

@@ -45,22 +45,32 @@ class _Sample:
     extension: str
 
 
-def sniff(path: Path, file_name: str) -> Sniffed:
-    """Return the type of the file at `path`, which its submitter calls `file_name`. OSError if it cannot be read, nothing else."""
+def sniff(source: Path | BinaryIO, file_name: str) -> Sniffed:
+    """Return the type of a file, a path or open, which its submitter calls `file_name`. OSError if it cannot be read, nothing else."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return sniff(file, file_name)
     extension = _extension(file_name)
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-        if not head:
-            return Sniffed(FileType.UNKNOWN, "application/x-empty", note="the file is empty")
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        sample = _Sample(file, head, file.read(TAIL_BYTES), extension)
-        probes = (_probe_pdf, _probe_ole, _probe_zip, _probe_magic, _probe_text, _probe_late_zip)
-        found = next((kind for probe in probes if (kind := probe(sample)) is not None), None)
+    source.seek(0)
+    head = source.read(HEAD_BYTES)
+    if not head:
+        return Sniffed(FileType.UNKNOWN, "application/x-empty", note="the file is empty")
+    sample = _Sample(source, head, _tail(source, head), extension)
+    probes = (_probe_pdf, _probe_ole, _probe_zip, _probe_magic, _probe_text, _probe_late_zip)
+    found = next((kind for probe in probes if (kind := probe(sample)) is not None), None)
     found = found or Sniffed(FileType.UNKNOWN, "application/octet-stream")
     if found.note is None and not extension_agrees(file_name, found):
         content = NAMES.get(found.mime_type, found.mime_type)
         return replace(found, note=f"content is {content} although the name ends in .{extension}")
     return found
+
+
+def _tail(file: BinaryIO, head: bytes) -> bytes:
+    """Return the end of a file, which need not be read again where it lies in the head."""
+    if len(head) < HEAD_BYTES:
+        return head[-TAIL_BYTES:]
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+    return file.read(TAIL_BYTES)
 
 
 def extension_agrees(file_name: str, sniffed: Sniffed) -> bool:

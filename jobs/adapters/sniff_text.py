@@ -32,9 +32,10 @@ _TEXT_EXTENSIONS = frozenset(extension for extension, kind in BY_EXTENSION.items
 
 def sniff_text(head: bytes, extension: str) -> Kind | None:
     """Return the kind of text that a file begins with, or None if it is no text. The extension settles what content cannot."""
-    if guess_encoding(head) is None:
+    encoding = guess_encoding(head)
+    if encoding is None:
         return None
-    text = decode(head).text
+    text = decode(head, guessed=encoding).text
     return _mail_or_page(text, extension) or _plain_kind(text, extension)
 
 

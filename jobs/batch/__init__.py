@@ -1,7 +1,7 @@
 """Batches: submitting folders, lists and zip archives, and unpacking the archives."""
 
-from jobs.batch.folders import is_zip
 from jobs.batch.front import submit_batch, submit_batch_async, submit_file, submit_folder
+from jobs.batch.storing import is_zip
 from jobs.batch.submission import BatchSubmission, Entry, FileResult, Listener, Looked
 
 __all__ = [

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.types.json import Jsonb
 
-from jobs.adapters.archives import is_archive
 from jobs.adapters.storage import LocalStorage, storable_text
-from jobs.adapters.storage.sources import read_blocks
 from jobs.batch.steps import Ask, Steps
+from jobs.batch.storing import Seen, digest_of, in_groups, look, store
 from jobs.batch.submission import (
     BatchSubmission,
     Entry,
@@ -28,22 +25,14 @@ from jobs.batch.submission import (
     look_at_batch,
     refused_batch,
 )
-from jobs.submit import Place, prepare, refused, submission
+from jobs.submit import refused, submission
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from models.stages import State
 from models.submissions import Submission
 
 _TOGETHER = 16
-"""New documents that are accepted in one transaction: each commit waits for the disk."""
-
-
-def is_zip(path: Path) -> bool:
-    """Say whether a file is a zip archive by its content, and no document as those of Office programs are; False if it cannot be read."""
-    try:
-        return is_archive(path, path.name)
-    except OSError:
-        return False
+"""Files that are looked at, stored and, if new, accepted in one transaction: each step waits for the disk."""
 
 
 class FolderRun:
@@ -89,25 +78,42 @@ class FolderRun:
     ) -> Steps[dict[str, tuple[Entry, str]]]:
         """Submit the documents among the entries, new ones some at a time, and return the archives among them: name -> entry, SHA-256."""
         archives: dict[str, tuple[Entry, str]] = {}
-        stored: list[tuple[Entry, dict[str, Any]]] = []
+        together: list[Entry] = []
         for entry in entries:
             kept = self._kept(entry, known.get(entry.doc_id))
             if kept is not None:
                 self._note(kept)
-            elif self._is_kept_archive(entry, before) or (yield partial(is_zip, entry.path)):
+            elif self._is_kept_archive(entry, before):
                 yield from self._look_at_archive(entry, archives)
-            elif (accepting := (yield from self._store(entry, known.get(entry.doc_id)))) is not None:
-                if entry.doc_id in known:  # its row is locked: many at once, in another order than others have, could end in a deadlock
-                    yield from self._accept([(entry, accepting)])
-                    continue
-                stored.append((entry, accepting))
-                if len(stored) == _TOGETHER:
-                    yield from self._accept(stored)
-                    stored.clear()
-        yield from self._accept(stored)
+            else:
+                together.append(entry)
+            if len(together) == _TOGETHER:
+                yield from self._submit_together(together, known, archives)
+                together.clear()
+        yield from self._submit_together(together, known, archives)
         order = {entry.name: number for number, entry in enumerate(entries)}
         self.made.files.sort(key=lambda result: order[result.name])
         return archives
+
+    def _submit_together(
+        self, entries: Sequence[Entry], known: Mapping[str, Mapping[str, Any]], archives: dict[str, tuple[Entry, str]]
+    ) -> Steps[None]:
+        """Submit the documents among some entries of which nothing is known from a look at them; add the archives to the others."""
+        seen: list[Seen | DocmillError] = yield partial(look, self._settings, entries, known)
+        new: list[tuple[Entry, int]] = []
+        for entry, found in zip(entries, seen, strict=True):
+            if isinstance(found, DocmillError):
+                self._note(FileResult(entry.name, error=found))
+            elif found.kind == "archive":
+                yield from self._look_at_archive(entry, archives)
+            elif found.kind == "unchanged":
+                self._note(_unchanged(entry, known[entry.doc_id]))
+            elif entry.doc_id in known:  # its row is locked: many at once, in another order than others have, could end in a deadlock
+                yield from self._store([entry])
+            else:
+                new.append((entry, found.size))
+        for group in in_groups(new):
+            yield from self._store(group)
 
     def _kept(self, entry: Entry, known: Mapping[str, Any] | None) -> FileResult | None:
         """Return the result of a document that is known to be unchanged without reading its file; None if that is not known."""
@@ -121,14 +127,7 @@ class FolderRun:
         return digest is not None and before.get(f"{storable_text(entry.name)}/") == digest
 
     def _look_at_archive(self, entry: Entry, archives: dict[str, tuple[Entry, str]]) -> Steps[None]:
-        most = self._settings.max_archive_mb * 1_000_000
-
-        def digest() -> str:
-            made = hashlib.sha256()
-            for block in read_blocks(entry.path, str(entry.path), most, "MAX_ARCHIVE_MB"):
-                made.update(block)
-            return made.hexdigest()
-
+        digest = partial(digest_of, entry.path, self._settings.max_archive_mb * 1_000_000, "MAX_ARCHIVE_MB")
         try:
             archives[storable_text(entry.name)] = entry, self._looked.digests.get(entry.name) or (yield digest)
         except DocmillError as error:
@@ -138,24 +137,16 @@ class FolderRun:
         self.made.files.append(result)
         self.tell(result)
 
-    def _store(self, entry: Entry, known: Mapping[str, Any] | None) -> Steps[dict[str, Any] | None]:
-        """Store a file that has changed and return what accepts it; None where that is not needed or cannot be, which is noted."""
-        whole = self._whole
-        try:
-            if known is not None and known["state"] != State.CANCELLED and (yield lambda: self._is_unchanged(entry, known)):
-                self._note(_unchanged(entry, known))
-                return None
-            place = Place(whole.user_id, whole.batch_id, None, entry.source_path)
-            # The file is stored before the run is begun: one that is refused begins none.
-            params: dict[str, Any] = yield lambda: prepare(
-                self._settings, entry.path, place=place, doc_id=entry.doc_id, priority=whole.priority, correlation_id=whole.correlation_id
-            )
-        except ConfigurationError:
-            raise
-        except DocmillError as error:
-            self._note(FileResult(entry.name, error=error))
-            return None
-        return params
+    def _store(self, entries: Sequence[Entry]) -> Steps[None]:
+        """Store files and accept them together. They are stored before the run is begun: if all are refused there is none."""
+        prepared: list[dict[str, Any] | DocmillError] = yield partial(store, self._settings, self._whole, entries)
+        stored: list[tuple[Entry, dict[str, Any]]] = []
+        for entry, params in zip(entries, prepared, strict=True):
+            if isinstance(params, DocmillError):
+                self._note(FileResult(entry.name, error=params))
+            else:
+                stored.append((entry, params))
+        yield from self._accept(stored)
 
     def _accept(self, stored: Sequence[tuple[Entry, dict[str, Any]]]) -> Steps[None]:
         """Accept documents whose files have been stored: all at once or, where one of them stands in the way, one by one."""
@@ -178,12 +169,6 @@ class FolderRun:
                 self._note(FileResult(entry.name, error=error))
             else:
                 self._note(FileResult(entry.name, made, content_sha256=params["content_sha256"]))
-
-    def _is_unchanged(self, entry: Entry, known: Mapping[str, Any]) -> bool:
-        made = hashlib.sha256()
-        for block in read_blocks(entry.path, str(entry.path), self._settings.max_file_size_mb * 1_000_000):
-            made.update(block)
-        return bool(made.hexdigest() == known["content_sha256"])
 
     def _stands(self, batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
         """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from loguru import logger
 from psycopg.rows import DictRow, dict_row
 
 from jobs import clock
 from jobs.pipeline.work import Work
+from jobs.redaction import describe
 from models.chunks import Chunk
 from models.documents import Document, FileType, PageMark
 from models.stages import Milestone, State
@@ -76,6 +78,29 @@ async def claim_document(
             # Looks again at ever longer intervals, should the other one's end not wake it.
             return replace(refused, wait_seconds=min(_LONGEST_WAIT, max(1.0, owner["seconds"] or 0.0)), waits_for=owner["doc_id"])
     return refused
+
+
+async def take_along(
+    conn: Connection, work: Work, *, worker: str, lease_seconds: float, serialise: bool, at_most: int, max_kb: int, max_documents: int
+) -> list[Work]:
+    """Fetch and claim small documents that wait behind one whose `validate` has just been claimed; see the SQL function of this name.
+
+    None where the database says no: two workers may have wished for equal documents at once.
+    """
+    params = {
+        "job_id": work.job_id,
+        "worker": worker,
+        "lease_seconds": lease_seconds,
+        "serialise": serialise,
+        "at_most": at_most,
+        "max_bytes": max_kb * 1000,
+        "max_documents": max_documents,
+    }
+    try:
+        return [_work(row, row["claim_job_id"]) for row in await rows(conn, "take_along", params)]
+    except psycopg.Error as error:
+        logger.debug("No documents are taken along: {}", describe(error))
+        return []
 
 
 def _refusal(seen: DictRow, reconcile_seconds: float) -> NotClaimed:

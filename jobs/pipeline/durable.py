@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import psycopg
 from loguru import logger
@@ -12,6 +13,8 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import faults
 from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint
 from jobs.pipeline.claims import Connection, one
+from jobs.pipeline.completing import complete
+from jobs.pipeline.together import NotTogether
 from jobs.pipeline.work import Work
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
@@ -48,6 +51,14 @@ async def checkpoint_durably(
     or `give_up`: a failure that is not recorded would pass for a crash.
     """
     attempt = 0
+    if work.together is not None and outcome.state is State.COMPLETE:
+        try:
+            await work.together.ask("complete", work, partial(_complete_all, pool, worker))
+        except NotTogether:
+            attempt = 1
+        else:
+            _mark_saved(work, outcome)
+            return
     while True:
         try:
             # A worker that must stop has no time to wait for a database that is away.
@@ -72,6 +83,14 @@ async def checkpoint_durably(
         except Exception as error:
             # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
             raise CheckpointFailed(error) from error
+
+
+async def _complete_all(pool: AsyncConnectionPool[Connection], worker: str, works: Sequence[Work]) -> Sequence[FencedOff | None]:
+    async with pool.connection() as conn:
+        answers = await complete(works, conn, worker=worker)
+        for work in works:
+            await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
+    return answers
 
 
 def _is_away(error: psycopg.Error) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,7 @@ class Endings:
 
     async def leave(self, work: Work, lease: Lease, following: Stage) -> None:
         """Hand the document on to its next stage's queue."""
+        work.part()
         retry_count = work.attempt_at(work.document.milestone)
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
         logger.bind(duration_ms=work.taken_ms()).debug("{} is handed on to {}", work.document.file_name, following.name)
@@ -63,6 +65,7 @@ class Endings:
 
     async def skip(self, work: Work, lease: Lease, original: str) -> None:
         """End a document as a duplicate, without rows of its own."""
+        work.part()
         work.document = replace(work.document, duplicate_of=original)
         work.events.append(StageEvent("duplicate", detail={"duplicate_of": original}))
         await self._checkpoint(work, Outcome(State.DUPLICATE), lease)
@@ -88,6 +91,7 @@ class Endings:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
         if stage is None:
             raise error
+        work.part()
         attempt, waited = work.attempt_at(stage.due_at), work.waited_at(stage.due_at)
         error = self._retry.judge(error, waited)
         plan = self._retry.plan(error, attempt)
@@ -135,9 +139,22 @@ class Endings:
     def _why_cancelled(self) -> str:
         return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
 
+    async def end_job(self, work: Work) -> None:
+        """End the job of a document that was taken along, which procrastinate's worker does not know of, where no checkpoint has.
+
+        One that cannot be ended is left to the reconciler.
+        """
+        if work.job_id in self._finished_jobs:
+            self._finished_jobs.discard(work.job_id)
+        elif work.fenced:
+            with suppress(psycopg.Error):
+                async with self._pool.connection(timeout=LAST_WAIT if self._stopping() else None) as conn:
+                    await conn.execute(query("end_job"), {"job_id": work.job_id})
+
     async def tell_fenced(self, work: Work, stage: Stage | None) -> None:
         """Drop the work and say so in the audit trail."""
         work.fenced = True
+        work.part()
         name = stage.name if stage else None
         logger.bind(stage=name, duration_ms=work.taken_ms()).warning("The claim has moved on; the work on {} is dropped", name)
         # The lease of what is not ours any more is lost too, which cancels this task: it has ended already.

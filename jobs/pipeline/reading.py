@@ -17,10 +17,10 @@ class Reading:
     def __init__(self, pool: AsyncConnectionPool[Connection]) -> None:
         self._pool = pool
 
-    async def known_vectors(self, document: Document) -> dict[str, NDArray[np.float32]]:
-        """Return the vectors that the user already has for the document's passages under its model: content_sha256 -> vector."""
-        hashes = list({chunk.content_sha256 for chunk in document.chunks or ()})
-        params = {"user_id": document.user_id, "hashes": hashes, "embedding_model": document.embedding_model}
+    async def known_vectors(self, *documents: Document) -> dict[str, NDArray[np.float32]]:
+        """Return the vectors that a user already has for passages of their documents under one model: content_sha256 -> vector."""
+        hashes = list({chunk.content_sha256 for document in documents for chunk in document.chunks or ()})
+        params = {"user_id": documents[0].user_id, "hashes": hashes, "embedding_model": documents[0].embedding_model}
         async with self._pool.connection() as conn:
             found = await rows(conn, "find_known_vectors", params)
         return {row["content_sha256"]: row["embedding"].to_numpy() for row in found}

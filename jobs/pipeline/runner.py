@@ -5,52 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import clock, faults
+from jobs import clock
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
-from jobs.pipeline.claims import Connection, NotClaimed, claim_document, load_document
+from jobs.pipeline.claiming import Claiming, Job
+from jobs.pipeline.claims import Connection, load_document
 from jobs.pipeline.company import Company
-from jobs.pipeline.durable import LAST_WAIT, CheckpointFailed
+from jobs.pipeline.durable import CheckpointFailed
 from jobs.pipeline.endings import Endings
-from jobs.pipeline.failure import describe_failure
-from jobs.pipeline.keeping import Keeping
-from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage
+from jobs.pipeline.running import StageFunction
 from jobs.pipeline.sharing import Sharing
-from jobs.pipeline.work import StageEvent, Work
+from jobs.pipeline.stage_runs import StageRuns
+from jobs.pipeline.together import Together
+from jobs.pipeline.work import Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
-from jobs.stages import Tools, extract
+from jobs.stages import Tools
 from jobs.tracing import span
-from models.documents import Document
-from models.errors import PermanentError
 from models.settings import Settings
 from models.stages import Stage, due_stage
 from sql import query
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
-
-
-async def _none(document: Document) -> None:
-    """There is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the runner needs to know of the procrastinate job that it runs for."""
-
-    id: int
-    stage: str
-    queues: frozenset[str] | None
-    """The queues that this worker listens to; None for all."""
 
 
 class Runner:
@@ -74,22 +58,33 @@ class Runner:
         """`lent_place`: what is open while a document does nothing but wait for a request that it shares with others."""
         self._settings = settings
         self._pool = pool
-        self._tools = tools
         self._leases = leases
         self._worker = worker
         self._stopping = stopping
         self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
-        self._retry = retry
-        self._stages = stages or STAGE_FUNCTIONS
         self._company = company or Company()
-        self._lent_place = lent_place
+        # What waits for outside services, or takes long for each, has no use for company.
+        hosted = tools.hosted_parser is not None or tools.extractor is not None
+        may_share = settings.handoff == "inline" and tools.embedder.quick and not hosted
+        self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share)
         self._in_hand: Counter[str | None] = Counter()
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
+        self._runs = StageRuns(
+            settings,
+            pool,
+            tools=tools,
+            endings=self._endings,
+            retry=retry,
+            sharing=self._sharing,
+            worker=worker,
+            lease_seconds=leases.seconds,
+            stopping=stopping,
+            stages=stages,
+            lent_place=lent_place,
+        )
 
     async def run(self, job: Job, doc_id: str) -> None:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
-        # From now on, because it is worth waiting for while it is claimed and loaded.
-        self._sharing.expect(job.id, job.stage in _UNTIL_EMBED)
         try:
             await self._run(job, doc_id)
         finally:
@@ -97,59 +92,49 @@ class Runner:
 
     async def _run(self, job: Job, doc_id: str) -> None:
         async with self._company.shared():
+            # From now on, because it is worth waiting for while it is claimed and loaded.
+            self._sharing.expect(job.id, job.stage in _UNTIL_EMBED)
             claimed_at = clock.seconds()
-            work, cancelled = await self._claim_whole(job, doc_id)
-            if work is None:
+            works, cancelled = await self._claiming.claim(job, doc_id)
+            if not works:
                 return
+            if len(works) > 1:
+                await self._work_together(job, works, claimed_at, cancelled=cancelled)
+                return
+            work = works[0]
             lease = self._hold(work, claimed_at)
             if not work.suspect or cancelled:
                 await self._work(job, work, lease, cancelled=cancelled)
                 return
+        self._sharing.expect(job.id, False)  # not before it is alone
         await self._work(job, work, lease)
 
-    async def _claim_whole(self, job: Job, doc_id: str) -> tuple[Work | None, bool]:
-        """Claim, and say whether this was cancelled meanwhile: a claim that nobody knows of would pass for a crash when its lease ends."""
-        claiming = asyncio.ensure_future(self._claim(job, doc_id))
-        try:
-            return await asyncio.shield(claiming), False
-        except asyncio.CancelledError:
-            if not (await asyncio.wait([claiming], timeout=LAST_WAIT))[0]:
-                claiming.cancel()  # the database does not answer, and this worker must stop
-                raise
-            if claiming.cancelled() or claiming.exception() or claiming.result() is None:
-                raise
-            return claiming.result(), True
+    async def _work_together(self, job: Job, works: Sequence[Work], claimed_at: float, *, cancelled: bool) -> None:
+        """Work on a job's document and on those that were taken along with it, each as if it were alone with its lease and its failures."""
+        together = Together(len(works))
 
-    async def _claim(self, job: Job, doc_id: str) -> Work | None:
-        settings = self._settings
-        async with self._pool.connection() as conn:
-            if self._stopping():
-                await self._put_off(conn, job, doc_id, 0.0)
-                return None
-            work = await claim_document(
-                conn,
-                doc_id,
-                job_id=job.id,
-                worker=self._worker,
-                lease_seconds=settings.lease_seconds,
-                reconcile_seconds=settings.reconcile_seconds,
-                serialise=settings.duplicate_policy != "process",
-            )
-            if not isinstance(work, NotClaimed):
-                await faults.at("claimed", doc_id)
-                return work
-            if work.deleted:
-                return None
-            if work.state is None:
-                raise PermanentError(f'There is no document with doc_id "{doc_id}".')
-            if work.wait_seconds is not None:
-                await self._put_off(conn, job, doc_id, work.wait_seconds)
-                why = f"waits for {work.waits_for}, which is equal" if work.waits_for else "cannot be had now"
-                logger.bind(doc_id=doc_id, stage=job.stage).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
-            return None
+        async def go(work: Work) -> None:
+            work.together = together
+            lease = self._hold(work, claimed_at)
+            await self._work(replace(job, id=work.job_id), work, lease, cancelled=cancelled)
 
-    async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
-        await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
+        here, loop = asyncio.current_task(), asyncio.get_running_loop()
+        if cancelled and here is not None:
+            here.uncancel()
+        tasks = [asyncio.create_task(go(work)) for work in works]
+        while not all(task.done() for task in tasks):
+            try:
+                await asyncio.wait(tasks)
+            except asyncio.CancelledError:  # a shutdown: each hands on what it has
+                for task in tasks:
+                    loop.call_soon(task.cancel)  # not before it has begun
+                if here is not None:
+                    here.uncancel()
+        for work, task in list(zip(works, tasks, strict=True))[1:]:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.bind(doc_id=work.document.doc_id).error("What it came to could not be written: {}", describe(error))
+            await self._endings.end_job(work)
+        await tasks[0]
 
     async def _work(self, job: Job, work: Work, lease: Lease, *, cancelled: bool = False) -> None:
         document = work.document
@@ -165,6 +150,7 @@ class Runner:
                 note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
                 self._sharing.expect(work.job_id, False)  # the batch may take a while to settle
+                work.part()
                 self._leases.release(lease)
                 self._in_hand[document.batch_id] -= 1
         # While another document of it is in hand here, a batch has not ended; that one will ask.
@@ -195,11 +181,11 @@ class Runner:
                 await self._load(work)
                 while stage is not None:
                     self._sharing.expect(work.job_id, stage.name in _UNTIL_EMBED)
-                    if stage.name == "parse" and (original := await self._original(work)) is not None:
+                    if stage.name == "parse" and (original := await self._runs.original(work.document)) is not None:
                         await self._endings.skip(work, lease, original)
                         break
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
-                        elapsed = await self._run_or_do_without(stage, work, lease)
+                        elapsed = await self._runs.run(stage, work, lease)
                         stage = await self._after(job, stage, work, lease, elapsed)
         except FencedOff:
             await self._endings.tell_fenced(work, stage)
@@ -212,10 +198,6 @@ class Runner:
             await self._endings.fail(work, lease, due_stage(work.saved.milestone), error.cause)
         except Exception as error:
             await self._endings.fail(work, lease, stage, error)
-
-    async def _original(self, work: Work) -> str | None:
-        """Return the doc_id of the complete document for which this one is to be skipped, if any."""
-        return await self._tools.find_original(work.document) if self._settings.duplicate_policy == "skip" else None
 
     async def _load(self, work: Work) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
@@ -233,43 +215,6 @@ class Runner:
             async with self._pool.connection() as conn:
                 await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
             yield
-
-    async def _run_or_do_without(self, stage: Stage, work: Work, lease: Lease) -> float:
-        """Run one stage. A document whose extraction fails for good goes on without, unless EXTRACTION_REQUIRED."""
-        try:
-            return await self._run_stage(stage, work, lease, self._stages[stage.name])
-        except (FencedOff, CheckpointFailed):
-            raise
-        except Exception as error:
-            attempt = work.attempt_at(stage.due_at)
-            final = self._retry.judge(error, work.waited_at(stage.due_at))
-            if stage.name != "extract" or self._settings.extraction_required or self._retry.plan(final, attempt) is not None:
-                raise
-            failure = describe_failure(work.document, stage.name, final, attempt=attempt, worker=self._worker)
-            told = {"error_type": failure.error_type, "error_message": failure.message}
-            work.events.append(StageEvent("extraction_failed", stage.name, attempt, detail=told))
-            logger.bind(error_type=failure.error_type, duration_ms=work.stage_taken_ms()).error(
-                "The document goes on without its extraction: {}: {}", failure.error_type, failure.message
-            )
-            return await self._run_stage(stage, work, lease, partial(extract.run_without, failure=told))
-
-    async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
-        return await run_stage(stage, work, lease, run, self._tools_for(work, lease), limit=self._settings.stage_timeout_seconds)
-
-    def _tools_for(self, work: Work, lease: Lease) -> Tools:
-        keeping = Keeping(
-            self._pool,
-            work,
-            lease,
-            lease_seconds=self._leases.seconds,
-            checkpoint=self._endings.keep,
-            stopping=self._stopping,
-            sharing=self._sharing,
-            lent_place=self._lent_place,
-        )
-        if work.is_sole:  # the claim has said so already
-            return replace(self._tools, paid=keeping, find_original=_none, original_text=_none)
-        return replace(self._tools, paid=keeping)
 
     async def _after(self, job: Job, stage: Stage, work: Work, lease: Lease, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
@@ -294,18 +239,8 @@ class Runner:
             await self._endings.complete(work, lease)
         except StaleVectors:
             lease.on_lost = on_lost
-            await self._embed_again(work)
+            await self._runs.embed_again(work)
             await self._endings.complete(work, lease)
-
-    async def _embed_again(self, work: Work) -> None:
-        """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards."""
-        work.takes_any_model = True
-        choose = self._tools.choose_embedder
-        try:
-            if choose is not None and (await choose(fresh=True)).model != work.document.embedding_model:
-                work.document = await self._stages["embed"](work.document, self._tools)
-        except Exception as error:
-            logger.warning("{} keeps its vectors of {}: {}", work.document.file_name, work.document.embedding_model, describe(error))
 
     @staticmethod
     def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs import clock
 from jobs.adapters.usage import Usage
+from jobs.pipeline.together import Together
 from models.documents import Document
 from models.stages import Milestone
 
@@ -60,6 +61,8 @@ class Work:
     """Passages whose vectors of that model are durable although their stage is not through."""
     paid: bool = False
     """An outside service has been called for what is not durable yet."""
+    together: Together | None = None
+    """Those that it was taken up with; None where it is worked on by itself."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
     began_at: float = field(default_factory=clock.seconds)
@@ -68,6 +71,12 @@ class Work:
     """When the stage that runs now, or ran last, began."""
     used: Usage = field(default_factory=Usage)
     """What that stage has cost so far."""
+
+    def part(self) -> None:
+        """Go on alone, so that no other waits for it."""
+        if self.together is not None:
+            self.together.leave()
+            self.together = None
 
     def attempt_at(self, milestone: Milestone) -> int:
         """Failures that counted against the stage that is due at a milestone."""

@@ -7,9 +7,10 @@ so that a stage can be tried without a database.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from jobs.adapters.embedders import HostedEmbedder, SizedText
 from jobs.adapters.llamaparse import LlamaParse
 from jobs.adapters.llm import ModelExtractor
-from jobs.adapters.storage import Fingerprint
+from jobs.adapters.sandbox_child import Answer
+from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
 from models.errors import RequestRefused
@@ -25,13 +27,36 @@ from models.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
+SandboxCall = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
+"""A function, its arguments and its named arguments."""
 
 
 class Sandbox(Protocol):
     """Runs CPU-heavy or untrusted work in a child process with limits."""
 
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run an importable function in a child. A crash or a limit is a ParseError, a hang a TimeoutError; DocmillErrors come through."""
+        """Run an importable function in a child. A crash, a loop or a limit is a ParseError, a wait too long a TimeoutError; DocmillErrors
+        come through."""
+        ...
+
+    async def run_each(self, calls: Sequence[SandboxCall]) -> list[Answer]:
+        """Run short calls, several of them one after the other in a child, and return an answer each. A crash or a limit is all theirs."""
+        ...
+
+
+class InThread(Protocol):
+    """Runs a function in a thread and counts its CPU time."""
+
+    async def __call__(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return what it returns."""
+        ...
+
+
+class KnownVectors(Protocol):
+    """Finds vectors that a user already has."""
+
+    async def __call__(self, *documents: Document) -> dict[str, NDArray[np.float32]]:
+        """Return those of passages of documents of one user and model: content_sha256 -> vector."""
         ...
 
 
@@ -41,6 +66,8 @@ class Embedder(Protocol):
     model: str
     """Name and version as stored beside each vector."""
     dimensions: int
+    quick: bool
+    """Whether a passage takes so little that many documents can be embedded at once while others wait."""
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order."""
@@ -62,8 +89,8 @@ class Storage(Protocol):
         """Return the absolute path; a path that leaves the base is a PermanentError."""
         ...
 
-    def fingerprint(self, relative: str) -> Fingerprint:
-        """Return size and SHA-256 of a stored file."""
+    def open(self, relative: str) -> AbstractContextManager[BinaryIO]:
+        """Open a stored file for reading. PermanentError if the name is at fault; RetryableError if the storage is, also in the block."""
         ...
 
 
@@ -135,8 +162,7 @@ class Tools:
     storage: Storage
     sandbox: Sandbox
     embedder: Embedder
-    known_vectors: Callable[[Document], Awaitable[dict[str, NDArray[np.float32]]]]
-    """Vectors already stored for this user, model and passages: content_sha256 -> vector."""
+    known_vectors: KnownVectors
     find_original: Callable[[Document], Awaitable[str | None]]
     """doc_id of another complete document of the same user with the same content."""
     original_text: Callable[[Document], Awaitable[OriginalText | None]]
@@ -149,5 +175,6 @@ class Tools:
     """Extraction by a language model beside the local one; None for EXTRACTION_PROVIDER=local."""
     hosted_parser: LlamaParse | None = None
     """Parsing by an outside service; None for PARSING_PROVIDER=local."""
+    in_thread: InThread = in_thread
     paid: Paid | None = None
     """Of the document in hand; None where nothing is kept while a stage goes on."""

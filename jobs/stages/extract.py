@@ -33,7 +33,7 @@ def paid_part(original: OriginalExtraction, extractor: ModelExtractor) -> Mappin
 
 
 async def run(document: Document, tools: Tools) -> Document:
-    """Read facts off the checked markdown. Raises what the sandbox raises (ParseError for a crash or a limit, TimeoutError for a hang),
+    """Read facts off the checked markdown. Raises what the sandbox raises (ParseError for a crash or a limit, TimeoutError for a wait),
     and with a model what ModelExtractor.extract raises.
 
     With DUPLICATE_POLICY=reuse what was extracted from the same text in a complete document of the same user is copied.

@@ -10,9 +10,8 @@ from pathlib import PurePosixPath
 
 from jobs.adapters.archives import ArchiveLimits, check_package
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
-from jobs.adapters.storage import Fingerprint
+from jobs.adapters.storage import Fingerprint, fingerprint
 from jobs.adapters.stored_file import StoredFile
-from jobs.adapters.usage import in_thread
 from jobs.stages import Tools
 from models.documents import Document, FileType
 from models.errors import PermanentError
@@ -71,11 +70,12 @@ async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
 
     def look() -> tuple[Fingerprint, Sniffed]:
-        found = tools.storage.fingerprint(document.file_path)
-        refuse_file(document, found, tools.settings.max_file_size_mb)
-        return found, sniff(tools.storage.resolve(document.file_path), document.file_name)
+        with tools.storage.open(document.file_path) as file:
+            found = fingerprint(file)
+            refuse_file(document, found, tools.settings.max_file_size_mb)
+            return found, sniff(file, document.file_name)
 
-    found, sniffed = await in_thread(look)
+    found, sniffed = await tools.in_thread(look)
     refuse_type(document.file_name, sniffed)
     refuse_size(document.file_name, found.size, sniffed.file_type, tools.settings.file_size_limit_mb(sniffed.file_type))
     if is_package(sniffed.mime_type):

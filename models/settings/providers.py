@@ -1,4 +1,4 @@
-"""The settings of outside services: hosted embedding, parsing and extraction."""
+"""The settings of outside services: how they are called, and hosted embedding, parsing and extraction."""
 
 from __future__ import annotations
 
@@ -15,6 +15,31 @@ class ProviderSettings(BaseSettings):
     """Part of `Settings`; EMBEDDING_PROVIDER stands there."""
 
     model_config = SettingsConfigDict(use_attribute_docstrings=True)
+
+    # Calls, breakers and budgets
+    provider_connect_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 10
+    """Longest wait for a connection to an outside service, in seconds."""
+    provider_read_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Longest silence of an outside service in mid-call, in seconds."""
+    breaker_failures: Annotated[int, Interval(ge=1, le=10_000)] = 5
+    """Failures of an outside service, over all workers, after which it is not called for a while: in a row, or within
+    BREAKER_WINDOW_SECONDS and a tenth of its calls. A refused key or a quota that is used up is enough at once."""
+    breaker_window_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Seconds in which the failures must lie."""
+    breaker_open_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 60
+    """Seconds until one call tries whether the service is back; doubles while it is not."""
+    breaker_max_open_seconds: Annotated[float, Interval(ge=0.1, le=86_400)] = 900
+    """Longest time between two such tries, in seconds."""
+    embedding_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the embedding service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    embedding_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
+    """Most tokens to the embedding service in any 60 s. 0: no limit."""
+    extraction_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the extraction service in any 60 s, over all workers that use the same address and key. 0: no limit."""
+    extraction_tokens_per_minute: Annotated[int, Interval(ge=0, le=100_000_000_000)] = 0
+    """Most tokens to and from the extraction service in any 60 s. 0: no limit."""
+    parse_requests_per_minute: Annotated[int, Interval(ge=0, le=10_000_000)] = 0
+    """Most requests to the parsing service in any 60 s, over all workers that use the same address and key. 0: no limit."""
 
     # Hosted embedding
     embedding_base_url: BaseUrl = "https://api.openai.com/v1"

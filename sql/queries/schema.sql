@@ -30,6 +30,40 @@ SELECT m.name FROM docmill_migrations AS m WHERE m.component = %(component)s;
 -- name: record_migration
 INSERT INTO docmill_migrations (component, name) VALUES (%(component)s, %(name)s);
 
+-- name: notice_lost_client
+-- A session that waits for a lock looks whether its client is still there: one that was killed must not keep its place in the queue.
+SELECT set_config('client_connection_check_interval', '1s', FALSE);
+
+-- name: who_is_in_the_way
+-- What a session has been waiting for longer than so many seconds, and whose transactions it waits for. Not their queries, which may hold
+-- somebody's text. Nobody waits behind a wait for a virtual transaction, as of CREATE INDEX CONCURRENTLY.
+WITH waiting AS MATERIALIZED (
+    SELECT coalesce(l.relation::regclass::text, CASE l.locktype WHEN 'transactionid' THEN 'a row' ELSE l.locktype END) AS wanted,
+        pg_blocking_pids(l.pid) AS pids
+    FROM pg_locks AS l
+    WHERE l.pid = %(pid)s AND NOT l.granted AND l.locktype <> 'virtualxid'
+        AND l.waitstart < clock_timestamp() - make_interval(secs => %(seconds)s)
+    LIMIT 1
+)
+SELECT format('its lock on %%s waits for ', w.wanted) || coalesce(string_agg(
+    CASE
+        WHEN b.pid = 0 THEN 'a prepared transaction (pg_prepared_xacts)'
+        WHEN b.pid > 0 THEN format(
+            'pid %%s (user %%s, application "%%s", %%s, transaction open for %%s s)', b.pid, coalesce(a.usename, '?'),
+            coalesce(a.application_name, ''), coalesce(a.state, 'state not visible'),
+            coalesce(round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, '?')
+        )
+    END, ', ' ORDER BY a.xact_start
+), 'somebody who has just gone')
+FROM waiting AS w
+LEFT JOIN LATERAL (SELECT DISTINCT u.pid FROM unnest(w.pids) AS u (pid) LIMIT 5) AS b ON TRUE
+LEFT JOIN pg_stat_activity AS a ON a.pid = b.pid AND b.pid <> 0
+GROUP BY w.wanted;
+
+-- name: cancel_waiting
+-- Only if it still waits.
+SELECT pg_cancel_backend(l.pid) FROM pg_locks AS l WHERE l.pid = %(pid)s AND NOT l.granted AND l.locktype <> 'virtualxid' LIMIT 1;
+
 -- name: migrations_table_exists
 SELECT to_regclass('docmill_migrations') IS NOT NULL;
 

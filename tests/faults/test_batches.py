@@ -61,7 +61,7 @@ def test_last_documents_that_end_in_the_same_moment_end_their_batch_once(arena: 
         gate.execute(GATE)
         gate.execute("SELECT pg_advisory_lock(42)")
         for _ in range(2):
-            arena.worker(WORKER_CONCURRENCY="6", DATABASE_MAX_CONNECTIONS="20")
+            arena.worker(WORKER_CONCURRENCY="6", DATABASE_MAX_CONNECTIONS="20", SMALL_DOCUMENTS_TOGETHER="1")
         # Every document stands before its last commit; then all of them go through at once.
         arena.wait(lambda: arena.one(AT_GATE) == len(wanted), "every document to stand at the gate")
         gate.execute("SELECT pg_advisory_unlock(42)")
@@ -79,7 +79,7 @@ def test_a_worker_killed_between_a_last_document_and_its_batch_leaves_no_batch_o
             submit_batch(conn, f"batch{number}", {doc_id: content})
     arena.accepted(wanted)
     faults = [f"kill@committed:complete;doc={doc_id};once={arena.mark(doc_id)}" for doc_id in wanted]
-    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1")
+    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1", SMALL_DOCUMENTS_TOGETHER="1")
     arena.settle()
     check_summaries(arena, 6)
     assert len(arena.marks()) == 6

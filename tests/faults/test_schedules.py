@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jobs.database import make_pool
 from jobs.leases import LeaseKeeper
-from jobs.pipeline.runner import Job
+from jobs.pipeline.claiming import Job
 from jobs.reconcile import Reconciler
 from models.documents import Document
 from models.errors import ParseError, RetryableError

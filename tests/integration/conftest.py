@@ -13,14 +13,16 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
+from jobs.adapters.embedders import HashedWords
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.database import make_pool
 from jobs.leases import LeaseKeeper
+from jobs.pipeline.claiming import Job
 from jobs.pipeline.claims import Connection
 from jobs.pipeline.reading import Reading
-from jobs.pipeline.runner import Job, Runner
+from jobs.pipeline.runner import Runner
 from jobs.retry import StageRetry
 from jobs.stages import Tools
 from models.chunks import Chunk
@@ -88,7 +90,7 @@ class Bench:
         reading = Reading(self.pool)
         nothing: Any = None
         tools = Tools(
-            settings, LocalStorage.from_settings(settings), nothing, nothing, reading.known_vectors, reading.find_original,
+            settings, LocalStorage.from_settings(settings), nothing, HashedWords(), reading.known_vectors, reading.find_original,
             reading.original_text, reading.original_extraction,
         )  # fmt: skip
         return Runner(

@@ -28,11 +28,12 @@ SELECT 'batch ' || b, CASE WHEN b = 0 THEN 'processing' WHEN b % 10 = 1 THEN 'ca
 FROM generate_series(0, 500) AS b""",
     """
 INSERT INTO file_extractions (
-    doc_id, user_id, batch_id, run_id, file_name, file_path, content_sha256, state, milestone, version, served_version, not_before,
+    doc_id, user_id, batch_id, run_id, file_name, file_path, file_size, content_sha256, state, milestone, version, served_version,
+    not_before,
     waiting_for, waiting_place, lease_until, claim, claim_job_id, duplicate_of, error_type, error_message, correlation_id,
     processing_started_at, processing_completed_at
 )
-SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploads/' || n,
+SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploads/' || n, 100,
     encode(sha256(convert_to(n::text, 'UTF8')), 'hex'), s.state::document_state,
     CASE s.state WHEN 'complete' THEN 'complete' WHEN 'retrying' THEN 'chunks_stored' ELSE 'uploaded' END::document_milestone, 1,
     CASE WHEN s.state = 'complete' THEN 1 END, CASE WHEN s.state = 'retrying' THEN now() + interval '1 day' END,
@@ -74,11 +75,26 @@ SELECT 'host:' || n, 'host', n, 4, '1', ARRAY[n] FROM generate_series(1, 30) AS 
 )
 
 ADVANCE: dict[str, Any] = {
-    "doc_id": "doc 1", "claim": 1, "worker": "w", "milestone": "complete", "state": "complete", "retry_count": 0, "waits": False,
+    "doc_id": "doc 1", "claim": 1, "worker": "w", "milestone": "parse_complete", "state": "queued", "retry_count": 0, "waits": False,
     "gained": True, "error_type": None, "error_message": None, "waiting_for": None, "waiting_revision": None, "waiting_place": None,
     "file_size": 1, "content_sha256": "1" * 64, "file_type": "text", "mime_type": "text/plain", "page_count": None, "chunk_count": 1,
-    "duplicate_of": None, "raw_extraction": "{}", "events": '[{"stage": "parse", "event": "stage_completed", "attempt": 0, "detail": {}}]',
-    "finished_job_id": 1, "next_stage": None, "next_delay": 0.0,
+    "duplicate_of": None, "events": '[{"stage": "parse", "event": "stage_completed", "attempt": 0, "detail": {}}]',
+    "finished_job_id": 1, "next_stage": "check", "next_delay": 0.0,
+}  # fmt: skip
+
+
+def complete(*numbers: int) -> dict[str, Any]:
+    """The parameters of a last checkpoint of documents."""
+    each = {
+        "doc_ids": "doc {}", "claims": 1, "job_ids": 1, "file_sizes": 1, "hashes": None, "file_types": "text", "mime_types": "text/plain",
+        "page_counts": None, "chunk_counts": 1, "duplicates_of": None, "extractions": "{{}}", "events": ADVANCE["events"],
+    }  # fmt: skip
+    names = ("doc_ids", "extractions")
+    return {"worker": "w"} | {key: [v.format(n) if key in names else v for n in numbers] for key, v in each.items()}
+
+
+TAKE = {
+    "job_id": 3, "worker": "w", "lease_seconds": 60.0, "serialise": True, "at_most": 15, "max_bytes": 64_000, "max_documents": 0,
 }  # fmt: skip
 NEW: dict[str, Any] = {
     "doc_id": "new", "user_id": "user 1", "file_name": "n", "file_path": "uploads/n", "source_path": None, "file_size": 1,
@@ -96,7 +112,10 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("find_original", ONE),
     ("find_original_text", ONE),
     ("advance_document", ADVANCE),
-    ("advance_document", {**ADVANCE, "milestone": "parse_complete", "state": "queued", "raw_extraction": None, "next_stage": "check"}),
+    ("complete_documents", complete(1)),
+    ("complete_documents", complete(*range(1, 17))),
+    ("take_along", TAKE),
+    ("take_along", {**TAKE, "max_documents": 5}),
     ("settle_batch", {"batch_id": "batch 0"}),
     ("settle_batch", {"batch_id": "batch 7"}),
     ("accept_document", NEW),
@@ -165,10 +184,16 @@ def test_no_statement_of_a_worker_reads_a_table_from_end_to_end(backlog: psycopg
     assert not found, "\n".join(found)
 
 
+def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) -> None:
+    with backlog.transaction(force_rollback=True):
+        assert len(backlog.execute(query("take_along"), TAKE).fetchall()) > 3
+
+
 @pytest.mark.parametrize(
     ("index", "name"),
     [
         ("procrastinate_jobs_docmill_ready", "fetch_job"),
+        ("procrastinate_jobs_docmill_ready", "take_along"),
         ("file_extractions_doc_id_key", "claim_document"),
         ("file_extractions_unfinished", "settle_batch"),
         ("file_extractions_waiting", "find_lost_documents"),

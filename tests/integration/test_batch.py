@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import psycopg
 import pytest
 
 from jobs.arguments import absolute_path, path_doc_id
-from jobs.batch import BatchSubmission, folders, submit_file, submit_folder
+from jobs.batch import BatchSubmission, Entry, folders, storing, submit_file, submit_folder
+from jobs.batch.submission import Whole
 from jobs.front import close_async
+from models.errors import DocmillError
 from models.settings import Settings
 
 
@@ -120,6 +123,29 @@ async def test_a_refused_file_keeps_no_neighbour_out(front: Settings, folder: Pa
     assert "MAX_FILE_SIZE_MB" in errors["b.txt"]
     assert "pipe" in errors["pipe"]
     assert conn.execute("SELECT total_files FROM processing_jobs").fetchone() == (2,)
+
+
+async def test_files_that_are_stored_together_are_bounded_in_size_and_each_is_accepted(
+    front: Settings, folder: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [400, 100, 100, 2000, 10, 990, 1]
+    for number, size in enumerate(sizes):
+        (folder / f"n{number}.txt").write_bytes(b"x" * size)
+    monkeypatch.setattr(storing, "TOGETHER_BYTES", 1000)
+    groups: list[list[str]] = []
+    store = storing.store
+
+    def noted(settings: Settings, whole: Whole, entries: Sequence[Entry]) -> list[dict[str, Any] | DocmillError]:
+        groups.append([entry.name for entry in entries])
+        return store(settings, whole, entries)
+
+    monkeypatch.setattr(folders, "store", noted)
+    made = await submit_folder(front, folder)
+    assert set(outcomes(made).values()) == {"accepted"}
+    assert groups == [["a.txt", "b.txt", "n0.txt", "n1.txt", "n2.txt"], ["n3.txt"], ["n4.txt", "n5.txt"], ["n6.txt", "sub/c.txt"]]
+    assert conn.execute("SELECT count(*) FROM file_extractions WHERE run_id = %s", [made.run_id]).fetchone() == (10,)
+    for file_path, sha256 in conn.execute("SELECT file_path, content_sha256 FROM file_extractions"):
+        assert hashlib.sha256((front.storage_base_path / file_path).read_bytes()).hexdigest() == sha256
 
 
 async def test_one_document_that_cannot_be_taken_keeps_none_out_that_are_accepted_with_it(

@@ -65,14 +65,14 @@ async def test_documents_of_a_batch_over_its_limit_that_cost_nothing_still_compl
         outside.bench.submit(doc_id)
     conn.execute("UPDATE file_extractions SET batch_id = 'b' WHERE doc_id <> 'before'")
     runner = embedding(outside, endpoint, max_cost_per_batch=estimate)
-    chunk = runner._stages["chunk"]
+    chunk = runner._runs._stages["chunk"]
 
     async def known(document: Document, tools: Any) -> Document:
         made: Document = await chunk(document, tools)
         texts = [each.content.replace(" of known", " of before") for each in made.chunks or ()]
         return replace(made, chunks=tuple(map(renamed, made.chunks or (), texts)))
 
-    runner._stages["chunk"] = known
+    runner._runs._stages["chunk"] = known
     await outside.work(runner)
     assert [row[0] for row in letters(outside)] == ["a", "z"]
     assert all('The batch "b"' in row[3] and "MAX_COST_PER_BATCH" in row[3] for row in letters(outside))
@@ -105,12 +105,12 @@ async def test_a_file_whose_parsing_may_not_be_paid_for_is_not_sent(outside: Out
     with LlamaParseServer() as server:
         outside.bench.submit()
         runner = outside.runner({"parse": parse.run}, sandbox=sandbox, hosted_parser=outside.parser(server.url))
-        validate = runner._stages["validate"]
+        validate = runner._runs._stages["validate"]
 
         async def html(document: Document, tools: Any) -> Document:
             return replace(await validate(document, tools), file_size=10, file_type=FileType.HTML, mime_type="text/html")
 
-        runner._stages["validate"] = html
+        runner._runs._stages["validate"] = html
         await outside.work(runner)
         assert [(row[1], row[2]) for row in letters(outside)] == [("parse", "PERMANENT")]
         assert server.tally.uploads == 0

@@ -207,12 +207,12 @@ async def test_content_that_is_not_known_before_validate_is_serialised_after_it(
     for doc_id in "ab":
         bench.conn.execute(statement, [doc_id])
     runner = bench.runner(duplicate_policy="skip", handoff=handoff)
-    plain = runner._stages["validate"]
+    plain = runner._runs._stages["validate"]
 
     async def validate(document: Document, tools: Tools) -> Document:
         return replace(await plain(document, tools), content_sha256="1" * 64)
 
-    runner._stages["validate"] = validate
+    runner._runs._stages["validate"] = validate
     jobs = [bench.fetch(), bench.fetch()]
     for job in jobs:
         assert job is not None
@@ -261,9 +261,11 @@ class Unused:
     async def run(self, *_: Any, **__: Any) -> Any:
         raise ParseError("it was asked")
 
+    run_each = run
+
 
 def real_tools(bench: Bench, **changes: Any) -> Tools:
-    return replace(bench.runner(**changes)._tools, sandbox=Unused())
+    return replace(bench.runner(**changes)._runs._tools, sandbox=Unused())
 
 
 async def test_reuse_copies_text_and_extraction_of_the_original_and_nothing_of_another_user(bench: Bench) -> None:

@@ -32,7 +32,7 @@ def runner(outside: Outside, endpoint: OpenAIServer, sandbox: ProcessSandbox, ke
 
         return replace(document, vectors=np.eye(8, dtype=np.float32)[:2], embedding_model="eye", embedded_count=2)
 
-    made._stages["embed"] = embed
+    made._runs._stages["embed"] = embed
     return made
 
 
@@ -102,10 +102,10 @@ async def test_a_duplicate_takes_over_what_its_original_paid_for(outside: Outsid
     async def check(document: Any, _: Any) -> Any:
         from dataclasses import replace
 
-        original = await worker._tools.find_original(document)
+        original = await worker._runs._tools.find_original(document)
         return replace(document, markdown="The same.", markdown_sha256="5" * 64, duplicate_of=original)
 
-    worker._stages["check"] = check
+    worker._runs._stages["check"] = check
     for doc_id in ("a", "b"):
         outside.bench.submit(doc_id, content="7")
         await outside.work(worker)

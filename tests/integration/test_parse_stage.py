@@ -46,13 +46,13 @@ def runner(outside: Outside, endpoint: LlamaParseServer, sandbox: Any, key: str 
         kind, mime = (FileType.TEXT, "text/plain") if document.doc_id == "text" else (FileType.HTML, "text/html")
         return replace(document, file_size=len(HTML), file_type=kind, mime_type=mime)
 
-    made._stages["validate"] = validate
-    embed = made._stages["embed"]
+    made._runs._stages["validate"] = validate
+    embed = made._runs._stages["embed"]
 
     async def two(document: Document, tools: Any) -> Document:
         return await embed(document, tools)
 
-    made._stages["embed"] = two
+    made._runs._stages["embed"] = two
     return made
 
 
@@ -156,7 +156,7 @@ async def test_a_job_grown_old_in_an_outage_is_not_paid_again_because_the_first_
     outside: Outside, endpoint: LlamaParseServer, sandbox: Any
 ) -> None:
     worker = runner(outside, endpoint, sandbox)
-    hosted: Any = worker._tools.hosted_parser
+    hosted: Any = worker._runs._tools.hosted_parser
     hosted._deadline = 0.0  # one question a try, as after an outage that was longer than the deadline
     endpoint.script(lambda number, seconds: faults.NAMED["500"] if number in (2, 3) else None)
     outside.bench.submit()

@@ -17,8 +17,7 @@ from jobs.maintenance import index_name
 from jobs.stages import Embedder
 from models.errors import ConfigurationError, PermanentError, ServiceUnavailable
 from models.settings import Settings
-from sql import query
-from sql.migrate import _apply, _migrate_procrastinate, _own, migrate
+from sql import migrate as migrations
 from tests.fetching import in_parallel
 from tests.reembedding import NEW, OLD, Shelf, vector
 
@@ -283,7 +282,7 @@ async def test_a_document_that_somebody_holds_is_done_later_and_keeps_no_other(s
 class Failing:
     """Fails on some texts, or always, with an error of its own."""
 
-    model, dimensions = NEW.model, NEW.dimensions
+    model, dimensions, quick = NEW.model, NEW.dimensions, True
 
     def __init__(self, error: Exception, on: str = "") -> None:
         self.error, self.on, self.calls = error, on, 0
@@ -449,16 +448,17 @@ async def test_there_is_one_job_at_a_time_and_a_lost_one_is_made_up_for(shelf: S
     assert len(shelf.all(jobs)) == 1
 
 
-def test_a_database_from_before_is_served_by_its_commonest_model_and_the_rest_is_listed(empty_database: str) -> None:
+def test_a_database_from_before_is_served_by_its_commonest_model_and_the_rest_is_listed(
+    empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = migrations._own()
     with psycopg.connect(empty_database, autocommit=True) as conn:
-        conn.execute(query("create_migrations_table"))
-        _migrate_procrastinate(conn)
-        for path in _own():
-            if path.name < "0010":
-                _apply(conn, "docmill", path.name, path)
+        with monkeypatch.context() as patch:
+            patch.setattr(migrations, "_own", lambda: [path for path in own if path.name < "0010"])
+            migrations.migrate(conn)
         shelf = Shelf(conn, None, None)  # type: ignore[arg-type]  # only writes documents
         shelf.put("a", "pump", "valve")
         shelf.put("b", "seal", by=NEW)
-        migrate(conn)
+        migrations.migrate(conn)
         assert shelf.one("SELECT embedding_model, dimensions FROM serving_embeddings") == (OLD.model, 16)
         assert shelf.all("SELECT embedding_model, doc_id, passages FROM embeddings_to_make") == [(OLD.model, "b", 1)]

@@ -46,7 +46,7 @@ async def worker(outside: Outside, endpoint: OpenAIServer) -> AsyncIterator[Runn
         outside.bench.calls.append("embed")
         return replace(document, vectors=np.eye(8, dtype=np.float32)[:2], embedding_model="eye", embedded_count=2)
 
-    made._stages["embed"] = embed
+    made._runs._stages["embed"] = embed
     yield made
     await sandbox.aclose()
 
@@ -111,7 +111,7 @@ async def test_one_that_fails_once_more_is_served_as_before_and_can_be_tried_aga
         await outside.work(worker)
         assert served(outside) == before and "failure" in extraction(outside)
         assert outside.bench.one("SELECT version, served_version FROM file_extractions") == (version, version)
-    worker._settings = worker._settings.model_copy(update={"extraction_required": True})
+    worker._runs._settings = worker._settings.model_copy(update={"extraction_required": True})
     assert retry_extraction("a") == "extract"
     await outside.work(worker)
     assert outside.bench.one("SELECT state::text, version, served_version FROM file_extractions") == ("failed", 4, 3)
@@ -172,8 +172,8 @@ async def test_the_command_takes_up_one_or_all_and_ends_although_they_fail_again
 
 async def test_a_skipped_duplicate_stays_one_while_its_originals_extraction_is_tried_again(outside: Outside, worker: Runner) -> None:
     bench = outside.bench
-    worker._settings = worker._settings.model_copy(update={"duplicate_policy": "skip"})
-    worker._tools = replace(worker._tools, settings=worker._settings)
+    worker._runs._settings = worker._settings.model_copy(update={"duplicate_policy": "skip"})
+    worker._runs._tools = replace(worker._runs._tools, settings=worker._runs._settings)
     bench.submit("a", content="7")
     await outside.work(worker)
     bench.submit("b", content="7")

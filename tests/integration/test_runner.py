@@ -12,8 +12,8 @@ import numpy as np
 import psycopg
 import pytest
 
-from jobs.pipeline.checkpoint import chunk_params
-from jobs.pipeline.runner import Job
+from jobs.pipeline.claiming import Job
+from jobs.pipeline.rows import chunk_params
 from models.chunks import Chunk
 from models.documents import Document
 from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
@@ -350,12 +350,12 @@ async def test_a_stray_job_does_not_cut_a_backoff_short(bench: Bench) -> None:
 
 async def test_what_cannot_even_be_sent_to_the_database_fails_the_document(bench: Bench) -> None:
     real = bench.runner()
-    stages = dict(real._stages)
+    stages = dict(real._runs._stages)
 
     async def surrogate(document: Document, tools: object) -> Document:
         return replace(document, markdown="\ud800", parser="plain 1")
 
-    real._stages = {**stages, "parse": surrogate}
+    real._runs._stages = {**stages, "parse": surrogate}
     bench.submit()
     found = bench.fetch()
     assert found is not None

@@ -29,13 +29,15 @@ def runner(bench: Bench) -> Runner:
     """A worker that embeds as real ones do; its other stages are plain."""
     made = bench.runner()
     settings = bench.settings
-    made._tools = replace(made._tools, embedder=own_embedder(settings), choose_embedder=ServingEmbedder(settings, bench.pool).choose)
+    made._runs._tools = replace(
+        made._runs._tools, embedder=own_embedder(settings), choose_embedder=ServingEmbedder(settings, bench.pool).choose
+    )
 
     async def run(document: Document, tools: Any) -> Document:
         bench.calls.append("embed")
         return await embed.run(document, tools)
 
-    made._stages["embed"] = run
+    made._runs._stages["embed"] = run
     return made
 
 

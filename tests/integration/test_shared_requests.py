@@ -83,7 +83,7 @@ async def test_documents_that_wait_for_a_request_lend_their_places_to_others(out
     for doc_id in DOCUMENTS[:6]:
         outside.bench.submit(doc_id)
     worker, places = runner(outside, endpoint), Places(2, lendable=2)
-    worker._lent_place = places.lent
+    worker._runs._lent_place = places.lent
     endpoint.latency = 1.0
     in_hand: set[str] = set()
     most = 0
@@ -141,7 +141,7 @@ async def test_a_passage_that_breaks_the_service_costs_its_neighbours_no_attempt
     for doc_id in DOCUMENTS[:4]:
         outside.bench.submit(doc_id)
     worker = runner(outside, endpoint)
-    worker._retry.max_attempts = 0
+    worker._runs._retry.max_attempts = 0
     await at_once(outside, worker)
     assert {doc_id: state for doc_id, (state, _) in states(outside).items()} == {
         "d00": "complete", "d01": "complete", "d02": "failed", "d03": "complete",

@@ -12,7 +12,8 @@ import psycopg
 import pytest
 
 from jobs.breaker import Rules
-from jobs.pipeline.runner import Job, Runner
+from jobs.pipeline.claiming import Job
+from jobs.pipeline.runner import Runner
 from jobs.reconcile import Reconciler
 from jobs.retry import StageRetry
 from jobs.stages import embed
@@ -37,7 +38,7 @@ def runner(outside: Outside, endpoint: OpenAIServer, rules: Rules, worker: str =
     made = outside.runner({"embed": embed.run}, worker, embedder=outside.embedder(endpoint.url))
     front = outside.fronts[-1]
     front.terms = front._breaker._terms = front._ledger._terms = replace(front.terms, rules=rules)
-    made._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.1, max_delay=1)
+    made._runs._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.1, max_delay=1)
     return made
 
 

@@ -23,7 +23,7 @@ HOURS = 2.0
 
 def runner(bench: Bench, **settings: Any) -> Runner:
     made = bench.runner(**settings)
-    made._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
+    made._runs._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
     return made
 
 
@@ -150,7 +150,7 @@ async def test_without_a_limit_a_document_waits_as_long_as_it_takes(bench: Bench
     raising(bench, "embed", DOWN)
     bench.submit()
     made = runner(bench)
-    made._retry.max_wait_hours = 0
+    made._runs._retry.max_wait_hours = 0
     for _ in range(3):
         await step(bench, made)
         hours_pass(bench, 10_000)
@@ -162,7 +162,7 @@ async def test_a_wait_after_a_request_that_was_kept_is_a_new_one(outside: Outsid
     endpoint.script(faults.sequence(faults.rate_limited("30"), None, faults.rate_limited("30"), None))
     bench.submit()
     made = outside.runner({"embed": embed.run}, embedder=outside.embedder(endpoint.url))
-    made._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
+    made._runs._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
     for hours in (3.0, 0.0):
         await step(bench, made)
         assert waiting(bench) == ("retrying", 0, 0)
@@ -179,7 +179,7 @@ async def test_a_document_that_has_waited_too_long_for_its_extraction_stays_sear
     endpoint.script(faults.sequence(faults.rate_limited("30")))
     bench.submit()
     made = outside.runner({"extract": extract.run}, sandbox=sandbox, extractor=outside.extractor(endpoint.url))
-    made._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
+    made._runs._retry = made._endings._retry = StageRetry(max_attempts=3, base=0.01, max_delay=0.02, max_wait_hours=HOURS)
     await step(bench, made)
     assert waiting(bench) == ("retrying", 0, 0)
     hours_pass(bench, 3)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jobs.adapters.stored_file import StoredFile
 from models.errors import LLMError, RateLimitError
 
 
@@ -20,6 +21,10 @@ def echo(value: Any) -> Any:
 
 def process_id() -> int:
     return os.getpid()
+
+
+def content_of(file: StoredFile) -> str:
+    return file.read_bytes().decode()
 
 
 def text_of(length: int) -> str:

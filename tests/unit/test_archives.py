@@ -34,7 +34,7 @@ LIMITS = ArchiveLimits(entries=50, archive_bytes=10_000_000, unpacked_bytes=5_00
 
 def listed(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> Listing:
     (tmp_path / "a.zip").write_bytes(content)
-    return list_archive(StoredFile(tmp_path / "a.zip"), "a.zip", limits)
+    return list_archive(StoredFile(tmp_path / "a.zip"), limits)
 
 
 def unpacked(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> dict[str, Unpacked]:
@@ -58,7 +58,7 @@ def names(tmp_path: Path, *entries: Raw) -> list[str]:
 def refusal(tmp_path: Path, content: bytes, limits: ArchiveLimits = LIMITS) -> str:
     with pytest.raises(PermanentError) as caught:
         listed(tmp_path, content, limits)
-    assert str(caught.value).startswith("a.zip: ")
+    assert "a.zip" not in str(caught.value)
     return str(caught.value)
 
 
@@ -270,7 +270,7 @@ def test_whatever_the_corpus_holds_ends_in_files_or_words(corpus: Path, tmp_path
         try:
             unpacked(folder, path.read_bytes(), replace(LIMITS, entries=5000))
         except PermanentError as error:
-            assert str(error).startswith("a.zip: ")
+            assert "a.zip" not in str(error)
         seen += 1
     assert seen > 50
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from jobs.adapters.extractor import MAX_FACTS, extract_locally
+from jobs.adapters.extractor import MAX_FACTS, amounts, dates, extract_locally
 from jobs.adapters.extractor.amounts import find_amounts
 from jobs.adapters.extractor.dates import find_dates
 from jobs.adapters.extractor.identifiers import find_emails, find_ibans, find_urls
@@ -243,6 +244,36 @@ def test_limits_are_kept_and_named() -> None:
 def test_repeated_facts_are_counted_once_with_their_first_page() -> None:
     found = extract("5 EUR\n\n5 EUR\n", (PageMark(1, 0), PageMark(2, 7)))
     assert found["amounts"] == [{"currency": "EUR", "value": "5", "text": "5 EUR", "page": 1, "count": 2}]
+
+
+_PIECES = st.sampled_from([
+    "1", "12", "31", "2024", "99", "/", "-", " ", "\n", "March", "septiembre", "st", "of ", "del ", ".", ",", "€", "$", "EUR", "Franken",
+    "Mio.", "1,234.56", "--", "–", "x" * 30, "y" * 62, " " * 45, "de", "T1", "ſ",
+])  # fmt: skip
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(_PIECES, max_size=40).map("".join))
+def test_looking_around_digits_alone_misses_and_adds_nothing(text: str) -> None:
+    assert [match.span() for match in dates._find(text)] == [match.span() for match in dates._DATE.finditer(text)]
+    everywhere = [" ".join(match[0].split()) for match in amounts._AMOUNT.finditer(text)]
+    assert [found.text for found in find_amounts(text)] == everywhere
+
+
+@pytest.mark.parametrize(
+    "fact", ["31st   of septiembre.,   del 2024", "1 May 1999de", "März 2024", "2024-03-01T1", "US$ - 1,234 million", "1 Euros", "Fr. 5"]
+)
+def test_where_the_digits_around_a_fact_lie_is_no_matter(fact: str) -> None:
+    for gap in range(30, 110):
+        for text in (f"2024 {'z' * gap} {fact}", f"2024{'z' * gap} {fact} {'z' * gap}7 EUR 2023", f"{fact}{' ' * gap}{fact}"):
+            assert [match.span() for match in dates._find(text)] == [match.span() for match in dates._DATE.finditer(text)]
+            everywhere = [" ".join(match[0].split()) for match in amounts._AMOUNT.finditer(text)]
+            assert [found.text for found in find_amounts(text)] == everywhere
+
+
+@pytest.mark.parametrize("text", ["a_b c-d ß² 12", "“naïve” – café", "Ω μέγα_x", "日本 語", "", "\x81\x8d _"])
+def test_words_are_runs_of_letters_and_digits_whatever_the_characters(text: str) -> None:
+    assert extract_locally(text, (), "a", {})["statistics"]["words"] == len(re.findall(r"[^\W_]+", text))
 
 
 @settings(deadline=None, max_examples=200)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from jobs.adapters.parsing import parse_isolated
-from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox import Exhausted, ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed
 from jobs.adapters.sniff import sniff
-from models.documents import FileType
+from models.documents import FileType, ParsedFile, ParsedPage
 from models.errors import ParseError, RateLimitError, TimeoutError
 from tests.unit.small_files import docx, pdf
 
@@ -47,14 +47,23 @@ async def test_a_file_is_parsed_in_a_child(tmp_path: Path) -> None:
     await sandbox.aclose()
 
 
-async def test_a_crash_is_the_next_parsers_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [Crashed("The parser crashed (signal SIGSEGV)."), Exhausted("The parser loops.")])
+async def test_a_crash_or_a_loop_is_the_next_parsers_turn(tmp_path: Path, error: ParseError) -> None:
     path = tmp_path / "stored"
     path.write_bytes(docx("hello"))
-    sandbox = Crashing(Crashed("The parser crashed (signal SIGSEGV)."))
+    sandbox = Crashing(error)
     parsed = await parse_isolated(sandbox, path, "a.docx", FileType.WORD, DOCX)
     assert parsed.parser.startswith("mammoth ")
-    assert parsed.metadata["crashes"] == ["The parser crashed (signal SIGSEGV)."]
+    assert parsed.metadata["crashes"] == [str(error)]
     assert sandbox.skipped == [0, 1]
+
+
+async def test_pages_that_a_loop_left_are_not_spent_on_the_next_parser(tmp_path: Path) -> None:
+    error = Exhausted("The parser loops.")
+    error.kept = [ParsedFile((ParsedPage(1, "hello"),), "xberg 1")]
+    sandbox = Crashing(error)
+    parsed = await parse_isolated(sandbox, tmp_path, "a.docx", FileType.WORD, DOCX, partial=True)
+    assert (parsed.pages[0].markdown, parsed.metadata["cut_by"], sandbox.skipped) == ("hello", "The parser loops.", [0])
 
 
 async def test_crashes_of_all_parsers_are_one_parse_error_that_names_the_file(tmp_path: Path) -> None:

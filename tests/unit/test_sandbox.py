@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.adapters import sandbox as sandbox_module
 from jobs.adapters import usage
-from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox import Exhausted, ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
+from jobs.adapters.stored_file import StoredFile
 from models.errors import LLMError, ParseError, RateLimitError, RetryableError, TimeoutError
 from tests.unit import sandbox_work as work
 
@@ -72,16 +74,24 @@ async def test_an_exit_is_a_parse_error_that_names_the_code(sandbox: ProcessSand
         await sandbox.run(work.leave, 3)
 
 
-async def test_a_hang_is_our_timeout_error_that_names_the_limit() -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=0.3), readable=TESTS)
-    with pytest.raises(TimeoutError, match=r"0\.3 s"):
+async def test_a_wait_is_our_timeout_error_that_names_the_limit(tmp_path: Path) -> None:
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS, writable=tmp_path)
+    with pytest.raises(TimeoutError, match=r"time limit of 5\.5 s"):
+        await sandbox.run(work.hang_after, str(tmp_path / "mark"))
+    await sandbox.aclose()
+
+
+async def test_a_loop_until_the_time_is_up_is_no_timeout_because_it_would_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox_module, "COMPUTING", 0.01)  # a busy machine gives it next to nothing
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS)
+    with pytest.raises(Exhausted, match=r"time limit of 5\.5 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
 
 
-async def test_cpu_time_beyond_the_limit_is_a_timeout_error() -> None:
+async def test_cpu_time_beyond_the_limit_is_no_timeout_either() -> None:
     sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, cpu_seconds=1), readable=TESTS)
-    with pytest.raises(TimeoutError, match="CPU limit of 1 s"):
+    with pytest.raises(Exhausted, match="CPU limit of 1 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
 
@@ -242,3 +252,23 @@ def test_a_killed_worker_leaves_no_child_behind(tmp_path: Path) -> None:
         worker.communicate()
     while any(map(alive, children)):
         time.sleep(0.02)
+
+
+async def test_calls_that_share_a_turn_have_an_answer_each_in_their_order(sandbox: ProcessSandbox, tmp_path: Path) -> None:
+    files = [StoredFile(tmp_path / f"{number}.txt") for number in range(20)]
+    for number, file in enumerate(files):
+        file.path.write_text(f"file {number}")
+    calls: list[tuple[Callable[..., object], tuple[object, ...], dict[str, object]]] = [(work.content_of, (file,), {}) for file in files]
+    calls[7] = (work.raise_foreign, (), {})
+    answers = await sandbox.run_each(calls)
+    assert [answer.result for answer in answers] == [None if number == 7 else f"file {number}" for number in range(20)]
+    assert isinstance(answers[7].error, ParseError)
+    assert all(answer.error is None for number, answer in enumerate(answers) if number != 7)
+    assert max(answer.peak_memory_mb for answer in answers) > 5
+
+
+@pytest.mark.parametrize("harm", [work.crash, work.exhaust_memory])
+async def test_what_takes_a_child_down_is_nobodys_answer_who_shared_its_turn(sandbox: ProcessSandbox, harm: Callable[[], object]) -> None:
+    with pytest.raises(ParseError):
+        await sandbox.run_each([(work.text_of, (3,), {}), (harm, (), {}), (work.text_of, (4,), {})])
+    assert [answer.result for answer in await sandbox.run_each([(work.text_of, (3,), {}), (work.text_of, (4,), {})])] == ["xxx", "xxxx"]

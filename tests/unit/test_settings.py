@@ -13,7 +13,7 @@ from models.documents import FileType
 from models.errors import ConfigurationError
 from models.settings import Settings, allowed_values, default_value, load_settings
 from models.settings.checks import FILE_TYPES
-from models.settings.fields import SERVER_VARIABLES
+from models.settings.places import SERVER_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 INTERVALS = {

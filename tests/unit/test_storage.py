@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.adapters.storage import LocalStorage, discard, safe_display_name
+from jobs.adapters.storage import LocalStorage, StoredUpload, Upload, discard, safe_display_name
 from jobs.adapters.storage.faults import source_faults, storage_faults
 from models.errors import PermanentError, RetryableError, SubmitError
 
@@ -150,6 +150,92 @@ def test_equal_uploads_at_once_all_succeed(storage: LocalStorage) -> None:
 
 async def test_an_upload_can_be_awaited(storage: LocalStorage) -> None:
     assert (await storage.store_upload_async("d", b"x", LIMIT)).size == 1
+
+
+def test_uploads_are_stored_together_each_with_its_own_fate(storage: LocalStorage, tmp_path: Path) -> None:
+    again = storage.store_upload("again", b"again", LIMIT)
+    uploads = [Upload(f"d{number}", b"%d" % number, LIMIT) for number in range(20)]
+    uploads += [Upload("again", b"again", LIMIT), Upload("gone", tmp_path / "gone", LIMIT), Upload("large", b"x" * 100, 99)]
+    *sound, kept, gone, large = storage.store_uploads(uploads)
+    for number, stored in enumerate(sound):
+        assert isinstance(stored, StoredUpload)
+        assert storage.read(stored.file_path, LIMIT) == b"%d" % number
+    assert kept == again
+    assert isinstance(gone, SubmitError) and "does not exist" in str(gone)
+    assert isinstance(large, SubmitError) and "larger" in str(large)
+    assert len(stored_files(storage)) == 21, "nothing is left behind"
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_no_upload_has_its_name_before_its_content_is_on_the_disk_nor_is_reported_before_its_name_is(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    storage.ensure_directory("uploads")
+    storage.ensure_directory("temp")
+    synced: list[str] = []
+    moved: dict[str, list[str]] = {}
+    replace, fsync = Path.replace, os.fsync
+
+    def noted_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        assert str(path) in synced
+        moved[str(target)] = list(synced)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    stored = storage.store_uploads([Upload(f"d{number}", b"x", LIMIT) for number in range(count)])
+    assert len(moved) == count == len(stored)
+    for target, before in moved.items():
+        folder = str(Path(target).parent)
+        assert folder in synced and folder not in before
+    assert synced.index(str(storage.base / "uploads")) >= count, "the folders are made by then"
+    assert len(synced) == 2 * count + 1
+
+
+def test_a_disk_that_fails_one_file_fails_no_other_and_keeps_nothing_of_it(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.ensure_directory("uploads")
+    fsync = os.fsync
+    failing = iter([False, False, True])
+
+    def sometimes(descriptor: int) -> None:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith(".part") and next(failing, False):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sometimes)
+    stored = storage.store_uploads([Upload(f"d{number}", b"x", LIMIT) for number in range(5)])
+    assert sorted(type(each).__name__ for each in stored) == ["RetryableError", *["StoredUpload"] * 4]
+    assert len(stored_files(storage)) == 4
+
+
+def test_a_folder_that_cannot_be_made_durable_stores_nothing_that_it_holds(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.ensure_directory("uploads")
+    fsync = os.fsync
+
+    def fails_above(descriptor: int) -> None:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith("uploads"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_above)
+    stored = storage.store_uploads([Upload(f"d{number}", b"x", LIMIT) for number in range(3)])
+    assert all(isinstance(each, RetryableError) for each in stored)
+
+
+def test_a_folder_that_vanishes_while_a_file_is_moved_there_is_made_again(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, times = Path.replace, iter([1, 2])
+
+    def late(path: Path, target: Path) -> Path:
+        if next(times, None):
+            target.parent.rmdir()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    assert storage.read(storage.store_upload("d", b"x", LIMIT).file_path, LIMIT) == b"x"
 
 
 def test_what_cannot_be_submitted_is_refused_by_name_and_leaves_nothing(storage: LocalStorage, tmp_path: Path) -> None:

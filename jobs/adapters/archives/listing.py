@@ -19,16 +19,16 @@ _LOCAL_HEADER = 30  # bytes, without name and extra fields
 _SHOWN = 80  # characters of a name in a message about the archive
 
 
-def list_archive(archive: StoredFile, name: str, limits: ArchiveLimits) -> Listing:
-    """Return what an archive, called `name` in errors, holds.
+def list_archive(archive: StoredFile, limits: ArchiveLimits) -> Listing:
+    """Return what an archive holds.
 
-    PermanentError if it is bad or over a limit as a whole, RetryableError if the storage fails.
+    PermanentError, to be read after the archive's name, if it is bad or over a limit as a whole; RetryableError if the storage fails.
     """
     with storage_faults(archive.path.parent, archive.path.name):
         try:
             return _list(archive, limits)
         except PermanentError as error:
-            raise PermanentError(f"{name}: {error}.") from None
+            raise PermanentError(f"{error}.") from None
 
 
 def _list(archive: StoredFile, limits: ArchiveLimits) -> Listing:

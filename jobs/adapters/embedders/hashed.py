@@ -19,6 +19,8 @@ _WORD = re.compile(r"\w+")
 class HashedWords:
     """A bag of words hashed onto axes: texts with words in common are near each other, so that searching makes sense."""
 
+    quick = True
+
     def __init__(self, dimensions: int = 384) -> None:
         self.dimensions = dimensions
         self.model = f"hashed-words-{dimensions}@1"
@@ -43,6 +45,8 @@ class HashedWords:
 
 class HashedText:
     """A digest of the whole text as a vector: no meaning, next to no cost. For benchmarks beside programs that embed the same way."""
+
+    quick = True
 
     def __init__(self, dimensions: int = 384) -> None:
         self.dimensions = dimensions

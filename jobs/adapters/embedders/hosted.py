@@ -61,6 +61,8 @@ class SizedText:
 class HostedEmbedder:
     """Texts into vectors over HTTP. `size` and `embed_sized` let a caller make up each request; `embed` does it all."""
 
+    quick = False
+
     def __init__(
         self,
         service: Service,

@@ -27,6 +27,8 @@ _HINT = f"Install docmill's dependencies again (pip install --force-reinstall {P
 class SentenceModel:
     """An ONNX sentence model: loaded at the first text, once; `threads` texts are embedded at a time."""
 
+    quick = False
+
     def __init__(self, model: str, dimensions: int, load: Callable[[], OnnxModel], threads: int = 1) -> None:
         self.model = model
         self.dimensions = dimensions

@@ -26,6 +26,8 @@ class Static:
     """WordLlama's l2_supercat, 256 dimensions: the mean of a vector for each token. Its files are used, its code is not
     (which would set up logging at import). Loaded at the first text, once."""
 
+    quick = True
+
     model = f"wordllama-l2-supercat@{_WEIGHTS[1][:8]}"
     dimensions = 256
 

@@ -22,7 +22,7 @@ from models.documents import PageMark
 
 SCHEMA_VERSION = 1
 """Of the shape of the output. Raised when a reader of the old shape could misread the new one."""
-EXTRACTOR = {"name": "docmill-local", "version": "1"}
+EXTRACTOR = {"name": "docmill-local", "version": "2"}
 MAX_FACTS = 500
 """Different dates, amounts, addresses or pairs of a document, each; also headings of its outline."""
 MAX_TITLE_CHARACTERS = 300
@@ -30,6 +30,7 @@ MAX_TITLE_CHARACTERS = 300
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 _ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
 _WORD = re.compile(r"[^\W_]++")
+_WORD_BYTES = bytes(byte if bytes([byte]).decode("cp1252", "replace").isalnum() else 32 for byte in range(256))
 _LINE = re.compile(r"\S[^\n]{0,999}+")
 _EMPTY_TITLE = re.compile(
     r"(?i)(?:microsoft (?:word|excel|powerpoint)\b.*|untitled|unbenannt|unknown|document ?[0-9]*|(?:slide|folie|sheet|tabelle) ?[0-9]*)"
@@ -39,7 +40,7 @@ _FILE_ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 def extract_locally(markdown: str, pages: Sequence[PageMark], file_name: str, parse_metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return what can be read off a document, in the shape of `docs/raw_extraction.schema.json`. Any text is valid; raises nothing."""
-    markdown = _UNSTORABLE.sub("\ufffd", markdown)
+    markdown = _storable(markdown)
     structure = read_structure(markdown)
     texts = _texts(markdown, structure, pages)
     truncated: set[str] = set()
@@ -83,8 +84,12 @@ def _texts(markdown: str, structure: Structure, pages: Sequence[PageMark]) -> li
             at += 1
         kept.append(markdown[position:end])
         text = _ESCAPED.sub(r"\1", "".join(kept)).replace("**", "")
-        texts.append((page_at(pages, start), _UNSTORABLE.sub("\ufffd", html.unescape(text)) if "&" in text else text))
+        texts.append((page_at(pages, start), _storable(html.unescape(text)) if "&" in text else text))
     return texts
+
+
+def _storable(text: str) -> str:
+    return text if text.isascii() and "\0" not in text else _UNSTORABLE.sub("\ufffd", text)
 
 
 def _facts(texts: Sequence[tuple[int | None, str]], tables: Sequence[dict[str, Any]], truncated: set[str]) -> dict[str, Any]:
@@ -150,10 +155,18 @@ def _first_line(markdown: str, structure: Structure) -> str:
     return ""
 
 
+def _words(text: str) -> int:
+    """Count runs of letters and digits; as bytes where Windows-1252 has all the characters, which takes a third of the time."""
+    try:
+        return len(text.encode("cp1252").translate(_WORD_BYTES).split())
+    except UnicodeEncodeError:
+        return len(_WORD.findall(text))
+
+
 def _statistics(markdown: str, structure: Structure, pages: Sequence[PageMark]) -> dict[str, int | None]:
     return {
         "characters": len(markdown),
-        "words": len(_WORD.findall(markdown)),
+        "words": _words(markdown),
         "pages": len(pages) or None,
         "headings": len(structure.headings),
         "tables": len(structure.tables),

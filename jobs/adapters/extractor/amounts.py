@@ -90,7 +90,10 @@ _AMOUNT = re.compile(
     rf"|(?P<number2>{_NUMBER}){_FACTOR % 'factor2'}{_SPACE}?(?P<after>{_either(CURRENCIES)})(?![$0-9])"
     rf")"
 )
-_DIGIT = re.compile(r"[0-9]")
+_AROUND = 48
+"""More than an amount has before its first and after its last digit."""
+_DIGITS = re.compile(rf"[0-9](?:[^0-9]{{0,{2 * _AROUND}}}+[0-9])*+")
+"""Far quicker to look for than all that an amount can begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,8 @@ class FoundAmount:
 
 def find_amounts(text: str) -> Iterator[FoundAmount]:
     """Yield the amounts of a text in order; an amount stands on one line."""
-    for match in (match for line in text.split("\n") if _DIGIT.search(line) for match in _AMOUNT.finditer(line)):
+    around = ((max(0, digits.start() - _AROUND), digits.end() + _AROUND) for digits in _DIGITS.finditer(text))
+    for match in (match for start, end in around for match in _AMOUNT.finditer(text, start, end)):
         number, factor = match["number1"] or match["number2"], match["factor1"] or match["factor2"]
         value = read_number(number) * _FACTORS.get(factor or "", 1)
         if "-" in (sign := (match["sign1"] or "") + (match["sign2"] or "")) or "−" in sign:

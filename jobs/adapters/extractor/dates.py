@@ -44,6 +44,13 @@ _DATE = re.compile(
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
+_YEAR = re.compile(r"[0-9](?:(?<=[12])(?<!\w[12])[0-9]{3}|[-/.][0-3]?[0-9][-/.][0-9]{2})")
+"""In every date: a year of four digits, or the last of three numbers. Far quicker to look for than all that a date can begin with.
+
+What follows is no matter here: the end of what is looked at may hide it, so there must be more of that whatever it is.
+"""
+_AROUND = 64
+"""More than a date has before and after its `_YEAR`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +64,22 @@ class FoundDate:
 
 def find_dates(texts: Sequence[str]) -> Iterator[tuple[int, FoundDate]]:
     """Yield (number of the text, date) in order. All texts are one document: they share the custom for day and month."""
-    matches = [(number, match) for number, text in enumerate(texts) for match in _DATE.finditer(text)]
+    matches = [(number, match) for number, text in enumerate(texts) for match in _find(text)]
     month_first = _month_comes_first(match for _, match in matches)
     for number, match in matches:
         if found := _read(match, month_first):
             yield number, found
+
+
+def _find(text: str) -> Iterator[re.Match[str]]:
+    """Yield what `_DATE` matches in a text, looked for around years alone."""
+    start = end = 0
+    for year in _YEAR.finditer(text):
+        if year.start() - _AROUND > end:
+            yield from _DATE.finditer(text, start, end)
+            start = year.start() - _AROUND
+        end = year.end() + _AROUND
+    yield from _DATE.finditer(text, start, end)
 
 
 def _month_comes_first(matches: Iterable[re.Match[str]]) -> bool:

@@ -1,7 +1,19 @@
 """Files below the storage base path: nothing that a caller names can lead out of it, and nothing half-written is ever seen."""
 
-from jobs.adapters.storage.local import Fingerprint, LocalStorage, StoredUpload
+from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
+from jobs.adapters.storage.local import LocalStorage
 from jobs.adapters.storage.names import safe_display_name, storable_path, storable_text
 from jobs.adapters.storage.removal import discard
+from jobs.adapters.storage.uploads import StoredUpload, Upload
 
-__all__ = ["Fingerprint", "LocalStorage", "StoredUpload", "discard", "safe_display_name", "storable_path", "storable_text"]
+__all__ = [
+    "Fingerprint",
+    "LocalStorage",
+    "StoredUpload",
+    "Upload",
+    "discard",
+    "fingerprint",
+    "safe_display_name",
+    "storable_path",
+    "storable_text",
+]

@@ -35,15 +35,20 @@ def storage_faults(base: Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _storage_fault(error, base, name) from error
+        raise storage_fault(error, base, name) from error
 
 
-def _storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
+def storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
+    """Return what an OSError about the stored file `name` is for us."""
     code = error.errno or 0
+    ours: DocmillError
     if code in _NAME_FAULTS:
-        return PermanentError(f"Stored file {name!r} in {base} {_NAME_FAULTS[code]}.")
-    fault = _STORAGE_FAULTS.get(code, f"failed: {error.strerror or type(error).__name__}")
-    return RetryableError(f"The storage at {base} (STORAGE_BASE_PATH) {fault}. It happened at {name!r}.")
+        ours = PermanentError(f"Stored file {name!r} in {base} {_NAME_FAULTS[code]}.")
+    else:
+        fault = _STORAGE_FAULTS.get(code, f"failed: {error.strerror or type(error).__name__}")
+        ours = RetryableError(f"The storage at {base} (STORAGE_BASE_PATH) {fault}. It happened at {name!r}.")
+    ours.__cause__ = error
+    return ours
 
 
 @contextmanager

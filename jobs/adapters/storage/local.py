@@ -5,39 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
 from uuid import uuid4
 
 from jobs.adapters.storage.durable import FILE_MODE, make_folder, regular, sync, write_all
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import storage_fault, storage_faults
+from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
 from jobs.adapters.storage.sources import read_blocks
-from jobs.adapters.storage.uploads import place_upload
+from jobs.adapters.storage.uploads import Copy, StoredUpload, Upload, place_uploads
 from models.documents import FileType
-from models.errors import PermanentError
+from models.errors import DocmillError, PermanentError
 from models.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class StoredUpload:
-    """A submitted file as it was stored."""
-
-    file_path: str
-    """Relative to the storage base path."""
-    size: int
-    """In bytes."""
-    sha256: str
-    """Lowercase hex of the content."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells one content from another: size in bytes and lowercase hex SHA-256."""
-
-    size: int
-    sha256: str
 
 
 class LocalStorage:
@@ -89,13 +70,19 @@ class LocalStorage:
         with storage_faults(self.base, relative):
             return regular(self.resolve(relative).stat()).st_size
 
-    def fingerprint(self, relative: str) -> Fingerprint:
-        """Return size and SHA-256 of a stored file, read in blocks."""
+    @contextmanager
+    def open(self, relative: str) -> Iterator[BinaryIO]:
+        """Open a stored file for reading; errors inside of the block are the storage's too."""
         path = self.resolve(relative)
         with storage_faults(self.base, relative):
             regular(path.stat())
             with path.open("rb") as file:
-                return Fingerprint(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+                yield file
+
+    def fingerprint(self, relative: str) -> Fingerprint:
+        """Return size and SHA-256 of a stored file, read in blocks."""
+        with self.open(relative) as file:
+            return fingerprint(file)
 
     def read(self, relative: str, max_bytes: int) -> bytes:
         """Return a stored file's content. PermanentError if it is larger than `max_bytes`."""
@@ -165,25 +152,61 @@ class LocalStorage:
         `max_bytes`. SubmitError: missing, not a regular file, unreadable, larger than `max_bytes`. RetryableError: it changed meanwhile, or
         the storage is full, read-only or failing. After an error nothing is left behind.
         """
-        name = name or (str(source) if isinstance(source, Path) else "upload")
-        folder_name = f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
-        with storage_faults(self.base, folder_name):
-            temporary, size, digest = self._write_temporary(read_blocks(source, name, max_bytes, limit_name), durable=False)
-            try:
-                folder = self.resolve(folder_name)
-                place_upload(temporary, folder / digest, size)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return StoredUpload(f"{folder_name}/{digest}", size, digest)
+        (stored,) = self.store_uploads([Upload(doc_id, source, max_bytes, name, limit_name)])
+        if isinstance(stored, DocmillError):
+            raise stored
+        return stored
+
+    def store_uploads(self, uploads: Sequence[Upload]) -> list[StoredUpload | DocmillError]:
+        """Do as `store_upload` does with several files, which wait for the disk together; return what it returns or raises for each."""
+        copied: list[tuple[str, Copy] | DocmillError] = []
+        try:
+            copied.extend(map(self._copied, uploads))
+            return self._placed(copied)
+        finally:
+            for copy in copied:
+                if not isinstance(copy, DocmillError):
+                    copy[1].temporary.unlink(missing_ok=True)
 
     def take_upload(self, doc_id: str, finished: Path, size: int, sha256: str) -> StoredUpload:
         """Move a finished file of known content from the temp folder to where `store_upload` would have copied it, durably."""
-        folder_name = f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
-        with storage_faults(self.base, folder_name):
-            folder = self.resolve(folder_name)
-            place_upload(finished, folder / sha256, size)
-            finished.unlink(missing_ok=True)
-        return StoredUpload(f"{folder_name}/{sha256}", size, sha256)
+        folder = self._folder_of(doc_id)
+        with storage_faults(self.base, folder):
+            copy = Copy(finished, self.resolve(folder) / sha256, size)
+        (stored,) = self._placed([(folder, copy)])
+        if isinstance(stored, DocmillError):
+            raise stored
+        finished.unlink(missing_ok=True)
+        return stored
+
+    def _folder_of(self, doc_id: str) -> str:
+        return f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
+
+    def _copied(self, upload: Upload) -> tuple[str, Copy] | DocmillError:
+        """Return the folder that a document's files lie in, and a copy of one on its way there."""
+        name = upload.name or (str(upload.source) if isinstance(upload.source, Path) else "upload")
+        folder = self._folder_of(upload.doc_id)
+        try:
+            path = self.resolve(folder)
+            with storage_faults(self.base, folder):
+                blocks = read_blocks(upload.source, name, upload.max_bytes, upload.limit_name)
+                temporary, size, digest = self._write_temporary(blocks, durable=False)
+        except DocmillError as error:
+            return error
+        return folder, Copy(temporary, path / digest, size)
+
+    def _placed(self, copied: Sequence[tuple[str, Copy] | DocmillError]) -> list[StoredUpload | DocmillError]:
+        faults = iter(place_uploads([copy[1] for copy in copied if not isinstance(copy, DocmillError)]))
+        stored: list[StoredUpload | DocmillError] = []
+        for found in copied:
+            if isinstance(found, DocmillError):
+                stored.append(found)
+            elif (fault := next(faults)) is not None:
+                stored.append(storage_fault(fault, self.base, found[0]))
+            else:
+                folder, copy = found
+                stored.append(StoredUpload(f"{folder}/{copy.target.name}", copy.size, copy.target.name))
+        return stored
 
     async def store_upload_async(self, doc_id: str, source: Path | bytes | BinaryIO, max_bytes: int, name: str = "") -> StoredUpload:
         """Do as `store_upload` does, in a thread."""

@@ -1,0 +1,112 @@
+"""How a job gets its document, and with it others that wait like it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from loguru import logger
+from psycopg_pool import AsyncConnectionPool
+
+from jobs import faults
+from jobs.pipeline.claims import Connection, NotClaimed, claim_document, take_along
+from jobs.pipeline.durable import LAST_WAIT
+from jobs.pipeline.work import Work
+from models.errors import PermanentError
+from models.settings import Settings
+from models.stages import Milestone
+from sql import query
+
+_SMALL_KB = 64
+"""What a document may weigh that is taken along."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the runner needs to know of the procrastinate job that it runs for."""
+
+    id: int
+    stage: str
+    queues: frozenset[str] | None
+    """The queues that this worker listens to; None for all."""
+
+
+class Claiming:
+    """Claims for one worker."""
+
+    def __init__(
+        self, settings: Settings, pool: AsyncConnectionPool[Connection], *, worker: str, stopping: Callable[[], bool], may_share: bool
+    ) -> None:
+        """`may_share`: whether small documents are taken up together."""
+        self._settings, self._pool, self._worker, self._stopping, self._may_share = settings, pool, worker, stopping, may_share
+
+    async def claim(self, job: Job, doc_id: str) -> tuple[list[Work], bool]:
+        """Return the document, and after it those that are taken along, or nothing where it cannot be had and its job has no more to do.
+
+        And whether this was cancelled meanwhile: a claim that nobody knows of would pass for a crash when its lease ends.
+        PermanentError: there is no such document.
+        """
+        claiming = asyncio.ensure_future(self._claim(job, doc_id))
+        try:
+            return await asyncio.shield(claiming), False
+        except asyncio.CancelledError:
+            if not (await asyncio.wait([claiming], timeout=LAST_WAIT))[0]:
+                claiming.cancel()  # the database does not answer, and this worker must stop
+                raise
+            if claiming.cancelled() or claiming.exception() or not claiming.result():
+                raise
+            return claiming.result(), True
+
+    async def _claim(self, job: Job, doc_id: str) -> list[Work]:
+        settings = self._settings
+        async with self._pool.connection() as conn:
+            if self._stopping():
+                await self._put_off(conn, job, doc_id, 0.0)
+                return []
+            work = await claim_document(
+                conn,
+                doc_id,
+                job_id=job.id,
+                worker=self._worker,
+                lease_seconds=settings.lease_seconds,
+                reconcile_seconds=settings.reconcile_seconds,
+                serialise=settings.duplicate_policy != "process",
+            )
+            if not isinstance(work, NotClaimed):
+                await faults.at("claimed", doc_id)
+                return [work, *await self._take_along(conn, job, work)]
+            if work.deleted:
+                return []
+            if work.state is None:
+                raise PermanentError(f'There is no document with doc_id "{doc_id}".')
+            if work.wait_seconds is not None:
+                await self._put_off(conn, job, doc_id, work.wait_seconds)
+                why = f"waits for {work.waits_for}, which is equal" if work.waits_for else "cannot be had now"
+                logger.bind(doc_id=doc_id, stage=job.stage).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
+            return []
+
+    async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
+        """Claim small documents that wait like this one, where working on several at once is quick and waits for no outside service."""
+        settings = self._settings
+        at_most = settings.small_documents_together - 1
+        if at_most < 1 or not self._may_share or job.stage != "validate" or work.suspect or work.retry_count or self._stopping():
+            return []
+        if work.document.milestone is not Milestone.UPLOADED or (work.document.file_size or 0) > _SMALL_KB * 1000:
+            return []
+        works = await take_along(
+            conn,
+            work,
+            worker=self._worker,
+            lease_seconds=settings.lease_seconds,
+            serialise=settings.duplicate_policy != "process",
+            at_most=at_most,
+            max_kb=_SMALL_KB,
+            max_documents=settings.max_documents_per_user,
+        )
+        for taken in works:
+            await faults.at("claimed", taken.document.doc_id)
+        return works
+
+    async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
+        await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})

@@ -1,0 +1,80 @@
+"""The last checkpoint: finished versions are swapped in for readers, of one document or of several in the same transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from jobs import faults
+from jobs.pipeline.claims import Connection, one, rows
+from jobs.pipeline.rows import chunk_params, has_new_text, markdown_params, told
+from jobs.pipeline.work import Work
+from sql import query
+
+
+class FencedOff(Exception):
+    """The claim has moved on: another worker, a new version, a cancel or a delete. Nothing was written."""
+
+
+class StaleVectors(Exception):
+    """Another model has come to serve searches since the document was embedded. Nothing was written."""
+
+
+async def complete(works: Sequence[Work], conn: Connection, *, worker: str) -> list[FencedOff | None]:
+    """Complete documents in one transaction and return for each FencedOff where nothing of it was written.
+
+    StaleVectors, and whatever else is raised: nothing was written of any.
+    """
+    async with conn.transaction():
+        found = {row["doc_id"] for row in await rows(conn, "complete_documents", _params(works, worker))}
+        ours = [work for work in works if work.document.doc_id in found]
+        if ours:
+            await _store(conn, ours)
+        for work in ours:
+            await faults.at(f"in_checkpoint:{work.document.milestone}", work.document.doc_id)
+    return [None if work.document.doc_id in found else FencedOff() for work in works]
+
+
+def _params(works: Sequence[Work], worker: str) -> dict[str, Any]:
+    documents = [work.document for work in works]
+    return {
+        "worker": worker,
+        "doc_ids": [document.doc_id for document in documents],
+        "claims": [work.claim for work in works],
+        "job_ids": [work.job_id for work in works],
+        "file_sizes": [document.file_size for document in documents],
+        "hashes": [document.content_sha256 for document in documents],
+        "file_types": [document.file_type for document in documents],
+        "mime_types": [document.mime_type for document in documents],
+        "page_counts": [len(document.pages) or None for document in documents],
+        "chunk_counts": [None if document.chunks is None else len(document.chunks) for document in documents],
+        "duplicates_of": [document.duplicate_of for document in documents],
+        "extractions": [Jsonb(document.raw_extraction) for document in documents],
+        "events": [told(work) for work in works],
+    }
+
+
+async def _store(conn: Connection, works: Sequence[Work]) -> None:
+    if texts := [work.document for work in works if has_new_text(work)]:
+        await conn.execute(query("store_markdown"), markdown_params(texts))
+    for work in works:
+        if work.served_version is not None:
+            await drop_served(conn, work)
+    for passages in chunk_params(*(work.document for work in works)):
+        await conn.execute(query("store_chunks"), passages)
+    # From then on no other model can come to serve until this transaction has ended.
+    serving = await one(conn, "serving_model", {})
+    for work in works:
+        if serving is not None and serving["embedding_model"] != work.document.embedding_model and not work.takes_any_model:
+            raise StaleVectors
+        if work.buffered:
+            await conn.execute(query("clear_buffers"), {"doc_id": work.document.doc_id, "version": work.document.version})
+
+
+async def drop_served(conn: Connection, work: Work) -> None:
+    """Take away what readers see of earlier versions."""
+    params = {"doc_id": work.document.doc_id, "version": work.document.version}
+    await conn.execute(query("drop_served_chunks"), params)
+    await conn.execute(query("drop_other_markdown"), params)

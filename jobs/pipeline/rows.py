@@ -1,0 +1,94 @@
+"""What has been made of documents, as parameters of the statements that store it: a list for each column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg.types.json import Jsonb
+
+from jobs.pipeline.work import Work
+from models.chunks import Chunk
+from models.documents import Document
+
+T = TypeVar("T")
+_AT_ONCE = 1000
+"""Most rows of one statement, whose parameters lie in memory on both sides, vectors of 16,000 dimensions included."""
+
+
+def told(work: Work) -> str:
+    """Return what the audit trail is told of a document, as JSON."""
+    return json.dumps([asdict(event) for event in work.events])
+
+
+def has_new_text(work: Work) -> bool:
+    """Say whether the markdown is not durable yet."""
+    document, saved = work.document, work.saved
+    return document.markdown is not None and (document.markdown is not saved.markdown or document.markdown_sha256 != saved.markdown_sha256)
+
+
+def markdown_params(documents: Sequence[Document]) -> dict[str, list[Any]]:
+    """Return the parameters of `store_markdown`."""
+    return {
+        "doc_ids": [document.doc_id for document in documents],
+        "versions": [document.version for document in documents],
+        "markdowns": [document.markdown for document in documents],
+        "hashes": [document.markdown_sha256 for document in documents],
+        "page_maps": [Jsonb([asdict(mark) for mark in document.pages]) for document in documents],
+        "parsers": [document.parser for document in documents],
+        "parse_metadata": [Jsonb(dict(document.parse_metadata)) for document in documents],
+    }
+
+
+def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of `store_chunks` for passages and vectors of documents, so many at a time as one statement takes."""
+    whose = {
+        "doc_ids": [document.doc_id for document in documents],
+        "user_ids": [document.user_id for document in documents],
+        "versions": [document.version for document in documents],
+        "languages": [_language(document) for document in documents],
+        "embedding_models": [document.embedding_model for document in documents],
+    }
+    made: list[tuple[int, Chunk, NDArray[np.float32]]] = []
+    for place, document in enumerate(documents, 1):
+        vectors = () if document.vectors is None else document.vectors
+        made += [(place, chunk, vector) for chunk, vector in zip(document.chunks or (), vectors, strict=True)]
+    for part in parts(made):
+        passages = columns([chunk for _, chunk, _ in part])
+        yield {**whose, **passages, "embeddings": [vector for _, _, vector in part], "whose": [place for place, _, _ in part]}
+
+
+def parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Yield so many rows at a time as one statement takes."""
+    for start in range(0, len(rows), _AT_ONCE):
+        yield rows[start : start + _AT_ONCE]
+
+
+def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
+    """Return passages as parameters, a list for each column."""
+    return {
+        "ids": [chunk.id for chunk in chunks],
+        "indexes": [chunk.index for chunk in chunks],
+        "contents": [chunk.content for chunk in chunks],
+        "hashes": [chunk.content_sha256 for chunk in chunks],
+        "heading_paths": [_array_text(chunk.heading_path) for chunk in chunks],
+        "page_starts": [chunk.page_start for chunk in chunks],
+        "page_ends": [chunk.page_end for chunk in chunks],
+        "char_starts": [chunk.char_start for chunk in chunks],
+        "char_ends": [chunk.char_end for chunk in chunks],
+        "metadata": [Jsonb(dict(chunk.metadata)) for chunk in chunks],
+    }
+
+
+def _array_text(values: Sequence[str]) -> str:
+    """Return texts as Postgres writes an array of them."""
+    return "{" + ",".join('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values) + "}"
+
+
+def _language(document: Document) -> str | None:
+    language = (document.raw_extraction or {}).get("language")
+    return language.get("code") if isinstance(language, dict) else language

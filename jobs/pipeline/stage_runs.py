@@ -1,0 +1,110 @@
+"""Runs the stages of a worker's documents, each with the tools for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+from loguru import logger
+from psycopg_pool import AsyncConnectionPool
+
+from jobs.leases import Lease
+from jobs.pipeline.checkpoint import FencedOff
+from jobs.pipeline.claims import Connection
+from jobs.pipeline.durable import CheckpointFailed
+from jobs.pipeline.endings import Endings
+from jobs.pipeline.failure import describe_failure
+from jobs.pipeline.keeping import Keeping
+from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage
+from jobs.pipeline.shared_tools import shared
+from jobs.pipeline.sharing import Sharing
+from jobs.pipeline.work import StageEvent, Work
+from jobs.redaction import describe
+from jobs.retry import StageRetry
+from jobs.stages import Tools, extract
+from models.documents import Document
+from models.settings import Settings
+from models.stages import Stage
+
+
+async def _none(document: Document) -> None:
+    """There is none."""
+
+
+class StageRuns:
+    """The stages in one worker."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: AsyncConnectionPool[Connection],
+        *,
+        tools: Tools,
+        endings: Endings,
+        retry: StageRetry,
+        sharing: Sharing,
+        worker: str,
+        lease_seconds: float,
+        stopping: Callable[[], bool],
+        stages: dict[str, StageFunction] | None,
+        lent_place: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`stages`: by name, None for docmill's own; the others as in Runner."""
+        self._settings, self._pool, self._tools, self._endings, self._retry = settings, pool, tools, endings, retry
+        self._sharing, self._worker, self._lease_seconds, self._stopping = sharing, worker, lease_seconds, stopping
+        self._stages = stages or STAGE_FUNCTIONS
+        self._lent_place = lent_place
+
+    async def original(self, document: Document) -> str | None:
+        """Return the doc_id of the complete document for which this one is to be skipped, if any."""
+        return await self._tools.find_original(document) if self._settings.duplicate_policy == "skip" else None
+
+    async def run(self, stage: Stage, work: Work, lease: Lease) -> float:
+        """Run one stage. A document whose extraction fails for good goes on without, unless EXTRACTION_REQUIRED."""
+        try:
+            return await self._run_stage(stage, work, lease, self._stages[stage.name])
+        except (FencedOff, CheckpointFailed):
+            raise
+        except Exception as error:
+            attempt = work.attempt_at(stage.due_at)
+            final = self._retry.judge(error, work.waited_at(stage.due_at))
+            if stage.name != "extract" or self._settings.extraction_required or self._retry.plan(final, attempt) is not None:
+                raise
+            failure = describe_failure(work.document, stage.name, final, attempt=attempt, worker=self._worker)
+            told = {"error_type": failure.error_type, "error_message": failure.message}
+            work.events.append(StageEvent("extraction_failed", stage.name, attempt, detail=told))
+            logger.bind(error_type=failure.error_type, duration_ms=work.stage_taken_ms()).error(
+                "The document goes on without its extraction: {}: {}", failure.error_type, failure.message
+            )
+            return await self._run_stage(stage, work, lease, partial(extract.run_without, failure=told))
+
+    async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
+        return await run_stage(stage, work, lease, run, self._tools_for(work, lease), limit=self._settings.stage_timeout_seconds)
+
+    def _tools_for(self, work: Work, lease: Lease) -> Tools:
+        keeping = Keeping(
+            self._pool,
+            work,
+            lease,
+            lease_seconds=self._lease_seconds,
+            checkpoint=self._endings.keep,
+            stopping=self._stopping,
+            sharing=self._sharing,
+            lent_place=self._lent_place if work.together is None else nullcontext,  # the place is that of all of them
+        )
+        tools = self._tools if work.together is None else shared(self._tools, work.together)
+        if work.is_sole:  # the claim has said so already
+            return replace(tools, paid=keeping, find_original=_none, original_text=_none)
+        return replace(tools, paid=keeping)
+
+    async def embed_again(self, work: Work) -> None:
+        """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards."""
+        work.takes_any_model = True
+        choose = self._tools.choose_embedder
+        try:
+            if choose is not None and (await choose(fresh=True)).model != work.document.embedding_model:
+                work.document = await self._stages["embed"](work.document, self._tools)
+        except Exception as error:
+            logger.warning("{} keeps its vectors of {}: {}", work.document.file_name, work.document.embedding_model, describe(error))

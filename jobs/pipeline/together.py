@@ -1,0 +1,96 @@
+"""Where several documents meet that one worker took up at once, so that what each of them needs is asked for once.
+
+Each goes through its stages as it would alone. At a meeting whoever comes waits until all who are still there have come, to whatever
+meeting, and not for long; then what is asked at each is answered together. Where that fails each asks alone, and learns what is its own
+fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+_PATIENCE = 1.0
+"""Seconds for which those who have come wait for the others, should one wait for something else without leaving."""
+
+
+class NotTogether(Exception):
+    """It could not be had for several at once. Ask alone."""
+
+
+@dataclass(slots=True)
+class _Meeting:
+    answer_all: Callable[[list[Any]], Awaitable[Sequence[Any]]]
+    asks: list[tuple[Any, asyncio.Future[Any]]] = field(default_factory=list)
+
+
+class Together:
+    """Belongs to one event loop. Every member leaves exactly once."""
+
+    def __init__(self, members: int) -> None:
+        self._members = members
+        self._waiting = 0
+        self._meetings: dict[Hashable, _Meeting] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._answering: set[asyncio.Task[None]] = set()
+
+    async def ask(self, what: Hashable, item: T, answer_all: Callable[[list[T]], Awaitable[Sequence[R | Exception]]]) -> R:
+        """Return the answer to an item, or raise the exception that is its answer. `answer_all` gets all items of this meeting and
+        returns one answer each; where it raises, or there is but one item, everybody gets NotTogether."""
+        if self._members < 2:
+            raise NotTogether
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[R] = loop.create_future()
+        self._meetings.setdefault(what, _Meeting(answer_all)).asks.append((item, answer))
+        self._waiting += 1
+        if self._waiting >= self._members:
+            self._begin()
+        elif self._timer is None:
+            self._timer = loop.call_later(_PATIENCE, self._begin)
+        return await answer
+
+    def leave(self) -> None:
+        """Come to no meeting any more."""
+        self._members -= 1
+        if self._waiting and self._waiting >= self._members:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        meetings, self._meetings, self._waiting = self._meetings, {}, 0
+        for meeting in meetings.values():
+            # Nothing of the one who came last, such as what its log lines are about, goes along.
+            task = asyncio.get_running_loop().create_task(_answer(meeting), context=Context())
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+
+
+async def _answer(meeting: _Meeting) -> None:
+    asks = [(item, answer) for item, answer in meeting.asks if not answer.done()]
+    try:
+        if len(asks) < 2:
+            raise NotTogether
+        answers = await meeting.answer_all([item for item, _ in asks])
+    except BaseException as error:
+        _tell(asks, [NotTogether() for _ in asks])
+        if not isinstance(error, Exception):
+            raise
+    else:
+        _tell(asks, answers)
+
+
+def _tell(asks: Sequence[tuple[Any, asyncio.Future[Any]]], answers: Sequence[Any]) -> None:
+    for (_, future), answer in zip(asks, answers, strict=True):
+        if future.done():
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
