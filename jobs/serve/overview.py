@@ -49,8 +49,15 @@ async def overview(request: Request) -> Response:
         "workers": await database.shared("page_worker_healths"),
         "alerts": await _alerts(database),
     }
+    unfinished = _unfinished(slices, states)
     return rendering_of(request).page(
-        request, "overview.html", health=health, figures=figures, chart=_ends(slices, "%H:%M"), backlog=_backlog(slices, states, "%H:%M")
+        request,
+        "overview.html",
+        health=health,
+        figures=figures,
+        chart=_ends(slices, "%H:%M"),
+        backlog=_backlog(slices, unfinished, "%H:%M"),
+        unfinished_over_time=unfinished,
     )
 
 
@@ -62,6 +69,7 @@ async def queues(request: Request) -> Response:
     states = {row["state"]: row["documents"] for row in await database.shared("metric_documents", seconds=10)}
     slices = await database.shared("page_throughput", span=span, bucket=bucket, seconds=5)
     latency = await database.shared("page_latency", span=span, bucket=span, seconds=10)
+    unfinished = _unfinished(slices, states)
     over_time = await database.shared("page_latency", span=span, bucket=bucket, seconds=10)
     return rendering_of(request).page(
         request,
@@ -73,7 +81,8 @@ async def queues(request: Request) -> Response:
         spans=tuple(SPANS),
         span_words=span.removeprefix("1 "),
         chart=_ends(slices, form),
-        backlog=_backlog(slices, states, form),
+        backlog=_backlog(slices, unfinished, form),
+        unfinished=unfinished,
         stage_chart=_stage_runs(slices, over_time, form),
         runs=_by_stage(slices, over_time),
         stages=[stage.name for stage in STAGES],
@@ -93,14 +102,18 @@ def _ends(slices: Sequence[Row], form: str) -> Any:
     return stacked_bars(_labels(slices, form), series, title="Documents that ended, over time")
 
 
-def _backlog(slices: Sequence[Row], states: Mapping[str, int], form: str) -> Any:
-    """Draw how many documents were unfinished: from how many are now, back over what came in and went out."""
+def _unfinished(slices: Sequence[Row], states: Mapping[str, int]) -> list[int]:
+    """Return how many documents were unfinished: from how many are now, back over what came in and went out."""
     left = sum(states.get(state, 0) for state in ("queued", "working", "retrying"))
     values = []
     for row in reversed(slices):
         values.append(max(0, left))
         left -= row["submitted"] - sum(row[end] for end in _ENDS)
-    return lines(_labels(slices, form), {"unfinished": values[::-1]}, title="Unfinished documents, over time")
+    return values[::-1]
+
+
+def _backlog(slices: Sequence[Row], unfinished: Sequence[int], form: str) -> Any:
+    return lines(_labels(slices, form), {"unfinished": unfinished}, title="Unfinished documents, over time")
 
 
 def _by_stage(slices: Sequence[Row], latency: Sequence[Row]) -> dict[str, list[int]]:

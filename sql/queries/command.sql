@@ -86,11 +86,8 @@ FROM queue_depth AS q
 WHERE q.waiting + q.scheduled + q.running > 0 OR q.queue IN ('cpu', 'embed', 'extract');
 
 -- name: watch_stages
--- Two slices of ten minutes, the last of which has only begun: the times are those of the slower one.
-SELECT l.stage, sum(l.runs)::bigint AS runs, sum(l.failures)::bigint AS failures, max(l.p50_ms) AS p50_ms, max(l.p95_ms) AS p95_ms,
-    max(l.max_ms) AS max_ms
-FROM stage_latency_over('10 minutes', '10 minutes') AS l
-GROUP BY l.stage;
+SELECT l.stage, l.runs, l.failures, l.p50_ms, l.p95_ms, l.max_ms
+FROM stage_latency_over('10 minutes', '10 minutes') AS l;
 
 -- name: watch_rates
 SELECT t.bucket_at, t.submitted, t.complete + t.duplicate AS complete, t.failed, t.retries, t.rescues, t.per_second

@@ -118,6 +118,14 @@ def test_a_page_renews_itself_unless_it_is_paused(settings: Settings, conn: psyc
         wait_for(lambda: "second.txt" in text(driver), "updates to go on")
 
 
+def test_a_page_says_so_when_its_server_is_lost(settings: Settings, conn: psycopg.Connection, tmp_path: Path, driver: Any) -> None:
+    with served(tmp_path / "serve.log") as address:
+        driver.get(address + "/documents")
+        assert text(driver, ".lost") == "", "not while it answers"
+    wait_for(lambda: "does not answer" in text(driver, ".lost"), "the page to say so")
+    assert "No document" in text(driver), "what it showed is still there"
+
+
 def test_without_scripts_everything_can_be_read_and_done(settings: Settings, conn: psycopg.Connection, tmp_path: Path) -> None:
     failed_document(conn, "a")
     with served(tmp_path / "serve.log") as address, browser(script=False) as driver:

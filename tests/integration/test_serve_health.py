@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ import httpx2
 import psycopg
 import pytest
 
+from jobs import submit_document
+from jobs.front import close_sync
 from jobs.health import COMPONENTS
 from models.settings import load_settings
 from tests.faults.cluster import Cluster
-from tests.running import served, wait_for, worker
+from tests.running import docmill, served, wait_for, worker
+from tests.servers import OpenAIServer, faults
 from tests.sites import client
+
+KEY = "sk-health-7f3a91"
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +56,15 @@ class Installation:
         wait_for(lambda: self.component(name) in [(status, health) for health in healths], f"{name} to turn {healths}", 60)
 
 
-@pytest.fixture
-def installation(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
+@contextmanager
+def installed(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **given: str) -> Iterator[Installation]:
+    """An installation with a worker at work and a server; `given` is added to its environment."""
     if not cluster.running():
         cluster.start()
     name = cluster.create_database()
     environment = {
         "DATABASE_URL": cluster.conninfo(name), "STORAGE_BASE_PATH": str(tmp_path / "storage"), "EMBEDDING_PROVIDER": "hash",
-        "LEASE_SECONDS": "2", "DATABASE_TIMEOUT": "2", "WORKER_POLL_SECONDS": "0.1",
+        "LEASE_SECONDS": "2", "DATABASE_TIMEOUT": "2", "WORKER_POLL_SECONDS": "0.1", **given,
     }  # fmt: skip
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
@@ -67,8 +74,15 @@ def installation(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         found = Installation(cluster, visitor, tmp_path / "storage", environment["DATABASE_URL"])
         wait_for(lambda: visitor.get("/readyz").status_code == 200, "everything to be well", 120)
         yield found
+    close_sync()
     load_settings.cache_clear()
     cluster.drop_database(name)
+
+
+@pytest.fixture
+def installation(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
+    with installed(cluster, tmp_path, monkeypatch) as found:
+        yield found
 
 
 def break_migrations(i: Installation) -> None:
@@ -95,18 +109,6 @@ def make_storage_read_only(i: Installation) -> None:
     i.storage.symlink_to("/proc/sys")
 
 
-def open_breaker(i: Installation) -> None:
-    i.run(
-        """INSERT INTO circuit_breakers (service, state, reason, try_at)
-        VALUES ('embedding x', 'open', 'HTTP 503', now() + interval '1 min')
-        ON CONFLICT (service) DO UPDATE SET state = 'open', reason = 'HTTP 503', try_at = now() + interval '1 min'"""
-    )
-
-
-def close_breaker(i: Installation) -> None:
-    i.run("SELECT reset_breaker('embedding x')")
-
-
 Step = Callable[[Installation], None]
 
 
@@ -116,9 +118,8 @@ Step = Callable[[Installation], None]
         ("migrations", break_migrations, mend_migrations),
         ("storage", take_storage_away, bring_storage_back),
         ("storage", make_storage_read_only, bring_storage_back),
-        ("services", open_breaker, close_breaker),
     ],
-    ids=["a migration is missing", "storage is gone", "storage takes no writes", "a service is down"],
+    ids=["a migration is missing", "storage is gone", "storage takes no writes"],
 )
 def test_a_component_turns_red_when_broken_and_green_when_mended(
     installation: Installation, component: str, broken: Step, mended: Step
@@ -132,6 +133,60 @@ def test_a_component_turns_red_when_broken_and_green_when_mended(
     mended(installation)
     installation.turns(component, 200, "ok")
     assert installation.visitor.get("/").status_code == 200
+
+
+Faulty = Callable[[OpenAIServer], None]
+FAULTS: dict[str, tuple[Faulty, str, str]] = {
+    "answers 503": (lambda service: service.script(faults.always(faults.NAMED["503"])), "down", "503"),
+    "cuts every connection": (lambda service: service.script(faults.always(faults.NAMED["reset"])), "down", ""),
+    "refuses the key": (lambda service: setattr(service, "key", "another key"), "refused", "401"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_service_that_fails_turns_services_red_and_its_recovery_turns_them_green(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Told alike in SQL, by the command and over HTTP; only documents that are embedded tell whether the service is well."""
+    with OpenAIServer(dimensions=32, key=KEY) as service, installed(
+        cluster, tmp_path, monkeypatch, EMBEDDING_PROVIDER="openai", EMBEDDING_BASE_URL=service.url, EMBEDDING_API_KEY=KEY,
+        EMBEDDING_MODEL="m", EMBEDDING_DIMENSIONS="32", EMBEDDING_MAX_TEXTS="1", BREAKER_FAILURES="2", BREAKER_OPEN_SECONDS="3",
+        BREAKER_MAX_OPEN_SECONDS="3", RETRY_BASE_DELAY_SECONDS="0.1", RETRY_MAX_DELAY_SECONDS="1",
+    ) as i, psycopg.connect(i.conninfo, autocommit=True) as conn:  # fmt: skip
+
+        def submit(name: str, count: int) -> None:
+            for number in range(count):
+                submit_document(f"{name} {number} on pumps and valves".encode(), doc_id=f"{name}{number}", file_name="a.txt")
+
+        def in_sql() -> list[tuple[str, str]]:
+            return [tuple(row) for row in conn.execute("SELECT health, breaker FROM provider_health")]
+
+        submit("before", 3)
+        wait_for(lambda: in_sql() == [("up", "closed")], "the service to be called", 60)
+        i.turns("services", 200, "ok")
+        fail, breaker, said = FAULTS[fault]
+        fail(service)
+        submit("during", 3)
+        i.turns("services", 503, "down")
+        wait_for(lambda: in_sql() == [(breaker, "open")], f"provider_health to say {breaker}", 60)
+        wait_for(lambda: docmill("health", "--only", "services").returncode == 1, "the command to say so", 60)
+        shown = i.visitor.get("/readyz").json()["components"]["services"]["message"]
+        assert service.url in shown and said in shown
+        assert i.visitor.get("/readyz?only=database,storage,workers,queues").status_code == 200, "nothing else is blamed"
+        assert conn.execute("SELECT count(*) FROM dead_letters").fetchone() == (0,), "it is not the documents' fault"
+        service.script(faults.never)
+        service.key = KEY
+        i.turns("services", 200, "ok", "degraded")
+        # A service of which a tenth of the last hour's calls failed is shaky until more were answered.
+        submit("after", 10 * service.tally.requests)
+        i.turns("services", 200, "ok")
+        wait_for(lambda: in_sql() == [("up", "closed")], "provider_health to say up", 60)
+        assert docmill("health", "--only", "services").returncode == 0
+        wait_for(
+            lambda: conn.execute("SELECT count(*) FROM file_extractions WHERE state <> 'complete'").fetchone() == (0,),
+            "all to complete",
+            60,
+        )
 
 
 def test_a_database_that_stops_is_told_on_every_page_and_all_comes_back_with_it(installation: Installation) -> None:

@@ -219,6 +219,16 @@ async def test_stage_latency_is_that_of_the_runs(filled: Bench) -> None:
     assert filled.one("SELECT sum(runs), sum(failures) FROM stage_latency WHERE stage = 'parse'") == (1, 2)
 
 
+def test_a_slice_as_long_as_the_span_is_the_span(conn: psycopg.Connection) -> None:
+    conn.execute(
+        """INSERT INTO document_events (at, doc_id, user_id, correlation_id, stage, event, duration_ms)
+        SELECT now() - s * interval '1 second', 'x', 'u', 'c', 'embed', 'stage_completed', s FROM unnest(ARRAY[660, 540, 30, 0]) AS s"""
+    )
+    found = conn.execute("SELECT stage, runs, max_ms FROM stage_latency_over('10 minutes', '10 minutes')").fetchall()
+    assert found == [("embed", 3, 540)], "one row a stage, whatever the clock says, and nothing from before"
+    assert conn.execute("SELECT sum(runs) FROM stage_latency_over('10 minutes', '1 minute')").fetchone() == (3,)
+
+
 def test_the_events_of_a_window_are_found_whatever_gaps_there_are(conn: psycopg.Connection) -> None:
     since = "SELECT event_id_since(now() - make_interval(hours => %s))"
     assert conn.execute(since, [1]).fetchone() == (0,)

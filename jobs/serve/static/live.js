@@ -2,6 +2,7 @@
 (function () {
   "use strict";
   var main = document.querySelector("main[data-live]");
+  var lost = document.querySelector(".lost");
   var paused = false;
 
   function renew(fresh) {
@@ -33,11 +34,11 @@
     fetch(window.location.href, { headers: { "X-Fragment": "1", Accept: "text/html" }, credentials: "same-origin" })
       .then(function (answer) {
         if (answer.status === 401) { window.location.reload(); return null; }
-        document.body.classList.toggle("away", !answer.ok);
+        lost.hidden = answer.ok;
         return answer.ok ? answer.text() : null;
       })
       .then(function (text) { if (text !== null) renew(new DOMParser().parseFromString(text, "text/html")); })
-      .catch(function () { document.body.classList.add("away"); });
+      .catch(function () { lost.hidden = false; });
   }
 
   if (main) {
