@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from jobs.adapters.embedders import HostedEmbedder, SizedText
-from jobs.adapters.llamaparse import LlamaParse
-from jobs.adapters.llm import ModelExtractor
-from jobs.adapters.storage import Fingerprint
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
 from models.errors import RequestRefused
 from models.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from jobs.adapters.embedders import HostedEmbedder, SizedText
+    from jobs.adapters.llamaparse import LlamaParse
+    from jobs.adapters.llm import ModelExtractor
+    from jobs.adapters.storage import Fingerprint
 
 P = ParamSpec("P")
 R = TypeVar("R")
