@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.adapters.parsers.source import NoText, with_text
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
@@ -111,6 +110,8 @@ def to_parsed_file(found: HostedPages, parser: str) -> ParsedFile:
         metadata["warnings"] = [f"LlamaParse reads at most 64 KB of a page; these may have lost their ends: {full[:20]}"]
     if found.credits is not None:
         metadata["credits"] = found.credits
+    from jobs.adapters.parsers.source import NoText, with_text  # noqa: PLC0415 - with it come all parsers, which an idle worker does without
+
     try:
         return with_text(ParsedFile(pages=tuple(pages), parser=parser, paged=True, metadata=metadata))
     except NoText:
