@@ -1,11 +1,12 @@
 """Documents per second: both hand-off modes beside two loops that have no queue, no state and no retries.
 
-Usage: python -m bench.throughput [--documents 300] [--rounds 3] [--corpus FOLDER] [--provider hash] [--workers 1]
+Usage: python -m bench.throughput [--documents 300] [--rounds 3] [--corpus FOLDER] [--provider hash] [--workers 1] [--json FILE]
 
 Without --corpus: small text documents. With it: every document below the folder, or `--documents` of them spread evenly. All modes of a
 round run one after another on the same server; the figures are medians over the rounds. Submitting (a durable copy, the row and the
 first job) is part of docmill's time, and building the HNSW index of everybody's. The bare loop does docmill's own work in one process;
 the simplest loop (text documents only) cuts at fixed lengths and hashes, which is less work than docmill does.
+--json: beside these figures also the medians of each stage's time and CPU time by file type, from the audit trail of the mode inline.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from pathlib import Path
 import psycopg
 
 from bench.floors import bare_loop, build_index, simplest_loop
+from bench.results import add_option, write_row
 from bench.running import bench_server, fresh_settings, small_documents, submit_all, url_of, wait_until_ended, workers
 from jobs.adapters.embedders import make_embedder
 from models.settings import Settings
+
+STAGES = """SELECT d.file_type, e.stage, count(*), percentile_cont(0.5) WITHIN GROUP (ORDER BY e.duration_ms),
+        percentile_cont(0.5) WITHIN GROUP (ORDER BY e.cpu_ms)
+    FROM document_events AS e JOIN file_extractions AS d USING (doc_id)
+    WHERE e.event = 'stage_completed' AND d.state = 'complete' AND d.file_name <> %s
+    GROUP BY d.file_type, e.stage ORDER BY 1, min(e.id)"""
 
 
 def docmill(settings: Settings, paths: list[Path], warm_up: Path, count: int) -> tuple[float, float]:
@@ -40,6 +48,14 @@ def docmill(settings: Settings, paths: list[Path], warm_up: Path, count: int) ->
         return time.perf_counter() - started, submitting
 
 
+def note_stages(settings: Settings, warm_up: str, into: Path | None) -> None:
+    """Write what each stage of the documents that are complete took, by file type."""
+    with psycopg.connect(url_of(settings)) as conn:
+        for file_type, stage, documents, duration, cpu in conn.execute(STAGES, [warm_up]):
+            about = {"provider": settings.embedding_provider, "file_type": file_type, "stage": stage, "documents": documents}
+            write_row(into, "stages", **about, duration_ms=duration, cpu_ms=cpu)
+
+
 def corpus_documents(folder: Path, limit: int) -> list[Path]:
     """Return the documents below a folder of the corpus, or `limit` of them spread evenly; ground truth and lists are no documents."""
     found = sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != "gt" and p.name != "MANIFEST.tsv")
@@ -54,6 +70,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--provider", default="hash")
     parser.add_argument("--workers", type=int, default=1)
+    add_option(parser)
     given = parser.parse_args()
     seconds: dict[str, list[float]] = {}
     with bench_server() as (server, folder):
@@ -68,12 +85,15 @@ def main() -> None:
                 settings = fresh_settings(server, folder, mode, embedding_provider=given.provider, handoff=mode)
                 whole, submitting = docmill(settings, paths, folder / "warm-up.txt", given.workers)
                 yield mode, whole
+                if mode == "inline" and given.json:
+                    note_stages(settings, "warm-up.txt", given.json)
                 yield f"{mode}: submitting", submitting
 
         for number in range(given.rounds):
             for name, taken in one_round():
                 print(f"round {number + 1}: {name} {taken:.2f} s", file=sys.stderr, flush=True)
                 seconds.setdefault(name, []).append(taken)
+                write_row(given.json, "throughput", name=name, documents=len(paths), provider=given.provider, seconds=taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"{len(paths)} documents, {given.rounds} rounds, provider {given.provider}, workers {given.workers}\n")
     print("| what | documents/s | of the bare loop | of the simplest loop |\n|---|---|---|---|")
