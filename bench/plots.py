@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.results import Row, read_rows
-from bench.svg import bars, lines
+from bench.svg import bars, lines, short
 from models.stages import STAGES
 
 HOME = Path(__file__).parents[1] / "docs" / "images"
@@ -46,7 +46,6 @@ def backlog(rows: list[Row]) -> str:
 
 def workers(rows: list[Row]) -> str:
     """Documents a minute, by number of workers."""
-    rows = [row for row in rows if row["service"]]
     counts, sizes = distinct(rows, "workers"), distinct(rows, "documents")
     series = {f"{size} at once": [middle(rows, "a_minute", workers=count, documents=size) for count in counts] for size in sizes}
     labels = [str(count) for count in counts]
@@ -55,7 +54,6 @@ def workers(rows: list[Row]) -> str:
 
 def workers_cpu(rows: list[Row]) -> str:
     """CPU time of a document, by number of workers."""
-    rows = [row for row in rows if row["service"]]
     counts, sizes = distinct(rows, "workers"), distinct(rows, "documents")
     series = {f"{size} at once": [middle(rows, "cpu_ms", workers=count, documents=size) for count in counts] for size in sizes}
     labels = [str(count) for count in counts]
@@ -87,26 +85,32 @@ def memory(rows: list[Row]) -> str:
 
 def stages(rows: list[Row], key: str, title: str) -> str:
     """What part of a document's time each stage takes, by file type; the time itself stands beside the type."""
-    known = [stage.name for stage in STAGES if any(row["stage"] == stage.name for row in rows)]
+    known = [stage.name for stage in STAGES]
+    single = [row | {"stage": stage, key: value} for row in rows for stage, value in zip(row["stages"], row[key], strict=True)]
     times = {
-        file_type: {stage: middle(rows, key, file_type=file_type, stage=stage) or 0 for stage in known}
-        for file_type in {row["file_type"] for row in rows}
+        file_type: {stage: middle(single, key, file_type=file_type, stage=stage) or 0 for stage in known}
+        for file_type in sorted({row["file_type"] for row in rows})
     }
     totals = {file_type: sum(each.values()) for file_type, each in times.items()}
     order = sorted(totals, key=lambda file_type: -totals[file_type])
     series = {stage: [100 * times[file_type][stage] / (totals[file_type] or 1) for file_type in order] for stage in known}
-    labels = [f"{file_type}: {totals[file_type]:.3g} ms" for file_type in order]
+    labels = [f"{file_type}: {short(totals[file_type])} ms" for file_type in order]
     return bars(title, labels, series, x="", y="percent of the document's time", stacked=True, lying=True)
 
 
 def stages_clock(rows: list[Row]) -> str:
-    """The same by the clock."""
-    return stages(rows, "duration_ms", "Where a document's time goes, by the clock")
+    """The same by the clock, with vectors that cost next to nothing."""
+    return stages(rows, "duration_ms", "Time per stage by the clock, hash provider")
 
 
 def stages_cpu(rows: list[Row]) -> str:
     """The same by the CPU."""
-    return stages(rows, "cpu_ms", "Where a document's CPU time goes")
+    return stages(rows, "cpu_ms", "CPU time per stage, hash provider")
+
+
+def stages_local(rows: list[Row]) -> str:
+    """The same with the model that embeds by default."""
+    return stages(rows, "cpu_ms", "CPU time per stage, local provider")
 
 
 def pickup(rows: list[Row]) -> str:
@@ -136,18 +140,25 @@ def peers(rows: list[Row]) -> str:
     return bars("What a small document costs, beside others", order, series, x="", y="CPU ms a document", lying=True)
 
 
-PLOTS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    "backlog": ("backlog", backlog),
-    "workers": ("grid", workers),
-    "workers-cpu": ("grid", workers_cpu),
-    "latency": ("services", latency),
-    "memory": ("memory", memory),
-    "stages": ("stages", stages_clock),
-    "stages-cpu": ("stages", stages_cpu),
-    "pickup": ("pickup", pickup),
-    "peers": ("peers", peers),
+Draw = Callable[[list[Row]], str]
+PLOTS: dict[str, tuple[dict[str, object], Draw]] = {
+    "backlog": ({"what": "backlog"}, backlog),
+    "workers": ({"what": "grid", "service": True}, workers),
+    "workers-cpu": ({"what": "grid", "service": True}, workers_cpu),
+    "latency": ({"what": "services"}, latency),
+    "memory": ({"what": "memory"}, memory),
+    "stages": ({"what": "stages", "provider": "hash"}, stages_clock),
+    "stages-cpu": ({"what": "stages", "provider": "hash"}, stages_cpu),
+    "stages-local": ({"what": "stages", "provider": "local"}, stages_local),
+    "pickup": ({"what": "pickup"}, pickup),
+    "peers": ({"what": "peers"}, peers),
 }
-"""By name of the picture: the rows that it is drawn from, and how."""
+"""By name of the picture: what the rows have that it is drawn from, and how."""
+
+
+def rows_of(name: str, every: list[Row]) -> list[Row]:
+    """Return the rows that a picture is drawn from."""
+    return [row for row in every if all(row.get(key) == value for key, value in PLOTS[name][0].items())]
 
 
 def conditions(rows: list[Row]) -> str:
@@ -164,8 +175,8 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=HOME)
     given = parser.parse_args()
     every = list(read_rows(given.files))
-    for name, (what, draw) in PLOTS.items():
-        if rows := [row for row in every if row["what"] == what]:
+    for name, (_, draw) in PLOTS.items():
+        if rows := rows_of(name, every):
             path = given.into / f"{name}.svg"
             path.write_text(draw(rows).replace("CONDITIONS", conditions(rows)), encoding="utf-8")
             print(f"{path.name}: {len(rows)} rows, {conditions(rows)}")

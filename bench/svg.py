@@ -55,8 +55,8 @@ def bars(
     }[stacked, lying]
     height = 130 + _BAR * len(labels) if lying else HEIGHT
     # A share that is too narrow for its figure goes without.
-    short = (lambda value: f"{value:.0f}" if value >= 5 else "") if lying and stacked else _short
-    chart = _chart(kind, title, x, y, height, print_values=values, formatter=_short, short=short)
+    written = (lambda value: f"{value:.0f}" if value >= 5 else "") if lying and stacked else short
+    chart = _chart(kind, title, x, y, height, print_values=values, formatter=written)
     chart.x_labels = list(labels)[::-1] if lying else list(labels)
     for name, given in series.items():
         chart.add(name, list(given)[::-1] if lying else list(given))
@@ -65,15 +65,15 @@ def bars(
 
 def lines(title: str, series: Mapping[str, Sequence[tuple[float, float | None]]], *, x: str, y: str) -> str:
     """Draw a line through the points of each series, from zero up."""
-    chart = _chart(pygal.XY, title, x, y, HEIGHT, print_values=False, formatter=_short, short=_short, show_dots=False)
-    chart.x_value_formatter = _short
+    chart = _chart(pygal.XY, title, x, y, HEIGHT, print_values=False, show_dots=False)
+    chart.x_value_formatter = short
     chart.range = (0, max(value for points in series.values() for _, value in points if value is not None) * 1.15)
     for name, points in series.items():
         chart.add(name, list(points))
     return _still(chart, title, HEIGHT, beside=True)
 
 
-def _chart(kind: Any, title: str, x: str, y: str, height: int, *, formatter: Any, short: Any, **options: Any) -> Any:
+def _chart(kind: Any, title: str, x: str, y: str, height: int, **options: Any) -> Any:
     return kind(
         width=WIDTH,
         height=height,
@@ -95,13 +95,13 @@ def _chart(kind: Any, title: str, x: str, y: str, height: int, *, formatter: Any
         max_scale=8,
         include_x_axis=True,
         print_zeroes=False,
-        value_formatter=formatter,
-        formatter=short,
+        value_formatter=short,
         **options,
     )
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
+    """Return a number with as many digits as a reader can use."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 20 or float(value).is_integer() else f"{value:.1f}"
@@ -129,7 +129,7 @@ def _still(chart: Any, title: str, height: int, *, beside: bool) -> str:
     sheet = ElementTree.Element(f"{{{_SVG}}}style")
     sheet.text = _SHEET + colours
     paper = ElementTree.Element(f"{{{_SVG}}}rect", {"class": "paper", "width": str(WIDTH), "height": str(height), "rx": "6"})
-    note = ElementTree.Element(f"{{{_SVG}}}text", {"class": "conditions", "x": str(WIDTH - 12), "y": str(height - 10)})
+    note = ElementTree.Element(f"{{{_SVG}}}text", {"class": "conditions", "x": str(WIDTH - 12), "y": str(height - 7)})
     note.text = "CONDITIONS"
     at = 1 if root[0].tag.endswith("title") else 0
     root.insert(at, sheet)

@@ -1,6 +1,7 @@
 """Documents per second: both hand-off modes beside two loops that have no queue, no state and no retries.
 
-Usage: python -m bench.throughput [--documents 300] [--rounds 3] [--corpus FOLDER] [--provider hash] [--workers 1] [--json FILE]
+Usage: python -m bench.throughput [--documents 300] [--rounds 3] [--corpus FOLDER] [--provider hash] [--workers 1] [--only MODE ...]
+    [--json FILE]
 
 Without --corpus: small text documents. With it: every document below the folder, or `--documents` of them spread evenly. All modes of a
 round run one after another on the same server; the figures are medians over the rounds. Submitting (a durable copy, the row and the
@@ -17,6 +18,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import psycopg
@@ -27,10 +30,11 @@ from bench.running import bench_server, fresh_settings, small_documents, submit_
 from jobs.adapters.embedders import make_embedder
 from models.settings import Settings
 
+MODES = ["simplest loop", "bare loop", "inline", "queue"]
 STAGES = """SELECT d.file_type, e.stage, count(*), percentile_cont(0.5) WITHIN GROUP (ORDER BY e.duration_ms),
         percentile_cont(0.5) WITHIN GROUP (ORDER BY e.cpu_ms)
     FROM document_events AS e JOIN file_extractions AS d USING (doc_id)
-    WHERE e.event = 'stage_completed' AND d.state = 'complete' AND d.file_name <> %s
+    WHERE e.event IN ('stage_completed', 'completed') AND d.state = 'complete' AND d.file_name <> %s
     GROUP BY d.file_type, e.stage ORDER BY 1, min(e.id)"""
 
 
@@ -51,9 +55,10 @@ def docmill(settings: Settings, paths: list[Path], warm_up: Path, count: int) ->
 def note_stages(settings: Settings, warm_up: str, into: Path | None) -> None:
     """Write what each stage of the documents that are complete took, by file type."""
     with psycopg.connect(url_of(settings)) as conn:
-        for file_type, stage, documents, duration, cpu in conn.execute(STAGES, [warm_up]):
-            about = {"provider": settings.embedding_provider, "file_type": file_type, "stage": stage, "documents": documents}
-            write_row(into, "stages", **about, duration_ms=duration, cpu_ms=cpu)
+        for file_type, found in groupby(conn.execute(STAGES, [warm_up]), key=itemgetter(0)):
+            _, names, documents, durations, cpu = zip(*found, strict=True)
+            about = {"provider": settings.embedding_provider, "file_type": file_type, "documents": max(documents), "stages": list(names)}
+            write_row(into, "stages", **about, duration_ms=list(durations), cpu_ms=list(cpu))
 
 
 def corpus_documents(folder: Path, limit: int) -> list[Path]:
@@ -70,6 +75,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--provider", default="hash")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=MODES, default=MODES)
     add_option(parser)
     given = parser.parse_args()
     seconds: dict[str, list[float]] = {}
@@ -78,10 +84,13 @@ def main() -> None:
 
         def one_round() -> Iterator[tuple[str, float]]:
             settings = fresh_settings(server, folder, "floors", embedding_provider=given.provider)
-            if given.corpus is None:
+            if given.corpus is None and "simplest loop" in given.only:
                 yield "simplest loop", simplest_loop(url_of(settings), paths)
-            yield "bare loop", bare_loop(settings, url_of(settings), paths)
-            for mode in ("inline", "queue"):
+            if "bare loop" in given.only:
+                yield "bare loop", bare_loop(settings, url_of(settings), paths)
+            for mode in MODES[2:]:
+                if mode not in given.only:
+                    continue
                 settings = fresh_settings(server, folder, mode, embedding_provider=given.provider, handoff=mode)
                 whole, submitting = docmill(settings, paths, folder / "warm-up.txt", given.workers)
                 yield mode, whole
@@ -98,8 +107,8 @@ def main() -> None:
     print(f"{len(paths)} documents, {given.rounds} rounds, provider {given.provider}, workers {given.workers}\n")
     print("| what | documents/s | of the bare loop | of the simplest loop |\n|---|---|---|---|")
     for name, taken in medians.items():
-        of_simplest = f"{medians['simplest loop'] / taken:.2f}" if "simplest loop" in medians else ""
-        print(f"| {name} | {len(paths) / taken:.1f} | {medians['bare loop'] / taken:.2f} | {of_simplest} |")
+        ratios = [f"{medians[floor] / taken:.2f}" if floor in medians else "" for floor in ("bare loop", "simplest loop")]
+        print(f"| {name} | {len(paths) / taken:.1f} | {' | '.join(ratios)} |")
 
 
 if __name__ == "__main__":
