@@ -19,6 +19,7 @@ COVERAGE_MIN ?= 90
 PYTEST_ARGS ?= -n 4 --dist worksteal
 # samples/README.md quotes the questions below, so it would be its own best answer.
 DEMO_FILES := $(filter-out samples/README.md,$(wildcard samples/*))
+SBOM ?= docmill.cdx.json
 DEMO_QUESTION_EN := What is the penalty for late delivery?
 DEMO_QUESTION_DE := Ab welchem Lärmpegel ist Gehörschutz Pflicht?
 
@@ -74,9 +75,20 @@ sbom: $(STAMP) ## write docmill.cdx.json, a CycloneDX bill of what is installed 
 	"$$fresh/docmill/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt '.[fast,otel]'; \
 	"$$fresh/docmill/bin/python" -m pip uninstall -q -y pip setuptools; \
 	"$$fresh/tool/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt cyclonedx-bom; \
-	"$$fresh/tool/bin/cyclonedx-py" environment --pyproject pyproject.toml --validate --output-reproducible \
-	  --output-file docmill.cdx.json "$$fresh/docmill/bin/python"; \
-	echo docmill.cdx.json
+	"$$fresh/tool/bin/cyclonedx-py" environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file "$$fresh/bill.json" "$$fresh/docmill/bin/python"; \
+	$(BIN)/python -m docs.sbom "$$fresh/bill.json"; \
+	"$$fresh/tool/bin/python" -c "$$CHECK_BILL" "$$fresh/bill.json"; \
+	mv "$$fresh/bill.json" '$(SBOM)'; echo '$(SBOM)'
+
+define CHECK_BILL
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+sys.exit(JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1], encoding="utf-8").read()))
+endef
+export CHECK_BILL
 
 test: lint ## lint, then all tests with their coverage, and the types beside them
 	@$(BIN)/coverage erase

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psycopg
 from loguru import logger
-from numpy.typing import NDArray
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
@@ -28,6 +26,13 @@ from models.calls import CallShare
 from models.errors import ErrorType, RateLimitError, ServiceUnavailable
 from models.settings import Settings
 from sql import query
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vectors = dict[tuple[str, str], NDArray[np.float32]]
+    """Of a Text."""
 
 PASSAGES = 256
 """Passages of one batch: embedded together, then kept in one transaction."""
@@ -47,7 +52,6 @@ _OF_THE_DOCUMENT = frozenset({ErrorType.PERMANENT, ErrorType.UNKNOWN})
 Row = dict[str, Any]
 Text = tuple[str, str]
 """A user and the content_sha256 of a text of theirs."""
-Vectors = dict[Text, NDArray[np.float32]]
 
 
 class Filling:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from procrastinate import JobContext
 
-from jobs.adapters.embedders import HostedEmbedder
-from jobs.adapters.llamaparse import LlamaParse, make_llamaparse
-from jobs.adapters.llm import ModelExtractor, make_extractor
-from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
-from jobs.adapters.storage import LocalStorage
-from jobs.pipeline import Runner
-from jobs.pipeline.claiming import Job
 from jobs.pipeline.company import Company
-from jobs.pipeline.reading import Reading
 from jobs.retry import StageRetry
 from jobs.services import OwnServices
-from jobs.serving import ServingEmbedder, own_embedder
-from jobs.stages import Tools
 from models.errors import PermanentError
 from models.stages import STAGES
 from procrastinate_app import app
+
+if TYPE_CHECKING:
+    from jobs.pipeline.runner import Runner
 
 _settings = app.settings
 _runners: list[Runner] = []
@@ -39,7 +33,18 @@ retry = StageRetry(
 
 
 def _runner() -> Runner:
-    """Return this worker's runner, made on first use: a worker that only waits loads no model and starts no child process."""
+    """Return this worker's runner, made on first use: a worker that only waits loads no model and no stage, and starts no child."""
+    from jobs.adapters.embedders import HostedEmbedder  # noqa: PLC0415
+    from jobs.adapters.llamaparse import LlamaParse, make_llamaparse  # noqa: PLC0415
+    from jobs.adapters.llm import ModelExtractor, make_extractor  # noqa: PLC0415
+    from jobs.adapters.sandbox import ProcessSandbox  # noqa: PLC0415
+    from jobs.adapters.sandbox_child import Limits  # noqa: PLC0415
+    from jobs.adapters.storage import LocalStorage  # noqa: PLC0415
+    from jobs.pipeline.reading import Reading  # noqa: PLC0415
+    from jobs.pipeline.runner import Runner  # noqa: PLC0415
+    from jobs.serving import ServingEmbedder, own_embedder  # noqa: PLC0415
+    from jobs.stages import Tools  # noqa: PLC0415
+
     if not _runners:
         assert app.leases is not None
         sandbox = ProcessSandbox(
@@ -91,6 +96,8 @@ def _runner() -> Runner:
 
 
 async def _run(context: JobContext, doc_id: str) -> None:
+    from jobs.pipeline.claiming import Job  # noqa: PLC0415 - as above
+
     if context.job.id is None or not isinstance(doc_id, str):
         raise PermanentError(f"The task {context.job.task_name} takes a doc_id, a string; it was given {doc_id!r}.")
     queues = frozenset(context.worker_queues) if context.worker_queues else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Limits
-from jobs.batch.unpacking import Unpacker
 from jobs.retry import StageRetry
 from models.errors import PermanentError
 from models.stages import CPU_QUEUE
 from procrastinate_app import app
+
+if TYPE_CHECKING:
+    from jobs.adapters.sandbox import ProcessSandbox
+    from jobs.batch.unpacking import Unpacker
 
 _settings = app.settings
 _unpackers: list[Unpacker] = []
@@ -18,6 +20,9 @@ _unpackers: list[Unpacker] = []
 
 def _sandbox(folder: Path) -> ProcessSandbox:
     """Return a sandbox for one archive: its child may write to the archive's folder, and larger files than parsers may."""
+    from jobs.adapters.sandbox import ProcessSandbox  # noqa: PLC0415 - an idle worker does without
+    from jobs.adapters.sandbox_child import Limits  # noqa: PLC0415
+
     return ProcessSandbox(
         children=1,
         limits=Limits(
@@ -35,6 +40,8 @@ async def _forget() -> None:
 
 def _unpacker() -> Unpacker:
     """Return this worker's unpacker, made on first use."""
+    from jobs.batch.unpacking import Unpacker  # noqa: PLC0415 - an idle worker does without
+
     if not _unpackers:
         _unpackers.append(Unpacker(settings=_settings, pool=app.pool, sandbox=_sandbox, stopping=app.stopping))
         app.at_close.append(_forget)

@@ -214,7 +214,7 @@ class DocmillApp(App):
         return self._running
 
     def _check_providers(self) -> None:
-        from jobs.adapters.providers import check_providers  # noqa: PLC0415 - loads numpy, which only a worker needs
+        from jobs.adapters.providers import check_providers  # noqa: PLC0415 - only a worker needs it
 
         check_providers(self.settings)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
-from jobs.adapters.embedders import make_hosted
-from jobs.adapters.llamaparse import make_llamaparse
-from jobs.adapters.llm import make_extractor
 from models.errors import ConfigurationError
 from models.settings import Settings
 
@@ -16,13 +13,10 @@ _RULES_TOKENS = 2000
 
 def check_providers(settings: Settings) -> None:
     """Raise a ConfigurationError that lists everything that is missing or wrong, or nothing."""
-    checks: list[Callable[[], object]] = [lambda: make_llamaparse(settings), lambda: make_extractor(settings)]
-    if settings.embedding_provider == "openai":
-        checks.append(lambda: make_hosted(settings))
     problems = []
-    for check in checks:
+    for make in _makers(settings):
         try:
-            check()
+            make(settings)
         except ConfigurationError as error:
             problems.append(str(error))
     problems += _contradictions(settings)
@@ -34,6 +28,22 @@ def check_providers(settings: Settings) -> None:
     problems += [problem for kind, is_used in used.items() if is_used and (problem := unpriced(settings, kind))]
     if problems:
         raise ConfigurationError("The configuration is wrong:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _makers(settings: Settings) -> Iterator[Callable[[Settings], object]]:
+    """Yield what makes the clients of the services that are used. A worker that uses none does without their code until its first job."""
+    if settings.parsing_provider != "local":
+        from jobs.adapters.llamaparse import make_llamaparse  # noqa: PLC0415
+
+        yield make_llamaparse
+    if settings.extraction_provider != "local":
+        from jobs.adapters.llm import make_extractor  # noqa: PLC0415
+
+        yield make_extractor
+    if settings.embedding_provider == "openai":
+        from jobs.adapters.embedders import make_hosted  # noqa: PLC0415
+
+        yield make_hosted
 
 
 def unpriced(settings: Settings, kind: Literal["embedding", "extraction", "parse"]) -> str | None:

@@ -31,8 +31,9 @@ from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-CALLS_PER_CHILD = 200
-"""So that what a library leaks, or a file has left behind, does not stay; the price of a new child is shared by as many documents."""
+CALLS_PER_CHILD = 1000
+"""So that what a library leaks, or a file has left behind, does not stay. A new child costs half a second of CPU, most of it for what reads
+Markdown and tells languages, which is shared by as many calls."""
 CALLS_AT_ONCE = MOST_FILES
 """Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
 COMPUTING = 0.9
@@ -86,6 +87,10 @@ class ProcessSandbox:
         errors come through as raised, others as ParseError naming their class. Cancelling the caller kills the child. If children cannot
         be started the error is retryable.
         """
+        return await self._call(1, function, args, kwargs)
+
+    async def _call(self, worth: int, function: Callable[..., R], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> R:
+        """`worth`: for how many calls it counts."""
         if self._closed:
             raise RetryableError("The sandbox is closed: this worker is stopping.")
         async with self._slots:
@@ -100,6 +105,7 @@ class ProcessSandbox:
             except BaseException:
                 self._discard(child)
                 raise
+            child.calls += worth
             if child.calls < self._calls_per_child and not child.littered and not self._closed:
                 self._idle.append(child)
             else:
@@ -127,7 +133,7 @@ class ProcessSandbox:
             files += [value for value in args if isinstance(value, StoredFile)]
             numbers = iter(range(first, len(files)))
             sent.append((function, tuple(replace(v, fd=next(numbers)) if isinstance(v, StoredFile) else v for v in args), kwargs))
-        answers = await self.run(answer_each, sent, *files)
+        answers = await self._call(len(calls), answer_each, (sent, *files), {})
         if len(answers) != len(calls) or not all(isinstance(one, Answer) and isinstance(one.error, DocmillError | None) for one in answers):
             raise ParseError("The parser's answers cannot be read.")
         return answers

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 from rich.padding import Padding
 from rich.text import Text
@@ -23,6 +21,10 @@ from jobs.stages import Embedder
 from models.documents import FileType
 from models.errors import ConfigurationError
 from models.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 EXCERPT = 400
 """Characters of a passage that are shown; --json gives the whole."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
 from jobs import faults
@@ -19,6 +17,10 @@ from models.documents import Document
 from models.errors import ErrorType, Turn
 from models.stages import State
 from sql import query
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Failure", "FencedOff", "Outcome", "StaleVectors", "checkpoint", "store_vectors"]
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import psycopg
 from loguru import logger
 from psycopg.rows import DictRow, dict_row
@@ -162,6 +161,8 @@ async def load_document(conn: Connection, document: Document) -> Document:
     if reached >= order.index(Milestone.CHUNKS_STORED):
         document = replace(document, chunks=tuple(_chunk(row) for row in await rows(conn, "load_chunks", params)))
     if reached >= order.index(Milestone.EMBEDDINGS_STORED):
+        import numpy as np  # noqa: PLC0415 - an idle worker does without
+
         stored = await rows(conn, "load_vectors", params)
         vectors = np.stack([row["embedding"].to_numpy() for row in stored]).astype(np.float32) if stored else np.empty((0, 0), np.float32)
         document = replace(document, vectors=vectors, embedding_model=stored[0]["embedding_model"] if stored else None)

@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
@@ -24,6 +22,10 @@ from jobs.stages import Embedded, HostedJob, JobPart
 from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import NotSent
 from sql import query
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 _MARGIN = 0.1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
+
 from psycopg.rows import DictRow
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.pipeline.claims import Connection, one, page_marks, rows
 from models.documents import Document, OriginalExtraction, OriginalText
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Reading:

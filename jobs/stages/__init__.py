@@ -10,20 +10,22 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, ParamSpec, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from jobs.adapters.embedders import HostedEmbedder, SizedText
-from jobs.adapters.llamaparse import LlamaParse
-from jobs.adapters.llm import ModelExtractor
-from jobs.adapters.sandbox_child import Answer
 from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
 from models.errors import RequestRefused
 from models.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from jobs.adapters.embedders import HostedEmbedder, SizedText
+    from jobs.adapters.llamaparse import LlamaParse
+    from jobs.adapters.llm import ModelExtractor
+    from jobs.adapters.sandbox_child import Answer
 
 P = ParamSpec("P")
 R = TypeVar("R")

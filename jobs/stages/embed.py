@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from jobs.adapters.embedders import HostedEmbedder, SizedText, bisect
 from jobs.adapters.usage import in_thread
@@ -16,7 +14,11 @@ from models.chunks import Chunk
 from models.documents import Document
 from models.errors import PermanentError, RequestRefused
 
-Vectors = NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vectors = NDArray[np.float32]
 
 
 def missing_texts(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors]) -> dict[str, str]:
@@ -26,6 +28,8 @@ def missing_texts(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors]) -> di
 
 def refuse_vectors(name: str, vectors: Vectors, count: int, dimensions: int) -> None:
     """Raise a PermanentError unless there is one finite vector of the right size a text."""
+    import numpy as np  # noqa: PLC0415 - an idle worker does without
+
     if vectors.shape != (count, dimensions):
         raise PermanentError(f"{name}: the embedder returned shape {vectors.shape} for {count} texts of {dimensions} dimensions.")
     if not np.isfinite(vectors).all():
@@ -52,6 +56,8 @@ async def run(document: Document, tools: Tools) -> Document:
 
 def _in_order(chunks: tuple[Chunk, ...], vectors: Mapping[str, Vectors], dimensions: int) -> Vectors:
     """Return one row a chunk. Where a single call made just these rows in this order it is that call's array: they are large."""
+    import numpy as np  # noqa: PLC0415 - an idle worker does without
+
     rows = [vectors[chunk.content_sha256] for chunk in chunks]
     if not rows:
         return np.empty((0, dimensions), np.float32)

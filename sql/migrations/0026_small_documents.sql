@@ -62,23 +62,26 @@ BEGIN
             )
         LIMIT room
         FOR NO KEY UPDATE OF d, j SKIP LOCKED
+    ), claimed AS (
+        UPDATE file_extractions AS d
+        SET state = 'working',
+            claim = d.claim + 1,
+            claim_job_id = f.job_id,
+            claimed_by = take_along.worker,
+            lease_until = now() + make_interval(secs => take_along.lease_seconds),
+            alone = FALSE,
+            owns_content = d.owns_content OR take_along.serialise,
+            not_before = NULL,
+            processing_started_at = coalesce(d.processing_started_at, now()),
+            updated_at = now()
+        FROM free AS f
+        WHERE d.id = f.id
+        RETURNING d.*
     ), fetched AS (
-        UPDATE procrastinate_jobs AS j SET status = 'doing', worker_id = leader.worker_id FROM free AS f WHERE j.id = f.job_id
+        -- Of two jobs for the same document, one of them a stray, the other goes on waiting.
+        UPDATE procrastinate_jobs AS j SET status = 'doing', worker_id = leader.worker_id FROM claimed AS c WHERE j.id = c.claim_job_id
     )
-    UPDATE file_extractions AS d
-    SET state = 'working',
-        claim = d.claim + 1,
-        claim_job_id = f.job_id,
-        claimed_by = take_along.worker,
-        lease_until = now() + make_interval(secs => take_along.lease_seconds),
-        alone = FALSE,
-        owns_content = d.owns_content OR take_along.serialise,
-        not_before = NULL,
-        processing_started_at = coalesce(d.processing_started_at, now()),
-        updated_at = now()
-    FROM free AS f
-    WHERE d.id = f.id
-    RETURNING d.*;
+    SELECT c.* FROM claimed AS c;
 END;
 $$;
 COMMENT ON FUNCTION take_along IS

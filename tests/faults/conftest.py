@@ -88,6 +88,8 @@ SHORT = {
         "test_an_outage_of_the_parsing_service_pays_no_page_twice_and_new_files_are_parsed_here[inline-10]",
     ],
     "test_services_unreachable": [],
+    "test_services_parsing_failing": [],
+    "test_services_parsing_unreachable": [],
     "test_hosts": [],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",

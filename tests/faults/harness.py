@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 
@@ -23,7 +23,6 @@ from models.settings import load_settings
 from tests.faults.cluster import Cluster
 from tests.faults.invariant import Rows, check_invariant, passages
 from tests.running import REPOSITORY
-from tests.servers.hosts import Host
 
 QUICK = {
     "LEASE_SECONDS": "2", "RECONCILE_SECONDS": "0.2", "WORKER_POLL_SECONDS": "0.1", "EMBEDDING_PROVIDER": "hash",
@@ -60,10 +59,18 @@ def samples() -> dict[str, bytes]:
     return {name: (REPOSITORY / "samples" / name).read_bytes() for name in names}
 
 
+class Place(Protocol):
+    """Where a worker runs, if not simply here."""
+
+    def command(self, *command: str) -> list[str]:
+        """Return the command that runs another one there; the process id stays the same."""
+        ...
+
+
 class Worker:
     """A real `procrastinate worker`, started again by a supervisor if `restart` says so."""
 
-    def __init__(self, log: Path, environment: dict[str, str], arguments: Iterable[str], *, restart: bool, on: Host | None = None) -> None:
+    def __init__(self, log: Path, environment: dict[str, str], arguments: Iterable[str], *, restart: bool, on: Place | None = None) -> None:
         self.log = log
         self.exits: list[int] = []
         command = [sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker", *arguments]
@@ -229,7 +236,7 @@ class Arena:
         return self.worker_on(None, *arguments, faults=faults, restart=restart, **environment)
 
     def worker_on(
-        self, host: Host | None, *arguments: str, faults: Iterable[str] = (), restart: bool = False, **environment: str
+        self, host: Place | None, *arguments: str, faults: Iterable[str] = (), restart: bool = False, **environment: str
     ) -> Worker:
         given = {**self.environment, **environment, "DOCMILL_FAULTS": "\n".join(faults)}
         worker = Worker(self.folder / f"worker{len(self._workers)}.log", given, arguments, restart=restart, on=host)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.faults.harness import STILL_OPEN, WORDS, Arena, Worker, text_document
+from tests.faults.harness import STILL_OPEN, WORDS, Arena, Place, Worker, text_document
 from tests.servers import LlamaParseServer, LocalServer, OpenAIServer
 from tests.servers.faults import never
 
@@ -87,6 +87,8 @@ class Service:
     """When it was well again, by the server's clock."""
     began: float = field(default_factory=time.monotonic)
     workers: list[Worker] = field(default_factory=list)
+    on: Place | None = None
+    """Where workers run, if not simply here."""
 
     def configure(self, url: str | None = None) -> None:
         """Have workers use the service at its address, or another."""
@@ -115,7 +117,7 @@ class Service:
 
     def work(self, count: int = 2, **environment: str) -> None:
         """Start so many workers."""
-        self.workers += [self.arena.worker(restart=False, **environment) for _ in range(count)]
+        self.workers += [self.arena.worker_on(self.on, restart=False, **environment) for _ in range(count)]
 
     def work_anew(self, **environment: str) -> None:
         """Have the workers end their work, and others go on, with another environment: as when somebody has mended the configuration."""

@@ -46,9 +46,10 @@ def test_documents_outlast_a_host_that_takes_no_connection(arena: Arena, kind: K
         judge(outside, "hang at connect", "the host drops what is sent to it, then is back")
 
 
-def test_documents_outlast_a_name_that_does_not_resolve(arena: Arena) -> None:
-    with service(arena, "embedding") as outside:
-        outside.configure("http://docmill-embedding.invalid/v1")
+@pytest.mark.parametrize("kind", ["embedding", "extraction"])
+def test_documents_outlast_a_name_that_does_not_resolve(arena: Arena, kind: Kind) -> None:
+    with service(arena, kind) as outside:
+        outside.configure(f"http://docmill-{kind}.invalid/v1")
         fail_in_vain(outside)
         outside.configure()
         outside.recover()
@@ -56,10 +57,13 @@ def test_documents_outlast_a_name_that_does_not_resolve(arena: Arena) -> None:
         judge(outside, "DNS failure", "a name under .invalid, mended in the settings, workers started anew")
 
 
-def test_documents_outlast_a_certificate_that_is_not_trusted(arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["embedding", "extraction"])
+def test_documents_outlast_a_certificate_that_is_not_trusted(
+    arena: Arena, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     authority = Authority(tmp_path)
-    with service(arena, "embedding", tls=authority.server_context) as outside:
+    with service(arena, kind, tls=authority.server_context) as outside:
         fail_in_vain(outside)
         outside.recover()
         outside.work_anew(SSL_CERT_FILE=str(authority.file))

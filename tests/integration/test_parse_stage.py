@@ -212,6 +212,31 @@ async def test_pages_that_fail_are_tried_again_alone_and_then_the_setting_decide
     assert [page["page"] for page in metadata.get("failed_pages", [])] == ([2] if failures == 2 else [])
 
 
+@pytest.mark.parametrize("partial", ["keep", "fail"])
+async def test_a_file_of_which_no_page_comes_back_is_parsed_locally(
+    outside: Outside, endpoint: LlamaParseServer, sandbox: Any, partial: str
+) -> None:
+    endpoint.bad_pages = dict.fromkeys((1, 2, 3), 9)
+    outside.bench.submit()
+    await outside.work(runner(outside, endpoint, sandbox, partial_parse=partial))
+    assert outside.state() == ("complete", "complete", 0)
+    parser, markdown, metadata = parsed(outside)
+    assert (parser.startswith("llamaparse "), "second page" in markdown) == (False, True)
+    assert "could not parse any page" in metadata["parsed_locally"]
+    assert endpoint.tally.uploads == 2
+
+
+async def test_a_file_in_which_the_service_finds_no_text_is_parsed_locally(
+    outside: Outside, endpoint: LlamaParseServer, sandbox: Any
+) -> None:
+    endpoint.blind = True
+    outside.bench.submit()
+    await outside.work(runner(outside, endpoint, sandbox))
+    assert outside.state() == ("complete", "complete", 0)
+    assert "no text" in parsed(outside)[2]["parsed_locally"]
+    assert (endpoint.tally.uploads, "second page" in parsed(outside)[1]) == (1, True)
+
+
 async def test_new_content_forgets_the_job_for_the_old_one(outside: Outside, endpoint: LlamaParseServer, sandbox: Any) -> None:
     outside.bench.submit()
     outside.bench.conn.execute("INSERT INTO hosted_jobs (doc_id, version, part, job_id, service) VALUES ('a', 1, 'file', 'old', 's')")

@@ -210,3 +210,11 @@ async def test_a_job_of_another_stage_takes_nothing_along(bench: Bench) -> None:
     assert found is not None
     await bench.runner().run(Job(found[0].id, "parse", None), found[1])
     assert bench.one("SELECT count(*) FROM file_extractions WHERE claim > 0") == (1,)
+
+
+async def test_a_stray_job_for_a_document_that_is_taken_along_goes_on_waiting(bench: Bench) -> None:
+    submit(bench, 10)
+    bench.conn.execute("INSERT INTO procrastinate_jobs (queue_name, task_name, args) VALUES ('cpu', 'validate', '{\"doc_id\": \"d03\"}')")
+    await run_first(bench)
+    assert bench.one(COMPLETE) == (10,)
+    assert bench.all("SELECT status, args->>'doc_id' FROM procrastinate_jobs WHERE status <> 'succeeded'") == [("todo", "d03")]

@@ -54,7 +54,10 @@ class Response:
 
 
 class LocalServer:
-    """Answers with `handle`, after `latency` seconds, unless the script says otherwise. A context manager, in a thread of its own."""
+    """Answers with `handle`, after `latency` seconds, unless the script says otherwise. A context manager, in a thread of its own.
+
+    Entered again after its end it is back at its address, with all that it knew.
+    """
 
     def __init__(self, *, port: int = 0, latency: float = 0.0, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.latency = latency
@@ -70,7 +73,6 @@ class LocalServer:
         self._started = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="local-server", daemon=True)
 
     @property
     def root(self) -> str:
@@ -103,6 +105,8 @@ class LocalServer:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
+        self._ready.clear()
+        self._thread = threading.Thread(target=self._run, name="local-server", daemon=True)
         self._thread.start()
         if not self._ready.wait(10):
             raise RuntimeError("the local server did not start")
@@ -110,8 +114,9 @@ class LocalServer:
 
     def __exit__(self, *exc: object) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(10)
 
     def _run(self) -> None:
         asyncio.run(self.serve())

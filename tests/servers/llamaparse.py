@@ -36,6 +36,8 @@ class LlamaParseServer(LocalServer):
         self.jobs: dict[str, Job] = {}
         self.bad_pages: dict[int, int] = {}
         """Page number -> how many jobs fail on it yet."""
+        self.blind = False
+        """Whether pages come back without text."""
         self.fails: str | None = None
         """What jobs fail with as a whole."""
 
@@ -82,7 +84,7 @@ class LlamaParseServer(LocalServer):
     def _page(self, number: int, job: Job) -> dict[str, Any]:
         if self.bad_pages.get(number):
             return {"page_number": number, "success": False, "error": "The page could not be rendered"}
-        return {"page_number": number, "success": True, "markdown": job.pages[number - 1]}
+        return {"page_number": number, "success": True, "markdown": "" if self.blind else job.pages[number - 1]}
 
 
 def _multipart(request: Request) -> dict[str, tuple[str, bytes]]:

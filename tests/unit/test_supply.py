@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from email.message import Message
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from packaging.utils import canonicalize_name
 
-from docs import audit, licences
+from docs import audit, licences, sbom
 from tests.servers import LocalServer, Request, Response
 
 PINS = "jinja2==2.4.1\nmarkupsafe==3.0.4\n"
@@ -98,3 +101,49 @@ def test_a_licence_is_read_from_new_and_old_metadata_and_an_unknown_one_is_refus
         message[key] = value
     found = licences.licence_of(cast(Any, message))
     assert (found, licences.is_allowed(found)) == (licence, is_allowed)
+
+
+A_BILL = {"components": [{"name": "One_Thing", "version": "1"}, {"name": "two", "version": "2", "licenses": [{"license": {"id": "MIT"}}]}]}
+
+
+@pytest.mark.parametrize(
+    ("packages", "pins", "words"),
+    [
+        ({"one-thing": "BSD-3-Clause AND MIT", "two": ""}, {"one-thing": "1", "two": "2"}, ""),
+        ({"one-thing": "", "two": ""}, {"one-thing": "1", "two": "2"}, "one-thing 1 has no licence"),
+        ({"one-thing": "MIT", "two": ""}, {"one-thing": "1", "two": "2.1"}, "two 2 is not pinned: constraints.txt has 2.1"),
+        ({"one-thing": "MIT", "two": ""}, {"one-thing": "1"}, "two 2 is not pinned"),
+        ({"one-thing": "MIT", "two": "", "three": ""}, {"one-thing": "1", "two": "2"}, "three is needed and not in the bill"),
+        ({"two": ""}, {"one-thing": "1", "two": "2"}, "one-thing 1 has no licence"),
+    ],
+    ids=["good", "no licence", "other version", "no pin", "not in the bill", "not known here"],
+)
+def test_a_bill_lacks_no_package_pin_or_licence(packages: dict[str, str], pins: dict[str, str], words: str) -> None:
+    bill = json.loads(json.dumps(A_BILL))
+    wrong = sbom.complete(bill, (licences.Package(name, "1", licence, True) for name, licence in packages.items()), pins)
+    assert (len(wrong), words in "".join(wrong)) == (1 if words else 0, True)
+    if not words:
+        assert [component["licenses"] for component in bill["components"]] == [
+            [{"expression": "BSD-3-Clause AND MIT", "acknowledgement": "declared"}], [{"license": {"id": "MIT"}}],
+        ]  # fmt: skip
+
+
+def test_all_that_is_installed_with_docmill_is_pinned() -> None:
+    needed = {package.name: package.version for package in licences.installed("docmill") if package.name != "docmill"}
+    assert {name: sbom.pinned().get(name) for name in needed} == needed
+
+
+@pytest.mark.long
+def test_make_sbom_writes_a_valid_bill_of_every_pinned_package_with_its_licence(tmp_path: Path) -> None:
+    """Makes fresh environments from the package index: `pytest -m long tests/unit/test_supply.py`. Whether the bill keeps to CycloneDX's
+    schema the target asks cyclonedx's own validator, and fails otherwise."""
+    command = ["make", "-C", str(sbom.PINS.parent), "-o", ".venv/.installed", "sbom", f"SBOM={tmp_path / 'bill.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bill = json.loads((tmp_path / "bill.json").read_text())
+    assert (bill["bomFormat"], bill["specVersion"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "1.6", "docmill")
+    needed = {package.name: package.version for package in licences.installed("docmill") if package.name != "docmill"}
+    assert {canonicalize_name(component["name"]): component["version"] for component in bill["components"]} == needed
+    assert all(component["licenses"] for component in bill["components"])
+    known = {component["bom-ref"] for component in bill["components"]} | {bill["metadata"]["component"]["bom-ref"]}
+    assert {entry["ref"] for entry in bill["dependencies"]} == known

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 Refuse = Callable[[str], Exception]
 """Makes the error for an answer that cannot be used, from what is wrong with it."""
@@ -19,6 +21,8 @@ def read_vectors(data: Any, count: int, dimensions: int, refuse: Refuse) -> NDAr
 
     Raises what `refuse` makes for a wrong count, order, dimension, for NaN or infinity, and for a vector without length.
     """
+    import numpy as np
+
     items = data.get("data") if isinstance(data, dict) else None
     if not isinstance(items, list):
         raise refuse("sent no list of embeddings.")
@@ -42,6 +46,8 @@ def read_vectors(data: Any, count: int, dimensions: int, refuse: Refuse) -> NDAr
 
 def normalised(rows: NDArray[np.float32], refuse: Refuse) -> NDArray[np.float32]:
     """Return the rows with length 1. Lengths are taken in double precision: squares of large values overflow in single."""
+    import numpy as np
+
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         raise refuse("sent a vector with NaN or infinity.")
@@ -52,6 +58,8 @@ def normalised(rows: NDArray[np.float32], refuse: Refuse) -> NDArray[np.float32]
 
 def _vector(told: Any, refuse: Refuse) -> NDArray[np.float32]:
     """Read base64 of little-endian float32, or a list of numbers where the server knows no base64."""
+    import numpy as np
+
     try:
         if isinstance(told, str):
             return np.frombuffer(base64.b64decode(told, validate=True), dtype="<f4")

@@ -7,11 +7,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 _WORD = re.compile(r"\w+")
 
@@ -27,12 +29,16 @@ class HashedWords:
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order. A text without words is the first axis."""
+        import numpy as np
+
         rows = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):
             row[:] = self._vector(text)
         return rows
 
     def _vector(self, text: str) -> NDArray[np.float64]:
+        import numpy as np
+
         vector = np.zeros(self.dimensions)
         for word, count in Counter(_WORD.findall(text.lower())).items():
             code = crc32(word.encode("utf-8", "replace"))
@@ -54,6 +60,8 @@ class HashedText:
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order."""
+        import numpy as np
+
         if not texts:
             return np.empty((0, self.dimensions), dtype=np.float32)
         digests = [hashlib.shake_256(text.encode("utf-8", "replace")).digest(self.dimensions * 2) for text in texts]

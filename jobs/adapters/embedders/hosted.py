@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from jobs.adapters.embedders.answers import read_usage, read_vectors
@@ -20,7 +18,11 @@ from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import ConfigurationError, RequestRefused
 from models.settings import Settings
 
-Vectors = NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vectors = NDArray[np.float32]
 
 OWN_DIMENSIONS = {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072, "text-embedding-ada-002": 1536}
 """What models give that are not asked for a size."""
@@ -104,6 +106,8 @@ class HostedEmbedder:
 
         A text without any character to be seen is the first axis and costs nothing. Errors as of `embed_sized`.
         """
+        import numpy as np
+
         sized = await in_thread(self.size, texts)
         parts = [(await self.embed_sized(sized[part])).value for part in self.plan(sized)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), dtype=np.float32)
@@ -120,6 +124,8 @@ class HostedEmbedder:
         `shares` are the documents that it is for. Raises what Service.exchange and the caller raise. RequestRefused: a text among these
         cannot be embedded, and `bisect` says how to find it.
         """
+        import numpy as np
+
         sized = [(row, piece, tokens) for row, text in enumerate(texts) for piece, tokens in text.pieces]
         pieces = [(row, piece) for row, piece, _ in sized]
         weights = [tokens for _, _, tokens in sized]
@@ -139,6 +145,8 @@ class HostedEmbedder:
 
     def _mean(self, pieces: list[tuple[int, Vectors]]) -> Vectors:
         """Return the mean of a text's pieces, weighted by length, with length 1. One piece keeps its bits."""
+        import numpy as np
+
         if not pieces:
             return np.asarray(np.eye(1, self.dimensions)[0], dtype=np.float32)
         weight, longest = max(pieces, key=lambda piece: piece[0])

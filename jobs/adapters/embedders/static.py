@@ -6,13 +6,12 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from jobs.adapters.embedders.carried import checked_file, find_carried
 from jobs.adapters.usage import in_thread
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
 PACKAGE = "wordllama"
@@ -39,10 +38,14 @@ class Static:
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order. A text without tokens is the first axis."""
+        import numpy as np
+
         turns = [await in_thread(self._rows, texts[i : i + _TEXTS_A_TURN]) for i in range(0, len(texts), _TEXTS_A_TURN)]
         return np.concatenate(turns) if turns else np.empty((0, self.dimensions), dtype=np.float32)
 
     def _rows(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        import numpy as np
+
         tokenizer, weights = self._load()
         rows = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):
@@ -64,8 +67,9 @@ def _open() -> tuple[Tokenizer, NDArray[np.float32]]:
     weights_file = checked_file(PACKAGE, *_WEIGHTS, hint=_HINT)
     tokenizer_file = checked_file(PACKAGE, *_TOKENIZER, hint=_HINT)
     # Heavy, and safetensors comes with the extra.
-    from safetensors.numpy import load_file  # noqa: PLC0415
-    from tokenizers import Tokenizer  # noqa: PLC0415
+    import numpy as np
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_padding()

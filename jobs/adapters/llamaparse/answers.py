@@ -98,7 +98,7 @@ def _read_pages(
 
 def to_parsed_file(found: HostedPages, parser: str) -> ParsedFile:
     """Return what a parser returns. Failed pages are named in the metadata with their reasons, and are empty pages in the text, so that
-    the numbers of the others stay true. Without any good page a ParseError."""
+    the numbers of the others stay true. Without any good page, or any text, a ParseError."""
     if not found.pages:
         first = f": {found.failed[0].error}" if found.failed else ""
         raise ParseError(f"LlamaParse could not parse any page{first}")
@@ -110,4 +110,9 @@ def to_parsed_file(found: HostedPages, parser: str) -> ParsedFile:
         metadata["warnings"] = [f"LlamaParse reads at most 64 KB of a page; these may have lost their ends: {full[:20]}"]
     if found.credits is not None:
         metadata["credits"] = found.credits
-    return ParsedFile(pages=tuple(pages), parser=parser, paged=True, metadata=metadata)
+    from jobs.adapters.parsers.source import NoText, with_text  # noqa: PLC0415 - with it come all parsers, which an idle worker does without
+
+    try:
+        return with_text(ParsedFile(pages=tuple(pages), parser=parser, paged=True, metadata=metadata))
+    except NoText:
+        raise ParseError("LlamaParse found no text in the file.") from None

@@ -91,11 +91,14 @@ class LlamaParse:
         """Send a file, or only some of its pages (from 1), and return the id of the job: store it before anything else happens.
 
         `page_estimate` is what the budget and the price are asked for where all pages are sent. The file goes out as
-        `document.<extension>`: its name is nobody else's business. Raises what Service.exchange and the caller raise.
+        `document.<extension>`: its name is nobody else's business. Raises PermanentError for a file that is gone, and what
+        Service.exchange and the caller raise.
         """
         extension = extension_of(mime_type)
         if extension is None:
             raise PermanentError(f"LlamaParse does not serve {mime_type}.")
+        if not await asyncio.to_thread(path.exists):
+            raise PermanentError("The file cannot be sent to LlamaParse: its stored file is gone.")
         configuration = dict(self._configuration)
         if pages:
             configuration["page_ranges"] = {"target_pages": ",".join(str(page) for page in sorted(set(pages)))}

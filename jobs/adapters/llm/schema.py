@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Shape:
 def load_shape(given: str | None) -> Shape:
     """Return the shape of EXTRACTION_SCHEMA: a file, `module:Model`, or the built-in one. Anything else is a ConfigurationError."""
     if given is None:
-        return of_schema(SCHEMA)
+        return _of_sound_schema(SCHEMA, "extraction")
     if _MODEL.fullmatch(given) and not Path(given).exists():
         return _of_model(given)
     path = Path(given)
@@ -73,10 +74,18 @@ def of_schema(schema: Any, *, source: str = "the built-in schema", fallback_name
         raise ConfigurationError(f"{source}: not a valid JSON Schema at {error.json_path}: rule `{error.validator}`.") from None
     if outside := [reference for reference in _references(schema) if not reference.startswith("#")]:
         raise ConfigurationError(f"{source}: $ref {outside[0]!r} points outside the schema, and nothing is fetched.")
-    validator = Draft202012Validator(schema)
+    return _of_sound_schema(schema, fallback_name)
+
+
+def _of_sound_schema(schema: dict[str, Any], fallback_name: str) -> Shape:
+    @cache
+    def validator() -> Any:
+        from jsonschema import Draft202012Validator  # noqa: PLC0415 - as above, and an idle worker does without
+
+        return Draft202012Validator(schema)
 
     def check(answer: Any) -> tuple[Any, list[str]]:
-        errors = sorted(validator.iter_errors(answer), key=lambda error: (error.json_path, str(error.validator)))
+        errors = sorted(validator().iter_errors(answer), key=lambda error: (error.json_path, str(error.validator)))
         return answer, [_problem(error) for error in errors[:MAX_PROBLEMS]]
 
     title = schema.get("title")

@@ -6,16 +6,15 @@ import re
 import zipfile
 from dataclasses import replace
 
-from jobs.adapters.encoding import storable, storable_value
 from jobs.adapters.parsers import email, html, office, ooxml, pdf, text, xberg
-from jobs.adapters.parsers.source import NoText, Parser, Source, cut_off
+from jobs.adapters.parsers.source import NoText, Parser, Source, cut_off, storable_file, with_text
 from jobs.adapters.sandbox_child import keep
 from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile, ParsedPage
 from models.errors import DocmillError, ParseError, PermanentError
 
-_DATA_URI = re.compile(r"data:[A-Za-z0-9.+/-]{0,100}(?:;[A-Za-z0-9=_-]{1,60}){0,5};base64,[A-Za-z0-9+/=%]{40,}+")
-
+_QUOTED = re.compile(r"`[^`]{4,}+`")
+"""How parsers in Rust quote tags and entities that they did not expect."""
 _TEXT_SHARE = 0.9
 """Of the output limit; the rest is for what goes along with the text."""
 
@@ -65,14 +64,14 @@ def parse_file(
 
     def hand_over(part: ParsedFile) -> None:
         if partial:
-            keep(_clean(part))
+            keep(storable_file(part))
 
     source = Source(file, file_name, mime_type, page_limit, partial, hand_over)
     parsers = _chosen(source, file_type)
     reasons: list[tuple[str, BaseException]] = []
     for parser in parsers[skip:]:
         try:
-            parsed = _within_output(_storable(parser.parse(source)), output_mb) if partial else _storable(parser.parse(source))
+            parsed = _within_output(with_text(parser.parse(source)), output_mb) if partial else with_text(parser.parse(source))
         except (PermanentError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # libraries' own errors have no common class, and a panic in Rust is no Exception
@@ -110,25 +109,6 @@ def parser_count(file_type: FileType, mime_type: str) -> int:
     return len(PARSERS.get(mime_type) or PARSERS.get(file_type, ()))
 
 
-def _storable(parsed: ParsedFile) -> ParsedFile:
-    """Return the parsed file as `_clean` does; NoText if nothing is left."""
-    parsed = _clean(parsed)
-    if not any(page.markdown.strip() for page in parsed.pages):
-        raise NoText("it holds no text")
-    return parsed
-
-
-def _clean(parsed: ParsedFile) -> ParsedFile:
-    """Return the parsed file without characters that Postgres refuses and without base64 data."""
-    pages = tuple(
-        ParsedPage(page.number, _DATA_URI.sub("data:", storable(page.markdown)), None if page.label is None else storable(page.label))
-        for page in parsed.pages
-    )
-    metadata = storable_value(dict(parsed.metadata))
-    assert isinstance(metadata, dict)
-    return replace(parsed, pages=pages, metadata=metadata)
-
-
 def _within_output(parsed: ParsedFile, output_mb: int) -> ParsedFile:
     """Return the pages that find room, the last one cut at a character; the metadata says so."""
     room = int(output_mb * 1024 * 1024 * _TEXT_SHARE)
@@ -156,8 +136,8 @@ def _nothing_worked(file_name: str, reasons: list[tuple[str, BaseException]]) ->
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error in a line of at most 300 characters, with its class unless it is ours."""
-    message = " ".join(str(error).split())[:300].rstrip(".")
+    """Return an error in a line of at most 300 characters, with its class unless it is ours, and without what it quotes from the file."""
+    message = _QUOTED.sub("`...`", " ".join(str(error).split()))[:300].rstrip(".")
     if isinstance(error, DocmillError):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,15 +1,20 @@
-"""What a parser gets and how it says that a file has no text. Parsers run in the sandbox's child, one file at a time."""
+"""What a parser gets, how it says that a file has no text, and what is taken out of every text. Parsers run in the sandbox's child, one
+file at a time."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from jobs.adapters.encoding import storable, storable_value
 from jobs.adapters.stored_file import StoredFile
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
+
+_DATA_URI = re.compile(r"data:[A-Za-z0-9.+/-]{0,100}(?:;[A-Za-z0-9=_-]{1,60}){0,5};base64,[A-Za-z0-9+/=%]{40,}+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +76,22 @@ def versioned(package: str) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return package
+
+
+def with_text(parsed: ParsedFile) -> ParsedFile:
+    """Return the parsed file as `storable_file` does; NoText if nothing is left."""
+    parsed = storable_file(parsed)
+    if not any(page.markdown.strip() for page in parsed.pages):
+        raise NoText("it holds no text")
+    return parsed
+
+
+def storable_file(parsed: ParsedFile) -> ParsedFile:
+    """Return the parsed file without characters that Postgres refuses and without base64 data."""
+    pages = tuple(
+        ParsedPage(page.number, _DATA_URI.sub("data:", storable(page.markdown)), None if page.label is None else storable(page.label))
+        for page in parsed.pages
+    )
+    metadata = storable_value(dict(parsed.metadata))
+    assert isinstance(metadata, dict)
+    return replace(parsed, pages=pages, metadata=metadata)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs.adapters.llamaparse import HostedPages, JobLost, JobOverdue, LlamaParse, count_pages, guess_pages, refusal, to_parsed_file
 from jobs.adapters.stored_file import StoredFile
+from jobs.adapters.usage import in_thread
 from jobs.stages import HostedJob, JobPart, Tools
 from models.documents import Document, ParsedFile
 from models.errors import ParseError, RequestRefused, ServiceUnavailable
@@ -19,8 +20,8 @@ _WORTH_ASKING = 2.0
 async def parse_hosted(document: Document, path: Path, tools: Tools) -> ParsedFile | str:
     """Return what the service made of a file, or why the local parser is to read it, in words; "" where no service is set.
 
-    ParseError with PARTIAL_PARSE=fail where pages failed twice. Otherwise what LlamaParse.start and wait raise, except where the service
-    refuses the file, cannot parse it, or may not be called for now and has not been paid yet.
+    ParseError with PARTIAL_PARSE=fail where some pages failed twice. Otherwise what LlamaParse.start and wait raise, except where the
+    service refuses the file, cannot parse it or finds no text in it, or may not be called for now and has not been paid yet.
     """
     parser = tools.hosted_parser
     if parser is None:
@@ -35,6 +36,9 @@ async def parse_hosted(document: Document, path: Path, tools: Tools) -> ParsedFi
         pages = await jobs.pages("file")
         if pages.failed:
             pages = pages.completed_by(await jobs.failed_again(pages))
+        # No good page at all is the matter of the local parser, as a job is that failed as a whole.
+        if not pages.failed or not pages.pages or tools.settings.partial_parse == "keep":
+            return await in_thread(to_parsed_file, pages, parser.parser)
     except ServiceUnavailable as error:
         # Said by the breaker, not by a call; what has been paid for is waited for.
         if error.call is None and not jobs.paid:
@@ -42,10 +46,8 @@ async def parse_hosted(document: Document, path: Path, tools: Tools) -> ParsedFi
         raise
     except (ParseError, RequestRefused) as error:
         return str(error)
-    if pages.failed and (tools.settings.partial_parse == "fail" or not pages.pages):
-        numbers = ", ".join(str(number) for number in pages.failed_numbers[:20])
-        raise ParseError(f"{document.file_name}: LlamaParse failed twice on {len(pages.failed)} pages ({numbers}); PARTIAL_PARSE=fail.")
-    return to_parsed_file(pages, parser.parser)
+    numbers = ", ".join(str(number) for number in pages.failed_numbers[:20])
+    raise ParseError(f"{document.file_name}: LlamaParse failed twice on {len(pages.failed)} pages ({numbers}); PARTIAL_PARSE=fail.")
 
 
 class _Jobs:
