@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from loguru import logger
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_channel import ANSWER, PART, loads_carefully
+from jobs.adapters.sandbox_channel import ANSWER, PART, LongText, loads_carefully
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits
 from jobs.adapters.sandbox_confinement import Setup
 from jobs.adapters.sandbox_process import Child
@@ -33,6 +33,8 @@ R = TypeVar("R")
 
 CALLS_PER_CHILD = 200
 """So that what a library leaks, or a file has left behind, does not stay; the price of a new child is shared by as many documents."""
+_LONG = 100_000
+"""Characters of a text from which on it is worth going another way to a child."""
 _PR_SET_DUMPABLE = 4
 
 _told: set[str] = set()
@@ -83,7 +85,7 @@ class ProcessSandbox:
             with ExitStack() as opened:
                 files = [await asyncio.to_thread(_open, value, opened) for value in args if isinstance(value, StoredFile)]
                 numbers = iter(range(len(files)))
-                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
+                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else _sent(value) for value in args)
                 child = await self._begin(Call(function, sent, kwargs, self._limits), files)
             try:
                 answer = await self._answer(child)
@@ -192,6 +194,10 @@ class ProcessSandbox:
         self._idle.clear()
         for child in children:
             await asyncio.to_thread(child.wait)
+
+
+def _sent(value: Any) -> Any:
+    return LongText.of(value) if isinstance(value, str) and len(value) > _LONG else value
 
 
 def _open(file: StoredFile, opened: ExitStack) -> int:

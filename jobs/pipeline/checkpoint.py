@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 T = TypeVar("T")
-_AT_ONCE = 1000
-"""Most rows of one statement, whose parameters lie in memory on both sides, vectors of 16,000 dimensions included."""
+_AT_ONCE = 250
+"""Most rows of one statement, whose parameters lie in memory several times on this side and once on the other, vectors of 16,000
+dimensions included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ async def _store_results(conn: Connection, work: Work, *, complete: bool) -> Non
             query("store_markdown"),
             {
                 **params,
-                "markdown": document.markdown,
+                "markdown": document.markdown.encode(),
                 "markdown_sha256": document.markdown_sha256,
                 "page_map": Jsonb([asdict(mark) for mark in document.pages]),
                 "parser": document.parser,
@@ -202,7 +203,7 @@ def _columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
     return {
         "ids": [chunk.id for chunk in chunks],
         "indexes": [chunk.index for chunk in chunks],
-        "contents": [chunk.content for chunk in chunks],
+        "contents": [_passing(chunk.content) for chunk in chunks],
         "hashes": [chunk.content_sha256 for chunk in chunks],
         "heading_paths": [_array_text(chunk.heading_path) for chunk in chunks],
         "page_starts": [chunk.page_start for chunk in chunks],
@@ -211,6 +212,11 @@ def _columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
         "char_ends": [chunk.char_end for chunk in chunks],
         "metadata": [Jsonb(dict(chunk.metadata)) for chunk in chunks],
     }
+
+
+def _passing(text: str) -> str:
+    """Return a text to be sent and dropped: one that is sent and not ASCII keeps its UTF-8 beside it for as long as it lives."""
+    return text if text.isascii() else text.encode().decode()
 
 
 def _array_text(values: Sequence[str]) -> str:
