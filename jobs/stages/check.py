@@ -78,6 +78,8 @@ def checked(document: Document) -> Document:
     """Return the document with normalised markdown and its SHA-256."""
     refuse_page_map(document.file_name, document.markdown or "", document.pages)
     markdown, marks = normalise_pages(document.markdown or "", document.pages)
+    if markdown == document.markdown:
+        markdown = document.markdown  # which lies in memory anyway until the next checkpoint
     refuse_text(document.file_name, markdown)
     return replace(document, markdown=markdown, pages=marks, markdown_sha256=_sha256(markdown))
 
