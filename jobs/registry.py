@@ -24,7 +24,9 @@ from models.settings import Settings
 from sql import query
 
 STUCK_EXIT_CODE = 70  # EX_SOFTWARE: a supervisor starts a new process
-_GIVE_BACK_MB = 32.0  # growth since the last time from which on the allocator is asked to give back what is free
+_GIVE_BACK_MB = 8.0  # growth since the last time from which on the allocator is asked to give back what is free
+_LARGE_BLOCK = 256 * 1024  # bytes
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -55,6 +57,7 @@ class Registry:
         self._limit = settings.watchdog_seconds
         self._memory_limit = settings.worker_memory_limit_mb
         self._leaves = False
+        keep_no_large_blocks()
         self._weighed = resident_mb()
         self._pulse = pulse
         self._loop = loop
@@ -143,6 +146,18 @@ def resident_mb() -> float:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_MB
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def keep_no_large_blocks() -> None:
+    """Have large blocks of memory go back to the system as soon as they are freed; with glibc alone, and unless it was told otherwise.
+
+    By itself it raises the size from which on it does so, up to 32 MB, with each such block that is freed; what is smaller then lies in
+    pieces between what is in use. And each thread would have an area of its own that keeps what it once needed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and not any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        set_option(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+        set_option(_M_ARENA_MAX, 1)
 
 
 def give_back_memory() -> None:

@@ -13,6 +13,7 @@ import pickle
 import socket
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 HEAD = struct.Struct("<cQ")
@@ -20,6 +21,22 @@ CALL, READY, PART, ANSWER = b"C", b"R", b"P", b"A"
 MOST_FILES = 8
 """That may go along with a call."""
 _ALLOWED = frozenset({"jobs.adapters.archives.members", "jobs.adapters.sandbox_child", "models.documents", "models.errors"})
+
+
+@dataclass(frozen=True, slots=True)
+class LongText:
+    """A text on its way to a child. Pickled as it is, a text keeps its UTF-8 beside it for as long as it lives, and that is copied once."""
+
+    utf8: bytes
+
+    @classmethod
+    def of(cls, text: str) -> LongText:
+        """Take any text, lone surrogates included."""
+        return cls(text.encode("utf-8", "surrogatepass"))
+
+    def text(self) -> str:
+        """Return it."""
+        return self.utf8.decode("utf-8", "surrogatepass")
 
 
 class _Careful(pickle.Unpickler):
@@ -38,13 +55,33 @@ def loads_carefully(data: bytes | bytearray) -> Any:
     return _Careful(io.BytesIO(data)).load()
 
 
-async def send_call(sock: socket.socket, payload: bytes, files: Sequence[int]) -> None:
-    """Send a call with open files. Raises OSError if the child is gone."""
+class _Parts:
+    """A file that keeps what is written as it is given: what is large is not copied."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def write(self, part: bytes) -> int:
+        self.parts.append(part)
+        return len(part)
+
+
+def pickled(value: Any) -> list[bytes]:
+    """Return a pickle, in parts."""
+    made = _Parts()
+    pickle.dump(value, made, protocol=pickle.HIGHEST_PROTOCOL)
+    return made.parts
+
+
+async def send_call(sock: socket.socket, payload: Sequence[bytes], files: Sequence[int]) -> None:
+    """Send a call, whose parts follow each other, with open files. Raises OSError if the child is gone."""
     loop = asyncio.get_running_loop()
-    head = HEAD.pack(CALL, len(payload))
+    head = HEAD.pack(CALL, sum(map(len, payload)))
     # The child has taken in every call before, so there is room for a few bytes.
     sent = socket.send_fds(sock, [head], list(files)) if files else sock.send(head)
-    await loop.sock_sendall(sock, head[sent:] + payload)
+    for part in (head[sent:], *payload):
+        if part:
+            await loop.sock_sendall(sock, part)
 
 
 async def receive(sock: socket.socket, most: int) -> tuple[bytes, bytearray]:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.adapters.sandbox_channel import ANSWER, PART, READY, loads_carefully, receive_blocking, send_blocking
+from jobs.adapters.sandbox_channel import ANSWER, PART, READY, LongText, loads_carefully, receive_blocking, send_blocking
 from jobs.adapters.sandbox_confinement import MB, Limits, confine
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError
@@ -98,7 +98,7 @@ def answer(payload: bytes | bytearray, files: Sequence[int]) -> bytes:
         call: Call = pickle.loads(payload)  # noqa: S301 - the worker's words
         limits = call.limits
         _allow_cpu_seconds(limits)
-        args = [replace(value, fd=files[value.fd or 0]) if isinstance(value, StoredFile) else value for value in call.args]
+        args = [_received(value, files) for value in call.args]
         packed = _packed(None, call.function(*args, **call.kwargs), cpu_before)
         if len(packed) > limits.max_output_mb * MB:
             error = ParseError(f"The result is {len(packed) / MB:,.0f} MB, over the output limit of {limits.max_output_mb} MB.")
@@ -131,6 +131,12 @@ def answer_each(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mappi
         found.append(Answer(error, result, _cpu_ms() - before, 0.0))
     peak = _peak_memory_mb()
     return tuple(replace(one, peak_memory_mb=peak) for one in found)
+
+
+def _received(value: Any, files: Sequence[int]) -> Any:
+    if isinstance(value, StoredFile):
+        return replace(value, fd=files[value.fd or 0])
+    return value.text() if isinstance(value, LongText) else value
 
 
 def _packed(error: DocmillError | None, result: Any, cpu_before: float) -> bytes:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.adapters.sandbox_channel import READY, loads_carefully, receive, send_call
+from jobs.adapters.sandbox_channel import READY, loads_carefully, pickled, receive, send_call
 from jobs.adapters.sandbox_child import MB, Answer, Call
 from jobs.adapters.sandbox_confinement import Setup
 
@@ -72,7 +72,7 @@ class Child:
     async def ready(self) -> object:
         """Wait until it is confined, and return what this kernel could not do, by its words. OSError, EOFError or TimeoutError."""
         async with asyncio.timeout(START_SECONDS):
-            await send_call(self._ours, pickle.dumps(self._setup), ())
+            await send_call(self._ours, [pickle.dumps(self._setup)], ())
             kind, missing = await receive(self._ours, MB)
         if kind != READY:
             raise EOFError(f"it began with {kind!r}")
@@ -80,7 +80,7 @@ class Child:
 
     async def send(self, call: Call, files: Sequence[int]) -> None:
         """Send a call. Raises OSError if the child has gone."""
-        await send_call(self._ours, pickle.dumps(call, protocol=pickle.HIGHEST_PROTOCOL), files)
+        await send_call(self._ours, pickled(call), files)
 
     async def receive(self, most: int) -> tuple[bytes, bytearray]:
         """Return what it sends next."""

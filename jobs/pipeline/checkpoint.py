@@ -120,7 +120,7 @@ async def _store_results(conn: Connection, work: Work) -> None:
     document, saved = work.document, work.saved
     params = {"doc_id": document.doc_id, "version": document.version}
     if has_new_text(work):
-        await conn.execute(query("store_markdown"), markdown_params([document]))
+        await conn.execute(query("store_markdown"), markdown_params(document))
     if document.chunks is not None and document.chunks is not saved.chunks:
         for part in parts(document.chunks):
             await conn.execute(query("store_chunk_buffer"), {**params, **columns(part)})

@@ -9,7 +9,7 @@ from psycopg.types.json import Jsonb
 
 from jobs import faults
 from jobs.pipeline.claims import Connection, one, rows
-from jobs.pipeline.rows import chunk_params, has_new_text, markdown_params, told
+from jobs.pipeline.rows import chunk_params, has_new_text, markdown_params, small_markdown_params, told
 from jobs.pipeline.work import Work
 from sql import query
 
@@ -57,8 +57,11 @@ def _params(works: Sequence[Work], worker: str) -> dict[str, Any]:
 
 
 async def _store(conn: Connection, works: Sequence[Work]) -> None:
-    if texts := [work.document for work in works if has_new_text(work)]:
-        await conn.execute(query("store_markdown"), markdown_params(texts))
+    texts = [work.document for work in works if has_new_text(work)]
+    if len(texts) == 1:
+        await conn.execute(query("store_markdown"), markdown_params(texts[0]))
+    elif texts:
+        await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
     for work in works:
         if work.served_version is not None:
             await drop_served(conn, work)

@@ -16,8 +16,9 @@ from models.chunks import Chunk
 from models.documents import Document
 
 T = TypeVar("T")
-_AT_ONCE = 1000
-"""Most rows of one statement, whose parameters lie in memory on both sides, vectors of 16,000 dimensions included."""
+_AT_ONCE = 250
+"""Most rows of one statement, whose parameters lie in memory several times on this side and once on the other, vectors of 16,000
+dimensions included."""
 
 
 def told(work: Work) -> str:
@@ -31,8 +32,21 @@ def has_new_text(work: Work) -> bool:
     return document.markdown is not None and (document.markdown is not saved.markdown or document.markdown_sha256 != saved.markdown_sha256)
 
 
-def markdown_params(documents: Sequence[Document]) -> dict[str, list[Any]]:
+def markdown_params(document: Document) -> dict[str, Any]:
     """Return the parameters of `store_markdown`."""
+    return {
+        "doc_id": document.doc_id,
+        "version": document.version,
+        "markdown": (document.markdown or "").encode(),
+        "markdown_sha256": document.markdown_sha256,
+        "page_map": Jsonb([asdict(mark) for mark in document.pages]),
+        "parser": document.parser,
+        "parse_metadata": Jsonb(dict(document.parse_metadata)),
+    }
+
+
+def small_markdown_params(documents: Sequence[Document]) -> dict[str, list[Any]]:
+    """Return the parameters of `store_small_markdowns`."""
     return {
         "doc_ids": [document.doc_id for document in documents],
         "versions": [document.version for document in documents],
@@ -73,7 +87,7 @@ def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
     return {
         "ids": [chunk.id for chunk in chunks],
         "indexes": [chunk.index for chunk in chunks],
-        "contents": [chunk.content for chunk in chunks],
+        "contents": [_passing(chunk.content) for chunk in chunks],
         "hashes": [chunk.content_sha256 for chunk in chunks],
         "heading_paths": [_array_text(chunk.heading_path) for chunk in chunks],
         "page_starts": [chunk.page_start for chunk in chunks],
@@ -82,6 +96,11 @@ def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
         "char_ends": [chunk.char_end for chunk in chunks],
         "metadata": [Jsonb(dict(chunk.metadata)) for chunk in chunks],
     }
+
+
+def _passing(text: str) -> str:
+    """Return a text to be sent and dropped: one that is sent and not ASCII keeps its UTF-8 beside it for as long as it lives."""
+    return text if text.isascii() else text.encode().decode()
 
 
 def _array_text(values: Sequence[str]) -> str:

@@ -13,6 +13,10 @@ from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from loguru import logger
+
+from jobs.redaction import describe
+
 T = TypeVar("T")
 R = TypeVar("R")
 _PATIENCE = 1.0
@@ -65,20 +69,22 @@ class Together:
             self._timer.cancel()
             self._timer = None
         meetings, self._meetings, self._waiting = self._meetings, {}, 0
-        for meeting in meetings.values():
+        for what, meeting in meetings.items():
             # Nothing of the one who came last, such as what its log lines are about, goes along.
-            task = asyncio.get_running_loop().create_task(_answer(meeting), context=Context())
+            task = asyncio.get_running_loop().create_task(_answer(what, meeting), context=Context())
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
 
 
-async def _answer(meeting: _Meeting) -> None:
+async def _answer(what: Hashable, meeting: _Meeting) -> None:
     asks = [(item, answer) for item, answer in meeting.asks if not answer.done()]
     try:
         if len(asks) < 2:
             raise NotTogether
         answers = await meeting.answer_all([item for item, _ in asks])
     except BaseException as error:
+        if not isinstance(error, NotTogether):
+            logger.debug("{} small documents could not share {}, so each asks alone: {}", len(asks), what, describe(error))
         _tell(asks, [NotTogether() for _ in asks])
         if not isinstance(error, Exception):
             raise

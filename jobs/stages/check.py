@@ -15,6 +15,7 @@ from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError
 
 MAX_UNDECODABLE_SHARE = 0.3
+_PIECE = 1_000_000  # characters
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029\ud800-\udfff\ufeff]")
 _LINE_END = re.compile(r"\r\n?")
 _TRAILING_SPACE = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)")  # looked at once from its beginning, not again from each blank
@@ -49,12 +50,14 @@ def _composed(text: str) -> str:
 def normalise_pages(markdown: str, marks: Sequence[PageMark]) -> tuple[str, tuple[PageMark, ...]]:
     """Normalise page by page, so that the marks stay true; a text without pages is one page without a mark."""
     starts = [mark.start for mark in marks] or [0]
-    parts = [normalise(markdown[start:end]) for start, end in zip(starts, [*starts[1:], len(markdown)], strict=True)]
-    at, moved = 0, []
-    for mark, part in zip(marks, parts, strict=False):
-        moved.append(replace(mark, start=at))
+    made, begins = bytearray(), []  # in UTF-8: the pages of a large text and the text itself are not in memory at once
+    at = 0
+    for start, end in zip(starts, [*starts[1:], len(markdown)], strict=True):
+        part = normalise(markdown[start:end])
+        begins.append(at)
+        made += (b"\n\n" if len(begins) > 1 else b"") + part.encode()
         at += len(part) + 2
-    return "\n\n".join(parts), tuple(moved)
+    return made.decode(), tuple(replace(mark, start=begin) for mark, begin in zip(marks, begins, strict=False))
 
 
 def refuse_page_map(name: str, markdown: str, marks: Sequence[PageMark]) -> None:
@@ -80,8 +83,18 @@ def checked(document: Document) -> Document:
     """Return the document with normalised markdown and its SHA-256."""
     refuse_page_map(document.file_name, document.markdown or "", document.pages)
     markdown, marks = normalise_pages(document.markdown or "", document.pages)
+    if markdown == document.markdown:
+        markdown = document.markdown  # which lies in memory anyway until the next checkpoint
     refuse_text(document.file_name, markdown)
-    return replace(document, markdown=markdown, pages=marks, markdown_sha256=hashlib.sha256(markdown.encode()).hexdigest())
+    return replace(document, markdown=markdown, pages=marks, markdown_sha256=_sha256(markdown))
+
+
+def _sha256(text: str) -> str:
+    """Return the digest of a text's UTF-8, of which only a piece is in memory at a time."""
+    digest = hashlib.sha256()
+    for start in range(0, len(text), _PIECE):
+        digest.update(text[start : start + _PIECE].encode())
+    return digest.hexdigest()
 
 
 async def run(document: Document, tools: Tools) -> Document:

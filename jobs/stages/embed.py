@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from jobs.adapters.embedders import HostedEmbedder, SizedText, bisect
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Vectors = NDArray[np.float32]
+
+AT_ONCE = 1024
+"""Texts that a local embedder is given with one call."""
 
 
 def missing_texts(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors]) -> dict[str, str]:
@@ -44,27 +48,38 @@ async def run(document: Document, tools: Tools) -> Document:
     embedder = tools.embedder if tools.choose_embedder is None else await tools.choose_embedder()
     chunks = document.chunks or ()
     document = replace(document, embedding_model=embedder.model)
-    vectors = dict(await tools.known_vectors(document))
+    known = dict(await tools.known_vectors(document))
     if isinstance(embedder, HostedEmbedder) and tools.paid is not None:
         kept = await tools.paid.kept_vectors(embedder.model)
-        vectors.update((chunks[index].content_sha256, vector) for index, vector in kept.items())
-    missing = missing_texts(chunks, vectors)
+        known.update((chunks[index].content_sha256, vector) for index, vector in kept.items())
+    missing = missing_texts(chunks, known)
+    vectors = _in_order(chunks, known, embedder.dimensions)
+    known.clear()
+    places = _places(chunks, missing)
     async for made in _embed(document, embedder, missing, tools):
-        vectors.update(made)
-    return replace(document, vectors=_in_order(chunks, vectors, embedder.dimensions), embedded_count=len(missing))
+        for sha256, vector in made.items():
+            vectors[places[sha256]] = vector
+    return replace(document, vectors=vectors, embedded_count=len(missing))
 
 
-def _in_order(chunks: tuple[Chunk, ...], vectors: Mapping[str, Vectors], dimensions: int) -> Vectors:
-    """Return one row a chunk. Where a single call made just these rows in this order it is that call's array: they are large."""
+def _in_order(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors], dimensions: int) -> Vectors:
+    """Return one row a chunk, those of unknown texts still to be filled in: all vectors are too large to lie in memory twice."""
     import numpy as np  # noqa: PLC0415 - an idle worker does without
 
-    rows = [vectors[chunk.content_sha256] for chunk in chunks]
-    if not rows:
-        return np.empty((0, dimensions), np.float32)
-    made = rows[0].base
-    if made is not None and made.shape == (len(rows), dimensions) and all(map(np.may_share_memory, rows, made)):
-        return made
-    return np.stack(rows)
+    rows = np.zeros((len(chunks), dimensions), np.float32)
+    for row, chunk in zip(rows, chunks, strict=True):
+        if chunk.content_sha256 in known:
+            row[:] = known[chunk.content_sha256]
+    return rows
+
+
+def _places(chunks: tuple[Chunk, ...], missing: Collection[str]) -> dict[str, list[int]]:
+    """Return where each missing text stands: content_sha256 -> rows."""
+    places: dict[str, list[int]] = {}
+    for row, chunk in enumerate(chunks):
+        if chunk.content_sha256 in missing:
+            places.setdefault(chunk.content_sha256, []).append(row)
+    return places
 
 
 async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, str], tools: Tools) -> AsyncIterator[dict[str, Vectors]]:
@@ -72,9 +87,11 @@ async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, s
     if not missing:
         return
     if not isinstance(embedder, HostedEmbedder):
-        made = await embedder.embed(list(missing.values()))
-        refuse_vectors(document.file_name, made, len(missing), embedder.dimensions)
-        yield dict(zip(missing, made, strict=True))
+        texts = iter(missing.items())
+        while part := dict(islice(texts, AT_ONCE)):
+            made = await embedder.embed(list(part.values()))
+            refuse_vectors(document.file_name, made, len(part), embedder.dimensions)
+            yield dict(zip(part, made, strict=True))
         return
     async for found in _Hosted(document, embedder, missing, tools).run():
         yield found

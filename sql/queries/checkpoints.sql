@@ -140,7 +140,17 @@ FROM document_events AS e
 WHERE e.doc_id = %(doc_id)s AND e.claim = %(claim)s AND e.stage IS NOT DISTINCT FROM %(stage)s AND e.event = %(event)s
 LIMIT 1;
 
+-- The text comes as UTF-8 in bytes, because a text that the client sends as such lies in its memory once more from then on.
+
 -- name: store_markdown
+INSERT INTO document_markdown AS m (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)
+VALUES (%(doc_id)s, %(version)s, convert_from(%(markdown)s, 'UTF8'), %(markdown_sha256)s, %(page_map)s, %(parser)s, %(parse_metadata)s)
+ON CONFLICT (doc_id, version) DO UPDATE
+SET markdown = EXCLUDED.markdown, markdown_sha256 = EXCLUDED.markdown_sha256, page_map = EXCLUDED.page_map,
+    parser = EXCLUDED.parser, parse_metadata = EXCLUDED.parse_metadata;
+
+-- name: store_small_markdowns
+-- Of several documents, a list a column.
 INSERT INTO document_markdown AS m (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)
 SELECT g.doc_id, g.version, g.markdown, g.markdown_sha256, g.page_map, g.parser, g.parse_metadata
 FROM unnest(

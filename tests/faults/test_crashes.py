@@ -126,7 +126,7 @@ def test_a_kill_between_checkpoint_and_job_finish_neither_loses_nor_doubles(aren
     arena.submit(wanted)
     faults = [f"kill@before_acknowledge;doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[:2]]
     faults += [f"kill@after_checkpoint:complete;doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[2:4]]
-    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1")
+    arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1", SMALL_DOCUMENTS_TOGETHER="1")
     arena.settle(90)
     assert len(arena.marks()) == 4
     assert arena.one("SELECT count(*) FROM procrastinate_jobs WHERE status NOT IN ('succeeded', 'aborted')") == 0

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +23,30 @@ def test_what_a_large_document_has_left_free_is_given_back() -> None:
     give_back_memory()
     assert resident_mb() < before - 100
     assert len(kept) == 10
+
+
+WEIGH = """
+import sys
+from jobs.registry import keep_no_large_blocks, resident_mb
+
+if sys.argv[1] == "told":
+    keep_no_large_blocks()
+bytes(30_000_000)  # freed at once: by itself the allocator now takes for small what is smaller than that
+held = [bytes(b"x" * 1_000_000) for _ in range(100)]
+kept = [held[0], held[-1]]
+full = resident_mb()
+del held
+print(full - resident_mb())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc keeps memory so, and can be told not to")
+def test_large_blocks_go_back_at_once() -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+
+    def given_back(how: str) -> float:
+        command = [sys.executable, "-c", WEIGH, how]
+        return float(subprocess.run(command, env=plain, cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout)
+
+    assert given_back("told") > 90
+    assert given_back("not told") < 50

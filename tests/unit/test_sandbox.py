@@ -51,6 +51,17 @@ async def test_results_of_any_size_come_back_whole(sandbox: ProcessSandbox, leng
     assert await sandbox.run(work.text_of, length) == "x" * length
 
 
+async def test_a_long_text_arrives_whole_and_leaves_nothing_beside_it(sandbox: ProcessSandbox) -> None:
+    text = "„Maß für Maß“ \ud800\0" * 20_000
+    before = sys.getsizeof(text)
+    assert await sandbox.run(work.echo, text) == text
+    assert sys.getsizeof(text) == before
+    readable = text.replace("\ud800", "")
+    before = sys.getsizeof(readable)
+    assert await sandbox.run(work.echo, readable) == readable
+    assert sys.getsizeof(readable) == before
+
+
 async def test_calls_run_elsewhere_and_share_a_warm_child(sandbox: ProcessSandbox) -> None:
     first = await sandbox.run(work.process_id)
     assert first != os.getpid()

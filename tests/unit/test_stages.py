@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 from uuid import UUID
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from psycopg.adapt import PyFormat, Transformer
 
+from jobs.adapters.embedders import HashedText
 from jobs.adapters.storage import Fingerprint
+from jobs.pipeline.rows import chunk_params
+from jobs.stages import Tools
 from jobs.stages.check import checked, normalise, normalise_pages
-from jobs.stages.embed import _in_order, missing_texts, refuse_vectors
+from jobs.stages.embed import AT_ONCE, missing_texts, refuse_vectors
+from jobs.stages.embed import run as run_embed
 from jobs.stages.finalize import inconsistencies
 from jobs.stages.validate import refuse_file, refuse_size
 from models.chunks import Chunk
@@ -138,12 +147,53 @@ def test_a_type_may_have_a_lower_limit_or_be_refused() -> None:
         refuse_size("a.eml", 10, FileType.EMAIL, 0)
 
 
-def test_vectors_of_one_call_are_not_copied_and_stand_in_the_order_of_the_passages() -> None:
-    made = np.zeros((3, 2), dtype=np.float32)
-    made[:] = [[1, 0], [2, 0], [3, 0]]
-    chunks = tuple(chunk(index, text) for index, text in enumerate("abc"))
-    given = {each.content_sha256: row for each, row in zip(chunks, made, strict=True)}
-    assert _in_order(chunks, given, 2) is made
-    assert _in_order(chunks[::-1], given, 2)[:, 0].tolist() == [3, 2, 1]
-    assert _in_order((*chunks, chunks[0]), given, 2)[:, 0].tolist() == [1, 2, 3, 1]
-    assert _in_order((), {}, 2).shape == (0, 2)
+class Noting(HashedText):
+    """Notes how many texts it is given at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.given: list[int] = []
+
+    async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> NDArray[np.float32]:
+        self.given.append(len(texts))
+        return await super().embed(texts, kind)
+
+
+async def test_vectors_stand_in_the_order_of_the_passages_however_many_calls_made_them() -> None:
+    texts = [f"passage {number}" for number in range(2 * AT_ONCE)]
+    texts += [texts[0], "known", texts[-1]]
+    document = replace(WHOLE, chunks=tuple(chunk(index, text) for index, text in enumerate(texts)), vectors=None)
+    embedder = Noting()
+    known = np.full(4, 0.5, np.float32)
+
+    async def known_vectors(_: Document) -> dict[str, NDArray[np.float32]]:
+        return {"known": known}
+
+    tools = SimpleNamespace(embedder=embedder, choose_embedder=None, known_vectors=known_vectors, paid=None)
+    embedded = await run_embed(document, cast(Tools, tools))
+    expected = await HashedText(4).embed(texts)
+    expected[-2] = known
+    assert embedded.vectors is not None
+    assert np.array_equal(embedded.vectors, expected)
+    assert embedder.given == [AT_ONCE, AT_ONCE]
+    assert embedded.embedded_count == 2 * AT_ONCE
+
+
+async def test_a_document_without_passages_has_an_empty_array_of_vectors() -> None:
+    async def known_vectors(_: Document) -> dict[str, NDArray[np.float32]]:
+        return {}
+
+    tools = SimpleNamespace(embedder=Noting(), choose_embedder=None, known_vectors=known_vectors, paid=None)
+    embedded = await run_embed(replace(WHOLE, chunks=(), vectors=None), cast(Tools, tools))
+    assert embedded.vectors is not None
+    assert embedded.vectors.shape == (0, 4)
+
+
+def test_what_a_checkpoint_sends_leaves_nothing_beside_the_passages() -> None:
+    text = "„Maß für Maß“ " * 1000
+    document = replace(WHOLE, chunks=(chunk(0, text),), vectors=np.ones((1, 4), np.float32))
+    before = sys.getsizeof(text)
+    (params,) = chunk_params(document)
+    sent = Transformer().get_dumper(params["contents"], PyFormat.BINARY).dump(params["contents"])
+    assert text.encode() in bytes(sent or b"")
+    assert sys.getsizeof(text) == before

@@ -1,0 +1,114 @@
+"""Small documents that are taken up together: what strikes one of them, or all, loses and doubles none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Arena, documents
+
+POINTS = [
+    "claimed",
+    "stage_done:validate",
+    "stage_started:extract",
+    "before_checkpoint:complete",
+    "in_checkpoint:complete",
+    "committed:complete",
+]
+UNFINISHED = "SELECT count(*) FROM file_extractions WHERE state NOT IN ('complete', 'failed')"
+GROUPS = "SELECT count(*) FROM (SELECT FROM file_extractions WHERE state = 'complete' GROUP BY xmin::text HAVING count(*) > 2) AS g"
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def together(arena: Arena) -> None:
+    """Fail unless several documents were completed in one transaction, which is what all this is about."""
+    assert arena.mode == "queue" or arena.one(GROUPS) > 0, "no documents were taken up together"
+
+
+def progress(arena: Arena, done: int) -> None:
+    """Wait until more than so many are complete."""
+    arena.wait(lambda: bool(arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") > done), "progress", 60)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_worker_killed_with_several_in_hand_loses_and_doubles_none(arena: Arena, point: str) -> None:
+    wanted = documents(200)
+    arena.submit(wanted)
+    faults = [f"kill@{point};doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[10::90]]
+    arena.worker(faults=faults, restart=True)
+    arena.reconciler()
+    arena.settle(180)
+    assert arena.marks(), "the fault point was never reached"
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    together(arena)
+    arena.judge("16 small documents together", f"kill -9 at {point} of some of 200")
+
+
+def test_a_lease_that_is_lost_by_all_at_once_is_made_good_by_another_worker(arena: Arena) -> None:
+    wanted = documents(60)
+    arena.submit(wanted)
+    points = ["stage_done:check", "in_checkpoint:complete"]
+    faults = [f"stop@{point};once={arena.mark(point)}" for point in points]
+    sleepers = [arena.worker(faults=faults) for _ in points]
+    arena.wait(lambda: len(arena.marks()) == len(points), "both to be stopped")
+    arena.worker()
+    arena.wait(lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0, "the rescue", 180)
+    arena.fault(0)
+    for sleeper in sleepers:
+        sleeper.signal(signal.SIGCONT)
+    arena.settle(60)
+    time.sleep(1)
+    assert all(sleeper.alive() for sleeper in sleepers), "a worker died of its pause"
+    arena.judge("16 small documents together", "two workers paused beyond their leases with several in hand each")
+
+
+def test_parsers_killed_under_several_documents_cost_none_of_them(arena: Arena) -> None:
+    wanted = documents(200)
+    arena.submit(wanted)
+    worker = arena.worker()
+    killed, until = 0, time.monotonic() + 120
+    while killed < 8 and time.monotonic() < until and arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'"):
+        for child in children(worker.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            arena.fault()
+            killed += 1
+        time.sleep(2)
+    arena.wait(lambda: arena.one(UNFINISHED) == 0, "every document to end", 120)
+    assert killed, "no parser was seen"
+    # A text that takes its parser down by itself is a dead letter; one that was in it by chance is complete once it is tried again.
+    for (doc_id,) in arena.all("SELECT doc_id FROM dead_letters WHERE resolved_at IS NULL AND error_type = 'PARSE_ERROR'"):
+        arena.one("SELECT requeue_document(%s)", doc_id)
+    arena.settle(120)
+    together(arena)
+    arena.judge("16 small documents together", f"kill -9 of {killed} parsing processes under 200")
+
+
+def test_a_worker_told_to_stop_with_several_in_hand_hands_each_on(arena: Arena) -> None:
+    wanted = documents(200)
+    arena.submit(wanted)
+    for _ in range(3):
+        worker = arena.worker()
+        done = arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'")
+        progress(arena, done)
+        worker.signal(signal.SIGTERM)
+        worker.wait()
+        arena.fault()
+        assert arena.one("SELECT count(*) FROM file_extractions WHERE state = 'working'") == 0
+    arena.worker()
+    arena.settle(180)
+    assert arena.one("SELECT max(crash_count + retry_count) FROM file_extractions") == 0
+    arena.judge("16 small documents together", "SIGTERM three times in the middle of 200")
