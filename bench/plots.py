@@ -20,6 +20,7 @@ from models.stages import STAGES
 HOME = Path(__file__).parents[1] / "docs" / "images"
 STEP_MS = 0.5
 MOST_MS = 10.0
+PEERS = {"cocoindex cold": "CocoIndex", "docmill, same work": "docmill, same splitter and vectors"}
 
 
 def middle(rows: list[Row], key: str, **which: object) -> float | None:
@@ -116,7 +117,7 @@ def stages_local(rows: list[Row]) -> str:
 def pickup(rows: list[Row]) -> str:
     """Tries, by milliseconds from the submitter's commit to the claim."""
     edges = [STEP_MS * number for number in range(int(MOST_MS / STEP_MS) + 1)]
-    labels = [*(f"{edge:g}" for edge in edges[:-1]), f"{MOST_MS:g} and more"]
+    labels = [*(f"{edge:g}" for edge in edges[:-1]), f"{MOST_MS:g}+"]
     series: dict[str, list[float | None]] = {}
     for count in distinct(rows, "workers"):
         waits = [wait for row in rows if row["workers"] == count for wait in row["ms"]]
@@ -137,7 +138,8 @@ def peers(rows: list[Row]) -> str:
     }
     order = sorted(systems, key=lambda system: -each[system])
     series: dict[str, list[float | None]] = {"all processes, the server's included": [each[system] for system in order]}
-    return bars("What a small document costs, beside others", order, series, x="", y="CPU ms a document", lying=True)
+    labels = [PEERS.get(system, system) for system in order]
+    return bars("What a small document costs, beside others", labels, series, x="", y="CPU ms a document", lying=True)
 
 
 Draw = Callable[[list[Row]], str]

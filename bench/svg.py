@@ -30,7 +30,6 @@ text { fill: var(--ink); font-size: 12px; }
 .axis .line { stroke: var(--rule); fill: none; }
 .horizontal .axis.y .guide.line, .vertical .axis.x .guide.line { stroke: none; }
 .text-overlay text { font-size: 11px; fill: #000000; }
-.beside .text-overlay text { fill: var(--ink); }
 .nofill { fill: none; stroke-width: 2; }
 """
 
@@ -60,7 +59,7 @@ def bars(
     chart.x_labels = list(labels)[::-1] if lying else list(labels)
     for name, given in series.items():
         chart.add(name, list(given)[::-1] if lying else list(given))
-    return _still(chart, title, height, beside=not stacked)
+    return _still(chart, title, height)
 
 
 def lines(title: str, series: Mapping[str, Sequence[tuple[float, float | None]]], *, x: str, y: str) -> str:
@@ -70,7 +69,7 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float | None]]]
     chart.range = (0, max(value for points in series.values() for _, value in points if value is not None) * 1.15)
     for name, points in series.items():
         chart.add(name, list(points))
-    return _still(chart, title, HEIGHT, beside=True)
+    return _still(chart, title, HEIGHT)
 
 
 def _chart(kind: Any, title: str, x: str, y: str, height: int, **options: Any) -> Any:
@@ -107,7 +106,7 @@ def short(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 20 or float(value).is_integer() else f"{value:.1f}"
 
 
-def _still(chart: Any, title: str, height: int, *, beside: bool) -> str:
+def _still(chart: Any, title: str, height: int) -> str:
     """Return the picture without what serves pointers and scripts, named by its title, in our colours, on paper of its own."""
     root = ElementTree.fromstring(chart.render())  # without comments, which carry the date
     for parent in list(root.iter()):
@@ -120,8 +119,6 @@ def _still(chart: Any, title: str, height: int, *, beside: bool) -> str:
     root.set("aria-label", title)
     root.set("width", str(WIDTH))
     root.set("height", str(height))
-    if beside:
-        root.set("class", f"{root.get('class') or ''} beside".strip())
     colours = "".join(
         f".color-{number} {{ fill: {colour}; stroke: {colour}; }}\n.text-overlay .color-{number} {{ stroke: none; }}\n"
         for number, colour in enumerate(COLOURS)
