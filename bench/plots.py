@@ -69,7 +69,11 @@ def latency(rows: list[Row]) -> str:
     for documents, passages, count in shapes:
         which = {"documents": documents, "passages": passages, "workers": count}
         taken = [middle(rows, "taken_s", latency_ms=step, **which) for step in steps]
-        series[f"{documents} documents of {passages}"] = [documents * passages / each if each else None for each in taken]
+        series[f"{documents:,} documents of {passages}"] = [documents * passages / each if each else None for each in taken]
+    alone = {step: middle(rows, "ideal_s", latency_ms=step, documents=shapes[-1][0], passages=shapes[-1][1]) for step in steps}
+    series[f"{shapes[-1][0]:,} of {shapes[-1][1]}, a request for each"] = [
+        shapes[-1][0] * shapes[-1][1] / (alone[step] or 1) for step in steps
+    ]
     labels = [f"{step} ms" for step in steps]
     return bars("Throughput, by latency of the embedding service", labels, series, x="the service's latency", y="passages a second")
 

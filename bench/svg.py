@@ -10,7 +10,7 @@ import pygal
 from pygal.style import Style
 
 WIDTH, HEIGHT = 720, 360
-_BAR = 30
+_BAR, _NOTE = 30, 32
 _SVG = "http://www.w3.org/2000/svg"
 # Each at least 3:1 against both papers, and 4.5:1 below black figures.
 COLOURS = ("#4a94d0", "#d07a22", "#27a092", "#c274b0", "#8a9099", "#d96b63", "#9c8d22")
@@ -83,7 +83,7 @@ def _chart(kind: Any, title: str, x: str, y: str, height: int, **options: Any) -
         css=[],
         js=[],
         margin=12,
-        margin_bottom=30,
+        margin_bottom=16,
         legend_at_bottom=True,
         legend_at_bottom_columns=4,
         legend_box_size=10,
@@ -117,16 +117,18 @@ def _still(chart: Any, title: str, height: int) -> str:
     root.attrib.pop("id", None)
     root.set("role", "img")
     root.set("aria-label", title)
+    whole = height + _NOTE
+    root.set("viewBox", f"0 0 {WIDTH} {whole}")
     root.set("width", str(WIDTH))
-    root.set("height", str(height))
+    root.set("height", str(whole))
     colours = "".join(
         f".color-{number} {{ fill: {colour}; stroke: {colour}; }}\n.text-overlay .color-{number} {{ stroke: none; }}\n"
         for number, colour in enumerate(COLOURS)
     )
     sheet = ElementTree.Element(f"{{{_SVG}}}style")
     sheet.text = _SHEET + colours
-    paper = ElementTree.Element(f"{{{_SVG}}}rect", {"class": "paper", "width": str(WIDTH), "height": str(height), "rx": "6"})
-    note = ElementTree.Element(f"{{{_SVG}}}text", {"class": "conditions", "x": str(WIDTH - 12), "y": str(height - 7)})
+    paper = ElementTree.Element(f"{{{_SVG}}}rect", {"class": "paper", "width": str(WIDTH), "height": str(whole), "rx": "6"})
+    note = ElementTree.Element(f"{{{_SVG}}}text", {"class": "conditions", "x": str(WIDTH - 12), "y": str(whole - 7)})
     note.text = "CONDITIONS"
     at = 1 if root[0].tag.endswith("title") else 0
     root.insert(at, sheet)
