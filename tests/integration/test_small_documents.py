@@ -148,7 +148,31 @@ async def test_a_shutdown_hands_each_of_them_on_without_counting(bench: Bench) -
     assert bench.one(COMPLETE) == (16,)
 
 
+async def test_a_document_that_somebodys_transaction_holds_keeps_no_other_from_being_completed(bench: Bench, database: str) -> None:
+    with psycopg.connect(database) as other:
+
+        async def hold(document: Document) -> None:
+            if document.doc_id == "d05":
+                other.execute("SELECT FROM file_extractions WHERE doc_id = 'd05' FOR UPDATE")
+
+        submit(bench, 16)
+        bench.also["finalize"] = hold
+        running = asyncio.create_task(run_first(bench))
+        try:
+            async with asyncio.timeout(30):
+                while bench.one(COMPLETE) != (15,):
+                    await asyncio.sleep(0.05)
+            # Whoever holds one can have any other: no worker waits for it with others in hand.
+            other.execute("SELECT FROM file_extractions WHERE doc_id = 'd03' FOR UPDATE NOWAIT")
+        finally:
+            other.rollback()
+            await running
+    assert bench.one(COMPLETE) == (16,)
+    assert max(bench.all(TOGETHER)) == (15,)
+
+
 UNLIKE = {
+    "another user's document under a job of this one's": "UPDATE file_extractions SET user_id = 'bob' WHERE doc_id = 'd05'",
     "another user's": "UPDATE procrastinate_jobs SET docmill_user = 'bob' WHERE args->>'doc_id' = 'd05'",
     "of another priority": "UPDATE procrastinate_jobs SET priority = 5 WHERE args->>'doc_id' = 'd05'",
     "begun": "UPDATE procrastinate_jobs SET docmill_begun = TRUE WHERE args->>'doc_id' = 'd05'",
