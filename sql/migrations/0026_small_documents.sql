@@ -22,7 +22,11 @@ DECLARE
     room integer;
     documents bigint;
 BEGIN
-    SELECT j.* INTO leader FROM procrastinate_jobs AS j WHERE j.id = leader_job_id AND j.status = 'doing' AND j.task_name = 'validate';
+    -- A job's arguments can be changed after its owner was noted; what is worked on together must be of one user.
+    SELECT j.* INTO leader
+    FROM procrastinate_jobs AS j
+    JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
+    WHERE j.id = leader_job_id AND j.status = 'doing' AND j.task_name = 'validate' AND d.user_id = j.docmill_user;
     IF NOT FOUND THEN
         RETURN;
     END IF;
@@ -52,7 +56,7 @@ BEGIN
         FROM unnest(seen[1:4 * room]) AS s (id)  -- where fewer of them will do, looking further would cost more than it brings
         JOIN procrastinate_jobs AS j ON j.id = s.id
         JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
-        WHERE j.status = 'todo' AND j.task_name = 'validate' AND j.lock IS NULL
+        WHERE j.status = 'todo' AND j.task_name = 'validate' AND j.lock IS NULL AND d.user_id = leader.docmill_user
             AND d.state = 'queued' AND d.milestone = 'uploaded' AND d.served_version IS NULL
             AND d.crash_count = 0 AND d.retry_count = 0 AND d.waiting_since IS NULL
             AND d.file_size <= max_bytes AND d.content_sha256 IS NOT NULL
