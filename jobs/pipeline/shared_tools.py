@@ -43,7 +43,9 @@ class _SharedSandbox:
         try:
             answer: Answer = await self._together.ask("sandbox", (function, args, kwargs), self._sandbox.run_each)
         except NotTogether:
-            return await self._sandbox.run(function, *args, **kwargs)
+            # They have one place, and take no more than one child at a time from the others where each must ask alone.
+            async with self._together.in_turn:
+                return await self._sandbox.run(function, *args, **kwargs)
         usage.add(cpu_ms=answer.cpu_ms, peak_memory_mb=answer.peak_memory_mb)
         if answer.error is not None:
             raise answer.error

@@ -38,6 +38,8 @@ class Together:
         self._meetings: dict[Hashable, _Meeting] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._answering: set[asyncio.Task[None]] = set()
+        self.in_turn = asyncio.Lock()
+        """For what must be asked for alone, and is too dear for all of them to have at once."""
 
     async def ask(self, what: Hashable, item: T, answer_all: Callable[[list[T]], Awaitable[Sequence[R | Exception]]]) -> R:
         """Return the answer to an item, or raise the exception that is its answer. `answer_all` gets all items of this meeting and
