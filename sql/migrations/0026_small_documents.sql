@@ -41,8 +41,10 @@ BEGIN
     ) AS w;
     room := least(at_most, coalesce(cardinality(seen), 0) / places);
     IF room > 0 AND max_documents > 0 THEN
-        -- As take_users_job has it, so that the limit holds exactly.
-        PERFORM pg_advisory_xact_lock(hashtextextended('docmill documents of ' || leader.docmill_user, 0));
+        -- As take_users_job has it, so that the limit holds exactly, but not waited for: the lease on the leader's document is not renewed yet.
+        IF NOT pg_try_advisory_xact_lock(hashtextextended('docmill documents of ' || leader.docmill_user, 0)) THEN
+            RETURN;
+        END IF;
         SELECT count(*) INTO documents FROM procrastinate_jobs AS j
         WHERE j.status = 'doing' AND j.docmill_user = leader.docmill_user AND stage_queue(j.task_name) IS NOT NULL;
         room := least(room, max_documents - documents);

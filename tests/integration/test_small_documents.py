@@ -213,6 +213,15 @@ async def test_the_limit_of_a_user_holds(bench: Bench) -> None:
     assert bench.all(TOGETHER) == [(5,)]
 
 
+async def test_who_takes_a_document_of_a_user_with_a_limit_is_not_waited_for(bench: Bench, database: str) -> None:
+    submit(bench, 40)
+    with psycopg.connect(database) as other:
+        other.execute("SELECT pg_advisory_xact_lock(hashtextextended('docmill documents of ann', 0))")
+        async with asyncio.timeout(30):
+            await run_first(bench, bench.runner(max_documents_per_user=5))
+    assert bench.all(TOGETHER) == [(1,)]
+
+
 async def test_a_place_takes_no_more_than_its_part_of_what_waits(bench: Bench) -> None:
     for worker in ("a:1", "b:1"):
         bench.conn.execute("INSERT INTO worker_registry (worker, host, pid, concurrency, version) VALUES (%s, 'h', 1, 4, '1')", [worker])
