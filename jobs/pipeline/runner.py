@@ -25,7 +25,7 @@ from jobs.pipeline.running import StageFunction
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.stage_runs import StageRuns
 from jobs.pipeline.together import Together
-from jobs.pipeline.work import Work
+from jobs.pipeline.work import SMALL_BYTES, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools
@@ -226,8 +226,10 @@ class Runner:
         if self._settings.handoff == "queue" or waits or self._stopping() or not self._listens(job.queues, following):
             await self._endings.leave(work, lease, following)
             return None
-        settings = self._settings
-        much = work.carried_bytes() > settings.carry_limit_mb * 1_000_000
+        settings, carried = self._settings, work.carried_bytes()
+        if carried > SMALL_BYTES:
+            work.part()
+        much = carried > settings.carry_limit_mb * 1_000_000
         if work.suspect or work.paid or much or elapsed >= settings.checkpoint_seconds:
             await self._endings.keep(work)
         return following

@@ -12,6 +12,9 @@ from jobs.pipeline.together import Together
 from models.documents import Document
 from models.stages import Milestone
 
+SMALL_BYTES = 1_000_000
+"""What may have been made of a document that others wait for. A small file can hold a large text."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageEvent:

@@ -26,7 +26,9 @@ BEGIN
     SELECT j.* INTO leader
     FROM procrastinate_jobs AS j
     JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
-    WHERE j.id = leader_job_id AND j.status = 'doing' AND j.task_name = 'validate' AND d.user_id = j.docmill_user;
+    WHERE j.id = leader_job_id AND j.status = 'doing' AND j.task_name = 'validate' AND d.user_id = j.docmill_user
+        -- Behind one that was begun may wait others that were: they go before what is new.
+        AND NOT j.docmill_begun;
     IF NOT FOUND THEN
         RETURN;
     END IF;

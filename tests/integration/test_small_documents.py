@@ -90,6 +90,21 @@ async def test_what_the_database_refuses_of_one_is_stored_of_the_others(bench: B
     assert bench.one("SELECT doc_id FROM dead_letters") == ("d04",)
 
 
+async def test_who_turns_out_to_be_large_goes_on_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tests.integration.conftest as made
+
+    plain = made.made_by
+
+    def large(stage: str, document: Document) -> Document:
+        document = plain(stage, document)
+        return replace(document, markdown="large " * 200_000) if stage == "parse" and document.doc_id == "d04" else document
+
+    monkeypatch.setattr(made, "made_by", large)
+    submit(bench, 16)
+    await run_first(bench)
+    assert bench.all(TOGETHER) == [(1,), (15,)]
+
+
 async def test_who_is_fenced_off_writes_nothing_and_the_others_are_complete(bench: Bench) -> None:
     async def newer_claim(document: Document) -> None:
         if document.doc_id == "d07":
@@ -160,7 +175,7 @@ async def test_a_document_that_somebodys_transaction_holds_keeps_no_other_from_b
         running = asyncio.create_task(run_first(bench))
         try:
             async with asyncio.timeout(30):
-                while bench.one(COMPLETE) != (15,):
+                while bench.one(COMPLETE) != (15,):  # noqa: ASYNC110 - nothing announces it
                     await asyncio.sleep(0.05)
             # Whoever holds one can have any other: no worker waits for it with others in hand.
             other.execute("SELECT FROM file_extractions WHERE doc_id = 'd03' FOR UPDATE NOWAIT")
@@ -235,6 +250,13 @@ async def test_nothing_is_taken_along_where_it_is_not_wanted(bench: Bench, chang
     submit(bench, 20)
     await run_first(bench, bench.runner(**changes))
     assert bench.one("SELECT count(*) FROM file_extractions WHERE claim > 0") == (1,)
+
+
+async def test_nothing_new_goes_before_what_was_begun(bench: Bench) -> None:
+    submit(bench, 20)
+    bench.conn.execute("UPDATE procrastinate_jobs SET docmill_begun = TRUE WHERE args->>'doc_id' IN ('d00', 'd01')")
+    await run_first(bench)
+    assert bench.all(TOGETHER) == [(1,)]
 
 
 async def test_a_job_of_another_stage_takes_nothing_along(bench: Bench) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
+from jobs.adapters.usage import measured
 from jobs.pipeline.shared_tools import shared
 from jobs.pipeline.together import Together
 from jobs.stages import Tools
@@ -43,12 +45,10 @@ async def test_where_the_child_is_taken_down_each_asks_alone_and_one_after_anoth
     assert isinstance(found.pop(1), Crashed)
     naps = sorted(nap for nap in found if isinstance(nap, tuple))
     assert len(naps) == 3
-    assert all(end <= begin for (_, end), (begin, _) in zip(naps, naps[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(naps))
 
 
 async def test_what_each_has_used_is_its_own(sandbox: ProcessSandbox) -> None:
-    from jobs.adapters.usage import measured
-
     async def used(tools: Tools, seconds: float) -> float:
         with measured() as usage:
             await tools.sandbox.run(work.burn, seconds)
