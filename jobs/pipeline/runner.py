@@ -114,7 +114,7 @@ class Runner:
         together = Together(len(works))
 
         async def go(work: Work) -> None:
-            work.together = together
+            work.together, work.shares_place = together, True
             lease = self._hold(work, claimed_at)
             await self._work(replace(job, id=work.job_id), work, lease, cancelled=cancelled)
 

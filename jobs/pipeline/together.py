@@ -80,6 +80,8 @@ async def _answer(meeting: _Meeting) -> None:
         if len(asks) < 2:
             raise NotTogether
         answers = await meeting.answer_all([item for item, _ in asks])
+        if len(answers) != len(asks):
+            raise ValueError(f"{len(answers)} answers to {len(asks)} items")
     except BaseException as error:
         _tell(asks, [NotTogether() for _ in asks])
         if not isinstance(error, Exception):

@@ -35,14 +35,14 @@ def of_members(sandbox: ProcessSandbox, members: int) -> list[Tools]:
 
 async def test_where_the_child_is_taken_down_each_asks_alone_and_one_after_another(sandbox: ProcessSandbox) -> None:
     first, culprit, second, third = of_members(sandbox, 4)
-    found = await asyncio.gather(
-        first.sandbox.run(work.seconds_of_a_nap, 0.1),
+    crashed, *found = await asyncio.gather(
         culprit.sandbox.run(work.crash),
+        first.sandbox.run(work.seconds_of_a_nap, 0.1),
         second.sandbox.run(work.seconds_of_a_nap, 0.1),
         third.sandbox.run(work.seconds_of_a_nap, 0.1),
         return_exceptions=True,
     )
-    assert isinstance(found.pop(1), Crashed)
+    assert isinstance(crashed, Crashed)
     naps = sorted(nap for nap in found if isinstance(nap, tuple))
     assert len(naps) == 3
     assert all(end <= begin for (_, end), (begin, _) in pairwise(naps))
