@@ -115,8 +115,11 @@ class Runner:
 
         async def go(work: Work) -> None:
             work.together, work.shares_place = together, True
-            lease = self._hold(work, claimed_at)
-            await self._work(replace(job, id=work.job_id), work, lease, cancelled=cancelled)
+            try:
+                await self._work(replace(job, id=work.job_id), work, self._hold(work, claimed_at), cancelled=cancelled)
+            finally:
+                if work is not works[0]:
+                    await self._endings.end_job(work)
 
         here, loop = asyncio.current_task(), asyncio.get_running_loop()
         if cancelled and here is not None:
@@ -133,7 +136,6 @@ class Runner:
         for work, task in list(zip(works, tasks, strict=True))[1:]:
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.bind(doc_id=work.document.doc_id).error("What it came to could not be written: {}", describe(error))
-            await self._endings.end_job(work)
         await tasks[0]
 
     async def _work(self, job: Job, work: Work, lease: Lease, *, cancelled: bool = False) -> None:

@@ -119,6 +119,29 @@ async def test_who_is_fenced_off_writes_nothing_and_the_others_are_complete(benc
     assert bench.all("SELECT doc_id FROM document_events WHERE event = 'fenced_off'") == [("d07",)]
 
 
+async def test_the_job_of_who_is_fenced_off_does_not_wait_for_the_others(bench: Bench) -> None:
+    over = asyncio.Event()
+
+    async def cancel_one_and_keep_another(document: Document) -> None:
+        if document.doc_id == "d07":
+            bench.conn.execute("SELECT cancel_document('d07')")
+        if document.doc_id == "d03":
+            await over.wait()
+
+    submit(bench, 16)
+    bench.also["finalize"] = cancel_one_and_keep_another
+    running = asyncio.create_task(run_first(bench))
+    job = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded' AND args->>'doc_id' = 'd07'"
+    try:
+        async with asyncio.timeout(30):
+            while bench.one(job) != (1,):  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.05)
+    finally:
+        over.set()
+        await running
+    assert bench.one(COMPLETE) == (15,)
+
+
 async def test_a_connection_that_is_cut_under_the_common_checkpoint_loses_and_doubles_nothing(bench: Bench) -> None:
     async def cut(document: Document) -> None:
         if document.doc_id == "d00":
