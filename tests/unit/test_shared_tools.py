@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from jobs.adapters.embedders.static import Static
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
 from jobs.adapters.usage import measured
@@ -57,3 +60,26 @@ async def test_what_each_has_used_is_its_own(sandbox: ProcessSandbox) -> None:
     short, long = await asyncio.gather(*map(used, of_members(sandbox, 2), (0.01, 0.3)))
     assert long >= 290
     assert short < 290
+
+
+async def test_each_pays_its_part_of_embedding_all_at_once() -> None:
+    """By the length of its texts: nobody counts token by token."""
+    together, embedder = Together(2), Static()
+    await embedder.embed(["loaded"])
+
+    async def choose(*, fresh: bool = False) -> Static:
+        return embedder
+
+    async def used(texts: list[str]) -> tuple[float, NDArray[np.float32]]:
+        nothing = None
+        tools = shared(Tools(nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, choose), together)  # type: ignore[arg-type]
+        assert tools.choose_embedder is not None
+        with measured() as usage:
+            made = await (await tools.choose_embedder()).embed(texts)
+        return usage.cpu_ms, made
+
+    texts = [f"some words about number {number} " * 200 for number in range(20)]
+    (much, made), (little, few) = await asyncio.gather(used(texts), used(["little"]))
+    assert much > little > 0
+    assert np.array_equal(made, await embedder.embed(texts))
+    assert len(few) == 1
