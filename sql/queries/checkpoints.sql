@@ -60,6 +60,16 @@ SELECT f.doc_id, CASE WHEN %(next_stage)s::text IS NOT NULL THEN
 END AS job_id
 FROM fenced AS f;
 
+-- name: hold_documents
+-- Those of several documents that may be completed together: ours still, and in nobody's open transaction. To wait for one while holding
+-- others would keep these from everybody, and who submits or cancels several of them in a transaction of his own could wait for us.
+SELECT d.doc_id
+FROM unnest(%(doc_ids)s::text[], %(claims)s::bigint[]) AS g (doc_id, claim)
+JOIN file_extractions AS d ON d.doc_id = g.doc_id
+WHERE d.claim = g.claim AND d.state = 'working'
+ORDER BY d.id
+FOR NO KEY UPDATE OF d SKIP LOCKED;
+
 -- name: complete_documents
 -- First statement of the last checkpoint, of one document or of several at once. Whose doc_id is not returned: its claim has moved on and
 -- nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
