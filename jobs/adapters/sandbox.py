@@ -138,7 +138,7 @@ class ProcessSandbox:
         answers = await self._call(len(calls), answer_each, (sent, *files), {})
         if len(answers) != len(calls) or not all(isinstance(one, Answer) and isinstance(one.error, DocmillError | None) for one in answers):
             raise ParseError("The parser's answers cannot be read.")
-        return answers
+        return [replace(one, cpu_ms=_number(one.cpu_ms), peak_memory_mb=_number(one.peak_memory_mb)) for one in answers]
 
     async def _begin(self, call: Call, files: Sequence[int]) -> Child:
         """Return a child that has been given the call: a warm one, else a new one."""

@@ -55,8 +55,7 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
     """Write what is not durable yet and leave the document in the outcome's state, or raise FencedOff or StaleVectors and write nothing."""
     document = work.document
     if outcome.state is State.COMPLETE:
-        if (await complete([work], conn, worker=worker))[0] is not None:
-            raise FencedOff
+        await complete(work, conn, worker=worker)
         return
     async with conn.transaction():
         if await one(conn, "advance_document", _advance_params(work, outcome, worker)) is None:

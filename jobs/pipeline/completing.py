@@ -22,19 +22,32 @@ class StaleVectors(Exception):
     """Another model has come to serve searches since the document was embedded. Nothing was written."""
 
 
-async def complete(works: Sequence[Work], conn: Connection, *, worker: str) -> list[FencedOff | None]:
-    """Complete documents in one transaction and return for each FencedOff where nothing of it was written.
+async def complete(work: Work, conn: Connection, *, worker: str) -> None:
+    """Complete a document in a transaction. FencedOff, StaleVectors, and whatever else is raised: nothing was written."""
+    async with conn.transaction():
+        if not await _complete([work], conn, worker):
+            raise FencedOff
+
+
+async def complete_free(works: Sequence[Work], conn: Connection, *, worker: str) -> set[str]:
+    """Complete in one transaction those of several documents that are ours still and that nobody else has locked. Return their doc_ids.
 
     StaleVectors, and whatever else is raised: nothing was written of any.
     """
     async with conn.transaction():
-        found = {row["doc_id"] for row in await rows(conn, "complete_documents", _params(works, worker))}
-        ours = [work for work in works if work.document.doc_id in found]
-        if ours:
-            await _store(conn, ours)
-        for work in ours:
-            await faults.at(f"in_checkpoint:{work.document.milestone}", work.document.doc_id)
-    return [None if work.document.doc_id in found else FencedOff() for work in works]
+        given = {"doc_ids": [work.document.doc_id for work in works], "claims": [work.claim for work in works]}
+        free = {row["doc_id"] for row in await rows(conn, "hold_documents", given)}
+        return await _complete([work for work in works if work.document.doc_id in free], conn, worker)
+
+
+async def _complete(works: Sequence[Work], conn: Connection, worker: str) -> set[str]:
+    found = {row["doc_id"] for row in await rows(conn, "complete_documents", _params(works, worker))} if works else set()
+    ours = [work for work in works if work.document.doc_id in found]
+    if ours:
+        await _store(conn, ours)
+    for work in ours:
+        await faults.at(f"in_checkpoint:{work.document.milestone}", work.document.doc_id)
+    return found
 
 
 def _params(works: Sequence[Work], worker: str) -> dict[str, Any]:

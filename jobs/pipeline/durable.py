@@ -13,7 +13,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import faults
 from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint
 from jobs.pipeline.claims import Connection, one
-from jobs.pipeline.completing import complete
+from jobs.pipeline.completing import complete_free
 from jobs.pipeline.together import NotTogether
 from jobs.pipeline.work import Work
 from jobs.redaction import describe
@@ -53,7 +53,7 @@ async def checkpoint_durably(
     attempt = 0
     if work.together is not None and outcome.state is State.COMPLETE:
         try:
-            await work.together.ask("complete", work, partial(_complete_all, pool, worker))
+            await work.together.ask("complete", work, partial(_complete_all, pool, worker, give_up))
         except NotTogether:
             attempt = 1
         else:
@@ -85,12 +85,16 @@ async def checkpoint_durably(
             raise CheckpointFailed(error) from error
 
 
-async def _complete_all(pool: AsyncConnectionPool[Connection], worker: str, works: Sequence[Work]) -> Sequence[FencedOff | None]:
-    async with pool.connection() as conn:
-        answers = await complete(works, conn, worker=worker)
+async def _complete_all(
+    pool: AsyncConnectionPool[Connection], worker: str, give_up: Callable[[], bool], works: Sequence[Work]
+) -> Sequence[NotTogether | None]:
+    """Who is fenced off, or locked by somebody's transaction, asks alone: it finds out, or waits with nobody else in hand."""
+    async with pool.connection(timeout=LAST_WAIT if give_up() else None) as conn:
+        done = await complete_free(works, conn, worker=worker)
         for work in works:
-            await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
-    return answers
+            if work.document.doc_id in done:
+                await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
+    return [None if work.document.doc_id in done else NotTogether() for work in works]
 
 
 def _is_away(error: psycopg.Error) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
-from jobs.pipeline.work import Work
+from jobs.pipeline.work import StageEvent, Work
 from models.chunks import Chunk
 from models.documents import Document
 
@@ -23,7 +23,7 @@ dimensions included."""
 
 def told(work: Work) -> str:
     """Return what the audit trail is told of a document, as JSON."""
-    return json.dumps([asdict(event) for event in work.events])
+    return json.dumps([{name: getattr(event, name) for name in StageEvent.__slots__} for event in work.events])
 
 
 def has_new_text(work: Work) -> bool:

@@ -25,7 +25,7 @@ from jobs.pipeline.running import StageFunction
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.stage_runs import StageRuns
 from jobs.pipeline.together import Together
-from jobs.pipeline.work import Work
+from jobs.pipeline.work import SMALL_BYTES, Work
 from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools
@@ -114,9 +114,12 @@ class Runner:
         together = Together(len(works))
 
         async def go(work: Work) -> None:
-            work.together = together
-            lease = self._hold(work, claimed_at)
-            await self._work(replace(job, id=work.job_id), work, lease, cancelled=cancelled)
+            work.together, work.shares_place = together, True
+            try:
+                await self._work(replace(job, id=work.job_id), work, self._hold(work, claimed_at), cancelled=cancelled)
+            finally:
+                if work is not works[0]:
+                    await self._endings.end_job(work)
 
         here, loop = asyncio.current_task(), asyncio.get_running_loop()
         if cancelled and here is not None:
@@ -133,7 +136,6 @@ class Runner:
         for work, task in list(zip(works, tasks, strict=True))[1:]:
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.bind(doc_id=work.document.doc_id).error("What it came to could not be written: {}", describe(error))
-            await self._endings.end_job(work)
         await tasks[0]
 
     async def _work(self, job: Job, work: Work, lease: Lease, *, cancelled: bool = False) -> None:
@@ -226,8 +228,10 @@ class Runner:
         if self._settings.handoff == "queue" or waits or self._stopping() or not self._listens(job.queues, following):
             await self._endings.leave(work, lease, following)
             return None
-        settings = self._settings
-        much = work.carried_bytes() > settings.carry_limit_mb * 1_000_000
+        settings, carried = self._settings, work.carried_bytes()
+        if carried > SMALL_BYTES:
+            work.part()
+        much = carried > settings.carry_limit_mb * 1_000_000
         if work.suspect or work.paid or much or elapsed >= settings.checkpoint_seconds:
             await self._endings.keep(work)
         return following

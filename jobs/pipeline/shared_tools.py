@@ -43,7 +43,9 @@ class _SharedSandbox:
         try:
             answer: Answer = await self._together.ask("sandbox", (function, args, kwargs), self._sandbox.run_each)
         except NotTogether:
-            return await self._sandbox.run(function, *args, **kwargs)
+            # They have one place, and take no more than one child at a time from the others where each must ask alone.
+            async with self._together.in_turn:
+                return await self._sandbox.run(function, *args, **kwargs)
         usage.add(cpu_ms=answer.cpu_ms, peak_memory_mb=answer.peak_memory_mb)
         if answer.error is not None:
             raise answer.error
@@ -118,12 +120,16 @@ class _SharedEmbedder:
         self.model, self.dimensions = embedder.model, embedder.dimensions
 
     async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> Vectors:
-        async def of_all(asked: list[Sequence[str]]) -> list[Vectors]:
-            made = await self._embedder.embed([text for texts in asked for text in texts], kind)
-            ends = np.cumsum([len(texts) for texts in asked])
-            return np.split(made, ends[:-1])
+        async def of_all(asked: list[Sequence[str]]) -> list[tuple[Vectors, float]]:
+            with usage.measured() as used:
+                made = await self._embedder.embed([text for texts in asked for text in texts], kind)
+            sizes = [sum(map(len, texts)) for texts in asked]
+            each = np.split(made, np.cumsum([len(texts) for texts in asked])[:-1])
+            return [(vectors, used.cpu_ms * size / max(1, sum(sizes))) for vectors, size in zip(each, sizes, strict=True)]
 
         try:
-            return await self._together.ask(("embed", self.model, kind), texts, of_all)
+            vectors, cpu_ms = await self._together.ask(("embed", self.model, kind), texts, of_all)
         except NotTogether:
             return await self._embedder.embed(texts, kind)
+        usage.add(cpu_ms=cpu_ms)
+        return vectors

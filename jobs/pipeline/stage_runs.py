@@ -92,7 +92,7 @@ class StageRuns:
             checkpoint=self._endings.keep,
             stopping=self._stopping,
             sharing=self._sharing,
-            lent_place=self._lent_place if work.together is None else nullcontext,  # the place is that of all of them
+            lent_place=nullcontext if work.shares_place else self._lent_place,
         )
         tools = self._tools if work.together is None else shared(self._tools, work.together)
         if work.is_sole:  # the claim has said so already

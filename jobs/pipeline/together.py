@@ -42,6 +42,8 @@ class Together:
         self._meetings: dict[Hashable, _Meeting] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._answering: set[asyncio.Task[None]] = set()
+        self.in_turn = asyncio.Lock()
+        """For what must be asked for alone, and is too dear for all of them to have at once."""
 
     async def ask(self, what: Hashable, item: T, answer_all: Callable[[list[T]], Awaitable[Sequence[R | Exception]]]) -> R:
         """Return the answer to an item, or raise the exception that is its answer. `answer_all` gets all items of this meeting and
@@ -82,6 +84,8 @@ async def _answer(what: Hashable, meeting: _Meeting) -> None:
         if len(asks) < 2:
             raise NotTogether
         answers = await meeting.answer_all([item for item, _ in asks])
+        if len(answers) != len(asks):
+            raise ValueError(f"{len(answers)} answers to {len(asks)} items")
     except BaseException as error:
         if not isinstance(error, NotTogether):
             logger.debug("{} small documents could not share {}, so each asks alone: {}", len(asks), what, describe(error))

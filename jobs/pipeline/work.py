@@ -12,6 +12,9 @@ from jobs.pipeline.together import Together
 from models.documents import Document
 from models.stages import Milestone
 
+SMALL_BYTES = 1_000_000
+"""What may have been made of a document that others wait for. A small file can hold a large text."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageEvent:
@@ -63,6 +66,8 @@ class Work:
     """An outside service has been called for what is not durable yet."""
     together: Together | None = None
     """Those that it was taken up with; None where it is worked on by itself."""
+    shares_place: bool = False
+    """Others are worked on in the same place of the worker, also once it goes on alone."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
     began_at: float = field(default_factory=clock.seconds)

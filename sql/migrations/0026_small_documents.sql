@@ -22,7 +22,13 @@ DECLARE
     room integer;
     documents bigint;
 BEGIN
-    SELECT j.* INTO leader FROM procrastinate_jobs AS j WHERE j.id = leader_job_id AND j.status = 'doing' AND j.task_name = 'validate';
+    -- A job's arguments can be changed after its owner was noted; what is worked on together must be of one user.
+    SELECT j.* INTO leader
+    FROM procrastinate_jobs AS j
+    JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
+    WHERE j.id = leader_job_id AND j.status = 'doing' AND j.task_name = 'validate' AND d.user_id = j.docmill_user
+        -- Behind one that was begun may wait others that were: they go before what is new.
+        AND NOT j.docmill_begun;
     IF NOT FOUND THEN
         RETURN;
     END IF;
@@ -37,8 +43,10 @@ BEGIN
     ) AS w;
     room := least(at_most, coalesce(cardinality(seen), 0) / places);
     IF room > 0 AND max_documents > 0 THEN
-        -- As take_users_job has it, so that the limit holds exactly.
-        PERFORM pg_advisory_xact_lock(hashtextextended('docmill documents of ' || leader.docmill_user, 0));
+        -- As take_users_job has it, so that the limit holds exactly, but not waited for: the lease on the leader's document is not renewed yet.
+        IF NOT pg_try_advisory_xact_lock(hashtextextended('docmill documents of ' || leader.docmill_user, 0)) THEN
+            RETURN;
+        END IF;
         SELECT count(*) INTO documents FROM procrastinate_jobs AS j
         WHERE j.status = 'doing' AND j.docmill_user = leader.docmill_user AND stage_queue(j.task_name) IS NOT NULL;
         room := least(room, max_documents - documents);
@@ -52,7 +60,7 @@ BEGIN
         FROM unnest(seen[1:4 * room]) AS s (id)  -- where fewer of them will do, looking further would cost more than it brings
         JOIN procrastinate_jobs AS j ON j.id = s.id
         JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
-        WHERE j.status = 'todo' AND j.task_name = 'validate' AND j.lock IS NULL
+        WHERE j.status = 'todo' AND j.task_name = 'validate' AND j.lock IS NULL AND d.user_id = leader.docmill_user
             AND d.state = 'queued' AND d.milestone = 'uploaded' AND d.served_version IS NULL
             AND d.crash_count = 0 AND d.retry_count = 0 AND d.waiting_since IS NULL
             AND d.file_size <= max_bytes AND d.content_sha256 IS NOT NULL

@@ -60,15 +60,25 @@ SELECT f.doc_id, CASE WHEN %(next_stage)s::text IS NOT NULL THEN
 END AS job_id
 FROM fenced AS f;
 
+-- name: hold_documents
+-- Those of several documents that may be completed together: ours still, and in nobody's open transaction. To wait for one while holding
+-- others would keep these from everybody, and who submits or cancels several of them in a transaction of his own could wait for us.
+SELECT d.doc_id
+FROM unnest(%(doc_ids)s::text[], %(claims)s::bigint[]) AS g (doc_id, claim)
+JOIN file_extractions AS d ON d.doc_id = g.doc_id
+WHERE d.claim = g.claim AND d.state = 'working'
+ORDER BY d.id
+FOR NO KEY UPDATE OF d SKIP LOCKED;
+
 -- name: complete_documents
 -- First statement of the last checkpoint, of one document or of several at once. Whose doc_id is not returned: its claim has moved on and
 -- nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
 WITH given AS MATERIALIZED (
     SELECT g.*
     FROM unnest(
-        %(doc_ids)s::text[], %(claims)s::bigint[], %(job_ids)s::bigint[], %(file_sizes)s::bigint[], %(hashes)s::text[], %(file_types)s::text[],
-        %(mime_types)s::text[], %(page_counts)s::integer[], %(chunk_counts)s::integer[], %(duplicates_of)s::text[], %(extractions)s::jsonb[],
-        %(events)s::jsonb[]
+        %(doc_ids)b::text[], %(claims)b::bigint[], %(job_ids)b::bigint[], %(file_sizes)b::bigint[], %(hashes)b::text[], %(file_types)b::text[],
+        %(mime_types)b::text[], %(page_counts)b::integer[], %(chunk_counts)b::integer[], %(duplicates_of)b::text[], %(extractions)b::jsonb[],
+        %(events)b::text[]::jsonb[]
     ) AS g (
         doc_id, claim, job_id, file_size, content_sha256, file_type, mime_type, page_count, chunk_count, duplicate_of, raw_extraction, events
     )
@@ -154,8 +164,8 @@ SET markdown = EXCLUDED.markdown, markdown_sha256 = EXCLUDED.markdown_sha256, pa
 INSERT INTO document_markdown AS m (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)
 SELECT g.doc_id, g.version, g.markdown, g.markdown_sha256, g.page_map, g.parser, g.parse_metadata
 FROM unnest(
-    %(doc_ids)s::text[], %(versions)s::integer[], %(markdowns)b::text[], %(hashes)s::text[], %(page_maps)s::jsonb[], %(parsers)s::text[],
-    %(parse_metadata)s::jsonb[]
+    %(doc_ids)b::text[], %(versions)b::integer[], %(markdowns)b::text[], %(hashes)b::text[], %(page_maps)b::jsonb[], %(parsers)b::text[],
+    %(parse_metadata)b::jsonb[]
 ) AS g (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)
 ON CONFLICT (doc_id, version) DO UPDATE
 SET markdown = EXCLUDED.markdown, markdown_sha256 = EXCLUDED.markdown_sha256, page_map = EXCLUDED.page_map,
@@ -182,7 +192,7 @@ FROM unnest(
     %(embeddings)b::vector[], %(whose)b::integer[]
 ) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, embedding, whose)
 JOIN unnest(
-    %(doc_ids)s::text[], %(user_ids)s::text[], %(versions)s::integer[], %(languages)s::text[], %(embedding_models)s::text[]
+    %(doc_ids)b::text[], %(user_ids)b::text[], %(versions)b::integer[], %(languages)b::text[], %(embedding_models)b::text[]
 ) WITH ORDINALITY AS d (doc_id, user_id, version, language, embedding_model, place) ON d.place = c.whose;
 
 -- name: store_chunk_buffer

@@ -35,7 +35,7 @@ def killed_at(arena: Arena, points: list[str], **environment: str) -> None:
     arena.reconciler()
     for _ in range(2):
         # One document at a time, so that no other's kill comes before its own.
-        arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1", **environment)
+        arena.worker(faults=faults, restart=True, WORKER_CONCURRENCY="1", SMALL_DOCUMENTS_TOGETHER="1", **environment)
     arena.settle(60 + 10 * len(points))
     assert len(arena.marks()) == len(points), "a fault point was never reached"
 

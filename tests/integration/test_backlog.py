@@ -112,6 +112,7 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("find_original", ONE),
     ("find_original_text", ONE),
     ("advance_document", ADVANCE),
+    ("hold_documents", {"doc_ids": [f"doc {n}" for n in range(1, 17)], "claims": [1] * 16}),
     ("complete_documents", complete(1)),
     ("complete_documents", complete(*range(1, 17))),
     ("take_along", TAKE),

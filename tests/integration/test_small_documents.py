@@ -90,6 +90,21 @@ async def test_what_the_database_refuses_of_one_is_stored_of_the_others(bench: B
     assert bench.one("SELECT doc_id FROM dead_letters") == ("d04",)
 
 
+async def test_who_turns_out_to_be_large_goes_on_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tests.integration.conftest as made
+
+    plain = made.made_by
+
+    def large(stage: str, document: Document) -> Document:
+        document = plain(stage, document)
+        return replace(document, markdown="large " * 200_000) if stage == "parse" and document.doc_id == "d04" else document
+
+    monkeypatch.setattr(made, "made_by", large)
+    submit(bench, 16)
+    await run_first(bench)
+    assert bench.all(TOGETHER) == [(1,), (15,)]
+
+
 async def test_who_is_fenced_off_writes_nothing_and_the_others_are_complete(bench: Bench) -> None:
     async def newer_claim(document: Document) -> None:
         if document.doc_id == "d07":
@@ -102,6 +117,29 @@ async def test_who_is_fenced_off_writes_nothing_and_the_others_are_complete(benc
     assert bench.one("SELECT count(*) FROM document_chunks WHERE doc_id = 'd07'") == (0,)
     assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'") == (0,)
     assert bench.all("SELECT doc_id FROM document_events WHERE event = 'fenced_off'") == [("d07",)]
+
+
+async def test_the_job_of_who_is_fenced_off_does_not_wait_for_the_others(bench: Bench) -> None:
+    over = asyncio.Event()
+
+    async def cancel_one_and_keep_another(document: Document) -> None:
+        if document.doc_id == "d07":
+            bench.conn.execute("SELECT cancel_document('d07')")
+        if document.doc_id == "d03":
+            await over.wait()
+
+    submit(bench, 16)
+    bench.also["finalize"] = cancel_one_and_keep_another
+    running = asyncio.create_task(run_first(bench))
+    job = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded' AND args->>'doc_id' = 'd07'"
+    try:
+        async with asyncio.timeout(30):
+            while bench.one(job) != (1,):  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.05)
+    finally:
+        over.set()
+        await running
+    assert bench.one(COMPLETE) == (15,)
 
 
 async def test_a_connection_that_is_cut_under_the_common_checkpoint_loses_and_doubles_nothing(bench: Bench) -> None:
@@ -148,7 +186,31 @@ async def test_a_shutdown_hands_each_of_them_on_without_counting(bench: Bench) -
     assert bench.one(COMPLETE) == (16,)
 
 
+async def test_a_document_that_somebodys_transaction_holds_keeps_no_other_from_being_completed(bench: Bench, database: str) -> None:
+    with psycopg.connect(database) as other:
+
+        async def hold(document: Document) -> None:
+            if document.doc_id == "d05":
+                other.execute("SELECT FROM file_extractions WHERE doc_id = 'd05' FOR UPDATE")
+
+        submit(bench, 16)
+        bench.also["finalize"] = hold
+        running = asyncio.create_task(run_first(bench))
+        try:
+            async with asyncio.timeout(30):
+                while bench.one(COMPLETE) != (15,):  # noqa: ASYNC110 - nothing announces it
+                    await asyncio.sleep(0.05)
+            # Whoever holds one can have any other: no worker waits for it with others in hand.
+            other.execute("SELECT FROM file_extractions WHERE doc_id = 'd03' FOR UPDATE NOWAIT")
+        finally:
+            other.rollback()
+            await running
+    assert bench.one(COMPLETE) == (16,)
+    assert max(bench.all(TOGETHER)) == (15,)
+
+
 UNLIKE = {
+    "another user's document under a job of this one's": "UPDATE file_extractions SET user_id = 'bob' WHERE doc_id = 'd05'",
     "another user's": "UPDATE procrastinate_jobs SET docmill_user = 'bob' WHERE args->>'doc_id' = 'd05'",
     "of another priority": "UPDATE procrastinate_jobs SET priority = 5 WHERE args->>'doc_id' = 'd05'",
     "begun": "UPDATE procrastinate_jobs SET docmill_begun = TRUE WHERE args->>'doc_id' = 'd05'",
@@ -189,6 +251,15 @@ async def test_the_limit_of_a_user_holds(bench: Bench) -> None:
     assert bench.all(TOGETHER) == [(5,)]
 
 
+async def test_who_takes_a_document_of_a_user_with_a_limit_is_not_waited_for(bench: Bench, database: str) -> None:
+    submit(bench, 40)
+    with psycopg.connect(database) as other:
+        other.execute("SELECT pg_advisory_xact_lock(hashtextextended('docmill documents of ann', 0))")
+        async with asyncio.timeout(30):
+            await run_first(bench, bench.runner(max_documents_per_user=5))
+    assert bench.all(TOGETHER) == [(1,)]
+
+
 async def test_a_place_takes_no_more_than_its_part_of_what_waits(bench: Bench) -> None:
     for worker in ("a:1", "b:1"):
         bench.conn.execute("INSERT INTO worker_registry (worker, host, pid, concurrency, version) VALUES (%s, 'h', 1, 4, '1')", [worker])
@@ -202,6 +273,13 @@ async def test_nothing_is_taken_along_where_it_is_not_wanted(bench: Bench, chang
     submit(bench, 20)
     await run_first(bench, bench.runner(**changes))
     assert bench.one("SELECT count(*) FROM file_extractions WHERE claim > 0") == (1,)
+
+
+async def test_nothing_new_goes_before_what_was_begun(bench: Bench) -> None:
+    submit(bench, 20)
+    bench.conn.execute("UPDATE procrastinate_jobs SET docmill_begun = TRUE WHERE args->>'doc_id' IN ('d00', 'd01')")
+    await run_first(bench)
+    assert bench.all(TOGETHER) == [(1,)]
 
 
 async def test_a_job_of_another_stage_takes_nothing_along(bench: Bench) -> None:

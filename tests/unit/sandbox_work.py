@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jobs.adapters import sandbox_child
 from jobs.adapters.stored_file import StoredFile
 from models.errors import LLMError, RateLimitError
 
@@ -29,6 +30,17 @@ def content_of(file: StoredFile) -> str:
 
 def text_of(length: int) -> str:
     return "x" * length
+
+
+def seconds_of_a_nap(length: float) -> tuple[float, float]:
+    """Return from when to when it lasted, by a clock that all processes share."""
+    began = time.monotonic()
+    time.sleep(length)
+    return began, time.monotonic()
+
+
+def lie_about_memory() -> None:
+    setattr(sandbox_child, "_peak_memory_mb", lambda: float("nan"))  # noqa: B010 - as code that has taken the child over would
 
 
 def hang() -> None:

@@ -196,6 +196,8 @@ async def test_what_postgres_refuses_and_what_is_no_text_is_not_handed_on(adapte
 async def test_a_file_without_text_is_a_parse_error(adapter: Adapter, texts: list[str]) -> None:
     if adapter.kind is KINDS["mbox"]:
         pytest.skip("headers are text")
+    if adapter.kind is KINDS["powerpoint"] and adapter.skip >= 0:
+        pytest.skip("a blank slide is a rule, which stands for its title")
     if adapter.kind is KINDS["excel"] and not texts[0]:
         texts = []
     with pytest.raises(ParseError):

@@ -283,3 +283,8 @@ async def test_what_takes_a_child_down_is_nobodys_answer_who_shared_its_turn(san
     with pytest.raises(ParseError):
         await sandbox.run_each([(work.text_of, (3,), {}), (harm, (), {}), (work.text_of, (4,), {})])
     assert [answer.result for answer in await sandbox.run_each([(work.text_of, (3,), {}), (work.text_of, (4,), {})])] == ["xxx", "xxxx"]
+
+
+async def test_a_child_that_lies_about_what_it_used_is_not_believed_by_who_shared_its_turn(sandbox: ProcessSandbox) -> None:
+    answers = await sandbox.run_each([(work.lie_about_memory, (), {}), (work.text_of, (3,), {})])
+    assert [answer.peak_memory_mb for answer in answers] == [0, 0]

@@ -87,3 +87,12 @@ async def test_the_last_member_asks_alone() -> None:
     together.leave()
     with pytest.raises(NotTogether):
         await together.ask("square", 1, Asked())
+
+
+async def test_too_few_answers_are_no_answers_and_nobody_waits_for_ever() -> None:
+    async def too_few(items: list[int]) -> Sequence[int]:
+        return items[1:]
+
+    together = Together(2)
+    asks = asyncio.gather(together.ask("x", 1, too_few), together.ask("x", 2, too_few), return_exceptions=True)
+    assert all(isinstance(answer, NotTogether) for answer in await asyncio.wait_for(asks, 5))

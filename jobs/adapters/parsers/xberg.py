@@ -18,7 +18,7 @@ _UNDERLINE = re.compile(r"\\</?u\\>")
 _COMMENT_MARK = re.compile(r"\[cmt:(\d+)\]")
 """How xberg marks a comment's place; the comment itself it writes as a footnote of the name used here."""
 _FRAME = re.compile(r"(?:[\s|]|(?<![^\s|])-{3,}(?![^\s|]))*+")
-"""What a blank slide or a sheet of blank cells becomes: rules and the lines of a table, around nothing."""
+"""What a sheet of blank cells becomes: the lines of a table around nothing. A blank slide stays the rule that stands for its title."""
 MAX_CELLS = 20_000_000
 MAX_CONTENT_BYTES = 400 * 1024 * 1024
 
@@ -37,7 +37,8 @@ def parse_sheets(source: Source) -> ParsedFile:
     for page in found.pages or []:
         name = page.sheet_name or f"Sheet {page.page_number}"
         heading = f"## {name}"
-        body = _without_frame(page.content.strip().removeprefix(heading).strip())
+        body = page.content.strip().removeprefix(heading).strip()
+        body = "" if _FRAME.fullmatch(body) else body
         pages.append(ParsedPage(page.page_number, f"{heading}\n\n{body}\n" if body else "", name))
     kept, cut = source.within_limit(tuple(pages), what="sheets")
     return ParsedFile(with_content(source, list(kept)), versioned("xberg"), metadata=_metadata(found) | cut)
@@ -52,16 +53,12 @@ def parse_slides(source: Source) -> ParsedFile:
             pages.append(ParsedPage(1, found.content))
             continue
         notes = (page.speaker_notes or "").strip()
-        content = _without_frame(_UNDERLINE.sub("", page.content))
+        content = _UNDERLINE.sub("", page.content)
         if notes and notes not in content:
             content = f"{content.rstrip()}\n\n{notes}\n".lstrip("\n")
         pages.append(ParsedPage(page.page_number, content, page.section_name))
     kept, cut = source.within_limit(tuple(pages), what="slides")
     return ParsedFile(kept, versioned("xberg"), metadata=_metadata(found) | cut)
-
-
-def _without_frame(content: str) -> str:
-    return "" if _FRAME.fullmatch(content) else content
 
 
 def _extract(source: Source, *, pages: bool) -> Any:
