@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 from bench.results import Row, read_rows
@@ -18,8 +20,7 @@ from bench.svg import bars, lines, short
 from models.stages import STAGES
 
 HOME = Path(__file__).parents[1] / "docs" / "images"
-STEP_MS = 0.5
-MOST_MS = 10.0
+EDGES_MS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 500)
 PEERS = {"cocoindex cold": "CocoIndex", "docmill, same work": "docmill, same splitter and vectors"}
 
 
@@ -120,16 +121,15 @@ def stages_local(rows: list[Row]) -> str:
 
 def pickup(rows: list[Row]) -> str:
     """Tries, by milliseconds from the submitter's commit to the claim."""
-    edges = [STEP_MS * number for number in range(int(MOST_MS / STEP_MS) + 1)]
-    labels = [*(f"{edge:g}" for edge in edges[:-1]), f"{MOST_MS:g}+"]
+    labels = [*(f"{low}-{high}" for low, high in pairwise(EDGES_MS)), f"{EDGES_MS[-1]}+"]
     series: dict[str, list[float | None]] = {}
     for count in distinct(rows, "workers"):
         waits = [wait for row in rows if row["workers"] == count for wait in row["ms"]]
-        into = [0] * len(edges)
+        into = [0] * len(labels)
         for wait in waits:
-            into[min(len(edges) - 1, int(wait / STEP_MS))] += 1
+            into[max(0, bisect_right(EDGES_MS, wait) - 1)] += 1
         series[f"{count} idle worker{'s' if count > 1 else ''}, {len(waits):,} tries"] = [100 * each / len(waits) for each in into]
-    x = f"ms from commit to claim, in steps of {STEP_MS:g}"
+    x = "ms from commit to claim"
     return bars("How long a document waits for an idle worker", labels, series, x=x, y="percent of tries", values=False)
 
 
