@@ -1,10 +1,12 @@
 """A million documents waiting against a thousand: what a document costs, what the reconciler costs, and what submitting them takes.
 
-Usage: python -m bench.backlog [--large 1000000] [--small 1000] [--documents 300] [--rounds 5] [--lives 3000]
+Usage: python -m bench.backlog [--waiting 1000 1000000] [--documents 300] [--rounds 5] [--lives 3000] [--only PART ...] [--json FILE]
+
+The parts, each against every backlog of `--waiting`:
 
 submitting: the backlog itself, through SQL's submit_document in transactions of 10,000; memory of the submitter and of its backend as it
 goes. Then 5,000 documents through the front door, from Python, with the memory of that process.
-worker: `--documents` small texts before the backlog (a higher priority) through one worker, the two databases taking turns; from the 30th
+worker: `--documents` small texts before the backlog (a higher priority) through one worker, the databases taking turns; from the 30th
 document that is complete until the last. CPU: of the worker with its children, and of all of Postgres.
 statements: what a worker asks the database for a document that is carried through, without the work: fetch, claim, last checkpoint with
 its job, and settling. In the order in which they wait, from the first on; then the same with a snapshot held open since before the first,
@@ -28,6 +30,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from bench.cpu import cpu_seconds, memory_mb
+from bench.results import add_option, write_row
 from bench.running import bench_server, fresh_settings, small_documents, url_of, workers
 from jobs.database import make_pool
 from jobs.front import close_async
@@ -38,6 +41,7 @@ from sql import query
 
 CHUNK = 10_000
 WARM = 30
+PARTS = ["submitting", "worker", "reconciler", "statements"]
 SUBMIT = """SELECT count(submit_document('backlog/' || n, doc_id => 'backlog ' || n,
     content_sha256 => encode(sha256(convert_to(n::text, 'UTF8')), 'hex'))) FROM generate_series(%s::int8, %s::int8) AS n"""
 SIZES = """SELECT relname, n_live_tup, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_table_size(relid) / 1e6, pg_indexes_size(relid) / 1e6
@@ -69,10 +73,8 @@ def submit_backlog(settings: Settings, count: int) -> None:
         conn.execute("VACUUM (ANALYZE) file_extractions, procrastinate_jobs, procrastinate_events, document_events")
     marks = [seen[len(seen) * part // 4 - 1] for part in (1, 2, 3, 4)] if len(seen) >= 4 else seen
     memory = ", ".join(f"{own:.0f} / {other:.0f}" for own, other in marks)
-    print(
-        f"submitted {count:,} in {taken:.0f} s ({cpu / count * 1e6:.0f} us CPU each); MB of submitter / backend: {memory}; {load()}",
-        flush=True,
-    )
+    each = cpu / max(1, count) * 1e6
+    print(f"submitted {count:,} in {taken:.0f} s ({each:.0f} us CPU each); MB of submitter / backend: {memory}; {load()}", flush=True)
 
 
 def submit_files(settings: Settings, count: int) -> None:
@@ -186,32 +188,42 @@ async def reconcile(settings: Settings, name: str, server_pid: int) -> None:
 def main() -> None:
     """Fill two databases and print what each measurement found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", type=int, default=1_000_000)
-    parser.add_argument("--small", type=int, default=1_000)
+    parser.add_argument("--waiting", type=int, nargs="+", default=[1_000, 1_000_000])
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lives", type=int, default=3_000)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    add_option(parser)
     given = parser.parse_args()
     with bench_server() as (server, folder):
         server_pid = int((folder / "postgres" / "postmaster.pid").read_text().split()[0])
         made = {count: fresh_settings(server, folder, f"waiting_{count}", embedding_provider="hash", log_level="CRITICAL")
-                for count in (given.small, given.large)}  # fmt: skip
+                for count in given.waiting}  # fmt: skip
         for count, settings in made.items():
             submit_backlog(settings, count)
-        submit_files(fresh_settings(server, folder, "front_door"), 5_000)
-        paths = small_documents(folder / "documents", given.documents + WARM)
-        found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in made}
-        for number in range(given.rounds):
-            for count, settings in made.items():
-                found[count].append(one_round(settings, server_pid, paths, number))
-        for count, rounds in found.items():
-            clock, worker, postgres = (statistics.median(each) * 1e3 for each in zip(*rounds, strict=True))
-            print(f"worker, {count:,} waiting: {clock:.1f} ms a document, CPU {worker:.1f} ms worker, {postgres:.1f} ms Postgres; {load()}")
-        for count, settings in made.items():
+        if "submitting" in given.only:
+            submit_files(fresh_settings(server, folder, "front_door"), 5_000)
+        if "worker" in given.only:
+            work(made, server_pid, small_documents(folder / "documents", given.documents + WARM), given.rounds, given.json)
+        for count, settings in made.items() if "reconciler" in given.only else ():
             asyncio.run(reconcile(settings, f"{count:,} waiting", server_pid))
-        submit_backlog_more(made[given.small], given.lives)
-        for count, settings in made.items():
+        for count, settings in made.items() if "statements" in given.only else ():
+            if count < 2 * given.lives:
+                submit_backlog_more(settings, given.lives)
             statements(settings, f"{count:,} waiting", given.lives)
+
+
+def work(made: dict[int, Settings], server_pid: int, paths: list[Path], rounds: int, into: Path | None) -> None:
+    """Take turns between the databases, and print what a document costs in each."""
+    found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in made}
+    for number in range(rounds):
+        for count, settings in made.items():
+            clock, worker, postgres = (each * 1e3 for each in one_round(settings, server_pid, paths, number))
+            found[count].append((clock, worker, postgres))
+            write_row(into, "backlog", waiting=count, clock_ms=clock, worker_ms=worker, postgres_ms=postgres)
+    for count, each in found.items():
+        clock, worker, postgres = (statistics.median(values) for values in zip(*each, strict=True))
+        print(f"worker, {count:,} waiting: {clock:.1f} ms a document, CPU {worker:.1f} ms worker, {postgres:.1f} ms Postgres; {load()}")
 
 
 def submit_backlog_more(settings: Settings, lives: int) -> None:

