@@ -71,10 +71,11 @@ def latency(rows: list[Row]) -> str:
         which = {"documents": documents, "passages": passages, "workers": count}
         taken = [middle(rows, "taken_s", latency_ms=step, **which) for step in steps]
         series[f"{documents:,} documents of {passages}"] = [documents * passages / each if each else None for each in taken]
-    alone = {step: middle(rows, "ideal_s", latency_ms=step, documents=shapes[-1][0], passages=shapes[-1][1]) for step in steps}
-    series[f"{shapes[-1][0]:,} of {shapes[-1][1]}, a request for each"] = [
-        shapes[-1][0] * shapes[-1][1] / (alone[step] or 1) for step in steps
-    ]
+    documents, passages, count = shapes[-1]
+    for name, key in {"a request for each": "ideal_s", "without a service": "alone_s"}.items():
+        which = {"documents": documents, "passages": passages, "workers": count}
+        taken = [middle(rows, key, latency_ms=step, **which) for step in steps]
+        series[name] = [documents * passages / each if each else None for each in taken]
     labels = [f"{step} ms" for step in steps]
     return bars("Throughput, by latency of the embedding service", labels, series, x="the service's latency", y="passages a second")
 
