@@ -100,6 +100,7 @@ def test_a_worker_that_has_grown_too_large_finishes_what_it_has_in_hand_and_ends
     for doc_id in "abcd":
         submit_document(b"text of " + doc_id.encode(), file_name=f"{doc_id}.txt", doc_id=doc_id)
     limited = {"WORKER_MEMORY_LIMIT_MB": "1", "WORKER_CONCURRENCY": "1", "SHUTDOWN_GRACE_SECONDS": "0", "LOG_LEVEL": "INFO"}
+    limited["SMALL_DOCUMENTS_TOGETHER"] = "1"
     # Stages longer than the grace: one that is cut off would be begun again, and its document handed on.
     slow = {"DOCMILL_FAULTS": "sleep:2@stage_started:chunk"}
     lives = 0

@@ -143,7 +143,7 @@ async def test_a_document_that_a_transaction_holds_is_a_conflict_and_not_a_hang(
 
 async def test_a_cancelled_batch_takes_in_nothing_more_and_is_not_settled(bench: Bench) -> None:
     run = batch(bench, "a", "b", "c", seal=False)
-    await bench.runner().run(*bench.fetch())  # type: ignore[misc]  # there is one
+    await bench.runner(small_documents_together=1).run(*bench.fetch())  # type: ignore[misc]  # there is one
     bench.conn.execute(
         "INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path)"
         " VALUES ('b', %s, 'default', '', '', 'z')",
@@ -353,6 +353,6 @@ async def test_the_batch_of_the_last_document_ends_when_that_is_cancelled_or_del
     ends = ((jobs.cancel_document, "completed_with_errors"), (jobs.delete_document, "completed"))
     for number, (end, status) in enumerate(ends):
         batch(bench, f"done {number}", f"open {number}", batch_id=f"b{number}")
-        await bench.runner().run(*bench.fetch())  # type: ignore[misc]  # there is one
+        await bench.runner(small_documents_together=1).run(*bench.fetch())  # type: ignore[misc]  # there is one
         end(f"open {number}")
         assert bench.one("SELECT status FROM processing_jobs WHERE batch_id = %s", f"b{number}") == (status,)
