@@ -174,7 +174,7 @@ class Runner:
 
     async def _carry(self, job: Job, work: Work, lease: Lease) -> None:
         """Run stage after stage until the document ends or leaves this worker; whatever stops it takes the one failure path."""
-        stage = due_stage(work.document.milestone)
+        stage = claimed_for = due_stage(work.document.milestone)
         try:
             if stage is not None and not self._listens(job.queues, stage):
                 await self._endings.leave(work, lease, stage)
@@ -183,8 +183,7 @@ class Runner:
                 await self._load(work)
                 while stage is not None:
                     self._sharing.expect(work.job_id, stage.name in _UNTIL_EMBED)
-                    if stage.name == "parse" and (original := await self._runs.original(work.document)) is not None:
-                        await self._endings.skip(work, lease, original)
+                    if stage.name == "parse" and await self._needs_no_parse(work, lease, stage, fresh=claimed_for is stage):
                         break
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
                         elapsed = await self._runs.run(stage, work, lease)
@@ -200,6 +199,20 @@ class Runner:
             await self._endings.fail(work, lease, due_stage(work.saved.milestone), error.cause)
         except Exception as error:
             await self._endings.fail(work, lease, stage, error)
+
+    async def _needs_no_parse(self, work: Work, lease: Lease, stage: Stage, *, fresh: bool) -> bool:
+        """End the document as a duplicate where it is to be skipped; `fresh`: it was claimed for this stage.
+
+        One whose original has gone since it was claimed is claimed anew: another copy may have taken that place by now.
+        """
+        original = await self._runs.original(work.document)
+        if original is not None:
+            await self._endings.skip(work, lease, original)
+        elif self._settings.duplicate_policy == "skip" and not fresh and not work.is_sole:
+            await self._endings.leave(work, lease, stage)
+        else:
+            return False
+        return True
 
     async def _load(self, work: Work) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""

@@ -49,6 +49,18 @@ def finish_jobs(server: LlamaParseServer) -> None:
     server.seconds = 0
 
 
+def meet_new_files(outside: Service, server: LlamaParseServer) -> set[str]:
+    """Have new files come while the service is of no use; return them once they are all parsed here, and those sent before wait."""
+    paid_for = set(outside.documents)
+    finish_jobs(server)
+    outside.submit(MEANWHILE)
+    new = set(outside.documents) - paid_for
+    outside.hold(lambda: states(outside, new) == {"complete"}, "new files to be parsed here", 120)
+    assert states(outside, paid_for) <= {"retrying", "working", "queued"}
+    assert outside.parsed_there() == 0
+    return new
+
+
 def well_again(outside: Service) -> None:
     """Be well, and have files come that show it, at the time of the next try."""
     if outside.recovered is None:

@@ -116,8 +116,7 @@ def test_the_original_of_duplicates_is_deleted_under_load(arena: Arena, policy: 
     others = documents(25)
     submit(arena, {"original": content})
     for _ in range(2):
-        # A copy that is claimed before the delete and parsed after it ends complete beside the next original; alone that is a short while.
-        arena.worker(DUPLICATE_POLICY=policy, SMALL_DOCUMENTS_TOGETHER="1")
+        arena.worker(DUPLICATE_POLICY=policy)
     arena.settle()
     submit(arena, {**dict(list(copies.items())[:6]), **others})
     arena.wait(lambda: arena.one("SELECT count(*) FROM file_extractions WHERE duplicate_of = 'original'") > 1, "the first duplicates")

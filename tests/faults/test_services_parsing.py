@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.harness import Arena
 from tests.faults.service_checks import check_all_right, check_books
-from tests.faults.service_parsing import BEFORE, MEANWHILE, SAID, finish_jobs, have_jobs_under_way, states, uploads
+from tests.faults.service_parsing import BEFORE, MEANWHILE, SAID, have_jobs_under_way, meet_new_files, uploads
 from tests.faults.services import MINUTE, SPENT, service
 from tests.servers.faults import NAMED, always
 
@@ -18,15 +18,9 @@ def test_an_outage_of_the_parsing_service_pays_no_page_twice_and_new_files_are_p
     given = {"BREAKER_OPEN_SECONDS": "6", "LLAMAPARSE_DEADLINE_SECONDS": str(0.4 * away)}
     with service(arena, "parse", given) as outside:
         server = have_jobs_under_way(outside)
-        paid_for = set(outside.documents)
         server.script(always(NAMED["502_html"]))
         back_at = server.clock + away
-        finish_jobs(server)
-        outside.submit(MEANWHILE)
-        new = set(outside.documents) - paid_for
-        outside.hold(lambda: states(outside, new) == {"complete"}, "new files to be parsed here", 120)
-        assert states(outside, paid_for) <= {"retrying", "working", "queued"}
-        assert outside.parsed_there() == 0
+        new = meet_new_files(outside, server)
         outside.hold(lambda: server.clock > back_at, "the outage to end", 60 + away)
         lasted = server.clock - back_at + away
         outside.recover()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.harness import Arena
 from tests.faults.service_checks import check_all_right, check_books
-from tests.faults.service_parsing import BEFORE, MEANWHILE, SAID, finish_jobs, have_jobs_under_way, states, uploads, well_again
+from tests.faults.service_parsing import BEFORE, MEANWHILE, SAID, have_jobs_under_way, meet_new_files, uploads, well_again
 from tests.faults.services import SPENT, Service, service
 from tests.servers import Authority, LlamaParseServer, blackhole, names
 
@@ -20,13 +20,7 @@ PAUSED = {"BREAKER_OPEN_SECONDS": "6", "BREAKER_MAX_OPEN_SECONDS": "6"}
 def fail_in_vain(outside: Service, server: LlamaParseServer) -> set[str]:
     """Have new files come while nobody reaches it; return them once they are all parsed here, and those sent before wait."""
     heard = server.tally.requests
-    paid_for = set(outside.documents)
-    finish_jobs(server)
-    outside.submit(MEANWHILE)
-    new = set(outside.documents) - paid_for
-    outside.hold(lambda: states(outside, new) == {"complete"}, "new files to be parsed here", 120)
-    assert states(outside, paid_for) <= {"retrying", "working", "queued"}
-    assert outside.parsed_there() == 0
+    new = meet_new_files(outside, server)
     assert server.tally.requests == heard
     return new
 

@@ -255,6 +255,39 @@ async def test_a_locked_duplicate_is_left_to_the_reconciler(bench: Bench, databa
     assert await Reconciler(bench.settings, bench.pool).pass_once() == {"requeued": 1}
 
 
+async def test_a_copy_whose_original_goes_while_it_is_worked_on_becomes_no_second_one(bench: Bench) -> None:
+    bench.submit("a", "1")
+    await bench.drain(duplicate_policy="skip")
+    bench.submit("b", "1")
+    bench.submit("c", "1")
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    others: list[asyncio.Task[None]] = []
+
+    async def delete(document: Document) -> None:
+        if document.doc_id == "b" and not others:
+            bench.conn.execute("SELECT delete_document('a')")
+            other = bench.fetch()
+            assert other is not None
+            others.append(asyncio.create_task(bench.runner("test:2", duplicate_policy="skip").run(*other)))
+            await begun.wait()
+
+    async def hold(document: Document) -> None:
+        if document.doc_id == "c":  # which has the place now
+            begun.set()
+            await go_on.wait()
+
+    bench.also |= {"validate": delete, "check": hold}
+    job = bench.fetch()
+    assert job is not None
+    await bench.runner(duplicate_policy="skip").run(*job)
+    left = states(bench)["b"]
+    go_on.set()
+    await asyncio.gather(*others)
+    assert left == "queued"
+    await bench.drain(duplicate_policy="skip")
+    assert states(bench) == {"b": "duplicate", "c": "complete"}
+
+
 class Unused:
     """A sandbox that nobody may ask."""
 
