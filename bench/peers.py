@@ -6,6 +6,7 @@ FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, c
 corpora, their server and, made by `run.sh 0`, their environments. The bare loop needs none of its own.
 All start from the same text files and end with one row a passage and a ready HNSW index. docmill's time runs from the first submission
 to idle workers until the last document is complete and the index is built; submitting (durable copy, row, job) is part of it.
+With --waiting also from a backlog, without submitting and index, starting the workers included, small documents alone and together.
 
 docmill, same work: with the peers' splitter and embedding (bench.peers_worker). docmill: with its own splitter and the `hash` provider.
 CPU: of all processes, the server's included; of a peer what it takes beyond one document, so that starting it does not count.
@@ -97,6 +98,16 @@ def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, a
     return taken, submitting, again, after - before
 
 
+def drained(settings: Settings, folder: Path, documents: int, postmaster: int, count: int) -> tuple[float, Spent]:
+    """Submit everything before workers start, which is how a backlog is met, and return the seconds they took and what was spent."""
+    submit(settings, folder)
+    with psycopg.connect(url_of(settings), autocommit=True) as conn, workers(settings, count, app="bench.peers_worker.app") as running:
+        ids = [process.pid for process in running]
+        before, started = spent(conn, postmaster, ids), time.perf_counter()
+        wait_until_ended(settings, documents, started, 1200)
+        return time.perf_counter() - started, spent(conn, postmaster, ids) - before
+
+
 @contextmanager
 def server(folder: Path) -> Iterator[tuple[PostgresServer, int]]:
     """Yield the peers' server and its process."""
@@ -156,6 +167,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--waiting", action="store_true", help="also with all documents submitted before the workers start")
     parser.add_argument("--only", nargs="*", default=["bare_loop", "cocoindex_ingest"], help="names of peers")
     add_option(parser)
     given = parser.parse_args()
@@ -179,6 +191,13 @@ def main() -> None:
                 shares = {key: getattr(cost, key) for key in Spent.__slots__}
                 results.add(name, seconds=taken, submitting=submitting, cpu=cost.cpu, **shares)
                 results.add(f"{name} unchanged", seconds=again)
+                shutil.rmtree(settings.storage_base_path)
+            for together in (1, 16) if given.waiting else ():
+                changes = {"embedding_provider": "hash", "small_documents_together": together}
+                settings = fresh_settings(postgres, Path(scratch), "peer_docmill", **changes)
+                taken, cost = drained(settings, folder, given.documents, postmaster, given.workers)
+                shares = {key: getattr(cost, key) for key in Spent.__slots__}
+                results.add(f"docmill, waiting, {together} together", seconds=taken, cpu=cost.cpu, **shares)
                 shutil.rmtree(settings.storage_base_path)
     print(f"{given.documents} documents, {given.rounds} rounds, {given.workers} workers\n\n{results.table()}")
 
