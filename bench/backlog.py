@@ -1,11 +1,12 @@
 """A million documents waiting against a thousand: what a document costs, what the reconciler costs, and what submitting them takes.
 
-Usage: python -m bench.backlog [--waiting 1000 1000000] [--documents 300] [--rounds 5] [--lives 3000] [--only PART ...] [--json FILE]
+Usage: python -m bench.backlog [--waiting 1000 1000000] [--documents 300] [--rounds 5] [--lives 3000] [--files 5000] [--only PART ...]
+    [--json FILE]
 
 The parts, each against every backlog of `--waiting`:
 
 submitting: the backlog itself, through SQL's submit_document in transactions of 10,000; memory of the submitter and of its backend as it
-goes. Then 5,000 documents through the front door, from Python, with the memory of that process.
+goes. Then `--files` documents through the front door, from Python, with the memory of that process.
 worker: `--documents` small texts before the backlog (a higher priority) through one worker, the databases taking turns; from the 30th
 document that is complete until the last. CPU: of the worker with its children, and of all of Postgres.
 statements: what a worker asks the database for a document that is carried through, without the work: fetch, claim, last checkpoint with
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lives", type=int, default=3_000)
+    parser.add_argument("--files", type=int, default=5_000)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     add_option(parser)
     given = parser.parse_args()
@@ -202,7 +204,7 @@ def main() -> None:
         for count, settings in made.items():
             submit_backlog(settings, count)
         if "submitting" in given.only:
-            submit_files(fresh_settings(server, folder, "front_door"), 5_000)
+            submit_files(fresh_settings(server, folder, "front_door"), given.files)
         if "worker" in given.only:
             work(made, server_pid, small_documents(folder / "documents", given.documents + WARM), given.rounds, given.json)
         for count, settings in made.items() if "reconciler" in given.only else ():

@@ -41,6 +41,8 @@ from jobs.front import close_async
 from models.settings import Settings
 
 DIMENSIONS = 384
+_WARM = 40
+"""Documents a worker works on before anything is measured."""
 Row = dict[str, Any]
 
 
@@ -79,18 +81,18 @@ def submit(settings: Settings, folder: Path) -> float:
 
 def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, app: str, count: int) -> tuple[float, float, float, Spent]:
     """Return the seconds until everything is complete and indexed, of submitting, of submitting it again unchanged, and what was spent."""
-    warm_up = folder.parent / "warm-up.txt"
-    warm_up.write_text("warm up " * 20)
+    warm_up = [folder.parent / f"warm-up-{number}.txt" for number in range(_WARM * count)]
+    for number, path in enumerate(warm_up):
+        path.write_text(f"warm up {number} " * 300)
     with psycopg.connect(url_of(settings), autocommit=True) as conn, workers(settings, count, app=app) as running:
-        for number in range(4 * count):  # every child of the sandbox has worked before the clock starts
-            warm_up.write_text(f"warm up {number} " * 20)
-            asyncio.run(submit_all(settings, [warm_up]))
-            wait_until_ended(settings, 1, time.perf_counter(), 60)
+        # So many at once that every child of a sandbox has worked before the clock starts, as the peers have been started before it.
+        asyncio.run(submit_all(settings, warm_up))
+        wait_until_ended(settings, len(warm_up), time.perf_counter(), 60)
         ids = [process.pid for process in running]
         before = spent(conn, postmaster, ids)
         started = time.perf_counter()
         submitting = submit(settings, folder)
-        wait_until_ended(settings, documents + 1, started, 1200)
+        wait_until_ended(settings, documents + len(warm_up), started, 1200)
         build_index(conn, "document_chunks", DIMENSIONS)
         taken = time.perf_counter() - started
         after = spent(conn, postmaster, ids)

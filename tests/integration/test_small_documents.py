@@ -260,12 +260,12 @@ async def test_who_takes_a_document_of_a_user_with_a_limit_is_not_waited_for(ben
     assert bench.all(TOGETHER) == [(1,)]
 
 
-async def test_a_place_takes_no_more_than_its_part_of_what_waits(bench: Bench) -> None:
+async def test_a_worker_takes_no_more_than_its_part_of_what_waits_however_many_places_it_has(bench: Bench) -> None:
     for worker in ("a:1", "b:1"):
         bench.conn.execute("INSERT INTO worker_registry (worker, host, pid, concurrency, version) VALUES (%s, 'h', 1, 4, '1')", [worker])
-    submit(bench, 41)
+    submit(bench, 11)
     await run_first(bench)
-    assert bench.all(TOGETHER) == [(1 + 40 // 8,)]
+    assert bench.all(TOGETHER) == [(1 + 10 // 2,)]
 
 
 @pytest.mark.parametrize("changes", [{"handoff": "queue"}, {"small_documents_together": 1}])
