@@ -305,6 +305,26 @@ def test_the_vector_index_is_used_and_filters_do_not_thin_out_the_result(found: 
     assert len(third) == 1000
 
 
+def test_a_filter_costs_little_recall_where_the_index_is_walked(found: psycopg.Connection) -> None:
+    fill(found, 620, 100, 48)
+    found.execute("UPDATE file_extractions SET metadata = jsonb_build_object('tenth', (metadata->>'number')::integer % 10 = 3)")
+    queries = np.random.default_rng(2).standard_normal((20, 48), dtype=np.float32)
+
+    def nearest(query: NDArray[np.float32]) -> set[Any]:
+        return {row["chunk_id"] for row in search(found, "vector", vector=query, metadata=Jsonb({"tenth": True}))}
+
+    exact = [nearest(query) for query in queries]
+    found.execute(
+        "CREATE INDEX nearest ON document_chunks USING hnsw ((embedding::vector(48)) vector_cosine_ops) WHERE embedding_model = 'model@1'"
+    )
+    for forced in ("enable_seqscan = off", "enable_sort = off"):
+        found.execute(f"SET {forced}".encode())
+    before = index_scans(found, "nearest")
+    hits = [len(nearest(query) & wanted) for query, wanted in zip(queries, exact, strict=True)]
+    assert index_scans(found, "nearest") >= before + len(queries)  # 6,200 passages pass, which are too many to be sorted
+    assert sum(hits) >= 0.95 * 10 * len(queries), hits
+
+
 def test_a_word_in_every_passage_neither_hides_rare_words_nor_filtered_documents(found: psycopg.Connection) -> None:
     fill(found, 2200, 10, 2)
     assert search(found, "text", "common often needle", limit=1)[0]["content"].startswith("common needle")
