@@ -4,9 +4,10 @@ Usage: python -m bench.vectors [--vectors 100000] [--rounds 5] [--written 10000]
 
 The vectors are those that come with SciFact (384 dimensions), each many times with a little noise; the texts its abstracts, cut at 1,000
 characters. written: documents of so many passages, complete in one checkpoint each (row, markdown, passages, event, job), against plain
-binary COPY of the same rows, a transaction for each document, into a table with the same columns and indexes, and into one with a primary
-key alone; alternately, medians. index: built as maintenance builds it, and with other settings of the server; then
-rows a second into the standing index. recall@10: search_by_vector against exact search, for the queries that come with the corpus.
+binary COPY of the same rows, a transaction for each document, into a table with the same columns and indexes, into such a one with the
+document's text into another, and into one with a primary key alone; alternately, medians, all tables growing alike. index: built as
+maintenance builds it, and with other settings of the server; then rows a second into the standing index. recall@10: search_by_vector
+against exact search, for the queries that come with the corpus.
 """
 
 from __future__ import annotations
@@ -122,27 +123,45 @@ def copied(document: Document) -> Iterator[tuple[Any, ...]]:
         )  # fmt: skip
 
 
-def by_copy(table: str) -> Callable[[psycopg.AsyncConnection[Any], list[Work]], Any]:
-    """Return what writes the same passages with COPY alone."""
+def by_copy(table: str, texts: str | None = None) -> Callable[[psycopg.AsyncConnection[Any], list[Work]], Any]:
+    """Return what writes the same passages with COPY alone, and into `texts` the documents' markdown."""
     statement = COPY % table.encode()
 
     async def write(conn: psycopg.AsyncConnection[Any], works: list[Work]) -> None:
         for work in works:
-            async with conn.transaction(), conn.cursor() as cursor, cursor.copy(statement) as copy:
-                copy.set_types(COPIED)
-                for row in copied(work.document):
-                    await copy.write_row(row)
+            async with conn.transaction():
+                async with conn.cursor() as cursor, cursor.copy(statement) as copy:
+                    copy.set_types(COPIED)
+                    for row in copied(work.document):
+                        await copy.write_row(row)
+                if texts is not None:
+                    await copy_text(conn, texts, work.document)
 
     return write
 
 
+async def copy_text(conn: psycopg.AsyncConnection[Any], table: str, document: Document) -> None:
+    columns = b"(doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)"
+    async with conn.cursor() as cursor, cursor.copy(b"COPY %b %b FROM STDIN (FORMAT BINARY)" % (table.encode(), columns)) as copy:
+        copy.set_types(["text", "int4", "text", "text", "jsonb", "text", "jsonb"])
+        row = (document.doc_id, document.version, document.markdown, document.markdown_sha256, Jsonb([]), document.parser, Jsonb({}))
+        await copy.write_row(row)
+
+
 async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, rounds: int) -> None:
     """Print rows a second of each way to write."""
-    ways = {"COPY, primary key alone": by_copy("bare"), "COPY, same columns and indexes": by_copy("same"), "checkpoint": by_checkpoint}
+    ways = {
+        "COPY, primary key alone": by_copy("bare"),
+        "COPY, same columns and indexes": by_copy("same"),
+        "COPY, and the document's text": by_copy("beside", "texts"),
+        "checkpoint": by_checkpoint,
+    }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
         await register_vector_async(conn)
-        await conn.execute("CREATE TABLE same (LIKE document_chunks INCLUDING ALL)")
+        for table in ("same", "beside"):
+            await conn.execute(f"CREATE TABLE {table} (LIKE document_chunks INCLUDING ALL)".encode())
+        await conn.execute("CREATE TABLE texts (LIKE document_markdown INCLUDING ALL)")
         await conn.execute("CREATE TABLE bare (LIKE document_chunks INCLUDING DEFAULTS, PRIMARY KEY (id))")
         for number in range(rounds):
             works = await claimed(conn, corpus, range(rows // passages), f"round {number}")
@@ -152,8 +171,7 @@ async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, 
                 began, cpu = time.perf_counter(), sum(map(own_cpu, pids))
                 await write(conn, works)
                 seconds[name].append((time.perf_counter() - began, sum(map(own_cpu, pids)) - cpu))
-            await conn.execute("TRUNCATE same, bare")
-        await conn.execute("DROP TABLE same, bare")
+        await conn.execute("DROP TABLE same, beside, bare, texts")
     base = seconds["COPY, same columns and indexes"]
     for name, found in seconds.items():
         clock, cpu = (statistics.median(each) for each in zip(*found, strict=True))
