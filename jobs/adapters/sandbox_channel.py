@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import io
 import pickle
 import socket
 import struct
@@ -50,9 +49,24 @@ class _Careful(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a sandbox's child may not send {module}.{name}")
 
 
+class _View:
+    """Bytes as a file, of which only what is read is copied."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self._data, self._at = data, 0
+
+    def read(self, size: int) -> bytes:
+        start, self._at = self._at, min(len(self._data), self._at + size)
+        return bytes(memoryview(self._data)[start : self._at])
+
+    def readline(self) -> bytes:
+        end = self._data.find(b"\n", self._at) + 1 or len(self._data)
+        return self.read(end - self._at)
+
+
 def loads_carefully(data: bytes | bytearray) -> Any:
     """Return what a child has pickled. Raises pickle.UnpicklingError, or anything else, on what no child of good will sends."""
-    return _Careful(io.BytesIO(data)).load()
+    return _Careful(_View(data)).load()
 
 
 class _Parts:
