@@ -11,7 +11,7 @@ from psycopg.types.json import Jsonb
 from jobs import faults
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.completing import FencedOff, StaleVectors, complete, drop_served
-from jobs.pipeline.rows import columns, has_new_text, markdown_params, parts, told
+from jobs.pipeline.rows import columns, digest_params, has_new_digest, has_new_text, markdown_params, parts, told
 from jobs.pipeline.work import Work
 from models.documents import Document
 from models.errors import ErrorType, Turn
@@ -120,6 +120,8 @@ async def _store_results(conn: Connection, work: Work) -> None:
     params = {"doc_id": document.doc_id, "version": document.version}
     if has_new_text(work):
         await conn.execute(query("store_markdown"), markdown_params(document))
+    elif has_new_digest(work):
+        await conn.execute(query("store_digest"), digest_params(document))
     if document.chunks is not None and document.chunks is not saved.chunks:
         for part in parts(document.chunks):
             await conn.execute(query("store_chunk_buffer"), {**params, **columns(part)})

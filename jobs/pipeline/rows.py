@@ -27,9 +27,23 @@ def told(work: Work) -> str:
 
 
 def has_new_text(work: Work) -> bool:
-    """Say whether the markdown is not durable yet."""
-    document, saved = work.document, work.saved
-    return document.markdown is not None and (document.markdown is not saved.markdown or document.markdown_sha256 != saved.markdown_sha256)
+    """Say whether the markdown, or what is stored beside it, is not durable yet."""
+    return work.document.markdown is not None and _text_row(work.document) != _text_row(work.saved)
+
+
+def has_new_digest(work: Work) -> bool:
+    """Say whether the markdown is durable, and its digest is not."""
+    return work.document.markdown_sha256 != work.saved.markdown_sha256 and not has_new_text(work)
+
+
+def _text_row(document: Document) -> tuple[int, object, object, object]:
+    """What is stored with a text, its digest left out; a text of a stage's own making counts as new, equal or not."""
+    return id(document.markdown), document.pages, document.parser, document.parse_metadata
+
+
+def digest_params(document: Document) -> dict[str, Any]:
+    """Return the parameters of `store_digest`."""
+    return {"doc_id": document.doc_id, "version": document.version, "markdown_sha256": document.markdown_sha256}
 
 
 def markdown_params(document: Document) -> dict[str, Any]:
