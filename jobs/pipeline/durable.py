@@ -70,9 +70,7 @@ async def checkpoint_durably(
                     await checkpoint(conn, work, outcome, worker=worker)
                     await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
                 _mark_saved(work, outcome)
-            if sends_much:
-                await pool.drain()  # a connection keeps a buffer as large as the largest statement that it has sent
-            return
+            break
         except psycopg.Error as error:
             answered = not _is_away(error)
             enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())
@@ -87,6 +85,8 @@ async def checkpoint_durably(
         except Exception as error:
             # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
             raise CheckpointFailed(error) from error
+    if sends_much:
+        await pool.drain()  # a connection keeps a buffer as large as the largest statement that it has sent
 
 
 async def _complete_all(
