@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from loguru import logger
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, LongText, loads_carefully
+from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup
 from jobs.adapters.sandbox_process import Child
@@ -38,8 +38,6 @@ CALLS_AT_ONCE = MOST_FILES
 """Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
 COMPUTING = 0.9
 """The share of the time limit, in CPU time, from which on a call that ran into it has computed rather than waited, and would again."""
-_LONG = 100_000
-"""Characters of a text from which on it is worth going another way to a child."""
 _PR_SET_DUMPABLE = 4
 
 _told: set[str] = set()
@@ -100,7 +98,7 @@ class ProcessSandbox:
                 named = [value for value in args if isinstance(value, StoredFile)]
                 files = await asyncio.to_thread(lambda: [_open(value, opened) for value in named]) if named else []
                 numbers = iter(range(len(files)))
-                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else _sent(value) for value in args)
+                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
                 child = await self._begin(Call(function, sent, kwargs, self._limits), files)
             try:
                 answer = await self._answer(child)
@@ -251,10 +249,6 @@ def _loaded(parts: Sequence[bytearray]) -> list[Any]:
 
 def _unreadable(error: Exception) -> ParseError:
     return ParseError(f"The parser's answer cannot be read ({type(error).__name__}: {str(error)[:200]}).")
-
-
-def _sent(value: Any) -> Any:
-    return LongText.of(value) if isinstance(value, str) and len(value) > _LONG else value
 
 
 def _open(file: StoredFile, opened: ExitStack) -> int:
