@@ -59,6 +59,9 @@ async def run(document: Document, tools: Tools) -> Document:
     async for made in _embed(document, embedder, missing, tools):
         for sha256, vector in made.items():
             vectors[places[sha256]] = vector
+    for row, chunk in enumerate(chunks):
+        if (first := places.get(chunk.content_sha256, row)) != row:
+            vectors[row] = vectors[first]
     return replace(document, vectors=vectors, embedded_count=len(missing))
 
 
@@ -73,12 +76,12 @@ def _in_order(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors], dimension
     return rows
 
 
-def _places(chunks: tuple[Chunk, ...], missing: Collection[str]) -> dict[str, list[int]]:
-    """Return where each missing text stands: content_sha256 -> rows."""
-    places: dict[str, list[int]] = {}
+def _places(chunks: tuple[Chunk, ...], missing: Collection[str]) -> dict[str, int]:
+    """Return where each missing text stands first: content_sha256 -> row."""
+    places: dict[str, int] = {}
     for row, chunk in enumerate(chunks):
         if chunk.content_sha256 in missing:
-            places.setdefault(chunk.content_sha256, []).append(row)
+            places.setdefault(chunk.content_sha256, row)
     return places
 
 
