@@ -478,19 +478,22 @@ async def test_a_text_or_page_map_that_check_has_changed_is_stored(
     assert bench.one("SELECT markdown, page_map->0->'start' FROM document_markdown") == (text, start)
 
 
-async def test_a_connection_that_has_sent_a_large_text_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def backend() -> int:
-        async with bench.pool.connection() as conn:
-            return conn.info.backend_pid
+async def test_connections_are_replaced_after_a_large_text_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[str] = []
+    drain = bench.pool.drain
 
-    first = await backend()
+    async def replace_all() -> None:
+        replaced.append(bench.calls[-1])
+        await drain()
+
+    monkeypatch.setattr(bench.pool, "drain", replace_all)
     bench.submit("a")
-    await bench.drain()
-    assert await backend() == first
+    await bench.drain(carry_limit_mb=0)
+    assert replaced == []
     monkeypatch.setattr("jobs.pipeline.durable.SMALL_BYTES", 10)
     bench.submit("b")
-    await bench.drain()
-    assert await backend() != first
+    await bench.drain(carry_limit_mb=0)
+    assert replaced == ["parse"]  # not after what came later
     assert bench.all("SELECT state FROM file_extractions") == [("complete",)] * 2
 
 
