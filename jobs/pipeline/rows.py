@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,19 +82,24 @@ def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:
         "languages": [_language(document) for document in documents],
         "embedding_models": [document.embedding_model for document in documents],
     }
-    made: list[tuple[int, Chunk, NDArray[np.float32]]] = []
-    for place, document in enumerate(documents, 1):
-        vectors = () if document.vectors is None else document.vectors
-        made += [(place, chunk, vector) for chunk, vector in zip(document.chunks or (), vectors, strict=True)]
-    for part in parts(made):
+    for part in parts(_passages(documents)):
         passages = columns([chunk for _, chunk, _ in part])
         yield {**whose, **passages, "embeddings": [vector for _, _, vector in part], "whose": [place for place, _, _ in part]}
 
 
-def parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, Chunk, NDArray[np.float32]]]:
+    """Yield passages with the place of their document, from 1, and their vectors, each an object that a large document has no room for."""
+    for place, document in enumerate(documents, 1):
+        vectors = () if document.vectors is None else document.vectors
+        for chunk, vector in zip(document.chunks or (), vectors, strict=True):
+            yield place, chunk, vector
+
+
+def parts(rows: Iterable[T]) -> Iterator[list[T]]:
     """Yield so many rows at a time as one statement takes."""
-    for start in range(0, len(rows), _AT_ONCE):
-        yield rows[start : start + _AT_ONCE]
+    left = iter(rows)
+    while part := list(islice(left, _AT_ONCE)):
+        yield part
 
 
 def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:

@@ -57,8 +57,9 @@ async def run(document: Document, tools: Tools) -> Document:
     known.clear()
     places = _places(chunks, missing)
     async for made in _embed(document, embedder, missing, tools):
-        for sha256, vector in made.items():
-            vectors[places[sha256]] = vector
+        for sha256 in made:
+            vectors[places[sha256]] = made[sha256]
+        made.clear()  # the next ones need its room
     for row, chunk in enumerate(chunks):
         if (first := places.get(chunk.content_sha256, row)) != row:
             vectors[row] = vectors[first]
@@ -94,7 +95,9 @@ async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, s
         while part := dict(islice(texts, AT_ONCE)):
             made = await embedder.embed(list(part.values()))
             refuse_vectors(document.file_name, made, len(part), embedder.dimensions)
-            yield dict(zip(part, made, strict=True))
+            found = dict(zip(part, made, strict=True))
+            del made  # lives in what is found
+            yield found
         return
     async for found in _Hosted(document, embedder, missing, tools).run():
         yield found
