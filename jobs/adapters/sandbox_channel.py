@@ -22,7 +22,7 @@ MOST_FILES = 8
 """That may go along with a call."""
 _LONG = 100_000
 """Characters of a text from which on it is worth going another way to a child."""
-_PIECE = 1_000_000
+_PIECE = 200_000
 """Characters of such a text that are encoded and sent at once."""
 _ALLOWED = frozenset({"jobs.adapters.archives.members", "jobs.adapters.sandbox_child", "models.documents", "models.errors"})
 

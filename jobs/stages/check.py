@@ -15,7 +15,7 @@ from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError
 
 MAX_UNDECODABLE_SHARE = 0.3
-_PIECE = 1_000_000  # characters
+_PIECE = 200_000  # characters
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029\ud800-\udfff\ufeff]")
 _LINE_END = re.compile(r"\r\n?")
 _TRAILING_SPACE = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)")  # looked at once from its beginning, not again from each blank
