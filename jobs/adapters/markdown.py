@@ -7,6 +7,7 @@ parser in Python takes a second for a megabyte, and the fast ones keep no offset
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,16 +69,34 @@ class Structure:
     """0 where the text has no front matter."""
 
 
+class _Lines:
+    """The lines of a text, each made when it is asked for: all of them would take more memory than the text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self.starts = array("q", [0])
+        """Where each begins; and where one more would, behind a last newline that the text may lack."""
+        while at := text.find("\n", self.starts[-1]) + 1:
+            self.starts.append(at)
+        self.starts.append(len(text) + 1)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, at: int) -> str:
+        return self._text[self.starts[at] : self.starts[at + 1] - 1]
+
+
 def read_structure(markdown: str) -> Structure:
     """Return where the blocks lie. Any text is valid; an unclosed fence runs to the end, as in CommonMark."""
     found = Structure()
-    lines = markdown.split("\n")
+    lines = _Lines(markdown)
     at = _front_matter_lines(lines)
-    offset = found.front_matter_end = sum(len(line) + 1 for line in lines[:at])
+    found.front_matter_end = lines.starts[at]
     paragraph = 0  # lines of the paragraph that the previous line belongs to; 0 after anything else
     after_blank = True
     while at < len(lines):
-        line = lines[at]
+        offset, line = lines.starts[at], lines[at]
         text = line.strip()
         used = 1
         if text and after_blank:
@@ -89,24 +108,23 @@ def read_structure(markdown: str) -> Structure:
             pass  # indented code or the continuation of a paragraph: never the start of another block
         elif text[0] in "`~" and (fence := _FENCE.match(text)):
             used = _fence_lines(lines, at, fence.group(1))
-            found.fences.append(Fence(offset, offset + _length(lines, at, used), fence.group(2).strip()[:100]))
+            found.fences.append(Fence(offset, lines.starts[at + used], fence.group(2).strip()[:100]))
             paragraph = 0
         elif text[0] == "#" and (atx := _ATX.match(text)):
             title = _heading_text(text[atx.end() :])
-            found.headings.append(Heading(len(atx.group(1)), title, offset, offset + len(line) + 1))
+            found.headings.append(Heading(len(atx.group(1)), title, offset, lines.starts[at + 1]))
             paragraph = 0
         elif text[0] in "=-" and not text.strip(text[0]):
             if paragraph == 1:
-                start = offset - len(lines[at - 1]) - 1
-                found.headings.append(Heading(1 if text[0] == "=" else 2, _heading_text(lines[at - 1]), start, offset + len(line) + 1))
+                level, title = 1 if text[0] == "=" else 2, _heading_text(lines[at - 1])
+                found.headings.append(Heading(level, title, lines.starts[at - 1], lines.starts[at + 1]))
             paragraph = 0
         elif "|" in text and at + 1 < len(lines) and _is_delimiter(lines[at + 1], text):
             used = _table_lines(lines, at)
-            found.tables.append(_table(lines, at, used, offset))
+            found.tables.append(Table(offset, lines.starts[at + used], tuple(lines.starts[at : at + used])))
             paragraph = 0
         else:
             paragraph = 0 if _NOT_A_PARAGRAPH.match(text) else paragraph + 1
-        offset += _length(lines, at, used)
         at += used
     _end_within(found, len(markdown))
     return found
@@ -143,11 +161,7 @@ def page_at(pages: Sequence[PageMark], offset: int) -> int | None:
     return pages[max(0, bisect_right(pages, offset, key=lambda page: page.start) - 1)].number
 
 
-def _length(lines: Sequence[str], at: int, used: int) -> int:
-    return sum(len(lines[index]) + 1 for index in range(at, at + used))
-
-
-def _front_matter_lines(lines: Sequence[str]) -> int:
+def _front_matter_lines(lines: _Lines) -> int:
     if lines[0].rstrip() != "---" or len(lines) < 3 or ":" not in lines[1]:
         return 0
     for at in range(1, min(len(lines), MAX_FRONT_MATTER_LINES)):
@@ -156,7 +170,7 @@ def _front_matter_lines(lines: Sequence[str]) -> int:
     return 0
 
 
-def _fence_lines(lines: Sequence[str], at: int, mark: str) -> int:
+def _fence_lines(lines: _Lines, at: int, mark: str) -> int:
     for index in range(at + 1, len(lines)):
         text = lines[index].strip()
         if text.startswith(mark) and not text.strip(mark[0]):
@@ -180,20 +194,11 @@ def _is_delimiter(line: str, header: str) -> bool:
     return len(marks) == len(cells(header)) and all("-" in mark and not mark.strip(":").strip("-") for mark in marks)
 
 
-def _table_lines(lines: Sequence[str], at: int) -> int:
+def _table_lines(lines: _Lines, at: int) -> int:
     used = 2
     while at + used < len(lines) and "|" in lines[at + used]:
         used += 1
     return used
-
-
-def _table(lines: Sequence[str], at: int, used: int, offset: int) -> Table:
-    start = offset
-    starts = []
-    for index in range(at, at + used):
-        starts.append(offset)
-        offset += len(lines[index]) + 1
-    return Table(start, offset, tuple(starts))
 
 
 def _end_within(found: Structure, length: int) -> None:

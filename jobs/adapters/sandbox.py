@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from loguru import logger
 
 from jobs.adapters import usage
-from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, LongText, loads_carefully
+from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup
 from jobs.adapters.sandbox_process import Child
@@ -38,8 +38,6 @@ CALLS_AT_ONCE = MOST_FILES
 """Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
 COMPUTING = 0.9
 """The share of the time limit, in CPU time, from which on a call that ran into it has computed rather than waited, and would again."""
-_LONG = 100_000
-"""Characters of a text from which on it is worth going another way to a child."""
 _PR_SET_DUMPABLE = 4
 
 _told: set[str] = set()
@@ -100,7 +98,7 @@ class ProcessSandbox:
                 named = [value for value in args if isinstance(value, StoredFile)]
                 files = await asyncio.to_thread(lambda: [_open(value, opened) for value in named]) if named else []
                 numbers = iter(range(len(files)))
-                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else _sent(value) for value in args)
+                sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
                 child = await self._begin(Call(function, sent, kwargs, self._limits), files)
             try:
                 answer = await self._answer(child)
@@ -171,35 +169,39 @@ class ProcessSandbox:
 
     async def _answer(self, child: Child) -> Answer:
         """Wait for a child's answer within the limits; whatever else comes is an error after which the child is of no use."""
-        kept: list[Any] = []
+        parts: list[bytearray] = []  # as they came: hardly ever they are needed, because the answer has it all once more
         most = room = self._limits.max_output_mb * MB + MB  # a good child judges its answer itself, in words
         try:
             async with asyncio.timeout(self._limits.timeout):
                 while True:
                     kind, content = await child.receive(most)
-                    value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
-                    if kind == ANSWER and isinstance(value, Answer) and isinstance(value.error, DocmillError | None):
-                        return value
+                    if kind == ANSWER:
+                        break
                     room -= len(content) + 1024
                     if kind != PART or room < 0:
                         raise ValueError(f"no answer, or parts of more than {most:,} bytes")
-                    kept.append(value)
+                    parts.append(content)
+                parts.clear()
+                value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
+                if not isinstance(value, Answer) or not isinstance(value.error, DocmillError | None):
+                    raise ValueError("no answer")
+                return value
         except builtins.TimeoutError:
             _, cpu_seconds = await asyncio.to_thread(self._ended, child, 0.0)
             # What waited (for a disk, or for its turn on a busy machine) may do better the next time.
             kind_of_end = Exhausted if cpu_seconds >= COMPUTING * self._limits.timeout else TimeoutError
             late = kind_of_end(f"Parsing was stopped at the time limit of {self._limits.timeout:g} s.")
-            late.kept = kept
+            late.kept = await asyncio.to_thread(_loaded, parts)
             raise late from None
         except (EOFError, OSError) as gone:
             if self._closed:
                 raise asyncio.CancelledError from gone
             code, _ = await asyncio.to_thread(self._ended, child, 1.0)
             error = self._crash(code)
-            error.kept = kept
+            error.kept = await asyncio.to_thread(_loaded, parts)
             raise error from None
         except Exception as strange:
-            raise ParseError(f"The parser's answer cannot be read ({type(strange).__name__}: {str(strange)[:200]}).") from None
+            raise _unreadable(strange) from None
 
     def _ended(self, child: Child, patience: float) -> tuple[int, float]:
         """See a child's end; return how it came and the CPU seconds that the call took."""
@@ -237,8 +239,16 @@ class ProcessSandbox:
             await asyncio.to_thread(child.wait)
 
 
-def _sent(value: Any) -> Any:
-    return LongText.of(value) if isinstance(value, str) and len(value) > _LONG else value
+def _loaded(parts: Sequence[bytearray]) -> list[Any]:
+    """Return what a child handed over; ParseError where it cannot be read."""
+    try:
+        return [loads_carefully(part) for part in parts]
+    except Exception as strange:
+        raise _unreadable(strange) from None
+
+
+def _unreadable(error: Exception) -> ParseError:
+    return ParseError(f"The parser's answer cannot be read ({type(error).__name__}: {str(error)[:200]}).")
 
 
 def _open(file: StoredFile, opened: ExitStack) -> int:

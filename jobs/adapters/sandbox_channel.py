@@ -8,35 +8,57 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import io
 import pickle
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 HEAD = struct.Struct("<cQ")
 CALL, READY, PART, ANSWER = b"C", b"R", b"P", b"A"
 MOST_FILES = 8
 """That may go along with a call."""
+_LONG = 100_000
+"""Characters of a text from which on it is worth going another way to a child."""
+_PIECE = 200_000
+"""Characters of such a text that are encoded and sent at once."""
 _ALLOWED = frozenset({"jobs.adapters.archives.members", "jobs.adapters.sandbox_child", "models.documents", "models.errors"})
 
 
 @dataclass(frozen=True, slots=True)
 class LongText:
-    """A text on its way to a child. Pickled as it is, a text keeps its UTF-8 beside it for as long as it lives, and that is copied once."""
+    """Where a text stands that goes behind its call. Pickled as it is, it would keep its UTF-8 beside it for as long as it lives."""
 
-    utf8: bytes
+    size: int
+    """Bytes."""
+    from_end: int
+    """Bytes from its beginning to the end of the message."""
 
-    @classmethod
-    def of(cls, text: str) -> LongText:
-        """Take any text, lone surrogates included."""
-        return cls(text.encode("utf-8", "surrogatepass"))
-
-    def text(self) -> str:
+    def text(self, message: bytes | bytearray) -> str:
         """Return it."""
-        return self.utf8.decode("utf-8", "surrogatepass")
+        start = len(message) - self.from_end
+        return str(memoryview(message)[start : start + self.size], "utf-8", "surrogatepass")
+
+
+def without_long_texts(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[tuple[int, str]]]:
+    """Return arguments with a LongText in the place of each long text, and these with their sizes, as they go behind the call."""
+    sent, behind = list(args), 0
+    texts: list[tuple[int, str]] = []
+    for place, value in reversed(list(enumerate(args))):
+        if isinstance(value, str) and len(value) > _LONG:
+            size = sum(map(len, utf8_pieces(value)))
+            behind += size
+            sent[place] = LongText(size, behind)
+            texts.insert(0, (size, value))
+    return tuple(sent), texts
+
+
+def utf8_pieces(text: str) -> Iterator[bytes]:
+    """Yield a text's UTF-8, lone surrogates included, of which only a piece is in memory at a time."""
+    for start in range(0, len(text), _PIECE):
+        yield text[start : start + _PIECE].encode("utf-8", "surrogatepass")
 
 
 class _Careful(pickle.Unpickler):
@@ -50,9 +72,24 @@ class _Careful(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a sandbox's child may not send {module}.{name}")
 
 
+class _View:
+    """Bytes as a file, of which only what is read is copied."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self._data, self._at = data, 0
+
+    def read(self, size: int) -> bytes:
+        start, self._at = self._at, min(len(self._data), self._at + size)
+        return bytes(memoryview(self._data)[start : self._at])
+
+    def readline(self) -> bytes:
+        end = self._data.find(b"\n", self._at) + 1 or len(self._data)
+        return self.read(end - self._at)
+
+
 def loads_carefully(data: bytes | bytearray) -> Any:
     """Return what a child has pickled. Raises pickle.UnpicklingError, or anything else, on what no child of good will sends."""
-    return _Careful(io.BytesIO(data)).load()
+    return _Careful(_View(data)).load()
 
 
 class _Parts:
@@ -73,13 +110,13 @@ def pickled(value: Any) -> list[bytes]:
     return made.parts
 
 
-async def send_call(sock: socket.socket, payload: Sequence[bytes], files: Sequence[int]) -> None:
-    """Send a call, whose parts follow each other, with open files. Raises OSError if the child is gone."""
+async def send_call(sock: socket.socket, payload: Sequence[bytes], files: Sequence[int], behind: Sequence[tuple[int, str]] = ()) -> None:
+    """Send a call, whose parts follow each other, with open files, and texts and their sizes behind it. OSError if the child is gone."""
     loop = asyncio.get_running_loop()
-    head = HEAD.pack(CALL, sum(map(len, payload)))
+    head = HEAD.pack(CALL, sum(map(len, payload)) + sum(size for size, _ in behind))
     # The child has taken in every call before, so there is room for a few bytes.
     sent = socket.send_fds(sock, [head], list(files)) if files else sock.send(head)
-    for part in (head[sent:], *payload):
+    for part in chain((head[sent:], *payload), *(utf8_pieces(text) for _, text in behind)):
         if part:
             await loop.sock_sendall(sock, part)
 

@@ -88,7 +88,7 @@ def keep(part: Any) -> None:
 
 
 def answer(payload: bytes | bytearray, files: Sequence[int]) -> bytes:
-    """Run a pickled call and return its pickled Answer. Raises nothing."""
+    """Run a pickled call, behind which long texts may stand, and return its pickled Answer. Raises nothing."""
     _reset_peak_memory()
     cpu_before = _cpu_ms()
     packed = b""
@@ -98,7 +98,7 @@ def answer(payload: bytes | bytearray, files: Sequence[int]) -> bytes:
         call: Call = pickle.loads(payload)  # noqa: S301 - the worker's words
         limits = call.limits
         _allow_cpu_seconds(limits)
-        args = [_received(value, files) for value in call.args]
+        args = [_received(value, files, payload) for value in call.args]
         packed = _packed(None, call.function(*args, **call.kwargs), cpu_before)
         if len(packed) > limits.max_output_mb * MB:
             error = ParseError(f"The result is {len(packed) / MB:,.0f} MB, over the output limit of {limits.max_output_mb} MB.")
@@ -133,10 +133,10 @@ def answer_each(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...], Mappi
     return tuple(replace(one, peak_memory_mb=peak) for one in found)
 
 
-def _received(value: Any, files: Sequence[int]) -> Any:
+def _received(value: Any, files: Sequence[int], message: bytes | bytearray) -> Any:
     if isinstance(value, StoredFile):
         return replace(value, fd=files[value.fd or 0])
-    return value.text() if isinstance(value, LongText) else value
+    return value.text(message) if isinstance(value, LongText) else value
 
 
 def _packed(error: DocmillError | None, result: Any, cpu_before: float) -> bytes:

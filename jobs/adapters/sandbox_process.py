@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.adapters.sandbox_channel import READY, loads_carefully, pickled, receive, send_call
+from jobs.adapters.sandbox_channel import READY, loads_carefully, pickled, receive, send_call, without_long_texts
 from jobs.adapters.sandbox_child import MB, Answer, Call
 from jobs.adapters.sandbox_confinement import Setup
 
@@ -80,7 +80,8 @@ class Child:
 
     async def send(self, call: Call, files: Sequence[int]) -> None:
         """Send a call. Raises OSError if the child has gone."""
-        await send_call(self._ours, pickled(call), files)
+        args, texts = without_long_texts(call.args)
+        await send_call(self._ours, pickled(replace(call, args=args)), files, texts)
 
     async def receive(self, most: int) -> tuple[bytes, bytearray]:
         """Return what it sends next."""

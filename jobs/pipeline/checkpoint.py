@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from psycopg.types.json import Jsonb
 from jobs import faults
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.completing import FencedOff, StaleVectors, complete, drop_served
-from jobs.pipeline.rows import columns, has_new_text, markdown_params, parts, told
+from jobs.pipeline.rows import columns, digest_params, has_new_digest, has_new_text, markdown_params, parts, told
 from jobs.pipeline.work import Work
 from models.documents import Document
 from models.errors import ErrorType, Turn
@@ -120,6 +120,8 @@ async def _store_results(conn: Connection, work: Work) -> None:
     params = {"doc_id": document.doc_id, "version": document.version}
     if has_new_text(work):
         await conn.execute(query("store_markdown"), markdown_params(document))
+    elif has_new_digest(work):
+        await conn.execute(query("store_digest"), digest_params(document))
     if document.chunks is not None and document.chunks is not saved.chunks:
         for part in parts(document.chunks):
             await conn.execute(query("store_chunk_buffer"), {**params, **columns(part)})
@@ -129,16 +131,16 @@ async def _store_results(conn: Connection, work: Work) -> None:
         if work.buffered:
             await conn.execute(query("drop_other_vectors"), {**params, "embedding_model": document.embedding_model, "indexes": list(kept)})
         made = zip((chunk.index for chunk in document.chunks or ()), document.vectors, strict=True)
-        await store_vectors(conn, document, str(document.embedding_model), {index: vector for index, vector in made if index not in kept})
+        await store_vectors(conn, document, str(document.embedding_model), (pair for pair in made if pair[0] not in kept))
         work.buffered = True
     if document.raw_extraction is not None and document.raw_extraction is not saved.raw_extraction:
         await conn.execute(query("store_extraction"), {**params, "raw_extraction": Jsonb(document.raw_extraction)})
         work.buffered = True
 
 
-async def store_vectors(conn: Connection, document: Document, model: str, vectors: Mapping[int, NDArray[np.float32]]) -> None:
-    """Add a model's vectors of passages, named by their numbers, to the buffer of the document's version."""
+async def store_vectors(conn: Connection, document: Document, model: str, vectors: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
+    """Add a model's vectors of passages, each after its passage's number, to the buffer of the document's version."""
     params = {"doc_id": document.doc_id, "version": document.version, "embedding_model": model}
-    for part in parts(list(vectors.items())):
+    for part in parts(vectors):
         made = {"indexes": [index for index, _ in part], "embeddings": [vector for _, vector in part]}
         await conn.execute(query("store_vectors"), {**params, **made})

@@ -9,7 +9,7 @@ from psycopg.types.json import Jsonb
 
 from jobs import faults
 from jobs.pipeline.claims import Connection, one, rows
-from jobs.pipeline.rows import chunk_params, has_new_text, markdown_params, small_markdown_params, told
+from jobs.pipeline.rows import chunk_params, digest_params, has_new_digest, has_new_text, markdown_params, small_markdown_params, told
 from jobs.pipeline.work import Work
 from sql import query
 
@@ -76,6 +76,8 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
     elif texts:
         await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
     for work in works:
+        if has_new_digest(work):
+            await conn.execute(query("store_digest"), digest_params(work.document))
         if work.served_version is not None:
             await drop_served(conn, work)
     for passages in chunk_params(*(work.document for work in works)):

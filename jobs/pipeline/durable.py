@@ -14,8 +14,9 @@ from jobs import faults
 from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.completing import complete_free
+from jobs.pipeline.rows import has_new_text
 from jobs.pipeline.together import NotTogether
-from jobs.pipeline.work import Work
+from jobs.pipeline.work import SMALL_BYTES, Work
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
 from models.errors import ErrorType
@@ -51,6 +52,7 @@ async def checkpoint_durably(
     or `give_up`: a failure that is not recorded would pass for a crash.
     """
     attempt = 0
+    sends_much = has_new_text(work) and len(work.document.markdown or "") > SMALL_BYTES
     if work.together is not None and outcome.state is State.COMPLETE:
         try:
             await work.together.ask("complete", work, partial(_complete_all, pool, worker, give_up))
@@ -68,7 +70,7 @@ async def checkpoint_durably(
                     await checkpoint(conn, work, outcome, worker=worker)
                     await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
                 _mark_saved(work, outcome)
-            return
+            break
         except psycopg.Error as error:
             answered = not _is_away(error)
             enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())
@@ -83,6 +85,8 @@ async def checkpoint_durably(
         except Exception as error:
             # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
             raise CheckpointFailed(error) from error
+    if sends_much:
+        await pool.drain()  # a connection keeps a buffer as large as the largest statement that it has sent
 
 
 async def _complete_all(

@@ -105,7 +105,7 @@ class Keeping:
 
         async def store(conn: Connection) -> None:
             await conn.execute(query("drop_buffered_vectors"), {**params, "indexes": list(vectors)})
-            await store_vectors(conn, document, model, vectors)
+            await store_vectors(conn, document, model, vectors.items())
 
         if await self._write(store):
             if self._work.kept_model != model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from psycopg.rows import DictRow
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_HASHES_AT_ONCE = 1000
+"""Passages that are asked for at once; a parameter and its parts lie in memory several times."""
+
+
 class Reading:
     """Short reads for stages; each takes a connection only while it asks."""
 
@@ -23,11 +28,14 @@ class Reading:
 
     async def known_vectors(self, *documents: Document) -> dict[str, NDArray[np.float32]]:
         """Return the vectors that a user already has for passages of their documents under one model: content_sha256 -> vector."""
-        hashes = list({chunk.content_sha256 for document in documents for chunk in document.chunks or ()})
-        params = {"user_id": documents[0].user_id, "hashes": hashes, "embedding_model": documents[0].embedding_model}
+        hashes = iter({chunk.content_sha256 for document in documents for chunk in document.chunks or ()})
+        params = {"user_id": documents[0].user_id, "embedding_model": documents[0].embedding_model}
+        known: dict[str, NDArray[np.float32]] = {}
         async with self._pool.connection() as conn:
-            found = await rows(conn, "find_known_vectors", params)
-        return {row["content_sha256"]: row["embedding"].to_numpy() for row in found}
+            while part := list(islice(hashes, _HASHES_AT_ONCE)):
+                found = await rows(conn, "find_known_vectors", {**params, "hashes": part})
+                known |= {row["content_sha256"]: row["embedding"].to_numpy() for row in found}
+        return known
 
     async def find_original(self, document: Document) -> str | None:
         """Return the doc_id of the user's first complete document with the same content, other than this one."""

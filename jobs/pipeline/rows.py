@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,9 +28,23 @@ def told(work: Work) -> str:
 
 
 def has_new_text(work: Work) -> bool:
-    """Say whether the markdown is not durable yet."""
-    document, saved = work.document, work.saved
-    return document.markdown is not None and (document.markdown is not saved.markdown or document.markdown_sha256 != saved.markdown_sha256)
+    """Say whether the markdown, or what is stored beside it, is not durable yet."""
+    return work.document.markdown is not None and _text_row(work.document) != _text_row(work.saved)
+
+
+def has_new_digest(work: Work) -> bool:
+    """Say whether the markdown is durable, and its digest is not."""
+    return work.document.markdown_sha256 != work.saved.markdown_sha256 and not has_new_text(work)
+
+
+def _text_row(document: Document) -> tuple[int, object, object, object]:
+    """What is stored with a text, its digest left out; a text of a stage's own making counts as new, equal or not."""
+    return id(document.markdown), document.pages, document.parser, document.parse_metadata
+
+
+def digest_params(document: Document) -> dict[str, Any]:
+    """Return the parameters of `store_digest`."""
+    return {"doc_id": document.doc_id, "version": document.version, "markdown_sha256": document.markdown_sha256}
 
 
 def markdown_params(document: Document) -> dict[str, Any]:
@@ -67,19 +82,24 @@ def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:
         "languages": [_language(document) for document in documents],
         "embedding_models": [document.embedding_model for document in documents],
     }
-    made: list[tuple[int, Chunk, NDArray[np.float32]]] = []
-    for place, document in enumerate(documents, 1):
-        vectors = () if document.vectors is None else document.vectors
-        made += [(place, chunk, vector) for chunk, vector in zip(document.chunks or (), vectors, strict=True)]
-    for part in parts(made):
+    for part in parts(_passages(documents)):
         passages = columns([chunk for _, chunk, _ in part])
         yield {**whose, **passages, "embeddings": [vector for _, _, vector in part], "whose": [place for place, _, _ in part]}
 
 
-def parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, Chunk, NDArray[np.float32]]]:
+    """Yield passages with the place of their document, from 1, and their vectors, each an object that a large document has no room for."""
+    for place, document in enumerate(documents, 1):
+        vectors = () if document.vectors is None else document.vectors
+        for chunk, vector in zip(document.chunks or (), vectors, strict=True):
+            yield place, chunk, vector
+
+
+def parts(rows: Iterable[T]) -> Iterator[list[T]]:
     """Yield so many rows at a time as one statement takes."""
-    for start in range(0, len(rows), _AT_ONCE):
-        yield rows[start : start + _AT_ONCE]
+    left = iter(rows)
+    while part := list(islice(left, _AT_ONCE)):
+        yield part
 
 
 def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:

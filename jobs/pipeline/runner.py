@@ -27,6 +27,7 @@ from jobs.pipeline.stage_runs import StageRuns
 from jobs.pipeline.together import Together
 from jobs.pipeline.work import SMALL_BYTES, Work
 from jobs.redaction import describe
+from jobs.registry import give_back_memory
 from jobs.retry import StageRetry
 from jobs.stages import Tools
 from jobs.tracing import span
@@ -244,6 +245,7 @@ class Runner:
         settings, carried = self._settings, work.carried_bytes()
         if carried > SMALL_BYTES:
             work.part()
+            give_back_memory()  # what the stage has left free is needed at the next one's peak, and elsewhere
         much = carried > settings.carry_limit_mb * 1_000_000
         if work.suspect or work.paid or much or elapsed >= settings.checkpoint_seconds:
             await self._endings.keep(work)

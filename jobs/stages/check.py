@@ -15,7 +15,7 @@ from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError
 
 MAX_UNDECODABLE_SHARE = 0.3
-_PIECE = 1_000_000  # characters
+_PIECE = 200_000  # characters
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029\ud800-\udfff\ufeff]")
 _LINE_END = re.compile(r"\r\n?")
 _TRAILING_SPACE = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)")  # looked at once from its beginning, not again from each blank
@@ -48,16 +48,24 @@ def _composed(text: str) -> str:
 
 
 def normalise_pages(markdown: str, marks: Sequence[PageMark]) -> tuple[str, tuple[PageMark, ...]]:
-    """Normalise page by page, so that the marks stay true; a text without pages is one page without a mark."""
+    """Normalise page by page, so that the marks stay true; a text without pages is one page without a mark.
+
+    A text that is as it should be is returned itself: an equal one beside it would have to be kept, and stored, once more.
+    """
     starts = [mark.start for mark in marks] or [0]
-    made, begins = bytearray(), []  # in UTF-8: the pages of a large text and the text itself are not in memory at once
+    made: bytearray | None = None  # in UTF-8, that pages and text are not in memory at once; None while all is as it was
+    begins: list[int] = []
     at = 0
     for start, end in zip(starts, [*starts[1:], len(markdown)], strict=True):
-        part = normalise(markdown[start:end])
-        begins.append(at)
-        made += (b"\n\n" if len(begins) > 1 else b"") + part.encode()
-        at += len(part) + 2
-    return made.decode(), tuple(replace(mark, start=begin) for mark, begin in zip(marks, begins, strict=False))
+        part = ("\n\n" if begins else "") + normalise(markdown[start:end])
+        begins.append(at + 2 if begins else 0)
+        if made is None and not markdown.startswith(part, at):
+            made = bytearray(markdown[:at].encode())
+        if made is not None:
+            made += part.encode()
+        at += len(part)
+    moved = (mark if mark.start == begin else replace(mark, start=begin) for mark, begin in zip(marks, begins, strict=False))
+    return markdown[:at] if made is None else made.decode(), tuple(moved)
 
 
 def refuse_page_map(name: str, markdown: str, marks: Sequence[PageMark]) -> None:
@@ -83,8 +91,6 @@ def checked(document: Document) -> Document:
     """Return the document with normalised markdown and its SHA-256."""
     refuse_page_map(document.file_name, document.markdown or "", document.pages)
     markdown, marks = normalise_pages(document.markdown or "", document.pages)
-    if markdown == document.markdown:
-        markdown = document.markdown  # which lies in memory anyway until the next checkpoint
     refuse_text(document.file_name, markdown)
     return replace(document, markdown=markdown, pages=marks, markdown_sha256=_sha256(markdown))
 

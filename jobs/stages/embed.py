@@ -57,8 +57,12 @@ async def run(document: Document, tools: Tools) -> Document:
     known.clear()
     places = _places(chunks, missing)
     async for made in _embed(document, embedder, missing, tools):
-        for sha256, vector in made.items():
-            vectors[places[sha256]] = vector
+        for sha256 in made:
+            vectors[places[sha256]] = made[sha256]
+        made.clear()  # the next ones need its room
+    for row, chunk in enumerate(chunks):
+        if (first := places.get(chunk.content_sha256, row)) != row:
+            vectors[row] = vectors[first]
     return replace(document, vectors=vectors, embedded_count=len(missing))
 
 
@@ -73,12 +77,12 @@ def _in_order(chunks: tuple[Chunk, ...], known: Mapping[str, Vectors], dimension
     return rows
 
 
-def _places(chunks: tuple[Chunk, ...], missing: Collection[str]) -> dict[str, list[int]]:
-    """Return where each missing text stands: content_sha256 -> rows."""
-    places: dict[str, list[int]] = {}
+def _places(chunks: tuple[Chunk, ...], missing: Collection[str]) -> dict[str, int]:
+    """Return where each missing text stands first: content_sha256 -> row."""
+    places: dict[str, int] = {}
     for row, chunk in enumerate(chunks):
         if chunk.content_sha256 in missing:
-            places.setdefault(chunk.content_sha256, []).append(row)
+            places.setdefault(chunk.content_sha256, row)
     return places
 
 
@@ -91,7 +95,9 @@ async def _embed(document: Document, embedder: Embedder, missing: Mapping[str, s
         while part := dict(islice(texts, AT_ONCE)):
             made = await embedder.embed(list(part.values()))
             refuse_vectors(document.file_name, made, len(part), embedder.dimensions)
-            yield dict(zip(part, made, strict=True))
+            found = dict(zip(part, made, strict=True))
+            del made  # lives in what is found
+            yield found
         return
     async for found in _Hosted(document, embedder, missing, tools).run():
         yield found

@@ -159,6 +159,10 @@ ON CONFLICT (doc_id, version) DO UPDATE
 SET markdown = EXCLUDED.markdown, markdown_sha256 = EXCLUDED.markdown_sha256, page_map = EXCLUDED.page_map,
     parser = EXCLUDED.parser, parse_metadata = EXCLUDED.parse_metadata;
 
+-- name: store_digest
+-- Of a markdown that `check` has left as it was stored: it is not sent and written a second time.
+UPDATE document_markdown AS m SET markdown_sha256 = %(markdown_sha256)s WHERE m.doc_id = %(doc_id)s AND m.version = %(version)s;
+
 -- name: store_small_markdowns
 -- Of several documents, a list a column.
 INSERT INTO document_markdown AS m (doc_id, version, markdown, markdown_sha256, page_map, parser, parse_metadata)

@@ -15,10 +15,11 @@ import pytest
 from jobs.pipeline.claiming import Job
 from jobs.pipeline.rows import chunk_params
 from models.chunks import Chunk
-from models.documents import Document
+from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
 from models.stages import STAGES, Milestone
 from sql import query
+from tests.integration import conftest
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
 
 RESULTS = """SELECT d.doc_id, d.version, d.served_version, d.milestone, d.state, d.chunk_count, d.raw_extraction, c.id, c.chunk_index,
@@ -445,6 +446,55 @@ async def test_results_over_the_carry_limit_are_checkpointed_on_the_way(bench: B
     await bench.drain(carry_limit_mb=0)
     assert stored == ["parse_complete"]
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+
+
+@pytest.mark.parametrize(("in_between", "limit_mb"), [("check", 0), ("chunk", 0), ("check", 64)])
+async def test_a_text_that_is_stored_already_is_not_sent_again(bench: Bench, in_between: str, limit_mb: int) -> None:
+    async def write_over(document: Document) -> None:
+        bench.conn.execute("UPDATE document_markdown SET markdown = 'as it was stored'")
+
+    bench.submit()
+    bench.also[in_between] = write_over
+    await bench.drain(carry_limit_mb=limit_mb)
+    text = "text of a version 1"
+    stored = text if limit_mb else "as it was stored"
+    assert bench.one("SELECT markdown, markdown_sha256, parser FROM document_markdown") == (stored, sha(text), "plain 1")
+
+
+@pytest.mark.parametrize(("text", "start"), [("another text", 2), ("text of a version 1", 0)])
+async def test_a_text_or_page_map_that_check_has_changed_is_stored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, text: str, start: int
+) -> None:
+    def made_by(stage: str, document: Document) -> Document:
+        made = plain(stage, document)
+        if stage == "check" and text != made.markdown:
+            made = replace(made, markdown=text)
+        return replace(made, pages=(PageMark(1, 2 if stage == "parse" else start),)) if stage in ("parse", "check") else made
+
+    plain = conftest.made_by
+    monkeypatch.setattr(conftest, "made_by", made_by)
+    bench.submit()
+    await bench.drain(carry_limit_mb=0)
+    assert bench.one("SELECT markdown, page_map->0->'start' FROM document_markdown") == (text, start)
+
+
+async def test_connections_are_replaced_after_a_large_text_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[str] = []
+    drain = bench.pool.drain
+
+    async def replace_all() -> None:
+        replaced.append(bench.calls[-1])
+        await drain()
+
+    monkeypatch.setattr(bench.pool, "drain", replace_all)
+    bench.submit("a")
+    await bench.drain(carry_limit_mb=0)
+    assert replaced == []
+    monkeypatch.setattr("jobs.pipeline.durable.SMALL_BYTES", 10)
+    bench.submit("b")
+    await bench.drain(carry_limit_mb=0)
+    assert replaced == ["parse"]  # not after what came later
+    assert bench.all("SELECT state FROM file_extractions") == [("complete",)] * 2
 
 
 async def test_the_job_is_finished_in_the_checkpoint_that_ends_the_work(bench: Bench) -> None:

@@ -20,6 +20,10 @@ def echo(value: Any) -> Any:
     return value
 
 
+def second_of(*values: Any) -> Any:
+    return values[1]
+
+
 def process_id() -> int:
     return os.getpid()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import os
 import signal
 import subprocess
@@ -60,6 +61,12 @@ async def test_a_long_text_arrives_whole_and_leaves_nothing_beside_it(sandbox: P
     before = sys.getsizeof(readable)
     assert await sandbox.run(work.echo, readable) == readable
     assert sys.getsizeof(readable) == before
+
+
+async def test_several_long_texts_keep_their_places(sandbox: ProcessSandbox) -> None:
+    first, second = "„ß“" * 400_000, "b" * 150_000
+    assert await sandbox.run(operator.concat, first, second) == first + second
+    assert await sandbox.run(work.second_of, "short", second, first, {"a": 1}) == second
 
 
 async def test_calls_run_elsewhere_and_share_a_warm_child(sandbox: ProcessSandbox) -> None:

@@ -119,6 +119,31 @@ def test_marks_stay_true_when_the_text_around_them_shrinks() -> None:
     assert [text[mark.start :].split("\n")[0] for mark in marks] == ["one", "two", "three"]
 
 
+@pytest.mark.parametrize(
+    ("markdown", "starts"),
+    [
+        ("one\n\ntwo\n\nthree", (0, 5, 10)),
+        ("one\n\ntwo\n\nthree\n", (0, 5, 10)),
+        ("one\n\ntwo \n\nthree", (0, 5, 11)),
+        ("one\n\n\ntwo", (0, 6)),
+        ("one\ntwo", (0, 4)),
+        ("\n\none", (0, 2)),
+        ("one\n\n\n\ntwo", (0, 5, 7)),
+        ("\none \u2013 two\x00", ()),
+        ("one \u2013 two\n", ()),
+        ("", (0,)),
+    ],
+)
+def test_pages_are_normalised_each_by_itself_and_a_sound_text_is_returned_itself(markdown: str, starts: tuple[int, ...]) -> None:
+    ends = (*starts[1:], len(markdown))
+    parts = [normalise(markdown[start:end]) for start, end in zip(starts or (0,), ends[-max(1, len(starts)) :], strict=True)]
+    wanted = "\n\n".join(parts)
+    begins = [sum(len(part) + 2 for part in parts[:number]) for number in range(len(starts))]
+    text, marks = normalise_pages(markdown, [PageMark(number, start) for number, start in enumerate(starts, 1)])
+    assert (text, marks) == (wanted, tuple(PageMark(number, begin) for number, begin in enumerate(begins, 1)))
+    assert (text is markdown) == (wanted == markdown)
+
+
 def test_normalising_twice_changes_nothing() -> None:
     once = normalise("\ufeffu\u0308ber \u2028 x\r\ry\n\n\n\nz\u0085 ")
     assert once == "\u00fcber  x\n\ny\n\nz"

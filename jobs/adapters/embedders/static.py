@@ -40,21 +40,21 @@ class Static:
         """Return one L2-normalised row a text, shape (len(texts), dimensions), in order. A text without tokens is the first axis."""
         import numpy as np
 
-        turns = [await in_thread(self._rows, texts[i : i + _TEXTS_A_TURN]) for i in range(0, len(texts), _TEXTS_A_TURN)]
-        return np.concatenate(turns) if turns else np.empty((0, self.dimensions), dtype=np.float32)
+        rows = np.zeros((len(texts), self.dimensions), dtype=np.float32)
+        for i in range(0, len(texts), _TEXTS_A_TURN):
+            await in_thread(self._fill, rows[i : i + _TEXTS_A_TURN], texts[i : i + _TEXTS_A_TURN])
+        return rows
 
-    def _rows(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _fill(self, rows: NDArray[np.float32], texts: Sequence[str]) -> None:
         import numpy as np
 
         tokenizer, weights = self._load()
-        rows = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         for row, text in zip(rows, texts, strict=True):
             # Summed text by text, in the order of its tokens: the same text gives the same bits in any company.
             ids = tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
             total = weights[ids].sum(axis=0, dtype=np.float64) if ids else np.zeros(self.dimensions)
             length = float(np.linalg.norm(total))
             row[:] = total / length if length > 0 else np.eye(1, self.dimensions)[0]
-        return rows
 
     def _load(self) -> tuple[Tokenizer, NDArray[np.float32]]:
         with self._loading:

@@ -14,6 +14,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -31,6 +32,8 @@ MIN_CHUNK_SIZE = 50
 MAX_HEADER_CELLS = 20
 MAX_HEADER_CELL_CHARACTERS = 100
 MAX_HEADER_CHARACTERS = 10_000
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""One for all passages: a large document has tens of thousands."""
 
 
 def chunk_id(doc_id: str, index: int, content_sha256: str) -> UUID:
@@ -104,16 +107,20 @@ class _HeadingTrail:
         self._headings = structure.headings
         self._next = 0
         self._open: list[tuple[int, str]] = []
+        self._above: tuple[str, ...] = ()
 
     def at(self, offset: int) -> tuple[str, ...]:
-        """Return the headings above an offset, outermost first."""
+        """Return the headings above an offset, outermost first; the same object for all passages below the same ones."""
+        before = self._next
         while self._next < len(self._headings) and self._headings[self._next].start < offset:
             heading = self._headings[self._next]
             while self._open and self._open[-1][0] >= heading.level:
                 self._open.pop()
             self._open.append((heading.level, heading.text))
             self._next += 1
-        return tuple(text for _, text in self._open if text)
+        if self._next != before:
+            self._above = tuple(text for _, text in self._open if text)
+        return self._above
 
 
 def _trimmed(markdown: str, span: Span) -> Span:
@@ -132,7 +139,7 @@ def _metadata(markdown: str, structure: Structure, start: int, end: int, headers
     """
     at = bisect_right(structure.tables, end - 1, key=lambda table: table.start) - 1
     if at < 0 or structure.tables[at].end <= start:
-        return {}
+        return _NOTHING
     table = table_at(structure, start)
     if table is None or start <= table.start:
         return {"has_table": True}
