@@ -13,14 +13,16 @@ REPAIRS = ["rescue_document", "end_abandoned_job", "requeue_lost_document"]
 def leave_work_behind(arena: Arena, count: int = 12) -> None:
     """Documents under expired leases, jobs fetched and never claimed, documents without a job."""
     arena.submit(documents(count))
-    worker = arena.worker(faults=["stop@stage_started:embed;doc=d0003"], WORKER_CONCURRENCY="4", CHECKPOINT_SECONDS="0")
+    stop = "stop@stage_started:embed;doc=d0003"
+    # One document at a time, so that others go on waiting.
+    worker = arena.worker(faults=[stop], WORKER_CONCURRENCY="4", CHECKPOINT_SECONDS="0", SMALL_DOCUMENTS_TOGETHER="1")
     arena.wait(worker.stopped, "the worker to be stopped")
     worker.signal(signal.SIGKILL)
     worker.wait()
     with arena.connect() as conn:
         first = "id IN (SELECT id FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id LIMIT 2)"
-        conn.execute(f"UPDATE procrastinate_jobs SET status = 'doing' WHERE {first}")
-        conn.execute(f"DELETE FROM procrastinate_jobs WHERE {first}")
+        for change in ("UPDATE procrastinate_jobs SET status = 'doing'", "DELETE FROM procrastinate_jobs"):
+            assert conn.execute(f"{change} WHERE {first}".encode()).rowcount == 2
     arena.fault(1 + 2 + 2)
 
 
