@@ -126,4 +126,11 @@ class Child:
 def _environment(writable: Path | None) -> dict[str, str]:
     """Return a child's whole environment: nothing of the worker's that could be secret, and how many threads libraries may start."""
     passed = {name: value for name, value in os.environ.items() if name in _PASSED_ON or name.endswith("_NUM_THREADS")}
-    return {"PATH": os.defpath, "HOME": "/", **passed, **({"TMPDIR": str(writable)} if writable is not None else {})}
+    # Threads of a library that multiplies matrices would wait busily, on cores that other children need.
+    return {
+        "PATH": os.defpath,
+        "HOME": "/",
+        "OPENBLAS_NUM_THREADS": "1",
+        **passed,
+        **({"TMPDIR": str(writable)} if writable is not None else {}),
+    }
