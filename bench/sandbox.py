@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import time
 from pathlib import Path
 
+from bench.costs import cpu_seconds
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sniff import sniff
@@ -55,6 +57,21 @@ async def in_children(calls: list[Call], tries: int) -> tuple[list[float], float
     return medians, first
 
 
+async def new_children(count: int) -> tuple[float, float]:
+    """Return the CPU milliseconds and the median milliseconds by the clock of a trivial call for which a new child is made."""
+    sandbox = ProcessSandbox(children=1, calls_per_child=1)
+    await sandbox.run(abs, -1)
+    times, before = [], cpu_seconds([os.getpid()])
+    for _ in range(count):
+        started = time.perf_counter()
+        await sandbox.run(abs, -1)
+        times.append((time.perf_counter() - started) * 1000)
+    await asyncio.sleep(0.2)  # for the end of the last one
+    cpu_ms = (cpu_seconds([os.getpid()]) - before) / count * 1000
+    await sandbox.aclose()
+    return cpu_ms, statistics.median(times)
+
+
 def main() -> None:
     """Print a line for each of three samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +85,10 @@ def main() -> None:
     print("| file | here | in a child | price |\n|---|---|---|---|")
     for name, alone, isolated in zip(names, plain, children, strict=True):
         print(f"| {name} | {alone:.2f} ms | {isolated:.2f} ms | {isolated - alone:.2f} ms |")
-    print(f"\nthe first call, which starts a child: {first:.0f} ms")
+    cpu_ms, clock_ms = asyncio.run(new_children(given.tries))
+    print(
+        f"\nthe first call, for which all is started: {first:.0f} ms; a later one with a new child: {clock_ms:.0f} ms, {cpu_ms:.0f} ms of the CPU"
+    )
 
 
 if __name__ == "__main__":

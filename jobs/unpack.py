@@ -31,6 +31,7 @@ def _sandbox(folder: Path) -> ProcessSandbox:
             max_output_mb=max(_settings.max_archive_mb, _settings.max_file_size_mb) + 1,
         ),
         writable=folder,
+        loaded=False,
     )
 
 

@@ -23,7 +23,7 @@ from jobs.adapters import usage
 from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup
-from jobs.adapters.sandbox_process import Child
+from jobs.adapters.sandbox_process import Child, Template
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
@@ -31,9 +31,9 @@ from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-CALLS_PER_CHILD = 1000
-"""So that what a library leaks, or a file has left behind, does not stay. A new child costs half a second of CPU, most of it for what reads
-Markdown and tells languages, which is shared by as many calls."""
+CALLS_PER_CHILD = 500
+"""So that what a library leaks, or a file has left behind, does not stay. A new child costs some milliseconds, and what it has to load that
+the template has not: what reads Word, PDF and the like, up to a tenth of a second."""
 CALLS_AT_ONCE = MOST_FILES
 """Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
 COMPUTING = 0.9
@@ -59,15 +59,18 @@ class ProcessSandbox:
         limits: Limits | None = None,
         writable: Path | None = None,
         readable: tuple[Path, ...] = (),
+        loaded: bool = True,
     ) -> None:
         """Take the number of children, after how many calls each is replaced, the limits, and the one folder that they may write to.
 
-        Without `writable` each child has a scratch folder of its own. `readable` are folders with code beside docmill's own.
-        Starts nothing yet.
+        Without `writable` each child has a scratch folder of its own. `readable` are folders with code beside docmill's own. `loaded`:
+        children have what reads plain files and extracts from texts from their first call on. Starts nothing yet.
         """
         self._limits = limits or Limits()
         self._calls_per_child = calls_per_child
-        self._setup = Setup(self._limits, os.getpid(), writable, readable)
+        self._setup = Setup(self._limits, 0, writable, readable)
+        self._loaded = loaded
+        self._template: Template | None = None
         self._slots = asyncio.Semaphore(children)
         self._idle: list[Child] = []
         self._all: set[Child] = set()
@@ -158,10 +161,12 @@ class ProcessSandbox:
     async def _start(self) -> Child:
         if self._closed:
             raise asyncio.CancelledError
+        if self._template is None or not self._template.usable:
+            self._template = Template(loaded=self._loaded)
         child = Child(self._setup)
         self._all.add(child)
         try:
-            _tell(await child.ready())
+            _tell(await child.begin(self._template))
         except BaseException:
             self._discard(child)
             raise
@@ -237,6 +242,9 @@ class ProcessSandbox:
         self._idle.clear()
         for child in children:
             await asyncio.to_thread(child.wait)
+        if self._template is not None:
+            self._template.close()
+            await asyncio.to_thread(self._template.wait)
 
 
 def _loaded(parts: Sequence[bytearray]) -> list[Any]:

@@ -123,13 +123,14 @@ async def send_call(sock: socket.socket, payload: Sequence[bytes], files: Sequen
 
 async def receive(sock: socket.socket, most: int) -> tuple[bytes, bytearray]:
     """Return the kind and content of what a child sends next. EOFError or OSError if it is gone, ValueError for more than `most` bytes."""
-    kind, length = HEAD.unpack(await _read(sock, HEAD.size))
+    kind, length = HEAD.unpack(await read_exactly(sock, HEAD.size))
     if length > most:
         raise ValueError(f"{length:,} bytes, more than the {most:,} that are allowed")
-    return kind, await _read(sock, length)
+    return kind, await read_exactly(sock, length)
 
 
-async def _read(sock: socket.socket, length: int) -> bytearray:
+async def read_exactly(sock: socket.socket, length: int) -> bytearray:
+    """Return so many bytes; EOFError or OSError if the other end is gone before."""
     loop = asyncio.get_running_loop()
     data = bytearray(length)
     view = memoryview(data)

@@ -1,6 +1,6 @@
 """The child's side of the sandbox: what happens around each call. What is taken from a child is written in `sandbox_confinement`.
 
-Imported in the child before anything else, so it stays light: the standard library and `models.errors`.
+Imported before anything else, so it stays light: the standard library and `models.errors`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pickle
 import resource
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.adapters.sandbox_channel import ANSWER, PART, READY, LongText, loads_carefully, receive_blocking, send_blocking
-from jobs.adapters.sandbox_confinement import MB, Limits, confine
+from jobs.adapters.sandbox_confinement import MB, Limits, Setup, confine
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError
 
@@ -66,8 +67,10 @@ def serve(fd: int) -> None:
         with suppress(OSError):
             _own_files[name] = os.open(f"/proc/self/{name}", flags | os.O_CLOEXEC)
     try:
-        setup, _ = receive_blocking(sock)
-        missing = confine(pickle.loads(setup))  # noqa: S301 - the worker's words
+        words, _ = receive_blocking(sock)
+        setup: Setup = pickle.loads(words)  # noqa: S301 - the worker's words
+        missing = confine(setup)
+        os.environ["TMPDIR"], tempfile.tempdir = str(setup.writable), None
         _channel.append(sock)
         send_blocking(sock, READY, pickle.dumps(missing))
         while True:

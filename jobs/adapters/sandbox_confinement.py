@@ -71,7 +71,7 @@ class Setup:
 
     limits: Limits
     parent: int
-    """The worker's process id."""
+    """The process that made it."""
     writable: Path | None = None
     """The folder that it may write to."""
     readable: tuple[Path, ...] = ()
@@ -80,7 +80,7 @@ class Setup:
 
 def confine(setup: Setup) -> tuple[str, ...]:
     """Set this process up as a child, and return what the kernel could not do, in words. It dies with its parent and hears no signals."""
-    _die_with(setup.parent)
+    die_with(setup.parent)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the worker decides when a parse ends
     with suppress(OSError):  # where memory runs out it is the parser that goes, not the worker
@@ -100,7 +100,8 @@ def confine(setup: Setup) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Have this process end when the one that made it does."""
     with suppress(OSError, AttributeError):  # Linux only; elsewhere the closed channel ends an idle child
         ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

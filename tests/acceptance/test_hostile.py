@@ -13,7 +13,7 @@ import pytest
 
 from jobs import submit_batch, submit_document
 from jobs.adapters.archives import is_archive
-from tests.running import wait_for, worker
+from tests.running import descendants, wait_for, worker
 from tests.unit.small_files import pdf
 
 CORPUS = Path(os.environ.get("DOCMILL_CORPUS", Path(__file__).parents[3] / "shared" / "corpus")) / "hostile"
@@ -32,10 +32,6 @@ def quick(front_door: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def one(conn: psycopg.Connection, statement: str, *args: Any) -> tuple[Any, ...]:
     row = conn.execute(statement, args).fetchone()
     return () if row is None else tuple(row)
-
-
-def children(pid: int) -> set[str]:
-    return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 def test_a_document_that_a_limit_cut_is_complete_and_shown_as_cut(conn: psycopg.Connection, tmp_path: Path) -> None:
@@ -73,7 +69,8 @@ def test_hostile_files_end_as_expected_and_leave_the_worker_as_it_was(conn: psyc
         + (SELECT count(*) FROM processing_jobs WHERE completed_at IS NULL)"""
     with worker(tmp_path / "log", PARSE_TIMEOUT_SECONDS="60") as process:
         wait_for(lambda: one(conn, left) == (0,), "all to end", timeout=300, process=process)
-        kept = children(process.pid)
+        kept = descendants(process.pid)[1:]
+    assert kept
     assert not any(Path(f"/proc/{pid}").exists() for pid in kept)
     assert one(conn, "SELECT sum(crash_count), count(*) FILTER (WHERE error_type IN ('UNKNOWN', 'RETRYABLE')) FROM file_extractions") == (
         0,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import resource
 import signal
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +143,15 @@ def signal_itself() -> str:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
     return "alive"
+
+
+def draw() -> tuple[float, str, float, str]:
+    """Return what should be nobody else's: random numbers, an id and the name of a temporary file."""
+    import numpy as np
+
+    with tempfile.NamedTemporaryFile() as file:
+        return random.random(), str(uuid.uuid4()), float(np.random.random()), Path(file.name).name
+
+
+def has_loaded(module: str) -> bool:
+    return module in sys.modules

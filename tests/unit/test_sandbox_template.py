@@ -1,0 +1,114 @@
+"""The process that a sandbox's children are forked from: what they have of it, and what its end is to them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from jobs.adapters.sandbox import ProcessSandbox
+from jobs.adapters.sandbox_child import Crashed
+from tests.running import descendants
+from tests.unit import sandbox_attacks as attacks
+from tests.unit import sandbox_work as work
+from tests.unit.test_sandbox import TESTS, alive, until
+
+R = TypeVar("R")
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[ProcessSandbox]:
+    sandbox = ProcessSandbox(children=2, readable=TESTS)
+    yield sandbox
+    await sandbox.aclose()
+
+
+async def both(sandbox: ProcessSandbox, function: Callable[[], R]) -> list[R]:
+    """Run a function in two children."""
+    return list(await asyncio.gather(*(sandbox.run(function) for _ in range(2))))
+
+
+def template_of(child: int) -> int:
+    return int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def threads_and_environment(pid: int) -> tuple[int, set[bytes]]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return len(list(Path(f"/proc/{pid}/task").iterdir())), {entry.partition(b"=")[0] for entry in entries}
+
+
+async def test_children_draw_different_numbers_though_they_were_forked_from_one_process(sandbox: ProcessSandbox) -> None:
+    first, second = await both(sandbox, work.draw)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+async def test_a_child_holds_nothing_of_its_neighbours_or_of_what_it_was_forked_from(sandbox: ProcessSandbox) -> None:
+    for files in await both(sandbox, attacks.open_fds):
+        assert sum(name.startswith("socket:") for name in files) == 1
+        assert all(name == "/dev/null" or name.startswith(("socket:", "/proc/")) for name in files)
+
+
+async def test_the_template_has_one_thread_and_a_clean_environment(sandbox: ProcessSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", "quiet-harbour")
+    template = template_of(await sandbox.run(work.process_id))
+    threads, names = threads_and_environment(template)
+    assert threads == 1
+    assert b"PGPASSWORD" not in names
+    assert {b"PATH", b"OPENBLAS_NUM_THREADS"} <= names
+
+
+async def test_a_child_has_the_languages_model_before_its_first_call(sandbox: ProcessSandbox) -> None:
+    assert await sandbox.run(work.has_loaded, "py3langid.langid")
+    bare = ProcessSandbox(children=1, readable=TESTS, loaded=False)
+    assert not await bare.run(work.has_loaded, "py3langid.langid")
+    await bare.aclose()
+
+
+async def test_the_templates_end_is_a_crash_of_what_is_under_way_and_the_next_call_works(sandbox: ProcessSandbox, tmp_path: Path) -> None:
+    child = await sandbox.run(work.process_id)
+    call = asyncio.create_task(sandbox.run(work.hang))
+    await asyncio.sleep(0.2)
+    os.kill(template_of(child), signal.SIGKILL)
+    with pytest.raises(Crashed, match="SIGKILL"):
+        await call
+    await until(lambda: not alive(child))
+    assert await sandbox.run(work.echo, 1) == 1
+
+
+async def test_a_template_that_ends_before_it_is_asked_is_made_anew(sandbox: ProcessSandbox) -> None:
+    child = await sandbox.run(work.process_id)
+    template = template_of(child)
+    for process in (template, child):
+        os.kill(process, signal.SIGKILL)
+    await until(lambda: not alive(template) and not alive(child))
+    assert await both(sandbox, work.process_id)
+    assert template_of(await sandbox.run(work.process_id)) != template
+
+
+async def test_who_gives_up_while_a_child_is_made_costs_no_other_call() -> None:
+    sandbox = ProcessSandbox(children=8, readable=TESTS)
+    calls = [asyncio.create_task(sandbox.run(work.echo, number)) for number in range(8)]
+    await asyncio.sleep(0.05)
+    for call in calls[::2]:
+        call.cancel()
+    assert await asyncio.gather(*calls[1::2]) == [1, 3, 5, 7]
+    assert await sandbox.run(work.echo, 9) == 9
+    await sandbox.aclose()
+
+
+async def test_many_starts_and_kills_leave_no_process_and_no_scratch_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sandbox = ProcessSandbox(children=4, calls_per_child=2, readable=TESTS)
+    harm = [sandbox.run(work.crash) if number % 3 == 0 else sandbox.run(work.echo, number) for number in range(24)]
+    outcomes = await asyncio.gather(*harm, return_exceptions=True)
+    assert sum(isinstance(outcome, Crashed) for outcome in outcomes) == 8
+    before = set(descendants(os.getpid()))
+    assert len(before) > 1
+    await sandbox.aclose()
+    await until(lambda: not any(map(alive, before - {os.getpid()})))
+    await until(lambda: not list(tmp_path.glob("docmill-sandbox-*")))
