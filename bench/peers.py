@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -182,25 +181,24 @@ def main() -> None:
     kinds = {"docmill, same work": "bench.peers_worker.app", "docmill": "procrastinate_app.app"}
     with server(home) as (postgres, postmaster), tempfile.TemporaryDirectory(prefix="docmill-peers-") as scratch:
         starting = {name: next(iter(peer(given.peers, name, 1, postmaster)))["cpu"] for name in given.only}
-        for _ in range(given.rounds):
+        # Files are taken away at the end alone: ext4 looks long for room where files have been deleted within seconds.
+        for number in range(given.rounds):
             for name in given.only:
                 for row in peer(given.peers, name, given.documents, postmaster):
                     cpu = row["cpu"] - starting[name] if "cpu" in row else None
                     results.add(row["system"], seconds=row["seconds"], cpu=cpu)
             for name, app in kinds.items():
-                settings = fresh_settings(postgres, Path(scratch), "peer_docmill", embedding_provider="hash")
+                settings = fresh_settings(postgres, Path(scratch), f"peer_{len(name)}_{number}", embedding_provider="hash")
                 taken, submitting, again, cost = docmill(settings, folder, given.documents, postmaster, app, given.workers)
                 shares = {key: getattr(cost, key) for key in Spent.__slots__}
                 results.add(name, seconds=taken, submitting=submitting, cpu=cost.cpu, **shares)
                 results.add(f"{name} unchanged", seconds=again)
-                shutil.rmtree(settings.storage_base_path)
             for together in (1, 16) if given.waiting else ():
                 changes = {"embedding_provider": "hash", "small_documents_together": together}
-                settings = fresh_settings(postgres, Path(scratch), "peer_docmill", **changes)
+                settings = fresh_settings(postgres, Path(scratch), f"peer_waiting_{together}_{number}", **changes)
                 taken, cost = drained(settings, folder, given.documents, postmaster, given.workers)
                 shares = {key: getattr(cost, key) for key in Spent.__slots__}
                 results.add(f"docmill, waiting, {together} together", seconds=taken, cpu=cost.cpu, **shares)
-                shutil.rmtree(settings.storage_base_path)
     print(f"{given.documents} documents, {given.rounds} rounds, {given.workers} workers\n\n{results.table()}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 from procrastinate.connector import BaseConnector
@@ -10,9 +11,11 @@ from procrastinate.jobs import Job
 from procrastinate.manager import JobManager
 
 from jobs.outages import outlive
+from models.stages import STAGES
 from sql import query
 
 _SIGN_OFF_SECONDS = 3.0
+_CLAIM_SECONDS = 0.2  # most that a fetch waits for the claim before it
 
 
 class DocmillJobManager(JobManager):
@@ -25,6 +28,14 @@ class DocmillJobManager(JobManager):
         self._served = ""
         self._others_first = True
         self._wake_ups = 0
+        self._claimed = asyncio.Event()
+        self._claimed.set()
+        self.takes_along = False
+        """Whether who claims a document takes others along: then no more is fetched until it has, or each would be left with few."""
+
+    def claimed(self) -> None:
+        """Say that the job that was fetched last has its documents, or gets none."""
+        self._claimed.set()
 
     def wake(self) -> None:
         """Say that there may be work again: a fetch that finds nothing meanwhile looks once more, because it may have looked too early."""
@@ -32,6 +43,9 @@ class DocmillJobManager(JobManager):
 
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
         """Take the job whose turn it is and mark it as doing; None if there is none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLAIM_SECONDS):
+                await self._claimed.wait()
         while True:
             before = self._wake_ups
             row = await self.connector.execute_query_one_async(
@@ -46,6 +60,8 @@ class DocmillJobManager(JobManager):
                 # Jobs that are nobody's take turns with all users', unless their priority is below 0.
                 self._others_first = row["docmill_user"] != ""
                 self._served = row["docmill_user"] or self._served
+                if self.takes_along and row["task_name"] == STAGES[0].name:
+                    self._claimed.clear()
                 return Job.from_row(row)
             if before == self._wake_ups:
                 return None

@@ -81,8 +81,10 @@ def _runner() -> Runner:
                 finished_jobs=app.finished_jobs,
                 company=company,
                 lent_place=app.lent_place,
+                claimed=app.job_manager.claimed,
             )
         )
+        app.job_manager.takes_along = _runners[0].takes_along
 
         async def close() -> None:
             _runners.clear()

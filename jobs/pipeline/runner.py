@@ -55,8 +55,12 @@ class Runner:
         stages: dict[str, StageFunction] | None = None,
         company: Company | None = None,
         lent_place: Callable[[], AbstractContextManager[None]] = nullcontext,
+        claimed: Callable[[], None] | None = None,
     ) -> None:
-        """`lent_place`: what is open while a document does nothing but wait for a request that it shares with others."""
+        """`lent_place`: what is open while a document does nothing but wait for a request that it shares with others.
+        `claimed` is called once a job has claimed what it takes up.
+        """
+        self._claimed = claimed or (lambda: None)
         self._settings = settings
         self._pool = pool
         self._leases = leases
@@ -68,6 +72,8 @@ class Runner:
         hosted = tools.hosted_parser is not None or tools.extractor is not None
         may_share = settings.handoff == "inline" and tools.embedder.quick and not hosted
         self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share)
+        self.takes_along = may_share and settings.small_documents_together > 1
+        """Whether small documents are taken up together."""
         self._in_hand: Counter[str | None] = Counter()
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
         self._runs = StageRuns(
@@ -96,7 +102,10 @@ class Runner:
             # From now on, because it is worth waiting for while it is claimed and loaded.
             self._sharing.expect(job.id, job.stage in _UNTIL_EMBED)
             claimed_at = clock.seconds()
-            works, cancelled = await self._claiming.claim(job, doc_id)
+            try:
+                works, cancelled = await self._claiming.claim(job, doc_id)
+            finally:
+                self._claimed()
             if not works:
                 return
             if len(works) > 1:

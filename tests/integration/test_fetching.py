@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 from collections import Counter
@@ -172,6 +173,27 @@ async def test_a_job_that_arrives_while_a_fetch_looks_is_not_left_lying(conn: ps
         await connector.close_async()
     assert job is not None
     assert (looked, job.task_kwargs, nothing) == ([None], {"doc_id": "ann1"}, None)
+
+
+async def test_no_more_is_fetched_until_who_takes_others_along_has_claimed_them(conn: psycopg.Connection, settings: Settings) -> None:
+    submit(conn, "ann", 3)
+    connector = DocmillConnector(settings)
+    jobs = DocmillJobManager(connector, max_documents_per_user=0)
+    jobs.takes_along = True
+    row = conn.execute("SELECT worker_id FROM procrastinate_register_worker_v1()").fetchone()
+    assert row is not None
+    await connector.open_async()
+    try:
+        await jobs.fetch_job(None, row[0])
+        second = asyncio.create_task(jobs.fetch_job(None, row[0]))
+        await asyncio.sleep(0.05)
+        fetched = conn.execute("SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'").fetchone()
+        jobs.claimed()
+        assert await second is not None
+        assert await jobs.fetch_job(None, row[0]) is not None  # nobody says so, and it goes on all the same
+    finally:
+        await connector.close_async()
+    assert fetched == (1,)
 
 
 def test_an_upgrade_of_a_queue_in_use_gives_each_job_its_user_and_old_workers_go_on(
