@@ -210,4 +210,4 @@ def _environment() -> dict[str, str]:
     """Return the whole environment of these processes: nothing of the worker's that could be secret, and how many threads libraries may
     start: by themselves none for matrices, as those would wait busily on cores that others need, and only one thread can fork."""
     passed = {name: value for name, value in os.environ.items() if name in _PASSED_ON or name.endswith("_NUM_THREADS")}
-    return {"PATH": os.defpath, "HOME": "/", **passed, "OPENBLAS_NUM_THREADS": "1"}
+    return {"PATH": os.defpath, "HOME": "/", "TMPDIR": tempfile.gettempdir(), **passed, "OPENBLAS_NUM_THREADS": "1"}

@@ -35,7 +35,8 @@ def serve(fd: int, worker: int, loaded: bool) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the worker decides when work ends
     if loaded:
-        _load()
+        with contextlib.suppress(Exception):  # what cannot be had here fails in the call that needs it, where it is told
+            _load()
     gc.collect()
     gc.freeze()  # so that looking for cycles in a child writes to no page that all share
     control = socket.socket(fileno=fd)
