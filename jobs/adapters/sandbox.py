@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from loguru import logger
 from jobs.adapters import usage
 from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
-from jobs.adapters.sandbox_confinement import Setup
+from jobs.adapters.sandbox_confinement import Setup, let_others_look
 from jobs.adapters.sandbox_process import Child, Template
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
@@ -38,7 +37,6 @@ CALLS_AT_ONCE = MOST_FILES
 """Of those that share a child's turn: so many that the way there hardly costs, so few that several children have some."""
 COMPUTING = 0.9
 """The share of the time limit, in CPU time, from which on a call that ran into it has computed rather than waited, and would again."""
-_PR_SET_DUMPABLE = 4
 
 _told: set[str] = set()
 """What has been said of this kernel in this process."""
@@ -167,6 +165,8 @@ class ProcessSandbox:
         self._all.add(child)
         try:
             _tell(await child.begin(self._template))
+            if self._closed:  # while it began, when there was nothing yet to kill
+                raise asyncio.CancelledError
         except BaseException:
             self._discard(child)
             raise
@@ -240,11 +240,11 @@ class ProcessSandbox:
             else:
                 child.kill()
         self._idle.clear()
+        if self._template is not None:
+            self._template.close()  # and with it whatever child could not be killed yet
+            await asyncio.to_thread(self._template.wait)
         for child in children:
             await asyncio.to_thread(child.wait)
-        if self._template is not None:
-            self._template.close()
-            await asyncio.to_thread(self._template.wait)
 
 
 def _loaded(parts: Sequence[bytearray]) -> list[Any]:
@@ -272,8 +272,7 @@ def _tell(missing: Any) -> None:
         if isinstance(words, str) and words not in _told:
             _told.add(words)
             logger.warning("The parsers' sandbox is weaker here: {}", words)
-            with suppress(OSError, AttributeError):
-                ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+            let_others_look(False)
 
 
 def _number(value: Any) -> float:

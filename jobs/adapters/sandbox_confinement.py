@@ -25,7 +25,7 @@ from jobs.adapters import sandbox_landlock, sandbox_seccomp
 MB = 1024 * 1024
 SPARE_TASKS = 1024
 """How many more threads and processes of this user may begin before a child may start no further thread; other processes count too."""
-_PDEATHSIG, _CAPBSET_DROP, _NO_NEW_PRIVS, _CAP_AMBIENT, _CLEAR_ALL = 1, 24, 38, 47, 4
+_PDEATHSIG, _DUMPABLE, _CAPBSET_DROP, _NO_NEW_PRIVS, _CAP_AMBIENT, _CLEAR_ALL = 1, 4, 24, 38, 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 SYSTEM_FILES = (
@@ -106,6 +106,12 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the line above took hold
+
+
+def let_others_look(allowed: bool) -> None:
+    """Say whether processes of the same user may look into this one's memory and open files; root's always may."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_DUMPABLE, int(allowed), 0, 0, 0)
 
 
 def _limit(limits: Limits) -> None:

@@ -25,6 +25,8 @@ from jobs.adapters.sandbox_confinement import Setup
 from jobs.adapters.sandbox_template import ENDING, FORK, PID
 
 START_SECONDS = 60.0
+_TOLD_SECONDS = 5.0
+"""How long the end of a child that was killed is waited for. Should the template not tell it, what the child used is not known."""
 _BOOT = """
 import sys; sys.path[:] = sys.argv[4:]
 from jobs.adapters.sandbox_template import serve; serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == 'loaded')
@@ -82,6 +84,8 @@ class Template:
         finally:
             os.close(channel)
             os.close(ending)
+            if not self.usable:
+                self._ours.close()
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid))
         return int(pid)
@@ -90,7 +94,8 @@ class Template:
         """End it, and all its children with it. Returns without waiting."""
         if self.usable:
             self.usable = False
-            self._ours.close()
+            if not self._turn.locked():  # who waits for an answer sees the other end gone, and would never see this one closed
+                self._ours.close()
             with suppress(ProcessLookupError):
                 self._process.kill()
             threading.Thread(target=self._process.wait, name="sandbox-template-ends", daemon=True).start()
@@ -119,6 +124,7 @@ class Child:
         self._ending = self._handle = -1
         self._ended: _Ended | None = None
         self._closing = threading.Lock()
+        self._waiting = threading.Lock()
 
     async def begin(self, template: Template) -> object:
         """Start it and wait until it is confined; return what this kernel could not do, in words. OSError, EOFError or TimeoutError."""
@@ -164,8 +170,7 @@ class Child:
         ended = self._end(patience)
         if ended is None:
             self.kill()
-            ended = self._end(None)
-        assert ended is not None
+            ended = self._end(_TOLD_SECONDS) or _Ended(-signal.SIGKILL, self.cpu_ms, 0)
         return ended.code, Answer(None, None, max(0.0, ended.cpu_ms - self.cpu_ms), ended.memory_kb / 1024)
 
     def _end(self, seconds: float | None) -> _Ended | None:
@@ -196,14 +201,18 @@ class Child:
 
     def wait(self) -> None:
         """Wait for its end and take its scratch folder away."""
-        self._end(None)
+        with self._waiting:  # one after the other, or one polls what the other has closed
+            self._end(None)
+            self._close_descriptors()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _close_descriptors(self) -> None:
         with self._closing:
             self._ended = self._ended or _Ended(-signal.SIGKILL, 0.0, 0)  # it had not begun
             for fd in {self._ending, self._handle} - {-1}:
                 os.close(fd)
             self._ending = self._handle = -1
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def _environment() -> dict[str, str]:

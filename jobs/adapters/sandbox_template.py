@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 
 from jobs.adapters import sandbox_child
-from jobs.adapters.sandbox_confinement import die_with
+from jobs.adapters.sandbox_confinement import die_with, let_others_look
 
 FORK = b"F"
 """Asks for a child; with it come the child's end of its channel and the descriptor on which its end is to be told."""
@@ -32,6 +32,7 @@ ENDING = struct.Struct("<qdq")
 def serve(fd: int, worker: int, loaded: bool) -> None:
     """Be a template until the worker closes its end. `loaded`: have loaded what reads plain files and extracts from their text."""
     die_with(worker)
+    let_others_look(False)  # where Landlock is missing a child that was taken over could change here what its successors are made of
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the worker decides when work ends
     if loaded:
@@ -45,8 +46,11 @@ def serve(fd: int, worker: int, loaded: bool) -> None:
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     endings: dict[int, int] = {}
     control.sendall(PID.pack(os.getpid()))
+    poll = select.poll()  # select() takes no descriptor above 1,023, and the worker may have that many
+    for each in (control.fileno(), woken):
+        poll.register(each, select.POLLIN)
     while True:
-        readable, _, _ = select.select([control.fileno(), woken], [], [])
+        readable = {each for each, _ in poll.poll()}
         if woken in readable:
             os.read(woken, 4096)
             _tell_ends(endings)
@@ -85,6 +89,7 @@ def _fork(channel: int, foreign: tuple[int, ...]) -> int:
         for fd in foreign:
             os.close(fd)
         os.setsid()  # its group can be killed
+        let_others_look(True)  # or it cannot ask for its own memory's peak
         _forget_chance()
         sandbox_child.serve(channel)
     finally:

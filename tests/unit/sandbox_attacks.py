@@ -158,16 +158,16 @@ def start_thread() -> str:
     return attempt(threading.Thread(target=time.sleep, args=(0,)).start)
 
 
-def signal_parent() -> str:
-    return attempt(os.kill, os.getppid(), signal.SIGTERM)
+def signal_process(pid: int) -> str:
+    return attempt(os.kill, pid, signal.SIGTERM)
 
 
-def limit_parent() -> str:
-    return attempt(resource.prlimit, os.getppid(), resource.RLIMIT_NOFILE, (3, 3))
+def limit_process(pid: int) -> str:
+    return attempt(resource.prlimit, pid, resource.RLIMIT_NOFILE, (3, 3))
 
 
-def slow_parent() -> str:
-    return attempt(os.setpriority, os.PRIO_PROCESS, os.getppid(), 19)
+def slow_process(pid: int) -> str:
+    return attempt(os.setpriority, os.PRIO_PROCESS, pid, 19)
 
 
 def call_system(number: int, *args: int) -> str:

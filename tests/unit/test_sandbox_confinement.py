@@ -145,14 +145,19 @@ async def test_a_child_knows_no_secret_of_the_worker(scratch: Path, monkeypatch:
 
 async def test_a_child_cannot_look_into_the_worker_or_at_other_children(sandbox: ProcessSandbox) -> None:
     for name in ("environ", "mem", "maps", "cmdline", "fd/0"):
-        assert await sandbox.run(attacks.read, f"/proc/{os.getpid()}/{name}") in REFUSED
+        for pid in (os.getpid(), await sandbox.run(os.getppid)):
+            assert await sandbox.run(attacks.read, f"/proc/{pid}/{name}") in REFUSED
     assert await sandbox.run(attacks.list_folder, f"/proc/{os.getpid()}/fd") in REFUSED
     assert await sandbox.run(attacks.capabilities) == "0" * 16
 
 
 async def test_a_child_starts_no_process_and_touches_none(sandbox: ProcessSandbox) -> None:
-    for function in (attacks.run_program, attacks.fork, attacks.signal_parent, attacks.limit_parent, attacks.slow_parent):
+    for function in (attacks.run_program, attacks.fork):
         assert await sandbox.run(function) in REFUSED
+    template = await sandbox.run(os.getppid)
+    for attack in (attacks.signal_process, attacks.limit_process, attacks.slow_process):
+        for pid in (os.getpid(), template):
+            assert await sandbox.run(attack, pid) in REFUSED
     assert await sandbox.run(attacks.start_thread) == "done"
     assert await sandbox.run(attacks.open_many, 100) == "Too many open files"
 

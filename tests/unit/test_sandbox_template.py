@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TypeVar
 import pytest
 
 from jobs.adapters.sandbox import ProcessSandbox
-from jobs.adapters.sandbox_child import Crashed
+from jobs.adapters.sandbox_child import Crashed, Limits
+from models.errors import RetryableError, TimeoutError
 from tests.running import descendants
 from tests.unit import sandbox_attacks as attacks
 from tests.unit import sandbox_work as work
@@ -112,3 +114,42 @@ async def test_many_starts_and_kills_leave_no_process_and_no_scratch_folder(monk
     await sandbox.aclose()
     await until(lambda: not any(map(alive, before - {os.getpid()})))
     await until(lambda: not list(tmp_path.glob("docmill-sandbox-*")))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
+async def test_closing_ends_a_call_whose_child_is_still_being_made(seconds: float) -> None:
+    sandbox = ProcessSandbox(children=2, limits=Limits(timeout=60), readable=TESTS)
+    calls = [asyncio.create_task(sandbox.run(work.hang)) for _ in range(2)]
+    await asyncio.sleep(seconds)
+    async with asyncio.timeout(20):
+        await sandbox.aclose()
+        await asyncio.wait(calls)
+    for call in calls:
+        with pytest.raises((asyncio.CancelledError, RetryableError)):
+            call.result()
+
+
+async def test_a_process_with_many_open_files_can_have_children() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    sandbox = ProcessSandbox(children=1, readable=TESTS)
+    try:
+        assert await sandbox.run(work.echo, 1) == 1
+    finally:
+        await sandbox.aclose()
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_template_that_stands_still_keeps_no_call_beyond_its_time() -> None:
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=1), readable=TESTS)
+    template = template_of(await sandbox.run(work.process_id))
+    call = asyncio.create_task(sandbox.run(work.hang))
+    await asyncio.sleep(0.1)
+    os.kill(template, signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        with pytest.raises(TimeoutError):
+            await call
+        await sandbox.aclose()
