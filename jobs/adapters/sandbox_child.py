@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import pickle
 import resource
@@ -69,6 +70,9 @@ def serve(fd: int) -> None:
     try:
         words, _ = receive_blocking(sock)
         setup: Setup = pickle.loads(words)  # noqa: S301 - the worker's words
+        for folder in setup.readable:
+            with suppress(ImportError):  # a package is looked for in the folder above it, which is out of reach from then on
+                importlib.import_module(folder.name)
         missing = confine(setup)
         os.environ["TMPDIR"], tempfile.tempdir = str(setup.writable), None
         _channel.append(sock)

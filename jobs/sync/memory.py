@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,4 +193,8 @@ async def folder_lock(settings: Settings, batch_id: str, folder: Path) -> AsyncI
         row = await (await conn.execute(query("try_lock_folder"), {"batch_id": batch_id})).fetchone()
         if row is None or not row[0]:
             raise SubmitConflict(f"Folder {str(folder)!r} is being synced by another process; one at a time. Try again when it has ended.")
-        yield
+        try:
+            yield
+        finally:
+            with suppress(psycopg.Error):  # by the connection's end it would be let go too, but some moments after this has returned
+                await conn.execute(query("unlock_folder"), {"batch_id": batch_id})

@@ -87,5 +87,8 @@ SELECT delete_replaced_document(%(doc_id)s) AS outcome;
 -- name: try_lock_folder
 SELECT pg_try_advisory_lock(hashtextextended('docmill sync ' || %(batch_id)s, 0)) AS locked;
 
+-- name: unlock_folder
+SELECT pg_advisory_unlock(hashtextextended('docmill sync ' || %(batch_id)s, 0));
+
 -- name: limit_sync_wait
 SELECT set_config('lock_timeout', %(lock_timeout_ms)s || 'ms', TRUE);

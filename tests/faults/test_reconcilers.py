@@ -7,6 +7,7 @@ import time
 
 from tests.faults.harness import Arena, documents
 
+DOING = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'"
 REPAIRS = ["rescue_document", "end_abandoned_job", "requeue_lost_document"]
 
 
@@ -31,6 +32,7 @@ def test_a_reconciler_killed_before_or_after_any_repair_is_made_up_for(arena: Ar
     faults = [f"kill@{when}_repair:{name};once={arena.mark(f'{when}-{name}')}" for name in REPAIRS for when in ("before", "after")]
     arena.worker(faults=faults, restart=True)
     arena.settle(120)
+    arena.wait(lambda: arena.one(DOING) == 0, "abandoned jobs to be ended")
     assert len(arena.marks()) == len(faults)
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     arena.judge("9 reconcilers", "killed before and after each kind of repair")
@@ -41,6 +43,7 @@ def test_reconcilers_at_the_same_moment_repair_each_thing_once(arena: Arena) -> 
     for _ in range(3):
         arena.worker(faults=["sleep:0.3@before_repair:*", "sleep:0.1@after_repair:*"])
     arena.settle(120)
+    arena.wait(lambda: arena.one(DOING) == 0, "abandoned jobs to be ended")
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     twice = arena.all(
         "SELECT doc_id, claim FROM document_events WHERE event IN ('rescued', 'requeued') GROUP BY 1, 2, event HAVING count(*) > 1"
