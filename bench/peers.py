@@ -5,7 +5,8 @@ Usage: python -m bench.peers [--peers FOLDER] [--rounds 5] [--documents 300] [--
 FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their
 corpora, their server and, made by `run.sh 0`, their environments. The bare loop needs none of its own.
 All start from the same text files and end with one row a passage and a ready HNSW index. docmill's time runs from the first submission
-to idle workers until the last document is complete and the index is built; submitting (durable copy, row, job) is part of it.
+to idle workers until the last document is complete and the index is built; submitting (durable copy, row, job) is part of it. Of Postgres'
+CPU, index: what building it takes, which is the same work for all.
 With --waiting also from a backlog, without submitting and index, starting the workers included, small documents alone and together.
 
 docmill, same work: with the peers' splitter and embedding (bench.peers_worker). docmill: with its own splitter and the `hash` provider.
@@ -78,8 +79,8 @@ def submit(settings: Settings, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, app: str, count: int) -> tuple[float, float, float, Spent]:
-    """Return the seconds until everything is complete and indexed, of submitting, of submitting it again unchanged, and what was spent."""
+def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, app: str, count: int) -> tuple[Row, Spent]:
+    """Return what was measured in seconds, `index` of them of the CPU, and what was spent until all was complete and indexed."""
     warm_up = [folder.parent / f"warm-up-{number}.txt" for number in range(_WARM * count)]
     for number, path in enumerate(warm_up):
         path.write_text(f"warm up {number} " * 300)
@@ -92,11 +93,12 @@ def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, a
         started = time.perf_counter()
         submitting = submit(settings, folder)
         wait_until_ended(settings, documents + len(warm_up), started, 1200)
+        before_index = cpu_seconds([postmaster])
         build_index(conn, "document_chunks", DIMENSIONS)
-        taken = time.perf_counter() - started
+        taken, index = time.perf_counter() - started, cpu_seconds([postmaster]) - before_index
         after = spent(conn, postmaster, ids)
         again = submit(settings, folder)
-    return taken, submitting, again, after - before
+    return {"seconds": taken, "submitting": submitting, "again": again, "index": index}, after - before
 
 
 def drained(settings: Settings, folder: Path, documents: int, postmaster: int, count: int) -> tuple[float, Spent]:
@@ -137,7 +139,7 @@ class Results:
     def table(self) -> str:
         """Return the medians as a table: ratios are of the same run."""
         lines = [
-            "| what | s | documents/s | of the bare loop | of CocoIndex | CPU ms a document | of them workers, Postgres, submitting "
+            "| what | s | documents/s | of the bare loop | of CocoIndex | CPU ms a document | of them workers, Postgres, submitting; index "
             "| transactions, WAL KB, WAL syncs a document |\n|---|---|---|---|---|---|---|---|"
         ]
         for name in self._rows:
@@ -147,8 +149,9 @@ class Results:
                 f"{other / seconds:.2f}" if (other := self.median(of, "seconds")) and not name.endswith("unchanged") else ""
                 for of in ("bare loop", "cocoindex cold")
             ]
-            each = {key: self._each(name, key) for key in ("cpu", "workers", "postgres", "here", "transactions", "wal_bytes", "wal_syncs")}
-            parts = f"{each['workers']}, {each['postgres']}, {each['here']}" if each["workers"] else ""
+            keys = ("cpu", "workers", "postgres", "here", "index", "transactions", "wal_bytes", "wal_syncs")
+            each = {key: self._each(name, key) for key in keys}
+            parts = f"{each['workers']}, {each['postgres']}, {each['here']}; {each['index']}" if each["workers"] else ""
             done = f"{each['transactions']}, {each['wal_bytes']}, {each['wal_syncs']}" if each["workers"] else ""
             lines.append(
                 f"| {name} | {seconds:.2f} | {self._documents / seconds:.1f} | {' | '.join(ratios)} | {each['cpu']} | {parts} | {done} |"
@@ -187,12 +190,12 @@ def main() -> None:
                 for row in peer(given.peers, name, given.documents, postmaster):
                     cpu = row["cpu"] - starting[name] if "cpu" in row else None
                     results.add(row["system"], seconds=row["seconds"], cpu=cpu)
-            for name, app in kinds.items():
-                settings = fresh_settings(postgres, Path(scratch), f"peer_{len(name)}_{number}", embedding_provider="hash")
-                taken, submitting, again, cost = docmill(settings, folder, given.documents, postmaster, app, given.workers)
+            for place, (name, app) in enumerate(kinds.items()):
+                settings = fresh_settings(postgres, Path(scratch), f"peer_docmill_{place}_{number}", embedding_provider="hash")
+                measured, cost = docmill(settings, folder, given.documents, postmaster, app, given.workers)
                 shares = {key: getattr(cost, key) for key in Spent.__slots__}
-                results.add(name, seconds=taken, submitting=submitting, cpu=cost.cpu, **shares)
-                results.add(f"{name} unchanged", seconds=again)
+                results.add(f"{name} unchanged", seconds=measured.pop("again"))
+                results.add(name, cpu=cost.cpu, **measured, **shares)
             for together in (1, 16) if given.waiting else ():
                 changes = {"embedding_provider": "hash", "small_documents_together": together}
                 settings = fresh_settings(postgres, Path(scratch), f"peer_waiting_{together}_{number}", **changes)

@@ -164,7 +164,7 @@ def keep_no_large_blocks() -> None:
 
 
 def look_for_cycles_seldom() -> None:
-    """Have Python look for cycles of garbage less often, and never among what was imported for good: it took a twentieth of the CPU time.
+    """Have Python look for cycles of garbage less often, and never among what was imported for good: a twentieth of a small document's CPU.
 
     What documents leave behind is freed by its count; only their tasks and errors are cycles, a few KB each.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from procrastinate import JobContext
@@ -15,6 +16,7 @@ from procrastinate_app import app
 
 if TYPE_CHECKING:
     from jobs.pipeline.runner import Runner
+    from jobs.stages import Tools
 
 _settings = app.settings
 _runners: list[Runner] = []
@@ -34,67 +36,71 @@ retry = StageRetry(
 
 def _runner() -> Runner:
     """Return this worker's runner, made on first use: a worker that only waits loads no model and no stage, and starts no child."""
-    from jobs.adapters.embedders import HostedEmbedder  # noqa: PLC0415
-    from jobs.adapters.llamaparse import LlamaParse, make_llamaparse  # noqa: PLC0415
-    from jobs.adapters.llm import ModelExtractor, make_extractor  # noqa: PLC0415
+    if not _runners:
+        _runners.append(_new_runner())
+        app.job_manager.takes_along = _runners[0].takes_along
+    return _runners[0]
+
+
+def _new_runner() -> Runner:
+    from jobs.pipeline.runner import Runner  # noqa: PLC0415
+
+    assert app.leases is not None
+    tools = _tools()
+    app.at_close.append(partial(_close, tools))
+    return Runner(
+        settings=_settings,
+        pool=app.pool,
+        tools=tools,
+        leases=app.leases,
+        retry=retry,
+        worker=app.worker_name,
+        stopping=app.stopping,
+        finished_jobs=app.finished_jobs,
+        company=company,
+        lent_place=app.lent_place,
+        claimed=app.job_manager.claimed,
+    )
+
+
+def _tools() -> Tools:
+    """Return what the stages work with. Starts nothing yet."""
+    from jobs.adapters.llamaparse import make_llamaparse  # noqa: PLC0415
+    from jobs.adapters.llm import make_extractor  # noqa: PLC0415
     from jobs.adapters.sandbox import ProcessSandbox  # noqa: PLC0415
     from jobs.adapters.sandbox_child import Limits  # noqa: PLC0415
     from jobs.adapters.storage import LocalStorage  # noqa: PLC0415
     from jobs.pipeline.reading import Reading  # noqa: PLC0415
-    from jobs.pipeline.runner import Runner  # noqa: PLC0415
     from jobs.serving import ServingEmbedder, own_embedder  # noqa: PLC0415
     from jobs.stages import Tools  # noqa: PLC0415
 
-    if not _runners:
-        assert app.leases is not None
-        sandbox = ProcessSandbox(
-            children=_settings.parse_processes,
-            limits=Limits(
-                timeout=_settings.parse_timeout_seconds, memory_mb=_settings.parse_memory_mb, max_output_mb=_settings.parse_output_mb
-            ),
-        )
-        reading = Reading(app.pool)
-        extractor = make_extractor(_settings, services.caller("extraction"))
-        hosted_parser = make_llamaparse(_settings, services.caller("parse"))
-        tools = Tools(
-            settings=_settings,
-            storage=LocalStorage.from_settings(_settings),
-            sandbox=sandbox,
-            embedder=own_embedder(_settings, services.caller("embedding")),
-            known_vectors=reading.known_vectors,
-            find_original=reading.find_original,
-            original_text=reading.original_text,
-            original_extraction=reading.original_extraction,
-            extractor=extractor,
-            hosted_parser=hosted_parser,
-            choose_embedder=ServingEmbedder(_settings, app.pool, services.caller("embedding")).choose,
-        )
-        _runners.append(
-            Runner(
-                settings=_settings,
-                pool=app.pool,
-                tools=tools,
-                leases=app.leases,
-                retry=retry,
-                worker=app.worker_name,
-                stopping=app.stopping,
-                finished_jobs=app.finished_jobs,
-                company=company,
-                lent_place=app.lent_place,
-                claimed=app.job_manager.claimed,
-            )
-        )
-        app.job_manager.takes_along = _runners[0].takes_along
+    limits = Limits(timeout=_settings.parse_timeout_seconds, memory_mb=_settings.parse_memory_mb, max_output_mb=_settings.parse_output_mb)
+    reading = Reading(app.pool)
+    return Tools(
+        settings=_settings,
+        storage=LocalStorage.from_settings(_settings),
+        sandbox=ProcessSandbox(children=_settings.parse_processes, limits=limits),
+        embedder=own_embedder(_settings, services.caller("embedding")),
+        known_vectors=reading.known_vectors,
+        find_original=reading.find_original,
+        original_text=reading.original_text,
+        original_extraction=reading.original_extraction,
+        extractor=make_extractor(_settings, services.caller("extraction")),
+        hosted_parser=make_llamaparse(_settings, services.caller("parse")),
+        choose_embedder=ServingEmbedder(_settings, app.pool, services.caller("embedding")).choose,
+    )
 
-        async def close() -> None:
-            _runners.clear()
-            await sandbox.aclose()
-            for client in (tools.embedder, extractor, hosted_parser):
-                if isinstance(client, HostedEmbedder | ModelExtractor | LlamaParse):
-                    await client.aclose()
 
-        app.at_close.append(close)
-    return _runners[0]
+async def _close(tools: Tools) -> None:
+    from jobs.adapters.embedders import HostedEmbedder  # noqa: PLC0415
+    from jobs.adapters.llamaparse import LlamaParse  # noqa: PLC0415
+    from jobs.adapters.llm import ModelExtractor  # noqa: PLC0415
+    from jobs.adapters.sandbox import ProcessSandbox  # noqa: PLC0415
+
+    _runners.clear()
+    for tool in (tools.sandbox, tools.embedder, tools.extractor, tools.hosted_parser):
+        if isinstance(tool, ProcessSandbox | HostedEmbedder | ModelExtractor | LlamaParse):
+            await tool.aclose()
 
 
 async def _run(context: JobContext, doc_id: str) -> None:

@@ -66,7 +66,7 @@ class ProcessSandbox:
         """
         self._limits = limits or Limits()
         self._calls_per_child = calls_per_child
-        self._setup = Setup(self._limits, 0, writable, readable)
+        self._setup = Setup(self._limits, writable, readable)
         self._loaded = loaded
         self._template: Template | None = None
         self._slots = asyncio.Semaphore(children)

@@ -12,7 +12,6 @@ import os
 import pickle
 import resource
 import socket
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +60,7 @@ _own_files: dict[str, int] = {}
 """Files of /proc/self that are open since before the child was confined, by name."""
 
 
-def serve(fd: int) -> None:
+def serve(fd: int, parent: int) -> None:
     """Be a child: set up as the first message says, then answer one call after the other until the worker closes its end."""
     sock = socket.socket(fileno=fd)
     for name, flags in (("clear_refs", os.O_WRONLY), ("status", os.O_RDONLY)):
@@ -73,7 +72,7 @@ def serve(fd: int) -> None:
         for folder in setup.readable:
             with suppress(ImportError):  # a package is looked for in the folder above it, which is out of reach from then on
                 importlib.import_module(folder.name)
-        missing = confine(setup)
+        missing = confine(setup, parent)
         os.environ["TMPDIR"], tempfile.tempdir = str(setup.writable), None
         _channel.append(sock)
         send_blocking(sock, READY, pickle.dumps(missing))
@@ -201,5 +200,4 @@ def _peak_memory_mb() -> float:
         for line in os.pread(_own_files.get("status", -1), 16_384, 0).splitlines():
             if line.startswith(b"VmHWM:"):
                 return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MB if sys.platform == "darwin" else peak / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

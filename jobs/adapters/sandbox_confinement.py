@@ -70,17 +70,15 @@ class Setup:
     """What a child is told when it begins."""
 
     limits: Limits
-    parent: int
-    """The process that made it."""
     writable: Path | None = None
     """The folder that it may write to."""
     readable: tuple[Path, ...] = ()
     """Folders that it may read beside Python's and the system's libraries."""
 
 
-def confine(setup: Setup) -> tuple[str, ...]:
+def confine(setup: Setup, parent: int) -> tuple[str, ...]:
     """Set this process up as a child, and return what the kernel could not do, in words. It dies with its parent and hears no signals."""
-    die_with(setup.parent)
+    die_with(parent)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # the worker decides when a parse ends
     with suppress(OSError):  # where memory runs out it is the parser that goes, not the worker
@@ -102,16 +100,14 @@ def confine(setup: Setup) -> tuple[str, ...]:
 
 def die_with(parent: int) -> None:
     """Have this process end when the one that made it does."""
-    with suppress(OSError, AttributeError):  # Linux only; elsewhere the closed channel ends an idle child
-        ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the line above took hold
 
 
 def let_others_look(allowed: bool) -> None:
     """Say whether processes of the same user may look into this one's memory and open files; root's always may."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_DUMPABLE, int(allowed), 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_DUMPABLE, int(allowed), 0, 0, 0)
 
 
 def _limit(limits: Limits) -> None:

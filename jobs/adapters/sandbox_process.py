@@ -26,7 +26,7 @@ from jobs.adapters.sandbox_template import ENDING, FORK, PID
 
 START_SECONDS = 60.0
 _TOLD_SECONDS = 5.0
-"""How long the end of a child that was killed is waited for. Should the template not tell it, what the child used is not known."""
+"""How long the end of a child that was killed, or of a template, is waited for. Should a child's not be told, what it used is not known."""
 _BOOT = """
 import sys; sys.path[:] = sys.argv[4:]
 from jobs.adapters.sandbox_template import serve; serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == 'loaded')
@@ -60,11 +60,6 @@ class Template:
         self.usable = True
         """Whether children may be asked for."""
 
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
     async def fork(self, channel: int, ending: int) -> int:
         """Return the process id of a new child, which is given both descriptors; they are closed here. Raises OSError or EOFError."""
         # Not broken off, or the next one to ask would be told of this child.
@@ -94,15 +89,21 @@ class Template:
         """End it, and all its children with it. Returns without waiting."""
         if self.usable:
             self.usable = False
-            if not self._turn.locked():  # who waits for an answer sees the other end gone, and would never see this one closed
+            with suppress(OSError):
+                self._ours.shutdown(socket.SHUT_RDWR)  # it sees its children's ends before its own, so that none is left to the system
+            if not self._turn.locked():  # who waits for an answer sees the way shut, and would never see it closed
                 self._ours.close()
-            with suppress(ProcessLookupError):
+            if not self._is_up:  # it loads, and has no children
                 self._process.kill()
-            threading.Thread(target=self._process.wait, name="sandbox-template-ends", daemon=True).start()
+            threading.Thread(target=self.wait, name="sandbox-template-ends", daemon=True).start()
 
     def wait(self) -> None:
-        """Wait for its end."""
-        self._process.wait()
+        """Wait for its end, after `close`; should it not end by itself, it is killed."""
+        try:
+            self._process.wait(_TOLD_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class _Ended(NamedTuple):
@@ -135,7 +136,7 @@ class Child:
         with self._closing:
             self._handle = os.pidfd_open(pid)  # it waits to be set up, so this is nobody else's number yet
         async with asyncio.timeout(START_SECONDS):
-            await send_call(self._ours, [pickle.dumps(replace(self._setup, parent=template.pid))], ())
+            await send_call(self._ours, [pickle.dumps(self._setup)], ())
             kind, missing = await receive(self._ours, MB)
         if kind != READY:
             raise EOFError(f"it began with {kind!r}")

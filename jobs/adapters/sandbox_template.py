@@ -10,13 +10,10 @@ import contextlib
 import gc
 import importlib
 import os
-import random
 import select
 import signal
 import socket
 import struct
-import sys
-from collections.abc import Callable
 
 from jobs.adapters import sandbox_child
 from jobs.adapters.sandbox_confinement import die_with, let_others_look
@@ -45,7 +42,7 @@ def serve(fd: int, worker: int, loaded: bool) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     endings: dict[int, int] = {}
-    control.sendall(PID.pack(os.getpid()))
+    _tell(control, os.getpid())
     poll = select.poll()  # select() takes no descriptor above 1,023, and the worker may have that many
     for each in (control.fileno(), woken):
         poll.register(each, select.POLLIN)
@@ -57,6 +54,7 @@ def serve(fd: int, worker: int, loaded: bool) -> None:
         if control.fileno() in readable:
             asked, files, _, _ = socket.recv_fds(control, 1, 2)
             if not asked:
+                _end_all(endings)
                 os._exit(0)
             channel, ending = files
             pid = _fork(channel, (control.fileno(), woken, wakes, ending, *endings.values()))
@@ -65,7 +63,12 @@ def serve(fd: int, worker: int, loaded: bool) -> None:
                 endings[pid] = ending
             else:
                 os.close(ending)
-            control.sendall(PID.pack(pid))
+            _tell(control, pid)
+
+
+def _tell(control: socket.socket, pid: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the worker has just closed its end, which is what comes next
+        control.sendall(PID.pack(pid))
 
 
 def _load() -> None:
@@ -77,6 +80,7 @@ def _load() -> None:
 
 def _fork(channel: int, foreign: tuple[int, ...]) -> int:
     """Return the process id of a new child, or a negative errno. In the child, which closes `foreign`, it never returns."""
+    template = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
@@ -90,19 +94,18 @@ def _fork(channel: int, foreign: tuple[int, ...]) -> int:
             os.close(fd)
         os.setsid()  # its group can be killed
         let_others_look(True)  # or it cannot ask for its own memory's peak
-        _forget_chance()
-        sandbox_child.serve(channel)
+        sandbox_child.serve(channel, template)
     finally:
         os._exit(1)
 
 
-def _forget_chance() -> None:
-    """Have no two children draw the same numbers."""
-    random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        reseed: Callable[[], None] = numpy.random.seed
-        reseed()
+def _end_all(endings: dict[int, int]) -> None:
+    """Kill all children and see their ends, or they would outlive this process for a moment."""
+    for pid in endings:
+        os.kill(pid, signal.SIGKILL)
+    while endings:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        _tell_ends(endings)
 
 
 def _tell_ends(endings: dict[int, int]) -> None:

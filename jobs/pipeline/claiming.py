@@ -38,8 +38,10 @@ class Claiming:
     def __init__(
         self, settings: Settings, pool: AsyncConnectionPool[Connection], *, worker: str, stopping: Callable[[], bool], may_share: bool
     ) -> None:
-        """`may_share`: whether small documents are taken up together."""
-        self._settings, self._pool, self._worker, self._stopping, self._may_share = settings, pool, worker, stopping, may_share
+        """`may_share`: whether working on several small documents at once is quick and waits for no outside service."""
+        self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
+        self.takes_along = may_share and settings.small_documents_together > 1
+        """Whether small documents are taken up together."""
 
     async def claim(self, job: Job, doc_id: str) -> tuple[list[Work], bool]:
         """Return the document, and after it those that are taken along, or nothing where it cannot be had and its job has no more to do.
@@ -87,10 +89,9 @@ class Claiming:
             return []
 
     async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
-        """Claim small documents that wait like this one, where working on several at once is quick and waits for no outside service."""
+        """Claim small documents that wait like this one."""
         settings = self._settings
-        at_most = settings.small_documents_together - 1
-        if at_most < 1 or not self._may_share or job.stage != "validate" or work.suspect or work.retry_count or self._stopping():
+        if not self.takes_along or job.stage != "validate" or work.suspect or work.retry_count or self._stopping():
             return []
         if work.document.milestone is not Milestone.UPLOADED or (work.document.file_size or 0) > _SMALL_KB * 1000:
             return []
@@ -100,7 +101,7 @@ class Claiming:
             worker=self._worker,
             lease_seconds=settings.lease_seconds,
             serialise=settings.duplicate_policy != "process",
-            at_most=at_most,
+            at_most=settings.small_documents_together - 1,
             max_kb=_SMALL_KB,
             max_documents=settings.max_documents_per_user,
         )

@@ -72,7 +72,7 @@ class Runner:
         hosted = tools.hosted_parser is not None or tools.extractor is not None
         may_share = settings.handoff == "inline" and tools.embedder.quick and not hosted
         self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share)
-        self.takes_along = may_share and settings.small_documents_together > 1
+        self.takes_along = self._claiming.takes_along
         """Whether small documents are taken up together."""
         self._in_hand: Counter[str | None] = Counter()
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
