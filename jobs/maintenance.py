@@ -71,6 +71,7 @@ async def look_after_index(
             await conn.execute(query("act_as_owner_of"), {"table": table})
             # What a build that was cut off has left is of no use.
             await conn.execute(composing.SQL(query("drop_vector_index")).format(**names))
+            await conn.execute(query("build_in_parallel"))
             await conn.execute(composing.SQL(query("create_vector_index")).format(**names))
         finally:
             await conn.execute(query("unlock_index"), {"name": name})

@@ -30,6 +30,10 @@ SELECT pg_advisory_unlock(hashtextextended(%(name)s, 0));
 -- name: drop_vector_index
 DROP INDEX CONCURRENTLY IF EXISTS {name};
 
+-- name: build_in_parallel
+-- Postgres takes the pages of a table for the work there is, but vectors lie beside them: it would build alone what takes minutes.
+SELECT set_config('min_parallel_table_scan_size', '0', FALSE);
+
 -- name: create_vector_index
 -- The expression and the condition are the ones that search_by_vector uses; anything else would not be found by the planner.
 CREATE INDEX CONCURRENTLY {name} ON {table}
