@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -64,6 +65,22 @@ async def test_the_search_uses_it_and_finds_what_the_exact_one_finds(passages: p
     scans = passages.execute(used, [index_name(MODEL, 8)]).fetchone()
     assert scans is not None
     assert scans[0] > 0
+
+
+async def test_a_build_takes_more_than_one_process_though_the_tables_own_pages_are_few(
+    passages: psycopg.Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages.execute(f'ALTER DATABASE "{passages.info.dbname}" SET client_min_messages = debug1'.encode())
+    connect, told = psycopg.AsyncConnection.connect, []
+
+    async def listened_to(*args: Any, **kwargs: Any) -> Any:
+        conn = await connect(*args, **kwargs)
+        conn.add_notice_handler(lambda notice: told.append(notice.message_primary or ""))
+        return conn
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "connect", listened_to)
+    assert await look_after_index(settings.model_copy(update={"vector_index_threshold": 300}), MODEL, 8) == "built"
+    assert [words for words in told if words.startswith("using ") and "parallel workers" in words] != []
 
 
 async def test_a_build_that_was_cut_off_is_done_again(passages: psycopg.Connection, settings: Settings) -> None:
