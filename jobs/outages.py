@@ -43,6 +43,8 @@ async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Cal
         try:
             return await action()
         except DATABASE_ERRORS as error:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError from error  # it had been cancelled, and failed while it left a connection that was broken
             if until():
                 return None
             if isinstance(error.__cause__ or error, psycopg.ProgrammingError | psycopg.IntegrityError | psycopg.DataError):

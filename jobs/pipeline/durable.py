@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import psycopg
 from loguru import logger
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from jobs import faults
+from jobs import clock, faults
 from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.completing import complete_free
@@ -34,6 +35,24 @@ class CheckpointFailed(Exception):
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
 _LONGEST_PAUSE = 5.0  # seconds
 LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
+
+
+@asynccontextmanager
+async def connection(pool: AsyncConnectionPool[Connection], stopping: Callable[[], bool]) -> AsyncIterator[Connection]:
+    """Yield a connection, or raise PoolTimeout: after the pool's time, or once `stopping` says so after LAST_WAIT at the latest.
+
+    A worker that must stop has no time to wait for a database that is away, also where it is asked to while it waits.
+    """
+    end = clock.seconds() + pool.timeout
+    async with AsyncExitStack() as stack:
+        while True:
+            try:
+                conn = await stack.enter_async_context(pool.connection(timeout=min(LAST_WAIT, pool.timeout)))
+                break
+            except PoolTimeout:
+                if stopping() or clock.seconds() >= end:
+                    raise
+        yield conn
 
 
 async def checkpoint_durably(
@@ -63,8 +82,7 @@ async def checkpoint_durably(
             return
     while True:
         try:
-            # A worker that must stop has no time to wait for a database that is away.
-            async with pool.connection(timeout=LAST_WAIT if give_up() else None) as conn:
+            async with connection(pool, give_up) as conn:
                 # A connection that broke at the commit does not say whether it was written.
                 if attempt == 0 or not await _was_written(conn, work, outcome):
                     await checkpoint(conn, work, outcome, worker=worker)
@@ -93,7 +111,7 @@ async def _complete_all(
     pool: AsyncConnectionPool[Connection], worker: str, give_up: Callable[[], bool], works: Sequence[Work]
 ) -> Sequence[NotTogether | None]:
     """Who is fenced off, or locked by somebody's transaction, asks alone: it finds out, or waits with nobody else in hand."""
-    async with pool.connection(timeout=LAST_WAIT if give_up() else None) as conn:
+    async with connection(pool, give_up) as conn:
         done = await complete_free(works, conn, worker=worker)
         for work in works:
             if work.document.doc_id in done:

@@ -17,7 +17,7 @@ from jobs.leases import Lease
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, Outcome
 from jobs.pipeline.claims import Connection
-from jobs.pipeline.durable import LAST_WAIT, checkpoint_durably
+from jobs.pipeline.durable import checkpoint_durably, connection
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.keeping import unbroken
 from jobs.pipeline.work import StageEvent, Work
@@ -148,7 +148,7 @@ class Endings:
             self._finished_jobs.discard(work.job_id)
         elif work.fenced:
             with suppress(psycopg.Error):
-                async with self._pool.connection(timeout=LAST_WAIT if self._stopping() else None) as conn:
+                async with connection(self._pool, self._stopping) as conn:
                     await conn.execute(query("end_job"), {"job_id": work.job_id})
 
     async def tell_fenced(self, work: Work, stage: Stage | None) -> None:
@@ -165,7 +165,7 @@ class Endings:
 
     async def _tell(self, event: dict[str, Any]) -> None:
         try:
-            async with self._pool.connection(timeout=LAST_WAIT if self._stopping() else None) as conn:
+            async with connection(self._pool, self._stopping) as conn:
                 await conn.execute(query("tell_event"), event)
         except psycopg.Error as error:
             logger.warning("The audit trail could not be told of it: {}", describe(error))

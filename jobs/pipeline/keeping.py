@@ -16,6 +16,7 @@ from jobs.leases import Lease
 from jobs.outages import outlive
 from jobs.pipeline.checkpoint import FencedOff, store_vectors
 from jobs.pipeline.claims import Connection, one, rows
+from jobs.pipeline.durable import connection
 from jobs.pipeline.sharing import Guarded, Sharing
 from jobs.pipeline.work import Work
 from jobs.stages import Embedded, HostedJob, JobPart
@@ -139,7 +140,7 @@ class Keeping:
         work = self._work
 
         async def write() -> bool:
-            async with self._pool.connection() as conn, conn.transaction():
+            async with connection(self._pool, self._stopping) as conn, conn.transaction():
                 if await one(conn, "lock_claim", {"doc_id": work.document.doc_id, "claim": work.claim}) is None:
                     raise FencedOff
                 await store(conn)
