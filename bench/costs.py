@@ -6,36 +6,16 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import psycopg
+
+from bench.cpu import cpu_seconds
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _DONE = """SELECT d.xact_commit + d.xact_rollback, w.wal_bytes::float8, i.fsyncs::float8, i.writes::float8
     FROM pg_stat_database AS d, pg_stat_wal AS w,
         (SELECT sum(o.fsyncs) AS fsyncs, sum(o.writes) AS writes FROM pg_stat_io AS o WHERE o.object = 'wal') AS i
     WHERE d.datname = current_database()"""
-
-
-def _stat(pid: int) -> tuple[int, float]:
-    """Return the parent of a process, and the CPU seconds of it and its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return int(fields[1]), sum(map(int, fields[11:15])) / _TICKS
-
-
-def cpu_seconds(roots: Iterable[int]) -> float:
-    """Return the CPU seconds that processes and all their descendants have taken, those that have ended included."""
-    found: dict[int, tuple[int, float]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                found[int(folder.name)] = _stat(int(folder.name))
-            except OSError:
-                continue
-    inside = set(roots)
-    while more := {pid for pid, (parent, _) in found.items() if parent in inside} - inside:
-        inside |= more
-    return sum(found[pid][1] for pid in inside if pid in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +47,4 @@ def spent(conn: psycopg.Connection, postmaster: int, workers: Iterable[int]) -> 
     row = conn.execute(_DONE).fetchone()
     assert row is not None
     done, wal, syncs, writes = row
-    return Spent(cpu_seconds(workers), cpu_seconds([postmaster]), time.process_time(), done, wal, syncs, writes)
+    return Spent(cpu_seconds(*workers), cpu_seconds(postmaster), time.process_time(), done, wal, syncs, writes)

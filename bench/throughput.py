@@ -25,9 +25,9 @@ from pathlib import Path
 
 import psycopg
 
-from bench.floors import bare_loop, build_index, simplest_loop
+from bench.floors import bare_loop, simplest_loop
 from bench.results import add_option, write_row
-from bench.running import bench_server, fresh_settings, small_documents, submit_all, url_of, wait_until_ended, workers
+from bench.running import bench_server, fresh_settings, index_passages, small_documents, submit_all, url_of, wait_until_ended, workers
 from jobs.adapters.embedders import make_embedder
 from models.settings import Settings
 
@@ -42,13 +42,13 @@ STAGES = """SELECT d.file_type, e.stage, count(*), percentile_cont(0.5) WITHIN G
 def docmill(settings: Settings, paths: list[Path], warm_up: list[Path], count: int) -> tuple[float, float]:
     """Submit everything to idle workers and return the seconds until all has ended and is indexed, and those of submitting."""
     dimensions = make_embedder(settings).dimensions
-    with workers(settings, count), psycopg.connect(url_of(settings), autocommit=True) as conn:
+    with workers(settings, count):
         asyncio.run(submit_all(settings, warm_up))
         wait_until_ended(settings, len(warm_up), time.perf_counter(), 600)
         started = time.perf_counter()
         submitting = asyncio.run(submit_all(settings, paths))
         wait_until_ended(settings, len(paths) + len(warm_up), started, 7200)
-        build_index(conn, "document_chunks", dimensions)
+        index_passages(settings, dimensions)
         return time.perf_counter() - started, submitting
 
 

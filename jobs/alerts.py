@@ -17,7 +17,7 @@ from psycopg.rows import DictRow, dict_row
 
 from jobs.adapters.webhook import Webhook
 from jobs.database import connect_options, conninfo_of
-from jobs.outages import outlive
+from jobs.outages import end_if_cancelled, outlive
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff
 from models.errors import DocmillError, ErrorType, RateLimitError
@@ -66,6 +66,7 @@ class AlertForwarder:
                 try:
                     await outlive("The alert forwarder", lambda: self._serve(webhook))
                 except Exception as error:
+                    end_if_cancelled(error)
                     logger.error("The alert forwarder failed and starts again: {}: {}", type(error).__name__, describe(error))
                 await asyncio.sleep(self._look_seconds)
         finally:

@@ -36,6 +36,15 @@ async def outlive_start(action: Callable[[], Awaitable[str]]) -> str:
             await asyncio.sleep(0.5)
 
 
+def end_if_cancelled(error: Exception) -> None:
+    """Raise CancelledError where this task has been cancelled, and met the error while it left a connection that was broken.
+
+    For whoever takes an error for an outage and goes on: it would go on for ever.
+    """
+    if (task := asyncio.current_task()) is not None and task.cancelling():
+        raise asyncio.CancelledError from error
+
+
 async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:
     """Run an action until it succeeds, with backoff while the database is away; give up, with None, once `until` says so."""
     attempt = 0
@@ -43,8 +52,7 @@ async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Cal
         try:
             return await action()
         except DATABASE_ERRORS as error:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise asyncio.CancelledError from error  # it had been cancelled, and failed while it left a connection that was broken
+            end_if_cancelled(error)
             if until():
                 return None
             if isinstance(error.__cause__ or error, psycopg.ProgrammingError | psycopg.IntegrityError | psycopg.DataError):

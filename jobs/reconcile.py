@@ -18,6 +18,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import clock, faults
 from jobs.alerts import RULE_SECONDS, log_changes
 from jobs.breaker import PLACES_PER_SECOND
+from jobs.outages import end_if_cancelled
 from jobs.redaction import describe
 from models.settings import Settings
 from sql import query
@@ -52,6 +53,7 @@ class Reconciler:
             try:
                 await self.pass_once()
             except (psycopg.Error, OSError) as error:
+                end_if_cancelled(error)
                 self._disturb(clock.seconds())  # nobody could renew or beat meanwhile
                 logger.warning("A pass of the reconciler failed: {}", describe(error))
             await asyncio.sleep(self._settings.reconcile_seconds)
