@@ -23,6 +23,7 @@ from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefu
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup, let_others_look
 from jobs.adapters.sandbox_process import Child, Template
+from jobs.adapters.sandbox_scratch import remove_abandoned
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
@@ -161,6 +162,7 @@ class ProcessSandbox:
             raise asyncio.CancelledError
         if self._template is None or not self._template.usable:
             self._template = Template(loaded=self._loaded)
+            await asyncio.to_thread(remove_abandoned)  # while it loads
         child = Child(self._setup)
         self._all.add(child)
         try:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import pickle
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from typing import NamedTuple
 from jobs.adapters.sandbox_channel import READY, loads_carefully, pickled, read_exactly, receive, send_call, without_long_texts
 from jobs.adapters.sandbox_child import MB, Answer, Call
 from jobs.adapters.sandbox_confinement import Setup
+from jobs.adapters.sandbox_scratch import Scratch
 from jobs.adapters.sandbox_template import ENDING, FORK, PID
 
 START_SECONDS = 60.0
@@ -119,8 +119,8 @@ class Child:
         """Prepare one. Raises OSError where the system has no room."""
         self.calls = 0
         self.cpu_ms = 0.0
-        self._scratch = None if setup.writable else Path(tempfile.mkdtemp(prefix="docmill-sandbox-"))
-        self._setup = replace(setup, writable=setup.writable or self._scratch)
+        self._scratch = None if setup.writable else Scratch()
+        self._setup = setup if self._scratch is None else replace(setup, writable=self._scratch.path)
         self._ours: socket.socket | None = None
         self._ending = self._handle = -1
         self._ended: _Ended | None = None
@@ -150,7 +150,7 @@ class Child:
     @property
     def littered(self) -> bool:
         """Whether it has left something in its scratch folder, which is not for the next call to find."""
-        return self._scratch is not None and any(os.scandir(self._scratch))
+        return self._scratch is not None and self._scratch.littered
 
     async def send(self, call: Call, files: Sequence[int]) -> None:
         """Send a call. Raises OSError if the child has gone."""
@@ -206,7 +206,7 @@ class Child:
             self._end(None)
             self._close_descriptors()
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
 
     def _close_descriptors(self) -> None:
         with self._closing:

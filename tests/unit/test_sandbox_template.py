@@ -6,6 +6,8 @@ import asyncio
 import os
 import resource
 import signal
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -119,7 +121,52 @@ async def test_many_starts_and_kills_leave_no_process_and_no_scratch_folder(monk
     assert len(made) > 1
     await sandbox.aclose()
     assert not any(map(exists, made))
-    await until(lambda: not list(tmp_path.glob("docmill-sandbox-*")))
+    await until(lambda: not list(tmp_path.glob("docmill-scratch-*")))
+
+
+KILLED = """
+import asyncio, os, signal
+from pathlib import Path
+from jobs.adapters.sandbox import ProcessSandbox
+from tests.unit import sandbox_work as work
+
+async def main():
+    await ProcessSandbox(children=1, readable=(Path("tests").absolute(),)).run(work.echo, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def folders_in(place: Path) -> set[Path]:
+    """Return the scratch folders there, which look as if they had been made an hour ago."""
+    found = set(place.glob("docmill-scratch-*"))
+    for folder in found:
+        os.utime(folder, (time.time() - 3600,) * 2)
+    return found
+
+
+async def test_what_a_killed_worker_has_left_goes_at_the_next_start_and_what_others_use_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    neighbour = ProcessSandbox(children=1, readable=TESTS)
+    assert await neighbour.run(work.echo, 1) == 1
+    (used,) = folders_in(tmp_path)
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", KILLED, env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=TESTS[0].parent
+    )
+    assert await killed.wait() == -signal.SIGKILL
+    (left,) = folders_in(tmp_path) - {used}
+    (left / "page.png").touch()
+    folders_in(tmp_path)
+    sandbox = ProcessSandbox(children=1, readable=TESTS)
+    assert await sandbox.run(work.echo, 2) == 2
+    assert not left.exists()
+    assert used.exists()
+    assert await neighbour.run(attacks.use_temporary_file) == "done"
+    for each in (sandbox, neighbour):
+        await each.aclose()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
