@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from sql.migrate import migrate
 
 TEMPLATE = "docmill_template"
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As under nohup: the commands that tests start and interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def server() -> PostgresServer:
@@ -26,7 +31,7 @@ def server() -> PostgresServer:
     # Not below pytest's own folder: another run of pytest would take away the server's right to enter it.
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     base = Path(tempfile.gettempdir())
-    with (base / f"docmill-tests-{run}.lock").open("w") as lock:
+    with (base / f"docmill-tests-{os.getuid()}.lock").open("w") as lock:  # one for all runs, as it stays
         fcntl.flock(lock, fcntl.LOCK_EX)
         server = get_server(base / f"docmill-tests-{run}", cleanup_mode="delete")
         with psycopg.connect(server.get_uri(), autocommit=True) as conn:
