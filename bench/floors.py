@@ -17,7 +17,7 @@ from jobs.adapters.extractor import extract_locally
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
-from jobs.pipeline.rows import chunk_params
+from jobs.pipeline.rows import CHUNK_TYPES, chunk_rows
 from jobs.stages.check import checked
 from jobs.stages.chunk import cut
 from jobs.stages.parse import join_pages
@@ -97,6 +97,8 @@ def _store(conn: psycopg.Connection, document: Document) -> None:
         cursor.execute(
             "INSERT INTO bare_files VALUES (%s, %s, %s)", [document.doc_id, document.markdown, json.dumps(document.raw_extraction)]
         )
-        for params in chunk_params(document):
-            cursor.execute(query("store_chunks").replace("INSERT INTO document_chunks", "INSERT INTO bare").encode(), params)
+        with cursor.copy(query("copy_chunks").replace("document_chunks", "bare").encode()) as copy:
+            copy.set_types(CHUNK_TYPES)
+            for row in chunk_rows(document):
+                copy.write_row(row)
     conn.commit()

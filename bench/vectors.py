@@ -1,11 +1,13 @@
 """Bulk vectors: rows a second through docmill's checkpoint against plain COPY, index builds, and recall with and without filters.
 
-Usage: python -m bench.vectors [--vectors 100000] [--rounds 5] [--written 10000] [--passages 100]
+Usage: python -m bench.vectors [--vectors 100000] [--rounds 5] [--written 10000] [--passages 100] [--role docmill_worker]
+    [--only written index]
 
 The vectors are those that come with SciFact (384 dimensions), each many times with a little noise; the texts its abstracts, cut at 1,000
 characters. written: documents of so many passages, complete in one checkpoint each (row, markdown, passages, event, job), against plain
 binary COPY of the same rows, a transaction for each document, into a table with the same columns and indexes, into such a one with the
-document's text into another, and into one with a primary key alone; alternately, medians, all tables growing alike. index: built as
+document's text into another, and into one with a primary key alone; alternately, medians, all tables growing alike. --role docmill_worker:
+the checkpoint is written as a role that row security applies to, for which Postgres refuses COPY. index: built as
 maintenance builds it, and with other settings of the server; then rows a second into the standing index. recall@10: search_by_vector
 against exact search, for the queries that come with the corpus.
 """
@@ -19,7 +21,7 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,13 @@ from bench.running import bench_server, fresh_settings, url_of
 from jobs.pipeline.checkpoint import Outcome, checkpoint
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
+from jobs.roles import create_roles
 from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
 from models.stages import Milestone, State
 
+Way = Callable[[psycopg.AsyncConnection[Any], list[Work]], Awaitable[None]]
 MODEL = "scifact"
 COPY = b"""COPY %b (
     id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
@@ -108,9 +112,16 @@ async def claimed(conn: psycopg.AsyncConnection[Any], corpus: Corpus, numbers: I
     return made
 
 
-async def by_checkpoint(conn: psycopg.AsyncConnection[Any], works: list[Work]) -> None:
-    for work in works:
-        await checkpoint(conn, work, Outcome(State.COMPLETE), worker="bench:1")
+def by_checkpoint(role: str) -> Way:
+    """Return what completes the documents as a role."""
+
+    async def write(conn: psycopg.AsyncConnection[Any], works: list[Work]) -> None:
+        await conn.execute(f"SET ROLE {role}".encode())
+        for work in works:
+            await checkpoint(conn, work, Outcome(State.COMPLETE), worker="bench:1")
+        await conn.execute("RESET ROLE")
+
+    return write
 
 
 def copied(document: Document) -> Iterator[tuple[Any, ...]]:
@@ -123,7 +134,7 @@ def copied(document: Document) -> Iterator[tuple[Any, ...]]:
         )  # fmt: skip
 
 
-def by_copy(table: str, texts: str | None = None) -> Callable[[psycopg.AsyncConnection[Any], list[Work]], Any]:
+def by_copy(table: str, texts: str | None = None) -> Way:
     """Return what writes the same passages with COPY alone, and into `texts` the documents' markdown."""
     statement = COPY % table.encode()
 
@@ -148,15 +159,17 @@ async def copy_text(conn: psycopg.AsyncConnection[Any], table: str, document: Do
         await copy.write_row(row)
 
 
-async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, rounds: int) -> None:
+async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, rounds: int, role: str) -> None:
     """Print rows a second of each way to write."""
     ways = {
         "COPY, primary key alone": by_copy("bare"),
         "COPY, same columns and indexes": by_copy("same"),
         "COPY, and the document's text": by_copy("beside", "texts"),
-        "checkpoint": by_checkpoint,
+        "checkpoint": by_checkpoint(role),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    if role != "NONE":
+        await asyncio.to_thread(create_roles, settings)
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
         await register_vector_async(conn)
         for table in ("same", "beside"):
@@ -244,7 +257,7 @@ async def incremental(settings: Settings, corpus: Corpus) -> None:
         await register_vector_async(conn)
         works = await claimed(conn, corpus, range(5), "incremental")
         began, cpu = time.perf_counter(), cpu_seconds(conn.info.backend_pid)
-        await by_checkpoint(conn, works)
+        await by_checkpoint("NONE")(conn, works)
         rows = sum(len(work.document.chunks or ()) for work in works)
         clock, used = time.perf_counter() - began, cpu_seconds(conn.info.backend_pid) - cpu
         print(f"into the standing index: {rows / clock:.0f} rows/s, {rows / used:.0f} by the CPU of the backend", flush=True)
@@ -256,7 +269,7 @@ async def load(settings: Settings, corpus: Corpus) -> None:
         await register_vector_async(conn)
         await conn.execute("SET synchronous_commit = off")
         for start in range(0, len(corpus), 100):
-            await by_checkpoint(conn, await claimed(conn, corpus, range(start, min(len(corpus), start + 100)), "load"))
+            await by_checkpoint("NONE")(conn, await claimed(conn, corpus, range(start, min(len(corpus), start + 100)), "load"))
 
 
 def main() -> None:
@@ -267,6 +280,8 @@ def main() -> None:
     parser.add_argument("--written", type=int, default=10_000)
     parser.add_argument("--passages", type=int, default=100)
     parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--role", default="NONE")
+    parser.add_argument("--only", nargs="*", choices=["written", "index"], default=["written", "index"])
     given = parser.parse_args()
     if not Path(CORPUS).exists():
         print(f"no corpus at {CORPUS}: set DOCMILL_CORPUS")
@@ -275,12 +290,16 @@ def main() -> None:
     queries = np.load(CORPUS / "scifact_q.f16.npy").astype(np.float32)[: given.queries]
     with bench_server() as (server, folder):
         server_pid = int((folder / "postgres" / "postmaster.pid").read_text().split()[0])
-        print(f"| {given.passages} passages a document | rows/s | rows per CPU s | of COPY, clock | of COPY, CPU | load |\n|{'---|' * 6}")
-        settings = fresh_settings(server, folder, "written")
-        asyncio.run(written(settings, corpus, given.written, given.passages, given.rounds))
-        settings = fresh_settings(server, folder, "indexed")
-        asyncio.run(load(settings, corpus))
-        indexed(settings, server_pid, corpus, queries)
+        if "written" in given.only:
+            print(
+                f"| {given.passages} passages a document | rows/s | rows per CPU s | of COPY, clock | of COPY, CPU | load |\n|{'---|' * 6}"
+            )
+            settings = fresh_settings(server, folder, "written")
+            asyncio.run(written(settings, corpus, given.written, given.passages, given.rounds, given.role))
+        if "index" in given.only:
+            settings = fresh_settings(server, folder, "indexed")
+            asyncio.run(load(settings, corpus))
+            indexed(settings, server_pid, corpus, queries)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,14 @@ import asyncio
 import time
 from dataclasses import replace
 from typing import Any
-from uuid import NAMESPACE_URL, uuid5
 
-import numpy as np
 import psycopg
 import pytest
 
 from jobs.pipeline.claiming import Job
-from jobs.pipeline.rows import chunk_params
-from models.chunks import Chunk
 from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
-from models.stages import STAGES, Milestone
-from sql import query
+from models.stages import STAGES
 from tests.integration import conftest
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
 
@@ -596,18 +591,3 @@ async def test_a_suspect_that_waits_to_be_alone_is_handed_on_at_shutdown(bench: 
     assert bench.leases.held() == ["busy"]
     busy.cancel()
     await busy
-
-
-async def test_headings_are_stored_as_they_are(bench: Bench) -> None:
-    """They travel as the text of an array, whose signs they may hold themselves."""
-    bench.submit("a")
-    headings = ('a "quoted" word', "back\\slash", "{braces, commas}", "", "NULL", " blank ", "ümlaut\nline")
-    chunk = Chunk(uuid5(NAMESPACE_URL, "a"), 0, "x", sha("x"), headings)
-    document = Document(
-        doc_id="a", version=1, user_id="default", file_name="a", file_path="a", milestone=Milestone.EXTRACTED,
-        chunks=(chunk,), vectors=np.eye(1, 8, dtype=np.float32), embedding_model="eye",
-    )  # fmt: skip
-    async with bench.pool.connection() as conn:
-        for params in chunk_params(document):
-            await conn.execute(query("store_chunks"), params)
-    assert bench.one("SELECT heading_path FROM document_chunks") == (list(headings),)
