@@ -167,8 +167,10 @@ def wait_until_ended(settings: Settings, count: int, started: float, timeout: fl
     """Wait until `count` documents have ended and return the seconds since `started`."""
     with psycopg.connect(url_of(settings), autocommit=True) as conn:
         while time.perf_counter() - started < timeout:
+            asked = time.perf_counter()
             row = conn.execute("SELECT count(*) FROM file_extractions WHERE state IN ('complete', 'failed', 'duplicate')").fetchone()
+            answered = time.perf_counter()
             if row is not None and row[0] >= count:
-                return time.perf_counter() - started
-            time.sleep(0.05)
+                return answered - started
+            time.sleep(max(0.01, 4 * (answered - asked)))
     raise TimeoutError(f"{count} documents had not ended after {timeout} s")

@@ -20,7 +20,7 @@ T = TypeVar("T")
 CHUNK_TYPES = (
     "uuid", "text", "text", "int4", "int4", "text", "text", "text[]", "int4", "int4", "int4", "int4", "text", "jsonb", "vector", "text",
 )  # fmt: skip
-_AT_ONCE = 250
+_AT_ONCE = 256
 """Most rows of one statement, whose parameters lie in memory several times on this side and once on the other, vectors of 16,000
 dimensions included."""
 

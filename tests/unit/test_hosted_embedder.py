@@ -17,7 +17,7 @@ from jobs.adapters.embedders import HashedWords, HostedEmbedder, bisect, plan_re
 from jobs.adapters.embedders.answers import read_usage, read_vectors
 from jobs.adapters.embedders.hosted import Limits, make_hosted
 from jobs.adapters.exchange import Service, Timeouts
-from jobs.adapters.tokens import estimate_tokens, split_by_tokens
+from jobs.adapters.tokens import FRAME, estimate_tokens, split_by_tokens
 from models.calls import CallPurpose, CallShare, Reply
 from models.errors import BadAnswer, ConfigurationError, CredentialRefused, DocmillError, RequestRefused
 from models.settings import Settings
@@ -298,6 +298,16 @@ def test_pieces_lose_nothing_and_keep_to_the_limit(text: str, limit: int) -> Non
     pieces = split_by_tokens(text, limit)
     assert "".join(pieces) == text
     assert all(estimate_tokens(piece) <= limit for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", 0), ("a", 1), ("ab", 1), ("abc", 2), ("abcd", 2), ("abcde fgh", 5), ("a b", 2), ("1,2", 3), ("a1b", 3), ("ß", 2), ("語", 3),
+     ("\ud800", 1), ("\n", 1), ("\n\n", 2), (" ", 0), ("  ", 1), ("\t\r", 1), (" " * 8, 1), (" " * 9, 2),
+     ("  \n  ", 3), (" \n ", 1), ("\0", 1)],
+)  # fmt: skip
+def test_the_estimate_counts_pairs_of_letters_each_mark_and_line_and_eight_blanks(text: str, tokens: int) -> None:
+    assert estimate_tokens(text) == tokens + FRAME
 
 
 @given(st.text(max_size=300))
