@@ -21,7 +21,7 @@ import pytest
 from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
 from jobs.database import make_pool
-from jobs.services import Prices, Service, Terms
+from jobs.services import Prices, Service, Terms, front
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
 from models.errors import (
@@ -71,6 +71,13 @@ def refusal(status: int, headers: Mapping[str, str] | None = None, code: str = "
 
 ok = answers(GOOD)
 down = answers(refusal(500))
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for some seconds, as one with much to do does, is no part of what is tested here."""
+    monkeypatch.setattr(front, "LATEST_SECONDS", 60.0)
+    monkeypatch.setattr(front, "_SETTLE_SECONDS", 60.0)
 
 
 @pytest.fixture
@@ -155,7 +162,10 @@ async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_its_tok
     assert (await service.call(ok, PURPOSE)).value == "fine"
 
 
-async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(make: Make, conn: psycopg.Connection) -> None:
+async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "LATEST_SECONDS", 2.0)
     service = await opened(make(requests_per_minute=100))
     begin, times = service._ledger.begin, 0
 
