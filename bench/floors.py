@@ -12,12 +12,12 @@ from pathlib import Path
 import psycopg
 from pgvector.psycopg import register_vector
 
+from bench.copying import COPY, TYPES, rows_of
 from jobs.adapters.embedders import HashedText, make_embedder
 from jobs.adapters.extractor import extract_locally
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
-from jobs.pipeline.rows import CHUNK_TYPES, chunk_rows
 from jobs.stages.check import checked
 from jobs.stages.chunk import cut
 from jobs.stages.parse import join_pages
@@ -25,7 +25,6 @@ from models.documents import Document
 from models.errors import DocmillError
 from models.settings import Settings
 from models.stages import Milestone
-from sql import query
 
 SIZE, OVERLAP, DIMENSIONS = 1000, 100, 384
 
@@ -97,8 +96,8 @@ def _store(conn: psycopg.Connection, document: Document) -> None:
         cursor.execute(
             "INSERT INTO bare_files VALUES (%s, %s, %s)", [document.doc_id, document.markdown, json.dumps(document.raw_extraction)]
         )
-        with cursor.copy(query("copy_chunks").replace("document_chunks", "bare").encode()) as copy:
-            copy.set_types(CHUNK_TYPES)
-            for row in chunk_rows(document):
+        with cursor.copy(COPY % b"bare") as copy:
+            copy.set_types(TYPES)
+            for row in rows_of(document):
                 copy.write_row(row)
     conn.commit()

@@ -21,7 +21,7 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pgvector.psycopg import register_vector, register_vector_async
 from psycopg.types.json import Jsonb
 
+from bench.copying import COPY, TYPES, rows_of
 from bench.cpu import cpu_seconds
 from bench.retrieval import CORPUS, documents
 from bench.running import bench_server, fresh_settings, url_of
@@ -46,13 +47,6 @@ from models.stages import Milestone, State
 
 Way = Callable[[psycopg.AsyncConnection[Any], list[Work]], Awaitable[None]]
 MODEL = "scifact"
-COPY = b"""COPY %b (
-    id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
-    language, metadata, embedding, embedding_model
-) FROM STDIN (FORMAT BINARY)"""
-COPIED = [
-    "uuid", "text", "text", "int4", "int4", "text", "text", "text[]", "int4", "int4", "int4", "int4", "text", "jsonb", "vector", "text",
-]  # fmt: skip
 INDEXES = {
     "as maintenance builds it, 64 MB": ("64MB", 2, "vector"),
     "1 GB, no parallel workers": ("1GB", 0, "vector"),
@@ -124,16 +118,6 @@ def by_checkpoint(role: str) -> Way:
     return write
 
 
-def copied(document: Document) -> Iterator[tuple[Any, ...]]:
-    """Yield a document's passages as rows of COPIED types."""
-    assert document.chunks is not None and document.vectors is not None
-    for chunk, vector in zip(document.chunks, document.vectors, strict=True):
-        yield (
-            chunk.id, document.doc_id, document.user_id, document.version, chunk.index, chunk.content, chunk.content_sha256, [],
-            chunk.page_start, chunk.page_end, chunk.char_start, chunk.char_end, "en", Jsonb({}), vector, document.embedding_model,
-        )  # fmt: skip
-
-
 def by_copy(table: str, texts: str | None = None) -> Way:
     """Return what writes the same passages with COPY alone, and into `texts` the documents' markdown."""
     statement = COPY % table.encode()
@@ -142,8 +126,8 @@ def by_copy(table: str, texts: str | None = None) -> Way:
         for work in works:
             async with conn.transaction():
                 async with conn.cursor() as cursor, cursor.copy(statement) as copy:
-                    copy.set_types(COPIED)
-                    for row in copied(work.document):
+                    copy.set_types(TYPES)
+                    for row in rows_of(work.document):
                         await copy.write_row(row)
                 if texts is not None:
                     await copy_text(conn, texts, work.document)

@@ -205,8 +205,8 @@ class Child:
         with self._waiting:  # one after the other, or one polls what the other has closed
             self._end(None)
             self._close_descriptors()
-        if self._scratch is not None:
-            self._scratch.remove()
+            if self._scratch is not None:
+                self._scratch.remove()
 
     def _close_descriptors(self) -> None:
         with self._closing:

@@ -9,13 +9,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "docmill-scratch-"
-_YOUNG_SECONDS = 60.0
-"""A folder is made first and locked then; this young, it may be between the two."""
+"""Of a folder that is locked while its process lives."""
+_NEW = "docmill-new-scratch-"
+"""Of one that is not locked yet."""
 
 
 class Scratch:
@@ -23,11 +23,13 @@ class Scratch:
 
     def __init__(self) -> None:
         """Make it. Raises OSError where the system has no room."""
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        new = Path(tempfile.mkdtemp(prefix=_NEW))
+        self.path = new
         self._fd = -1
         try:
-            self._fd = _opened(self.path)
+            self._fd = _opened(new)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self.path = new.rename(new.with_name(PREFIX + new.name.removeprefix(_NEW)))
         except OSError:
             self.remove()
             raise
@@ -38,11 +40,11 @@ class Scratch:
         return any(os.scandir(self.path))
 
     def remove(self) -> None:
-        """Take it away with all that lies in it. May be called again."""
+        """Take it away with all that lies in it. May be called again, but not at the same time."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def remove_abandoned() -> None:
@@ -51,8 +53,7 @@ def remove_abandoned() -> None:
         with suppress(OSError):  # somebody's who lives, somebody else's, or gone meanwhile
             fd = _opened(path)
             try:
-                about = os.fstat(fd)
-                if about.st_uid == os.geteuid() and time.time() - about.st_mtime > _YOUNG_SECONDS:
+                if os.fstat(fd).st_uid == os.geteuid():
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path, ignore_errors=True)
             finally:

@@ -9,19 +9,8 @@ from psycopg.types.json import Jsonb
 
 from jobs import faults
 from jobs.pipeline.claims import Connection, one, rows
-from jobs.pipeline.rows import (
-    CHUNK_TYPES,
-    chunk_params,
-    chunk_rows,
-    digest_params,
-    has_new_digest,
-    has_new_text,
-    markdown_params,
-    small_markdown_params,
-    told,
-)
+from jobs.pipeline.rows import chunk_params, digest_params, has_new_digest, has_new_text, markdown_params, small_markdown_params, told
 from jobs.pipeline.work import Work
-from models.documents import Document
 from sql import query
 
 
@@ -52,13 +41,13 @@ async def complete_free(works: Sequence[Work], conn: Connection, *, worker: str)
 
 
 async def _complete(works: Sequence[Work], conn: Connection, worker: str) -> set[str]:
-    found = {row["doc_id"]: row["may_copy"] for row in await rows(conn, "complete_documents", _params(works, worker))} if works else {}
+    found = {row["doc_id"] for row in await rows(conn, "complete_documents", _params(works, worker))} if works else set()
     ours = [work for work in works if work.document.doc_id in found]
     if ours:
-        await _store(conn, ours, may_copy=all(found.values()))
+        await _store(conn, ours)
     for work in ours:
         await faults.at(f"in_checkpoint:{work.document.milestone}", work.document.doc_id)
-    return set(found)
+    return found
 
 
 def _params(works: Sequence[Work], worker: str) -> dict[str, Any]:
@@ -80,7 +69,7 @@ def _params(works: Sequence[Work], worker: str) -> dict[str, Any]:
     }
 
 
-async def _store(conn: Connection, works: Sequence[Work], *, may_copy: bool) -> None:
+async def _store(conn: Connection, works: Sequence[Work]) -> None:
     texts = [work.document for work in works if has_new_text(work)]
     if len(texts) == 1:
         await conn.execute(query("store_markdown"), markdown_params(texts[0]))
@@ -91,7 +80,8 @@ async def _store(conn: Connection, works: Sequence[Work], *, may_copy: bool) -> 
             await conn.execute(query("store_digest"), digest_params(work.document))
         if work.served_version is not None:
             await drop_served(conn, work)
-    await (_copy_chunks if may_copy else _insert_chunks)(conn, [work.document for work in works])
+    for passages in chunk_params(*(work.document for work in works)):
+        await conn.execute(query("store_chunks"), passages)
     # From then on no other model can come to serve until this transaction has ended.
     serving = await one(conn, "serving_model", {})
     for work in works:
@@ -99,18 +89,6 @@ async def _store(conn: Connection, works: Sequence[Work], *, may_copy: bool) -> 
             raise StaleVectors
         if work.buffered:
             await conn.execute(query("clear_buffers"), {"doc_id": work.document.doc_id, "version": work.document.version})
-
-
-async def _copy_chunks(conn: Connection, documents: Sequence[Document]) -> None:
-    async with conn.cursor() as cursor, cursor.copy(query("copy_chunks")) as copy:
-        copy.set_types(CHUNK_TYPES)
-        for row in chunk_rows(*documents):
-            await copy.write_row(row)
-
-
-async def _insert_chunks(conn: Connection, documents: Sequence[Document]) -> None:
-    for passages in chunk_params(*documents):
-        await conn.execute(query("store_chunks"), passages)
 
 
 async def drop_served(conn: Connection, work: Work) -> None:

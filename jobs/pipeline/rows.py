@@ -17,9 +17,6 @@ from models.chunks import Chunk
 from models.documents import Document
 
 T = TypeVar("T")
-CHUNK_TYPES = (
-    "uuid", "text", "text", "int4", "int4", "text", "text", "text[]", "int4", "int4", "int4", "int4", "text", "jsonb", "vector", "text",
-)  # fmt: skip
 _AT_ONCE = 256
 """Most rows of one statement, whose parameters lie in memory several times on this side and once on the other, vectors of 16,000
 dimensions included."""
@@ -74,18 +71,6 @@ def small_markdown_params(documents: Sequence[Document]) -> dict[str, list[Any]]
         "parsers": [document.parser for document in documents],
         "parse_metadata": [Jsonb(dict(document.parse_metadata)) for document in documents],
     }
-
-
-def chunk_rows(*documents: Document) -> Iterator[tuple[Any, ...]]:
-    """Yield passages with their vectors as rows of CHUNK_TYPES, which `copy_chunks` takes."""
-    whose = [(document.doc_id, document.user_id, document.version) for document in documents]
-    made = [(_language(document), document.embedding_model) for document in documents]
-    for place, chunk, vector in _passages(documents):
-        language, model = made[place - 1]
-        yield (
-            chunk.id, *whose[place - 1], chunk.index, _passing(chunk.content), chunk.content_sha256, list(chunk.heading_path),
-            chunk.page_start, chunk.page_end, chunk.char_start, chunk.char_end, language, Jsonb(dict(chunk.metadata)), vector, model,
-        )  # fmt: skip
 
 
 def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:

@@ -137,7 +137,7 @@ WITH given AS MATERIALIZED (
             stage text, event text, attempt integer, duration_ms float8, cpu_ms float8, peak_memory_mb float8, detail jsonb
         )
 )
-SELECT f.doc_id, NOT row_security_active('document_chunks') AS may_copy FROM fenced AS f;
+SELECT f.doc_id FROM fenced AS f;
 
 -- name: tell_event
 -- Says something about a document outside a checkpoint, such as having been fenced off.
@@ -180,17 +180,10 @@ INSERT INTO extraction_buffer AS b (doc_id, version, raw_extraction)
 VALUES (%(doc_id)s, %(version)s, %(raw_extraction)s)
 ON CONFLICT (doc_id, version) DO UPDATE SET raw_extraction = EXCLUDED.raw_extraction;
 
--- Rows come as one array a column, and an array in a column as its text: COPY refuses tables with row-level security, whatever the policy.
-
--- name: copy_chunks
--- Passages of one document or of several, for who owns the table: Postgres refuses COPY where row security applies.
-COPY document_chunks (
-    id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
-    language, metadata, embedding, embedding_model
-) FROM STDIN (FORMAT BINARY);
+-- Rows come as one array a column, and an array in a column as its text; why not by COPY: docs/decisions/0016-insert-not-copy.md.
 
 -- name: store_chunks
--- The same where row security applies; `whose` says which document by its place in `doc_ids`.
+-- Passages of one document or of several; `whose` says which of them by its place in `doc_ids`.
 INSERT INTO document_chunks (
     id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end,
     language, metadata, embedding, embedding_model

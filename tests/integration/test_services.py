@@ -178,8 +178,8 @@ async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(
 
     service._ledger.begin = slowly  # type: ignore[method-assign]
     assert (await service.call(ok, PURPOSE)).value == "fine"
-    assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [("not_sent",), ("ok",)]
-    assert times == 2
+    assert times >= 2
+    assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [*[("not_sent",)] * (times - 1), ("ok",)]
 
 
 async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs_nothing(make: Make, conn: psycopg.Connection) -> None:
