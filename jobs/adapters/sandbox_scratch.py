@@ -15,7 +15,7 @@ from pathlib import Path
 PREFIX = "docmill-scratch-"
 """Of a folder that is locked while its process lives."""
 _NEW = "docmill-new-scratch-"
-"""Of one that is not locked yet."""
+"""Of one that is not locked, or not yet."""
 
 
 class Scratch:
@@ -23,16 +23,16 @@ class Scratch:
 
     def __init__(self) -> None:
         """Make it. Raises OSError where the system has no room."""
-        new = Path(tempfile.mkdtemp(prefix=_NEW))
-        self.path = new
+        self.path = Path(tempfile.mkdtemp(prefix=_NEW))
         self._fd = -1
         try:
-            self._fd = _opened(new)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
-            self.path = new.rename(new.with_name(PREFIX + new.name.removeprefix(_NEW)))
+            self._fd = _opened(self.path)
         except OSError:
             self.remove()
             raise
+        with suppress(OSError):  # a file system that locks no folders, such as NFS: it keeps the name that nobody looks for
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self.path = self.path.rename(self.path.with_name(PREFIX + self.path.name.removeprefix(_NEW)))
 
     @property
     def littered(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -162,6 +163,19 @@ async def test_what_a_killed_worker_has_left_goes_at_the_next_start_and_what_oth
     assert await neighbour.run(attacks.use_temporary_file) == "done"
     for each in (sandbox, neighbour):
         await each.aclose()
+
+
+async def test_where_folders_cannot_be_locked_work_goes_on_and_nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "no lock on a folder, as over NFS")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    sandbox = ProcessSandbox(children=1, readable=TESTS)
+    assert await sandbox.run(attacks.use_temporary_file) == "done"
+    assert os.listdir(tmp_path)  # noqa: PTH208
+    await sandbox.aclose()
+    await until(lambda: not list(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
