@@ -75,12 +75,10 @@ SHORT = {
         "test_a_kill_while_the_service_parses_pays_no_page_twice[queue]",
     ],
     "test_small_documents": [
-        "test_a_worker_killed_with_several_in_hand_loses_and_doubles_none[inline-stage_started:extract]",
         "test_a_worker_killed_with_several_in_hand_loses_and_doubles_none[inline-in_checkpoint:complete]",
         "test_a_worker_killed_with_several_in_hand_loses_and_doubles_none[queue-claimed]",
         "test_a_lease_that_is_lost_by_all_at_once_is_made_good_by_another_worker[inline]",
         "test_parsers_killed_under_several_documents_cost_none_of_them[inline]",
-        "test_a_worker_told_to_stop_with_several_in_hand_hands_each_on[inline]",
     ],
     "test_services": [
         "test_every_document_outlasts_a_service_that_fails[inline-embedding-hang_in_body]",
