@@ -66,7 +66,8 @@ class Service:
 @contextmanager
 def service(latency: float = LATENCY) -> Iterator[Service]:
     """Yield the running server, which answers after `latency` seconds and ends afterwards."""
-    command = [sys.executable, "-m", "tests.servers", "openai", "--latency", str(latency), "--dimensions", str(DIMENSIONS), "--cheap"]
+    own = ["--latency", str(latency), "--punctual", "--dimensions", str(DIMENSIONS), "--cheap"]
+    command = [sys.executable, "-m", "tests.servers", "openai", *own]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
         try:
             assert process.stdout is not None

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("service", choices=["openai", "llamaparse"])
     parser.add_argument("--port", type=int, default=0, help="a free one by default")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--punctual", action="store_true", help="the latency includes what making an answer takes")
     parser.add_argument("--key", help="the key that is asked for; none by default")
     parser.add_argument("--dimensions", type=int, default=1536)
     parser.add_argument("--cheap", action="store_true", help="embeddings without meaning, at little cost")
@@ -38,6 +39,7 @@ def main() -> None:
     else:
         server = LlamaParseServer(port=given.port, latency=given.latency, key=given.key)
         server.seconds = given.job_seconds
+    server.punctual = given.punctual
     server.script(from_json(given.script))
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.serve(announce=True))

@@ -61,6 +61,8 @@ class LocalServer:
 
     def __init__(self, *, port: int = 0, latency: float = 0.0, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.latency = latency
+        self.punctual = False
+        """`latency` is all that an answer takes, its making included: as a service's latency is measured from outside. Else comes before it."""
         self.key = key
         self.tally = Tally()
         self.log: deque[Request] = deque(maxlen=1000)
@@ -190,14 +192,19 @@ class LocalServer:
                 tally.faults[fault.name] += 1
             if fault is not None and fault.kind in ("status", "hang_in_headers", "hang_in_handshake", "reset", "garbage", "redirect"):
                 return Response(fault.status, fault.body.encode(), fault.headers), fault
-            await asyncio.sleep(self.latency)
+            due = time.monotonic() + self.latency
+            if not self.punctual:
+                await asyncio.sleep(self.latency)
             if self.key is not None and self.key not in (request.headers.get("api-key"), request.headers.get("authorization", "")[7:]):
                 error = {
                     "message": f"Incorrect API key provided: {request.headers.get('authorization', '')[7:]}",
                     "code": "invalid_api_key",
                 }
                 return Response.of({"error": error}, 401), None
-            return await self.handle(request, fault.mangle if fault is not None else ""), fault
+            response = await self.handle(request, fault.mangle if fault is not None else "")
+            if self.punctual:
+                await asyncio.sleep(due - time.monotonic())
+            return response, fault
         finally:
             tally.in_flight -= 1
 
