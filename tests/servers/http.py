@@ -62,7 +62,7 @@ class LocalServer:
     def __init__(self, *, port: int = 0, latency: float = 0.0, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self.latency = latency
         self.punctual = False
-        """`latency` is all that an answer takes, its making included: as a service's latency is measured from outside. Else comes before it."""
+        """`latency` is all that an answer takes, its making included, as it is measured from outside; else it comes before."""
         self.key = key
         self.tally = Tally()
         self.log: deque[Request] = deque(maxlen=1000)
