@@ -28,7 +28,7 @@ def key_of(request: Request, name: str = "after") -> int | None:
     given = request.query_params.get(name)
     if given is None or given == "":
         return None
-    if not (given.isascii() and given.lstrip("-").isdigit() and len(given) < 19):
+    if not (given.isascii() and given.removeprefix("-").isdigit() and len(given) < 19):
         raise HTTPException(400, f"`{name}` is not the number of a row.")
     return int(given)
 

@@ -26,6 +26,7 @@ HOSTILE = [
     "../../etc/passwd",
     "9" * 30,
     "-1",
+    "--5",
     "1e9",
     EVIL,
     WORDS,
