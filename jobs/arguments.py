@@ -19,6 +19,8 @@ DOCUMENT_NAMESPACE = uuid.UUID("6f0d2a3e-5b7c-5d1e-9a44-646f636d696c")
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""In JSON: a backslash before it makes it six characters of their own."""
 
 
 def derive_doc_id(user_id: str, what: str) -> str:
@@ -27,7 +29,13 @@ def derive_doc_id(user_id: str, what: str) -> str:
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path from the root on, without `..`, links left as they are."""
+    """Return a path from the root on, without `..`, links left as they are; SubmitError for what no path can be."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise SubmitError(f"File {os.fspath(path)!r:.200} has a character in its name that no file name can have.") from error
+    if "\0" in os.fspath(path):
+        raise SubmitError(f"File {os.fspath(path)!r:.200} has a NUL character in its name, which no file name can have.")
     return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps `..`, Path.resolve follows links
 
 
@@ -54,11 +62,14 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
     try:
         text = json.dumps(dict(metadata or {}), allow_nan=False, ensure_ascii=False)
         text.encode()
+        made = json.loads(text)
     except (TypeError, ValueError) as error:  # a UnicodeEncodeError is a ValueError
         raise SubmitError(f"metadata must be JSON: {error}.") from error
-    if "\\u0000" in text:
+    except RecursionError:
+        raise SubmitError("metadata is nested too deeply.") from None
+    if _NUL.search(text):
         raise SubmitError("metadata must not hold NUL characters: Postgres cannot store them.")
-    return Jsonb(json.loads(text))
+    return Jsonb(made)
 
 
 def check_priority(priority: int) -> int:

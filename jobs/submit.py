@@ -116,7 +116,11 @@ def _checked(settings: Settings, file: File, options: Options) -> tuple[Upload, 
         doc_id = doc_id or path_doc_id(place.user_id, source)
         name = file_name or source.name
     elif hasattr(file, "read"):
-        if not isinstance(file.read(0), bytes):
+        try:
+            nothing = file.read(0)
+        except ValueError as error:  # io.UnsupportedOperation is one too
+            raise SubmitError(f"A document is an open binary file, and this one cannot be read: {error}.") from error
+        if not isinstance(nothing, bytes):
             raise SubmitError("A document is read in binary mode; open the file with mode 'rb'.")
         source = file
         name = file_name or Path(str(getattr(file, "name", "upload"))).name

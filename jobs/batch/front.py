@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _steps(
     if isinstance(source, str | os.PathLike):
         path = absolute_path(source)
         whole = Whole(batch_id or path_doc_id(user_id, path), user_id, storable_path(path), priority, metadata)
-        if not (yield path.is_dir):
+        if not (yield partial(_is_folder, path)):
             return (yield from submit_zip(settings, path, whole))
         listing = yield lambda: list_folder(path, leave_out=settings.storage_base_path)
         made = yield from submit_listing(FolderRun(settings, whole), user_id, path, listing)
@@ -144,6 +145,11 @@ def submit_zip(settings: Settings, path: Path, whole: Whole) -> Steps[SubmittedB
     except psycopg.Error as error:
         raise refused_batch(error, whole.batch_id) from error
     return SubmittedBatch(whole.batch_id, row["outcome"], row["run_id"], archives=1)
+
+
+def _is_folder(path: Path) -> bool:
+    with source_faults(str(path)):
+        return path.is_dir()
 
 
 def _refuse_other_than_zip(path: Path) -> None:

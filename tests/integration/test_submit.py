@@ -22,6 +22,13 @@ from models.settings import Settings, load_settings
 pytestmark = pytest.mark.usefixtures("front_door")
 
 
+def nested(depth: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "a.txt"
@@ -58,6 +65,12 @@ def test_the_answer_is_the_doc_id_as_a_string(conn: psycopg.Connection, file: Pa
     assert "/" not in row[3]
 
 
+def test_metadata_may_hold_the_words_for_a_nul(conn: psycopg.Connection, file: Path) -> None:
+    metadata = {"pattern": r"[\u0000-\u001f]", r"\u0000": r"\\u0000"}
+    submit_document(file, metadata=metadata)
+    assert conn.execute("SELECT metadata FROM file_extractions").fetchone() == (metadata,)
+
+
 def test_derived_ids_are_stable_per_user_and_place(file: Path) -> None:
     assert submit_document(file) == submit_document(str(file))
     assert submit_document(file, user_id="bob") != submit_document(file)
@@ -74,7 +87,9 @@ def test_a_stream_that_cannot_seek_is_accepted(conn: psycopg.Connection) -> None
     assert count(conn, "file_extractions") == 1
 
 
-@pytest.mark.parametrize("case", ["missing", "folder", "too large", "text stream", "number"])
+@pytest.mark.parametrize(
+    "case", ["missing", "folder", "too large", "text stream", "number", "NUL", "no character", "closed", "for writing"]
+)
 def test_a_bad_file_is_refused_by_name_and_nothing_is_stored(
     case: str, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,12 +97,20 @@ def test_a_bad_file_is_refused_by_name_and_nothing_is_stored(
     load_settings.cache_clear()
     large = tmp_path / "large.bin"
     large.write_bytes(b"x" * 1_000_001)
-    cases = {"missing": tmp_path / "no.txt", "folder": tmp_path, "too large": large, "text stream": io.StringIO("x"), "number": 7}
+    closed = large.open("rb")
+    closed.close()
+    cases = {
+        "missing": tmp_path / "no.txt", "folder": tmp_path, "too large": large, "text stream": io.StringIO("x"), "number": 7,
+        "NUL": "a\0b.txt", "no character": "a\ud800.txt", "closed": closed, "for writing": (tmp_path / "new").open("wb"),
+    }  # fmt: skip
     given: Any = cases[case]
     with pytest.raises(SubmitError) as caught:
         submit_document(given)
-    named = {"missing": "no.txt", "folder": "folder", "too large": "MAX_FILE_SIZE_MB", "text stream": "binary", "number": "int"}[case]
-    assert named in str(caught.value)
+    named = {
+        "missing": "no.txt", "folder": "folder", "too large": "MAX_FILE_SIZE_MB", "text stream": "binary", "number": "int",
+        "NUL": "NUL", "no character": "no file name", "closed": "closed", "for writing": "cannot be read",
+    }  # fmt: skip
+    assert named[case] in str(caught.value)
     assert count(conn, "file_extractions") == 0
 
 
@@ -104,6 +127,8 @@ def test_a_bad_file_is_refused_by_name_and_nothing_is_stored(
         {"metadata": {"a": "\ud800"}},
         {"metadata": {"a": {1}}},
         {"metadata": [1]},
+        {"metadata": {"a\\\x00": 1}},
+        pytest.param({"metadata": {"a": nested(3000)}}, id="nested"),
         {"priority": 2**31},
         {"priority": "high"},
     ],
