@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from jobs.adapters.storage import LocalStorage, storable_text
+from jobs.adapters.storage import LocalStorage, StoredUpload, storable_text
 from jobs.batch.steps import Ask, Steps
 from jobs.batch.storing import Seen, digest_of, in_groups, look, store
 from jobs.batch.submission import (
@@ -62,15 +62,17 @@ class FolderRun:
         accepted = [result.submission.doc_id for result in made.files if result.submission is not None]
         made.archives = list(archives)
         there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
-        if (
-            (accepted or archives)
-            and made.run_id is None
-            and not (self._stands(batch, [known[doc_id] for doc_id in accepted]) and before == there)
-        ):
-            yield from self._begin()
-        if made.run_id is not None:
-            yield from self._add_archives(archives)
-            yield from self._seal(accepted)
+        if made.run_id is not None or not (self._stands(batch, [known[doc_id] for doc_id in accepted]) and before == there):
+            # Stored before the run is begun, as documents are.
+            stored = yield from self._store_archives(archives)
+            made.archives = list(stored)
+            if made.run_id is None and (accepted or stored):
+                yield from self._begin()
+            if made.run_id is not None:
+                yield from self._add_archives(stored)
+                yield from self._seal(accepted)
+        order = {entry.name: number for number, entry in enumerate(entries)}
+        made.files.sort(key=lambda result: order[result.name])
         return made
 
     def _submit_each(
@@ -91,8 +93,6 @@ class FolderRun:
                 yield from self._submit_together(together, known, archives)
                 together.clear()
         yield from self._submit_together(together, known, archives)
-        order = {entry.name: number for number, entry in enumerate(entries)}
-        self.made.files.sort(key=lambda result: order[result.name])
         return archives
 
     def _submit_together(
@@ -194,11 +194,25 @@ class FolderRun:
         self.made.run_id = run_id
         return run_id
 
-    def _add_archives(self, archives: Mapping[str, tuple[Entry, str]]) -> Steps[None]:
-        whole = self._whole
+    def _store_archives(self, archives: Mapping[str, tuple[Entry, str]]) -> Steps[dict[str, tuple[Entry, StoredUpload]]]:
+        """Store archives; one that cannot be read any more keeps no other file from going on."""
+        stored: dict[str, tuple[Entry, StoredUpload]] = {}
+        most = self._settings.max_archive_mb * 1_000_000
         for name, (entry, _) in archives.items():
-            upload_id, most = archive_upload_id(whole.batch_id, f"{name}/"), self._settings.max_archive_mb * 1_000_000
-            stored = yield partial(self._storage.store_upload, upload_id, entry.path, most, str(entry.path), "MAX_ARCHIVE_MB")
+            upload_id = archive_upload_id(self._whole.batch_id, f"{name}/")
+            try:
+                made = yield partial(self._storage.store_upload, upload_id, entry.path, most, str(entry.path), "MAX_ARCHIVE_MB")
+            except ConfigurationError:
+                raise
+            except DocmillError as error:
+                self._note(FileResult(entry.name, error=error))
+            else:
+                stored[name] = entry, made
+        return stored
+
+    def _add_archives(self, archives: Mapping[str, tuple[Entry, StoredUpload]]) -> Steps[None]:
+        whole = self._whole
+        for name, (entry, stored) in archives.items():
             params = {
                 "batch_id": whole.batch_id, "run_id": self.made.run_id, "user_id": whole.user_id, "entry_path": f"{name}/",
                 "source_prefix": f"{entry.source_path}/", "file_path": stored.file_path, "content_sha256": stored.sha256,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import psycopg
 import pytest
 
 from jobs.arguments import absolute_path, path_doc_id
-from jobs.batch import BatchSubmission, Entry, folders, storing, submit_file, submit_folder
+from jobs.batch import BatchSubmission, Entry, FileResult, folders, storing, submit_file, submit_folder
 from jobs.batch.submission import Whole
 from jobs.front import close_async
 from models.errors import DocmillError
@@ -85,6 +86,42 @@ async def test_a_changed_file_makes_one_new_run_that_holds_all_files_and_defers_
     assert conn.execute("SELECT total_files, sealed_at IS NOT NULL FROM processing_jobs").fetchall() == [(4, True)]
     assert conn.execute("SELECT DISTINCT run_id FROM file_extractions").fetchall() == [(second.run_id,)]
     assert conn.execute("SELECT count(*) FROM procrastinate_jobs").fetchone() == (2,)
+
+
+async def test_an_archive_that_goes_away_while_the_folder_is_submitted_keeps_no_other_file_from_going_on(
+    front: Settings, folder: Path, conn: psycopg.Connection
+) -> None:
+    for name in ("y.zip", "z.zip"):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("in.txt", f"text in {name}")
+
+    def remove(_: FileResult) -> None:
+        (folder / "y.zip").unlink(missing_ok=True)
+
+    made = await submit_folder(front, folder, on_file=remove)
+    assert outcomes(made) == {"a.txt": "accepted", "b.txt": "accepted", "sub/c.txt": "accepted", "y.zip": "refused"}
+    assert "does not exist" in str(made.files[-1].error)
+    assert made.archives == ["z.zip"]
+    assert conn.execute("SELECT sealed_at IS NOT NULL, direct_files FROM processing_jobs").fetchall() == [(True, 3)]
+    assert conn.execute("SELECT entry_path FROM batch_archives").fetchall() == [("z.zip/",)]
+
+
+async def test_a_folder_whose_only_file_is_an_archive_that_goes_away_begins_no_batch(
+    front: Settings, tmp_path: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    with zipfile.ZipFile(tmp_path / "one" / "y.zip", "w") as archive:
+        archive.writestr("in.txt", "text")
+
+    def read_and_remove(*given: Any) -> str:
+        digest = storing.digest_of(*given)
+        (tmp_path / "one" / "y.zip").unlink()
+        return digest
+
+    monkeypatch.setattr(folders, "digest_of", read_and_remove)
+    made = await submit_folder(front, tmp_path / "one")
+    assert (outcomes(made), made.archives, made.run_id) == ({"y.zip": "refused"}, [], None)
+    assert conn.execute("SELECT count(*) FROM processing_jobs").fetchone() == (0,)
 
 
 async def test_a_vanished_file_leaves_the_run_but_stays_a_document(front: Settings, folder: Path, conn: psycopg.Connection) -> None:
