@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jobs import faults
 from jobs.adapters.folders import Listing
+from jobs.adapters.storage import storable_text
 from jobs.arguments import absolute_path, check_name, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
 from jobs.sync.looking import (
@@ -160,6 +161,11 @@ class FolderSync:
             listing=listing,
             looked=Looked(digests, resume=False),
         )
+        if result.batch.run_id is not None:
+            # Only now is it known which files have become archives; the documents that they were go once these are unpacked.
+            files = {storable_text(document.name): document.name for document in memory.stored if document.entry is None}
+            grown = [files[name] for name in result.batch.archives if name in files]
+            result.plan.unpacking += [name for name in grown if name not in result.plan.unpacking]
         self._report_busy(result)
 
     def _report_busy(self, result: SyncResult) -> None:
@@ -209,8 +215,8 @@ class FolderSync:
 
     async def _why_not(self, seen: FolderLook, document: Stored) -> str | None:
         trusted = self._options.allow_empty
-        if document.entry is not None and document.name in seen.looks:
-            return None  # its archive is there and no longer has it
+        if document.name in seen.looks:
+            return None  # its file is there and no longer holds it
         return await asyncio.to_thread(why_not_gone, self.root, seen.identity, document.name, document.created_at, trusted=trusted)
 
     async def finish_moves(self, result: SyncResult) -> list[Move]:

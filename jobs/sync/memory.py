@@ -51,7 +51,8 @@ class FolderMemory:
         """Return what is stored. `doc_ids`: name -> doc_id of the files that lie in the folder now."""
         params = {"user_id": self._user_id, "batch_id": self.batch_id, "below": self._below}
         rows = await self._ask("find_stored_files", params)
-        memory = Memory(archives=_archives(await self._ask("find_archives", params), {storable_text(name): name for name in doc_ids}))
+        shown = {storable_text(name): name for name in doc_ids}
+        memory = Memory(archives=_archives(self.batch_id, await self._ask("find_archives", params), shown))
         names = {doc_id: name for name, doc_id in doc_ids.items()}
         for row in rows:
             document = self._document(row, names, memory.archives)
@@ -170,7 +171,7 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
     )
 
 
-def _archives(rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archive]:
+def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archive]:
     """Return the archives that lie in no other. `listed`: the names of the files that are there now, by how they are shown."""
     made: dict[str, Archive] = {}
     for row in sorted(rows, key=lambda row: len(row["entry_path"])):
@@ -181,7 +182,8 @@ def _archives(rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archi
         current = row["finished"] and not any(part["unfinished"] for part in parts)
         shown = path.rstrip("/")
         name = listed.get(shown) or unescaped(shown)
-        made[name] = Archive(name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, any(part["open"] for part in parts))
+        is_open = any(part["open"] for part in parts)
+        made[name] = Archive(batch_id, name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, is_open)
     return made
 
 

@@ -56,6 +56,8 @@ class Found:
 class Archive:
     """An archive of the folder that has been unpacked before."""
 
+    batch_id: str
+    """The folder's."""
     name: str
     shown: str
     """Its name as the paths of its entries begin."""
@@ -161,6 +163,7 @@ def make_plan(
     archives = archives or {}
     plan = Plan()
     by_id = {document.doc_id: document for document in stored}
+    files = {document.name: document for document in stored if document.entry is None}
     for file in found.values():
         _place_file(plan, file, by_id.get(file.doc_id), archives.get(file.name))
     plan.unpacking = [name for name, archive in archives.items() if name in found and (archive.open or name in plan.changed)]
@@ -173,7 +176,7 @@ def make_plan(
     zip_is_written = any(file.busy and is_named_zip(file) for file in found.values())
     for document in sorted(stored, key=lambda document: document.shown.split("/")):
         if document.name in found:
-            if document.entry is not None and _has_lost(archives.get(document.name), document) and not found[document.name].busy:
+            if _has_lost(found[document.name], archives.get(document.name), files.get(document.name), document):
                 plan.vanished.append(document)
         elif is_below(document.name, unreadable):
             plan.kept.append(Kept(document.shown, "the folder that it lay in cannot be read"))
@@ -198,8 +201,8 @@ def _place_file(plan: Plan, file: Found, document: Stored | None, archive: Archi
 
 
 def _stored_content(document: Stored | None, archive: Archive | None) -> str | None:
-    if archive is not None:
-        return archive.content_sha256 if archive.in_run else None
+    if archive is not None and archive.in_run:
+        return archive.content_sha256
     return document.content_sha256 if document is not None else None
 
 
@@ -231,6 +234,14 @@ def _serves(other: Stored | None, document: Stored) -> bool:
     return other is not None and other.content_sha256 == document.content_sha256 and other.state is State.COMPLETE
 
 
-def _has_lost(archive: Archive | None, document: Stored) -> bool:
-    """Say whether an archive that is there no longer holds an entry."""
-    return archive is not None and archive.current and document.run_id not in {archive.run_id, None}
+def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document: Stored) -> bool:
+    """Say whether a file that is there no longer holds a document. `own`: the document that the file itself is, or was."""
+    if archive is None or file.busy:
+        return False
+    if document.entry is not None and own is not None and not archive.in_run:
+        # No archive lies there any more, and what does is complete.
+        return own.content_sha256 == file.sha256 and own.state in {State.COMPLETE, State.DUPLICATE}
+    if document.entry is None and (document.batch_id != archive.batch_id or archive.content_sha256 != file.sha256):
+        return False
+    # The archive has lost it or, if it was a file of its own, has taken its place.
+    return archive.current and document.run_id not in {archive.run_id, None}

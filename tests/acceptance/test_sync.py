@@ -256,6 +256,35 @@ def test_an_entry_that_a_changed_archive_no_longer_has_is_deleted_by_the_same_ca
     assert (code, made["unchanged"], made["deleted"]) == (0, 4, []), said
 
 
+def test_a_file_that_becomes_an_archive_and_a_file_again_leaves_nothing_behind(folder: Path, conn: psycopg.Connection) -> None:
+    others = ("a.md", "b.md", "sub/c.md")
+    file = folder / "bundle"
+    file.write_text("# No archive yet\n\nIt will be one.\n")
+    assert sync(folder)[0] == 0
+    assert states(conn, folder) == complete(*others, "bundle")
+    archive(file, one=1)
+    code, made, said = sync(folder)
+    assert (code, made["changed"], [gone["file"] for gone in made["deleted"]]) == (0, ["bundle"], ["bundle"]), said
+    assert states(conn, folder) == complete(*others, "bundle/in/one.md")
+    file.write_text("# No archive any more\n\nIt is a text of its own again.\n")
+    code, made, said = sync(folder)
+    assert (code, made["changed"], [gone["file"] for gone in made["deleted"]]) == (0, ["bundle"], ["bundle/in/one.md"]), said
+    assert states(conn, folder) == complete(*others, "bundle")
+    code, made, said = sync(folder)
+    assert (code, made["unchanged"], made["changed"], made["deleted"]) == (0, 4, [], []), said
+
+
+def test_a_file_that_was_no_archive_yet_goes_with_its_dead_letter_once_it_is_one(folder: Path, conn: psycopg.Connection) -> None:
+    (folder / "z.zip").write_text("half of it is not there yet")
+    assert sync(folder)[0] == 1
+    assert states(conn, folder)["z.zip"] == "failed"
+    archive(folder / "z.zip", one=1)
+    code, made, said = sync(folder)
+    assert (code, [gone["file"] for gone in made["deleted"]]) == (0, ["z.zip"]), said
+    assert states(conn, folder) == complete("a.md", "b.md", "sub/c.md", "z.zip/in/one.md")
+    assert conn.execute("SELECT resolution FROM dead_letters").fetchall() == [("deleted",)]
+
+
 @pytest.mark.parametrize("policy", ["reuse", "skip", "process"])
 def test_under_every_policy_for_duplicates_a_move_ends_with_one_complete_document_and_embeds_nothing_again(
     folder: Path, conn: psycopg.Connection, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch

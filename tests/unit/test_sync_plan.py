@@ -110,7 +110,7 @@ def entry(name: str, inside: str, run_id: uuid.UUID) -> Stored:
 
 
 def archive(name: str, *, current: bool = True, in_run: bool = True) -> dict[str, Archive]:
-    return {name: Archive(name, name, RUN, name, in_run, current)}
+    return {name: Archive("batch", name, name, RUN, name, in_run, current)}
 
 
 def test_documents_out_of_an_archive_stay_as_long_as_it_is_there_and_may_hold_them() -> None:
@@ -122,6 +122,28 @@ def test_documents_out_of_an_archive_stay_as_long_as_it_is_there_and_may_hold_th
     assert (plan.unchanged, plan.new) == (["z.zip"], [])
     assert make_plan(documents, found(**{"z.zip": "other"}), (), archive("z.zip")).changed == ["z.zip"]
     assert make_plan(documents, found("z.zip"), (), archive("z.zip", in_run=False)).changed == ["z.zip"]
+
+
+def test_documents_out_of_an_archive_go_once_the_document_that_took_its_place_is_complete() -> None:
+    file, gone = found(**{"z.zip": "text"}), archive("z.zip", in_run=False)
+    inside = entry("z.zip", "a", OLD_RUN)
+    for state in State:
+        plan = make_plan([inside, stored("z.zip", "text", state=state)], file, (), gone)
+        expected = ["z.zip/a"] if state in {State.COMPLETE, State.DUPLICATE} else []
+        assert [document.entry for document in plan.vanished] == expected, state
+        assert (plan.unchanged, plan.changed) == (["z.zip"], [])
+    plan = make_plan([inside, stored("z.zip", "earlier text")], file, (), gone)
+    assert (plan.changed, plan.vanished) == (["z.zip"], [])
+
+
+def test_a_document_goes_once_the_archive_that_took_its_place_is_unpacked() -> None:
+    file, before = found("z.zip"), stored("z.zip", "text", run_id=OLD_RUN)
+    plan = make_plan([before, entry("z.zip", "a", RUN)], file, (), archive("z.zip"))
+    assert (plan.vanished, plan.unchanged) == ([before], ["z.zip"])
+    for archives in ({}, archive("z.zip", current=False), archive("z.zip", current=False, in_run=False)):
+        assert make_plan([before], file, (), archives).vanished == []
+    assert make_plan([replace(before, batch_id="a list's")], file, (), archive("z.zip")).vanished == []
+    assert make_plan([before], found(**{"z.zip": "other"}), (), archive("z.zip")).vanished == []
 
 
 def test_documents_out_of_an_archive_go_with_it_but_not_with_an_unreadable_folder() -> None:
