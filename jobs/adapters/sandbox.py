@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -22,9 +21,9 @@ from jobs.adapters import usage
 from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
 from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
 from jobs.adapters.sandbox_confinement import Setup, let_others_look
+from jobs.adapters.sandbox_files import open_all
 from jobs.adapters.sandbox_process import Child, Template
 from jobs.adapters.sandbox_scratch import remove_abandoned
-from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
 
@@ -98,7 +97,7 @@ class ProcessSandbox:
         async with self._slots:
             with ExitStack() as opened:
                 named = [value for value in args if isinstance(value, StoredFile)]
-                files = await asyncio.to_thread(lambda: [_open(value, opened) for value in named]) if named else []
+                files = await open_all(named, opened) if named else []
                 numbers = iter(range(len(files)))
                 sent = tuple(replace(value, fd=next(numbers)) if isinstance(value, StoredFile) else value for value in args)
                 child = await self._begin(Call(function, sent, kwargs, self._limits), files)
@@ -259,13 +258,6 @@ def _loaded(parts: Sequence[bytearray]) -> list[Any]:
 
 def _unreadable(error: Exception) -> ParseError:
     return ParseError(f"The parser's answer cannot be read ({type(error).__name__}: {str(error)[:200]}).")
-
-
-def _open(file: StoredFile, opened: ExitStack) -> int:
-    with storage_faults(file.path.parent, file.path.name):
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    opened.callback(os.close, fd)
-    return fd
 
 
 def _tell(missing: Any) -> None:

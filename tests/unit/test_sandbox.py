@@ -8,14 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from jobs.adapters import sandbox as sandbox_module
-from jobs.adapters import usage
+from jobs.adapters import sandbox_files, usage
 from jobs.adapters.sandbox import Exhausted, ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
 from jobs.adapters.stored_file import StoredFile
@@ -295,3 +297,28 @@ async def test_what_takes_a_child_down_is_nobodys_answer_who_shared_its_turn(san
 async def test_a_child_that_lies_about_what_it_used_is_not_believed_by_who_shared_its_turn(sandbox: ProcessSandbox) -> None:
     answers = await sandbox.run_each([(work.lie_about_memory, (), {}), (work.text_of, (3,), {})])
     assert [answer.peak_memory_mb for answer in answers] == [0, 0]
+
+
+async def test_a_file_that_opens_only_after_nobody_waits_for_it_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("text")
+    goes_on, real = threading.Event(), sandbox_files._open
+
+    def slow(file: StoredFile, opened: ExitStack) -> int:
+        goes_on.wait(20)  # as a share may that has much to do
+        return real(file, opened)
+
+    def is_open() -> bool:
+        return any(link.resolve() == tmp_path / "file" for link in Path("/proc/self/fd").iterdir())
+
+    monkeypatch.setattr(sandbox_files, "_open", slow)
+    with ExitStack() as opened:
+        opening = asyncio.create_task(sandbox_files.open_all([StoredFile(tmp_path / "file")] * 3, opened))
+        await asyncio.sleep(0.05)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    running = [thread for thread in threading.enumerate() if thread.name.startswith("asyncio_")]
+    goes_on.set()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert running
+    await until(lambda: not is_open())
