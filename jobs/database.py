@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import query
 from sql.migrate import migrate, missing_migrations
+
+_HOSTS_PIDS = 0xEFFFFFFC  # what Linux calls the namespace of process numbers that no container has made (PROC_PID_INIT_INO)
 
 MIN_POSTGRES = 170000
 MIN_VECTOR = (0, 8)
@@ -70,9 +72,21 @@ def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
     return _start_embedded(settings.storage_base_path) if conninfo is None else conninfo
 
 
+def process_name(longest_host: int | None = None) -> str:
+    """Return what this process is called: host:pid, in a container host:pid:namespace.
+
+    Containers that share the host's network have its name, and each of them has a process with the number 1.
+    """
+    name = f"{socket.gethostname()[:longest_host]}:{os.getpid()}"
+    with suppress(OSError):  # no /proc, no containers
+        namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116 - Path.stat says the same with more words
+        return name if namespace == _HOSTS_PIDS else f"{name}:{namespace}"
+    return name
+
+
 def application_name() -> str:
-    """Return what this process' connections are called in pg_stat_activity: `docmill host:pid`, in the 63 bytes that Postgres keeps."""
-    return f"docmill {socket.gethostname()[:40]}:{os.getpid()}"
+    """Return what this process' connections are called in pg_stat_activity: `docmill` and its name, in the 63 bytes that Postgres keeps."""
+    return f"docmill {process_name(34)}"
 
 
 def connect_options(settings: Settings) -> dict[str, Any]:

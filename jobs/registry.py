@@ -10,7 +10,6 @@ import ctypes
 import gc
 import os
 import resource
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,11 +135,6 @@ class Registry:
     def sign_off(self, conn: psycopg.Connection) -> None:
         """Remove this worker's row."""
         conn.execute(query("sign_off"), {"worker": self._pulse.worker})
-
-
-def worker_name() -> str:
-    """Return what this process is called as a worker: host:pid."""
-    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def resident_mb() -> float:

@@ -24,14 +24,14 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import faults
 from jobs.alerts import AlertForwarder
 from jobs.connector import DocmillConnector
-from jobs.database import conninfo_of
+from jobs.database import conninfo_of, process_name
 from jobs.fetching import DocmillJobManager
 from jobs.leases import LeaseKeeper
 from jobs.outages import DATABASE_ERRORS, outlive
 from jobs.places import Places
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
-from jobs.registry import Pulse, Registry, worker_name
+from jobs.registry import Pulse, Registry
 from jobs.tracing import start_tracing
 from jobs.transport import warn_of_exposures
 from models.settings import Settings
@@ -184,7 +184,7 @@ class DocmillApp(App):
         )
         self.job_manager: DocmillJobManager = DocmillJobManager(self.connector, max_documents_per_user=settings.max_documents_per_user)
         self.settings = settings
-        self.worker_name = worker_name()
+        self.worker_name = process_name()
         self.leases: LeaseKeeper | None = None
         self.finished_jobs: set[int] = set()
         """Ids of jobs whose row a checkpoint has finished already."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
+from jobs.database import process_name
 from jobs.registry import give_back_memory, resident_mb
 
 
@@ -50,3 +53,20 @@ def test_large_blocks_go_back_at_once() -> None:
 
     assert given_back("told") > 90
     assert given_back("not told") < 50
+
+
+def test_containers_with_one_host_name_have_workers_of_different_names() -> None:
+    ask = "from jobs.database import application_name, process_name; print(process_name(), len(application_name()), flush=True); input()"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", ask]
+    if os.getuid() != 0:
+        command[1:1] = ["--user", "--map-root-user"]
+    running = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) for _ in range(2)]
+    told = [process.stdout.readline().split() for process in running if process.stdout is not None]
+    left = [process.communicate("\n") for process in running]
+    if not all(told):
+        pytest.skip(f"no namespaces here: {left[0][1].strip()[-200:]}")
+    names = [name for name, _ in told]
+    assert [name.split(":")[:2] for name in names] == [[socket.gethostname(), "1"]] * 2
+    assert names[0] != names[1]
+    assert all(int(length) <= 63 for _, length in told)
+    assert process_name() == f"{socket.gethostname()}:{os.getpid()}" or "/docker" in Path("/proc/self/mountinfo").read_text()
