@@ -79,6 +79,13 @@ def classify_error(error: BaseException) -> ErrorType:
     return _of_http_error(error)
 
 
+def is_away(error: BaseException) -> bool:
+    """Say whether a database did not answer, because the connection or the server is gone."""
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in {"57P01", "57P02", "57P03", "57P05"}
+
+
 def _of_http_error(error: BaseException) -> ErrorType:
     # httpx and the SDKs built on it carry the answer that made them fail, or its bare status, or there was none.
     status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status_code", None))
@@ -141,6 +148,9 @@ class StageRetry(BaseRetryStrategy):
         error_type = classify_error(error)
         if isinstance(error, WaitedTooLong):
             return None
+        if is_away(error):
+            # A checkpoint outlives any number of outages, and so does a stage that is met by them in the middle of a question.
+            return RetryPlan(calculate_backoff(0, self.base, self.max_delay), counts=False)
         if isinstance(error, RateLimitError | ServiceUnavailable):
             told = _UNAVAILABLE_WAIT if error.retry_after is None else error.retry_after
             # Half as much again, at most, spread out, so that those who wait do not all come back in the same second.

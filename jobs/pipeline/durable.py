@@ -19,7 +19,7 @@ from jobs.pipeline.rows import has_new_text
 from jobs.pipeline.together import NotTogether
 from jobs.pipeline.work import SMALL_BYTES, Work
 from jobs.redaction import describe
-from jobs.retry import calculate_backoff, classify_error
+from jobs.retry import calculate_backoff, classify_error, is_away
 from models.errors import ErrorType
 from models.stages import State
 
@@ -30,6 +30,11 @@ class CheckpointFailed(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+    @property
+    def refuses_results(self) -> bool:
+        """Whether it may be what was to be stored that cannot be: then less can."""
+        return not is_away(self.cause)
 
 
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
@@ -90,7 +95,7 @@ async def checkpoint_durably(
                 _mark_saved(work, outcome)
             break
         except psycopg.Error as error:
-            answered = not _is_away(error)
+            answered = not is_away(error)
             enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())
             if enough or classify_error(error) is not ErrorType.RETRYABLE:
                 raise CheckpointFailed(error) from error
@@ -117,11 +122,6 @@ async def _complete_all(
             if work.document.doc_id in done:
                 await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
     return [None if work.document.doc_id in done else NotTogether() for work in works]
-
-
-def _is_away(error: psycopg.Error) -> bool:
-    """Say whether the database did not answer, because the connection or the server is gone."""
-    return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in {"57P01", "57P02", "57P03", "57P05"}
 
 
 async def _was_written(conn: Connection, work: Work, outcome: Outcome) -> bool:

@@ -17,7 +17,7 @@ from jobs.leases import Lease
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, Outcome
 from jobs.pipeline.claims import Connection
-from jobs.pipeline.durable import checkpoint_durably, connection
+from jobs.pipeline.durable import CheckpointFailed, checkpoint_durably, connection
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.keeping import unbroken
 from jobs.pipeline.work import StageEvent, Work
@@ -103,6 +103,11 @@ class Endings:
         except FencedOff:
             await self.tell_fenced(work, stage)
             return
+        except CheckpointFailed as refused:
+            if not refused.refuses_results or work.document is work.saved:
+                raise
+            await self.fail_without_results(work, lease, refused)
+            return
         with bound(stage=stage.name, attempt=attempt, error_type=failure.error_type, duration_ms=work.stage_taken_ms()):
             if plan is None:
                 logger.error("{} failed: {}", failure.error_type, failure.message)
@@ -110,6 +115,11 @@ class Endings:
                 # Waiting for a budget or a breaker is as it should be, and whole backlogs do it at once.
                 level = "WARNING" if plan.counts else "INFO"
                 logger.log(level, "{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
+
+    async def fail_without_results(self, work: Work, lease: Lease, refused: CheckpointFailed) -> None:
+        """Fail with what kept a checkpoint from being written. It may be the results, so they are dropped; what the database has stays."""
+        _drop_results(work)
+        await self.fail(work, lease, due_stage(work.saved.milestone), refused.cause)
 
     async def cancelled(self, work: Work, lease: Lease, stage: Stage | None) -> None:
         """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""
@@ -124,17 +134,26 @@ class Endings:
         following = due_stage(work.document.milestone)
         if following is None:
             # Finished but not written, and there is no more time: what the database has is where it goes on.
-            work.document = work.saved
-            work.events.clear()
+            _drop_results(work)
             following = due_stage(work.document.milestone)
         if following is None:
             return
-        attempt = work.attempt_at(following.due_at)
-        work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
         try:
-            await self.leave(work, lease, following)
+            try:
+                await self._hand_on(work, lease, following)
+            except CheckpointFailed as refused:
+                if not refused.refuses_results or work.document is work.saved:
+                    raise
+                _drop_results(work)
+                following = due_stage(work.saved.milestone) or following
+                await self._hand_on(work, lease, following)
         except FencedOff:
             await self.tell_fenced(work, following)
+
+    async def _hand_on(self, work: Work, lease: Lease, following: Stage) -> None:
+        attempt = work.attempt_at(following.due_at)
+        work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
+        await self.leave(work, lease, following)
 
     def _why_cancelled(self) -> str:
         return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
@@ -169,6 +188,12 @@ class Endings:
                 await conn.execute(query("tell_event"), event)
         except psycopg.Error as error:
             logger.warning("The audit trail could not be told of it: {}", describe(error))
+
+
+def _drop_results(work: Work) -> None:
+    """Go back to what the database has."""
+    work.document = work.saved
+    work.events.clear()
 
 
 def _nobody_minds(superseded: bool) -> None:

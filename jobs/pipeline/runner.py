@@ -203,10 +203,7 @@ class Runner:
         except asyncio.CancelledError:
             await self._endings.cancelled(work, lease, stage)
         except CheckpointFailed as error:
-            # The results may be what could not be written, so they are dropped; what the database has stays.
-            work.document = work.saved
-            work.events.clear()
-            await self._endings.fail(work, lease, due_stage(work.saved.milestone), error.cause)
+            await self._endings.fail_without_results(work, lease, error)
         except Exception as error:
             await self._endings.fail(work, lease, stage, error)
 

@@ -206,6 +206,24 @@ async def test_waiting_for_a_service_does_not_count(bench: Bench, error: Excepti
     assert bench.one("SELECT count(*) FROM document_events WHERE detail->>'counts' = 'false'") == (5,)
 
 
+async def test_a_database_that_goes_away_while_a_stage_asks_it_never_counts(bench: Bench) -> None:
+    met = 0
+
+    async def ask(_: Document) -> None:
+        nonlocal met
+        if met < 6:
+            met += 1
+            async with bench.pool.connection() as conn:
+                await conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    bench.also["embed"] = ask
+    bench.submit()
+    assert await bench.drain() == 7
+    assert bench.one("SELECT state, retry_count FROM file_extractions") == ("complete", 0)
+    told = bench.all("SELECT DISTINCT detail->>'error_type', detail->>'counts' FROM document_events WHERE event = 'retry_scheduled'")
+    assert told == [("RETRYABLE", "false")]
+
+
 async def test_a_stage_that_takes_too_long_is_a_timeout(bench: Bench) -> None:
     async def hang(document: Document) -> None:
         await asyncio.sleep(60)
@@ -524,6 +542,39 @@ async def test_results_that_cannot_be_stored_are_dropped_and_the_document_fails_
     assert await bench.drain() == 1
     assert bench.one("SELECT state, milestone, error_type FROM file_extractions") == ("failed", "uploaded", "PERMANENT")
     assert bench.one("SELECT count(*) FROM document_chunks") == (0,)
+
+
+async def test_a_failure_with_results_that_cannot_be_stored_is_recorded_with_what_refuses_them(bench: Bench) -> None:
+    bench.conn.execute("ALTER TABLE document_markdown ADD CHECK (parser <> 'plain 1')")
+
+    async def fail(_: Document) -> None:
+        raise ParseError("broken")
+
+    bench.also["check"] = fail
+    bench.submit()
+    await bench.drain()
+    assert bench.one("SELECT state, milestone, crash_count FROM file_extractions") == ("failed", "uploaded", 0)
+    assert bench.one("SELECT error_type, error_message FROM dead_letters")[0] == "PERMANENT"
+    assert "document_markdown" in bench.one("SELECT error_message FROM dead_letters")[0]
+
+
+async def test_results_that_cannot_be_stored_are_dropped_at_shutdown(bench: Bench) -> None:
+    bench.conn.execute("ALTER TABLE document_markdown ADD CHECK (parser <> 'plain 1')")
+
+    async def stop(_: Document) -> None:
+        bench.stopping = True
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    bench.also["check"] = stop
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    assert bench.one("SELECT state, milestone, crash_count FROM file_extractions") == ("queued", "uploaded", 0)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND task_name = 'validate'") == (1,)
 
 
 async def test_a_checkpoint_survives_a_connection_that_is_cut_under_it(bench: Bench) -> None:

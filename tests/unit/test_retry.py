@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from procrastinate.jobs import Job
+from psycopg_pool import PoolTimeout
 
-from jobs.retry import StageRetry, calculate_backoff, classify_error, should_retry
+from jobs.retry import StageRetry, calculate_backoff, classify_error, is_away, should_retry
 from models.errors import (
     DocmillError,
     ErrorType,
@@ -114,6 +115,25 @@ def test_only_what_can_be_helped_is_tried_again_and_only_so_often() -> None:
         hopeless = kind in (ErrorType.PERMANENT, ErrorType.PARSE_ERROR)
         assert should_retry(kind, 0, 3) is not hopeless
         assert should_retry(kind, 3, 3) is (kind is ErrorType.RATE_LIMIT)
+
+
+@pytest.mark.parametrize(
+    "error", [PoolTimeout("no connection"), psycopg.OperationalError("the connection is closed"), psycopg.errors.AdminShutdown("stopped")]
+)
+def test_a_database_that_is_away_never_counts(error: Exception) -> None:
+    plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 7)
+    assert plan is not None
+    assert (plan.counts, 2 <= plan.delay <= 3) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [psycopg.errors.QueryCanceled("x"), psycopg.errors.DeadlockDetected("x"), psycopg.errors.DiskFull("x"), psycopg.DataError("NUL")],
+)
+def test_what_a_database_answers_counts(error: Exception) -> None:
+    plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 0)
+    assert plan is None or plan.counts
+    assert not is_away(error)
 
 
 def test_waiting_for_a_service_never_counts_and_is_spread_out() -> None:
