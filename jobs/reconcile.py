@@ -7,6 +7,8 @@ is written down in `sql/migrations/0003_rescue.sql`; here is only what is looked
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -20,6 +22,7 @@ from jobs.alerts import RULE_SECONDS, log_changes
 from jobs.breaker import PLACES_PER_SECOND
 from jobs.outages import end_if_cancelled
 from jobs.redaction import describe
+from jobs.retry import is_away
 from models.settings import Settings
 from sql import query
 
@@ -34,6 +37,10 @@ SIDE_TASKS = [
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
+
+
+_Step = tuple[str, Callable[[], Awaitable[Any]]]
+"""A part of a pass, after its name."""
 
 
 class Reconciler:
@@ -54,7 +61,8 @@ class Reconciler:
                 await self.pass_once()
             except (psycopg.Error, OSError) as error:
                 end_if_cancelled(error)
-                self._disturb(clock.seconds())  # nobody could renew or beat meanwhile
+                if is_away(error):
+                    self._disturb(clock.seconds())  # nobody could renew or beat meanwhile
                 logger.warning("A pass of the reconciler failed: {}", describe(error))
             await asyncio.sleep(self._settings.reconcile_seconds)
 
@@ -67,44 +75,57 @@ class Reconciler:
             self._disturb(now)  # this process was paused, or the database away
         self._last_pass = now
         # One lease length after waking up every worker that lives has renewed what it holds.
-        if now - self._awake_since >= lease:
-            crashes = {"max_crashes": self._settings.max_crashes}
-            for row in await self._rows("find_expired_leases", lease_seconds=lease, most=MOST):
-                await self._repair(done, "rescue_document", doc_id=row["doc_id"], **crashes)
-            for row in await self._rows("find_abandoned_jobs", grace_seconds=lease, most=MOST):
-                await self._repair(done, "end_abandoned_job", job_id=row["id"], grace_seconds=lease)
-            for row in await self._rows("find_dead_side_jobs", grace_seconds=lease, most=MOST, tasks=SIDE_TASKS):
-                await self._repair(done, "requeue_side_job", job_id=row["id"])
-            await self._fail_stalled(done, now)
-            await self._rows("forget_dead_workers")
-        await self._reopen(done)
-        await self._requeue_lost(done)
-        await self._requeue_duplicates(done)
-        period = self._settings.reconcile_seconds
-        for row in await self._rows("find_recovered_services", seconds=period):
-            await self._repair(done, "bring_forward", service=row["service"], most=ceil(PLACES_PER_SECOND * period), seconds=period)
-        for row in await self._rows("find_stragglers", most=MOST):
-            await self._repair(done, "cancel_straggler", doc_id=row["doc_id"])
-        for row in await self._rows("find_lost_archives", most=MOST):
-            await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
-        for row in await self._rows("find_replaced_documents", most=MOST):
-            await self._repair(done, "delete_replaced_document", doc_id=row["doc_id"])
-        await self._rows("queue_reembedding", delay=0.0, job_id=None)
-        for row in await self._rows("find_unsettled_batches", most=MOST):
-            await self._repair(done, "settle_batch", batch_id=row["batch_id"])
-        for row in await self._rows("find_summaries_to_renew", most=MOST):
-            await self._repair(done, "renew_summaries", batch_id=row["batch_id"])
-        await self._evaluate_alerts()
+        steps = [*(self._living(done, now) if now - self._awake_since >= lease else ()), *self._others(done)]
+        for name, step in steps:
+            try:
+                await step()
+            except psycopg.Error as error:
+                if is_away(error):
+                    raise
+                # One that always meets a timeout or a lock must not keep the others from being done.
+                logger.warning("The reconciler's step {} failed: {}", name, describe(error))
         return done
 
+    def _living(self, done: dict[str, int], now: float) -> Iterator[_Step]:
+        """Yield what is judged by who lives."""
+        lease, rules = self._settings.lease_seconds, self._settings
+        find = partial(self._repair_found, done)
+        yield find("find_expired_leases", "rescue_document", "doc_id", {"lease_seconds": lease}, max_crashes=rules.max_crashes)
+        yield find("find_abandoned_jobs", "end_abandoned_job", "job_id", {"grace_seconds": lease}, grace_seconds=lease)
+        yield find("find_dead_side_jobs", "requeue_side_job", "job_id", {"grace_seconds": lease, "tasks": SIDE_TASKS})
+        yield "_fail_stalled", partial(self._fail_stalled, done, now)
+        yield "forget_dead_workers", partial(self._rows, "forget_dead_workers")
+
+    def _others(self, done: dict[str, int]) -> Iterator[_Step]:
+        find, period = partial(self._repair_found, done), self._settings.reconcile_seconds
+        yield "_reopen", partial(self._reopen, done)
+        yield "_requeue_lost", partial(self._requeue_lost, done)
+        yield "_requeue_duplicates", partial(self._requeue_duplicates, done)
+        brought = {"most": ceil(PLACES_PER_SECOND * period), "seconds": period}
+        yield find("find_recovered_services", "bring_forward", "service", {"seconds": period}, **brought)
+        yield find("find_stragglers", "cancel_straggler", "doc_id")
+        yield find("find_lost_archives", "requeue_lost_archive", "archive_id", max_requeues=self._settings.max_requeues)
+        yield find("find_replaced_documents", "delete_replaced_document", "doc_id")
+        yield "queue_reembedding", partial(self._rows, "queue_reembedding", delay=0.0, job_id=None)
+        yield find("find_unsettled_batches", "settle_batch", "batch_id")
+        yield find("find_summaries_to_renew", "renew_summaries", "batch_id")
+        yield "evaluate_alerts", self._evaluate_alerts
+
+    def _repair_found(
+        self, done: dict[str, int], finder: str, repair: str, key: str, asked: Mapping[str, Any] = {}, **params: Any
+    ) -> _Step:
+        """Return the step that asks a finder and repairs each thing that it names by `key`."""
+
+        async def step() -> None:
+            for row in await self._rows(finder, most=MOST, **asked):
+                (found,) = row.values()
+                await self._repair(done, repair, **{key: found}, **params)
+
+        return finder, step
+
     async def _evaluate_alerts(self) -> None:
-        """Look at the alert rules unless some worker has lately, and say what has changed. A rule that fails is no fault of the repairs."""
-        try:
-            log_changes(await self._rows("evaluate_alerts", every_seconds=RULE_SECONDS))
-        except psycopg.DatabaseError as error:
-            if isinstance(error, psycopg.OperationalError):
-                raise
-            logger.warning("The alert rules could not be evaluated: {}", describe(error))
+        """Look at the alert rules unless some worker has lately, and say what has changed."""
+        log_changes(await self._rows("evaluate_alerts", every_seconds=RULE_SECONDS))
 
     async def _reopen(self, done: dict[str, int]) -> None:
         seen = await self._rows("find_batches_to_reopen", after=self._after_batch, window=WINDOW)
@@ -147,8 +168,8 @@ class Reconciler:
         await faults.at(f"before_repair:{name}", params.get("doc_id", ""))
         try:
             found = await self._rows(name, **params)
-        except psycopg.DatabaseError as error:
-            if isinstance(error, psycopg.OperationalError):
+        except psycopg.Error as error:
+            if is_away(error):
                 raise
             logger.warning("{} of {} failed: {}", name, params, describe(error))
             return

@@ -36,7 +36,7 @@ WITH looked AS MATERIALIZED (
     ORDER BY d.id
     LIMIT %(window)s
 ), fetched AS MATERIALIZED (
-    SELECT j.args ->> 'doc_id' AS doc_id FROM procrastinate_jobs AS j WHERE j.status = 'doing'
+    SELECT j.args ->> 'doc_id' AS doc_id FROM procrastinate_jobs AS j WHERE j.status = 'doing' AND stage_queue(j.task_name) IS NOT NULL
 )
 -- With a limit, so that each is looked for by the index: all waiting jobs are never read.
 SELECT l.id, l.doc_id, (
