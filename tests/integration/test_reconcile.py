@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
+from jobs.database import make_pool
 from jobs.reconcile import Reconciler
 from models.documents import Document
+from tests.integration.batches import accept, begin, seal
 from tests.integration.conftest import STAGE_NAMES, Bench
 
 
@@ -211,6 +215,49 @@ async def test_an_applications_own_jobs_are_left_alone(bench: Bench) -> None:
     bench.conn.execute("INSERT INTO procrastinate_jobs (queue_name, task_name, status) VALUES ('theirs', 'their_task', 'doing')")
     assert await reconciler(bench).pass_once() == {}
     assert bench.all("SELECT status FROM procrastinate_jobs") == [("doing",)]
+
+
+async def test_a_step_that_always_meets_a_timeout_keeps_no_other_from_being_done(bench: Bench, database: str) -> None:
+    bench.submit()
+    crash(bench)
+    bench.conn.execute("INSERT INTO summaries_to_renew (batch_id) VALUES ('gone')")
+    pool = make_pool(bench.settings, make_conninfo(database, options="-c statement_timeout=200"))
+    await pool.open()
+    try:
+        with psycopg.connect(database) as other:
+            other.execute("LOCK TABLE processing_jobs, alert_conditions IN ACCESS EXCLUSIVE MODE")
+            settings = bench.settings.model_copy(update={"lease_seconds": 0.0})
+            assert await Reconciler(settings, pool).pass_once() == {"rescued": 1}
+            other.execute("ROLLBACK")
+            other.execute("LOCK TABLE batch_archives IN ACCESS EXCLUSIVE MODE")
+            await Reconciler(settings, pool).pass_once()
+            assert bench.one("SELECT count(*) FROM summaries_to_renew") == (0,)
+    finally:
+        await pool.close()
+
+
+async def test_an_applications_own_job_that_names_a_document_hides_no_loss(bench: Bench) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    bench.conn.execute("UPDATE procrastinate_jobs SET task_name = 'notify_user', queue_name = 'application'")
+    assert await reconciler(bench).pass_once() == {"requeued": 1}
+
+
+async def test_an_extraction_that_is_tried_again_in_a_cancelled_batch_is_not_cancelled_with_it(bench: Bench) -> None:
+    run = begin(bench.conn)
+    accept(bench.conn, run, "a", "c")
+    seal(bench.conn, run, 2)
+    found = bench.fetch()
+    assert found is not None
+    await bench.runner().run(*found)
+    bench.conn.execute("SELECT cancel_batch('b')")
+    assert bench.all("SELECT doc_id, state FROM file_extractions ORDER BY 1") == [("a", "complete"), ("c", "cancelled")]
+    bench.conn.execute("""UPDATE file_extractions SET raw_extraction = '{"failure": {"error_type": "PERMANENT"}}' WHERE doc_id = 'a'""")
+    bench.conn.execute("SELECT requeue_extraction('a')")
+    assert "cancelled" not in await reconciler(bench).pass_once()
+    await bench.drain()
+    assert bench.one("SELECT state, version, served_version FROM file_extractions WHERE doc_id = 'a'") == ("complete", 2, 2)
 
 
 async def test_a_database_that_was_away_gives_everybody_a_lease_to_come_back(bench: Bench) -> None:

@@ -174,6 +174,22 @@ async def test_a_deleted_documents_card_leaves_the_summary_of_a_batch_that_it_ha
     assert bench.one("SELECT count(*) FROM summaries_to_renew") == (0,)
 
 
+async def test_a_deleted_documents_card_leaves_also_the_summary_of_a_batch_that_only_had_it(bench: Bench) -> None:
+    batch_of(bench, "a", "c")
+    await bench.drain()
+    for batch_id in ("second", "third"):
+        run = begin(bench.conn, batch_id)
+        bench.conn.execute("SELECT adopt_documents(%s, %s, 'ann', ARRAY['a', 'c'], 1000)", [batch_id, run])
+        seal(bench.conn, run, 2, batch_id)
+        bench.conn.execute("SELECT settle_batch(%s)", [batch_id])
+    bench.conn.execute("TRUNCATE document_events")  # as if pruned: what was done long ago is told by nothing else
+    bench.conn.execute("SELECT delete_document('a')")
+    assert (await reconciler(bench).pass_once())["renewed"] == 3
+    cards = "SELECT batch_id, jsonb_path_query_array(ui_json, '$.files[*].doc_id') FROM run_summaries ORDER BY 1"
+    assert bench.all(cards) == [("b", ["c"]), ("second", ["c"]), ("third", ["c"])]
+    assert bench.one("SELECT count(*) FROM run_summaries WHERE nested_summary::text LIKE '%%a.txt%%'") == (0,)
+
+
 def test_batches_from_before_are_taken_over_as_they_stood(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = sql.migrate._own()
     with psycopg.connect(empty_database, autocommit=True) as conn:
