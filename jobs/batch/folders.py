@@ -59,7 +59,8 @@ class FolderRun:
         }
         made.known, made.standing = batch is not None, batch["run_id"] if batch is not None else None
         archives = yield from self._submit_each(entries, known, before)
-        accepted = [result.submission.doc_id for result in made.files if result.submission is not None]
+        mine = (result for result in made.files if result.name not in self._looked.others)
+        accepted = [result.submission.doc_id for result in mine if result.submission is not None]
         made.archives = list(archives)
         there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
         if made.run_id is not None or not (self._stands(batch, [known[doc_id] for doc_id in accepted]) and before == there):

@@ -82,6 +82,8 @@ class Looked:
     """SHA-256 by name: these files need not be read to see whether they have changed."""
     resume: bool = True
     """Whether a cancelled document, or an archive that failed, is taken up again although its content is the same."""
+    others: frozenset[str] = frozenset()
+    """Names of unchanged files whose documents stay in the batch that they are in."""
 
 
 def archive_upload_id(batch_id: str, entry_path: str) -> str:

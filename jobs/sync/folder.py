@@ -150,6 +150,9 @@ class FolderSync:
         digests = {name: file.sha256 for name, file in found.items() if file.sha256 is not None}
         digests |= {name: sha256 for name in result.plan.busy if (sha256 := contents.get(found[name].doc_id)) is not None}
         unknown = {name for name in result.plan.busy if name not in digests}
+        # Syncs of folders that lie in each other would take their documents from each other for ever.
+        unchanged = set(result.plan.unchanged)
+        others = frozenset(document.name for document in memory.stored if document.elsewhere and document.name in unchanged)
         listing = Listing([name for name in seen.listing.files if name not in unknown], seen.listing.skipped, seen.listing.unreadable)
         result.batch = await submit_folder(
             self._settings,
@@ -159,7 +162,7 @@ class FolderSync:
             metadata=self._options.metadata,
             on_file=self._on_file,
             listing=listing,
-            looked=Looked(digests, resume=False),
+            looked=Looked(digests, resume=False, others=others),
         )
         if result.batch.run_id is not None:
             # Only now is it known which files have become archives; the documents that they were go once these are unpacked.

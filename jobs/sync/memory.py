@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class FolderMemory:
         for row in rows:
             document = self._document(row, names, memory.archives)
             if document is not None:
-                memory.stored.append(document)
+                memory.stored.append(replace(document, elsewhere=row["batch_id"] != self.batch_id and self._is_of_folder(row)))
         known = {document.doc_id for document in memory.stored}
         others = {"user_id": self._user_id, "doc_ids": [doc_id for doc_id in names if doc_id not in known]}
         memory.stored += [_stored(row, names[row["doc_id"]]) for row in await self._ask("find_files_by_id", others)]
@@ -72,12 +72,16 @@ class FolderMemory:
         for name in dict.fromkeys((inside, unescaped(inside))):
             if path_doc_id(self._user_id, self._root / name) == row["doc_id"]:
                 # Not a document of a list or of a batch with a name of its own: these are not the folder's.
-                return _stored(row, name) if row["batch_id"] == path_doc_id(self._user_id, Path(unescaped(row["folder"]))) else None
+                return _stored(row, name) if self._is_of_folder(row) else None
         if row["batch_id"] == self.batch_id and row["doc_id"] == self.entry_id(inside):
             for archive in archives.values():
                 if inside.startswith(f"{archive.shown}/"):
                     return _stored(row, archive.name, entry=inside)
         return None
+
+    def _is_of_folder(self, row: Row) -> bool:
+        """Say whether a document's batch is one that is made of a folder, with the name that such a batch has."""
+        return bool(row["batch_id"] == path_doc_id(self._user_id, Path(unescaped(row["folder"]))))
 
     def entry_id(self, path: str) -> str:
         """Return the doc_id of what lies in an archive, by its path in the folder."""

@@ -29,6 +29,8 @@ class Stored:
     """When it was first submitted, in seconds since the epoch by the database's clock."""
     duplicate_of: str | None = None
     replaced_by: str | None = None
+    elsewhere: bool = False
+    """Whether it belongs to the batch of a folder around this one, or inside it."""
     entry: str | None = None
     """Path inside the folder with the path inside the archive behind it; None for a file."""
 

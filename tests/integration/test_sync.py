@@ -456,6 +456,29 @@ async def test_documents_of_a_folder_around_and_of_one_inside_belong_to_the_fold
     assert set(names(front, folder.parent)) == {"documents/a.txt", "documents/b.txt", "documents/sub/e.txt", "documents2/x.txt"}
 
 
+@pytest.mark.parametrize("outer_first", [True, False])
+async def test_folders_that_lie_in_each_other_do_not_take_documents_from_each_other(front: Bench, folder: Path, outer_first: bool) -> None:
+    both = [folder, folder / "sub"] if outer_first else [folder / "sub", folder]
+    for each in both:
+        await synced(front, each)
+    before = written(front.conn)
+    for each in both * 2:
+        result = await sync(front, each)
+        assert (result.did_something(), result.plan.new, result.plan.changed) == (False, [], [])
+    assert written(front.conn) == before
+    put(folder / "sub" / "c.txt", "other text, of another length")
+    for each in both[::-1]:
+        await synced(front, each)
+    before = written(front.conn)
+    for each in both * 2:
+        assert not (await sync(front, each)).did_something()
+    assert written(front.conn) == before
+    assert names(front, folder) == dict.fromkeys(("a.txt", "b.txt", "sub/c.txt"), "complete")
+    (folder / "sub" / "c.txt").unlink()
+    (folder / "sub" / "d.txt").write_text("one must be left")
+    assert shown(await synced(front, folder / "sub"))[3] == ["c.txt"]
+
+
 async def test_names_that_no_text_can_hold_vanish_and_move_like_others(front: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
