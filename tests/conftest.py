@@ -38,6 +38,7 @@ def server() -> PostgresServer:
     base = Path(tempfile.gettempdir())
     with (base / f"docmill-tests-{os.getuid()}.lock").open("w") as lock:  # one for all runs, as it stays
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove_what_the_killed_have_left()
         server = get_server(_place(f"docmill-tests-{run}"), cleanup_mode="delete")
         with psycopg.connect(server.get_uri(), autocommit=True) as conn:
             if conn.execute("SELECT FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
@@ -61,6 +62,15 @@ def _place(name: str) -> Path:
         if shutil.disk_usage(IN_MEMORY).free >= ENOUGH_MEMORY and os.access(IN_MEMORY, os.W_OK):
             return IN_MEMORY / name
     return Path(tempfile.gettempdir()) / name
+
+
+def _remove_what_the_killed_have_left() -> None:
+    """Give back the memory of runs that could not do so themselves. Under the lock: none is being begun."""
+    for folder in IN_MEMORY.glob("docmill-tests-*"):
+        with suppress(OSError, ValueError, IndexError):
+            if Path("/proc", (folder / "postmaster.pid").read_text().split()[0]).exists():
+                continue
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
