@@ -4,7 +4,9 @@
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_replica,
     current_setting('default_transaction_read_only')::boolean AS is_read_only,
     extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 AS newest_change_seconds,
-    (SELECT count(*) FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend') AS connections,
+    -- Of other logins' sessions only the user is shown to everybody; Postgres' own processes have none.
+    (SELECT count(*) FROM pg_stat_activity AS a WHERE a.usesysid IS NOT NULL AND coalesce(a.backend_type, 'client backend') = 'client backend')
+        AS connections,
     current_setting('max_connections')::integer AS max_connections;
 
 -- name: workers_by_health
@@ -15,7 +17,7 @@ SELECT w.worker, w.host, w.health, w.silent_for, w.concurrency, w.jobs FROM work
 SELECT q.queue
 FROM unnest(ARRAY['cpu', 'embed', 'extract', 'maintenance']) AS q (queue)
 WHERE EXISTS (
-    SELECT FROM procrastinate_jobs AS j WHERE j.status = 'todo' AND j.scheduled_at IS NULL AND j.queue_name = q.queue
+    SELECT FROM procrastinate_jobs AS j WHERE j.status = 'todo' AND coalesce(j.scheduled_at <= now(), TRUE) AND j.queue_name = q.queue
 ) AND NOT EXISTS (
     SELECT FROM worker_health AS w WHERE w.health IN ('alive', 'stopping') AND (w.queues IS NULL OR q.queue = ANY(w.queues))
 )

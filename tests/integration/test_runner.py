@@ -113,6 +113,22 @@ async def test_the_old_version_answers_until_the_new_one_is_complete(bench: Benc
     assert bench.all("SELECT version FROM document_markdown") == [(2,)]
 
 
+async def test_searches_by_file_type_find_what_is_served_while_a_new_version_waits_or_has_failed(bench: Bench) -> None:
+    async def fail(_: Document) -> None:
+        raise PermanentError("no")
+
+    found = "SELECT version FROM search_by_text('text', file_type => 'text')"
+    bench.submit(content="1")
+    await bench.drain()
+    assert bench.all(found) == [(1,)]
+    bench.submit(content="2")
+    assert bench.all(found) == [(1,)]
+    bench.also["validate"] = fail
+    await bench.drain()
+    assert bench.one("SELECT state FROM file_extractions") == ("failed",)
+    assert bench.all(found) == [(1,)]
+
+
 async def test_a_new_version_that_fails_leaves_the_old_one_served(bench: Bench) -> None:
     bench.submit()
     await bench.drain()

@@ -328,6 +328,9 @@ def test_a_filter_costs_little_recall_where_the_index_is_walked(found: psycopg.C
 def test_a_word_in_every_passage_neither_hides_rare_words_nor_filtered_documents(found: psycopg.Connection) -> None:
     fill(found, 2200, 10, 2)
     assert search(found, "text", "common often needle", limit=1)[0]["content"].startswith("common needle")
+    # More are asked for than there are needles, so that others are ranked beside them.
+    assert search(found, "text", "common needle", limit=10)[0]["content"].startswith("common needle")
+    assert any(row["content"].startswith("common needle") for row in search(found, "hybrid", "common needle", vector=axis(1, 2), limit=10))
     assert set(names(search(found, "text", "common needle", user_id="few"))) == {"d7"}
     assert len(search(found, "text", "common", limit=1000)) == 1000
     assert all("often" in row["content"] for row in search(found, "text", "common often", limit=20))

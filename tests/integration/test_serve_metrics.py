@@ -92,7 +92,7 @@ def test_the_text_is_prometheus_and_its_figures_are_those_of_the_tables(
     assert value(found, "docmill_component_up", component="services") == 0
     assert value(found, "docmill_ready") == 0
     assert value(found, "docmill_database_connections", state="idle") >= 1
-    assert value(found, "docmill_processing_rate_documents_per_minute") == pytest.approx(0.2)
+    assert 1 / 6 <= value(found, "docmill_processing_rate_documents_per_minute") <= 1 / 5  # over five to six minutes
     assert found["docmill_storage_free_bytes", frozenset()] > 0
 
 
