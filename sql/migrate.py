@@ -22,8 +22,18 @@ from sql.securing import act_as_oneself, act_as_owner, is_secured, secure
 
 _LOCK = 0x646F636D696C6C  # "docmill" in ASCII: the key of the session advisory lock that lets one migration run at a time
 _TRIES = 5  # of a migration that meets those who use the database in a deadlock
+_LOCK_SECONDS = 0.2  # between two looks whether somebody else still migrates
 _LONGEST_PAUSE = 30.0  # seconds between two tries of one that found others in its way
 _Migration = tuple[str, str, Path | Traversable]  # component, name, file
+
+
+def _lock(conn: psycopg.Connection) -> None:
+    """Wait until nobody else migrates. Between the questions no snapshot is held: an index that is being built beside would wait for it."""
+    while True:
+        row = conn.execute(query("try_lock_migrations"), {"key": _LOCK}).fetchone()
+        if row is not None and row[0]:
+            return
+        time.sleep(_LOCK_SECONDS)
 
 
 def _applied(conn: psycopg.Connection, component: str) -> set[str]:
@@ -89,7 +99,7 @@ def migrate(conn: psycopg.Connection) -> list[str]:
 
     A transaction that holds a table is waited for without an end, but never with others waiting behind: see giving_way.
     """
-    conn.execute(query("lock_migrations"), {"key": _LOCK})
+    _lock(conn)
     try:
         act_as_owner(conn)
         conn.execute(query("create_migrations_table"))
@@ -99,7 +109,8 @@ def migrate(conn: psycopg.Connection) -> list[str]:
                 for migration in missing:
                     _apply(conn, watcher, migration)
             done += [name if component == "docmill" else f"{component} {name}" for component, name, _ in missing]
-        if done and is_secured(conn):
+        if is_secured(conn):
+            # Also where nothing was missing: whoever applied the last ones may have died before this.
             secure(conn)
         return done
     finally:

@@ -1,7 +1,7 @@
 -- What the migration runner and the connection check ask.
 
--- name: lock_migrations
-SELECT pg_advisory_lock(%(key)s);
+-- name: try_lock_migrations
+SELECT pg_try_advisory_lock(%(key)s) AS locked;
 
 -- name: unlock_migrations
 SELECT pg_advisory_unlock(%(key)s);

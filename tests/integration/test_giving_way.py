@@ -124,6 +124,21 @@ def test_others_go_on_while_a_migration_waits_for_a_transaction_and_it_is_applie
     assert asked(old, f"SELECT count(*) FROM docmill_migrations WHERE name = '{LOCKING}'") == 1
 
 
+def test_a_migration_that_waits_for_another_holds_no_snapshot_that_an_index_build_would_wait_for(database: str) -> None:
+    done: list[list[str] | BaseException] = []
+    with psycopg.connect(database, autocommit=True) as first:
+        first.execute("SELECT pg_advisory_lock(%s)", [migrations._LOCK])
+        waiting = migrating(database, done)
+        try:
+            for _ in range(2):
+                first.execute("CREATE INDEX CONCURRENTLY ON file_extractions (file_size)")
+            assert done == []
+        finally:
+            first.execute("SELECT pg_advisory_unlock(%s)", [migrations._LOCK])
+            waiting.join()
+    assert done == [[]]
+
+
 @pytest.fixture
 def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes what is still to be applied one migration with these statements, and the patience short."""

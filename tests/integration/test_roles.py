@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psycopg
 import pytest
 from pgvector.psycopg import register_vector
 from psycopg import errors
+from psycopg.rows import dict_row
 
 import sql.migrate
 from jobs.cli import main
-from jobs.maintenance import look_after_index
+from jobs.maintenance import index_name, look_after_index
 from jobs.roles import RoleError, create_roles, grant_as, grant_to_person, list_logins, revoke
 from models.errors import ConfigurationError, SubmitError
 from models.settings import load_settings
+from sql import query
 from sql.migrate import migrate
+from sql.securing import secure
 from tests.acceptance.test_backup import run, tool
 from tests.walls import MODEL, Walls, fill, rows
 
@@ -199,6 +203,54 @@ def test_what_a_later_migration_makes_is_the_owners_and_secured(clean: Walls, tm
         assert owners == [("docmill_owner",), ("docmill_owner",)]
     with clean.as_login("alice") as conn:
         assert rows(conn, "SELECT note FROM notes") == [("a",)]
+
+
+def test_a_migration_whose_process_died_before_the_rights_were_given_is_made_up_for_by_the_next(
+    clean: Walls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean.new_database()
+    create_roles(clean.settings())
+    later = tmp_path / "9999_later.sql"
+    later.write_text(
+        "CREATE TABLE notes (user_id text, note text); CALL pin_search_path(); "
+        "INSERT INTO relation_rights (relation, rows_of_user, worker) VALUES ('notes', 'user_id = (SELECT acting_user())', 'SELECT');",
+        encoding="utf-8",
+    )
+    own = sql.migrate._own()
+    monkeypatch.setattr(sql.migrate, "_own", lambda: [*own, later])
+
+    def die(_: psycopg.Connection) -> list[str]:
+        raise KeyboardInterrupt
+
+    with clean.as_login("postgres") as conn:
+        monkeypatch.setattr(sql.migrate, "secure", die)
+        with pytest.raises(KeyboardInterrupt):
+            migrate(conn)
+        may = "SELECT has_table_privilege('docmill_worker', 'notes', 'SELECT')"
+        assert rows(conn, may) == [(False,)]
+        monkeypatch.setattr(sql.migrate, "secure", secure)
+        assert migrate(conn) == []
+        assert rows(conn, may) == [(True,)]
+
+
+def test_an_index_that_another_login_builds_is_not_taken_for_a_broken_one(clean: Walls) -> None:
+    clean.new_database()
+    create_roles(clean.settings())
+    grant_as(clean.settings(), clean.new_login("watcher"), "operator")
+    name = index_name(MODEL, 3)
+    with clean.as_login("postgres") as conn, clean.as_login("watcher") as watcher:
+        conn.execute(f"CREATE INDEX {name} ON document_chunks (doc_id)".encode())
+        conn.execute("UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid = %s::regclass", [name])  # as while it is being built
+        told = f"SELECT health FROM index_health WHERE index_name = '{name}'"
+        assert rows(watcher, told) == [("invalid",)]
+        conn.execute(query("try_lock_index"), {"name": name})
+        assert rows(watcher, told) == [("building",)]
+        assert rows(watcher, "SELECT rule FROM alert_findings WHERE rule = 'index_invalid'") == []
+        assert rows(watcher, "SELECT count(*) > 1 FROM pg_stat_activity WHERE backend_type = 'client backend'") == [(False,)]
+        with watcher.cursor(row_factory=dict_row) as cursor:
+            facts = cursor.execute(query("database_facts")).fetchone()
+        assert facts is not None
+        assert facts["connections"] >= 2
 
 
 def test_a_dump_of_a_walled_database_is_walled_again_where_it_is_restored(clean: Walls, tmp_path: Path) -> None:
