@@ -26,12 +26,15 @@ from sql import query
 
 BUSY = 1000  # unfinished documents: while there are more, a bulk load is under way and the index would be in its way
 
+MOST_DIMENSIONS = 2000
+"""Of a vector that pgvector's HNSW takes. Wider ones are compared one by one."""
+
 NOT_ALLOWED = (
     "only the owner of the tables may build or drop a vector index. Run `docmill index` as the owner, or let this worker's login do it: "
     "`docmill roles grant LOGIN --as worker --indexes`."
 )
 
-Outcome = Literal["not needed", "waiting", "ready", "built", "busy elsewhere", "not allowed"]
+Outcome = Literal["not needed", "too wide", "waiting", "ready", "built", "busy elsewhere", "not allowed"]
 Table = Literal["document_chunks", "chunk_embeddings"]
 _told: set[str] = set()
 """Models whose index this process may not build, and has said so."""
@@ -47,8 +50,11 @@ async def look_after_index(
 ) -> Outcome:
     """Build the model's index if it pays and is not there, or again if a build was cut off; return what was found or done.
 
-    It pays once the table holds VECTOR_INDEX_THRESHOLD vectors of the model. `even_under_load`: a bulk load is no reason to wait.
+    Vectors of more than MOST_DIMENSIONS have none. It pays once the table holds VECTOR_INDEX_THRESHOLD vectors of the model.
+    `even_under_load`: a bulk load is no reason to wait.
     """
+    if dimensions > MOST_DIMENSIONS:
+        return "too wide"
     name = index_name(model, dimensions, table)
     threshold = max(1, settings.vector_index_threshold)
     facts_wanted = {"model": model, "name": name, "table": table, "threshold": threshold, "busy": BUSY}
@@ -119,10 +125,13 @@ async def look_after_vector_index(timestamp: int) -> str:
         serving = await one(conn, "serving_model", {})
     if serving is None:
         return "not needed"
+    if serving["lies_in"] != "document_chunks":
+        return "waiting"  # it is on its way there, and the re-embedding builds the index once all of it has arrived
     outcome = await look_after_index(app.settings, serving["embedding_model"], serving["dimensions"])
-    if outcome == "not allowed" and serving["embedding_model"] not in _told:
+    if outcome in ("not allowed", "too wide") and serving["embedding_model"] not in _told:
         _told.add(serving["embedding_model"])
-        logger.warning("The vector index of {} is due, and searches are slow without it, but {}", serving["embedding_model"], NOT_ALLOWED)
+        why = NOT_ALLOWED if outcome == "not allowed" else f"an index takes vectors of at most {MOST_DIMENSIONS:,} dimensions."
+        logger.warning("The vector index of {} is due, and searches are slow without it, but {}", serving["embedding_model"], why)
     return outcome
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, say
 from jobs.cli.session import quiet_logs, rows, run_async
-from jobs.maintenance import look_after_index
+from jobs.maintenance import MOST_DIMENSIONS, look_after_index
 from models.settings import Settings, load_settings
 
 _SAID = {
     "not needed": "There are fewer passages than VECTOR_INDEX_THRESHOLD: searches compare with all of them.",
+    "too wide": f"An index takes vectors of at most {MOST_DIMENSIONS:,} dimensions: searches compare with all passages.",
     "ready": "The vector index is there.",
     "built": "The vector index has been built.",
 }

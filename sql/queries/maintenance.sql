@@ -9,7 +9,7 @@ SELECT
         SELECT FROM file_extractions AS d WHERE d.state IN ('queued', 'working', 'retrying') LIMIT %(busy)s
     ) AS d) >= %(busy)s AS is_busy,
     (SELECT i.indisvalid FROM pg_index AS i WHERE i.indexrelid = to_regclass(%(name)s)) AS is_valid,
-    EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.index_relid = to_regclass(%(name)s)) AS is_being_built,
+    is_index_being_built(to_regclass(%(name)s)) AS is_being_built,
     (SELECT pg_has_role(t.relowner, 'SET') FROM pg_class AS t WHERE t.oid = to_regclass(%(table)s)) AS may_build;
 
 -- name: act_as_owner_of

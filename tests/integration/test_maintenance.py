@@ -11,7 +11,7 @@ import pytest
 from pgvector.psycopg import register_vector
 
 from jobs import maintenance
-from jobs.maintenance import index_name, look_after_index
+from jobs.maintenance import MOST_DIMENSIONS, index_name, look_after_index
 from models.settings import Settings
 
 MODEL = "it's a 'model'"
@@ -81,6 +81,14 @@ async def test_a_build_takes_more_than_one_process_though_the_tables_own_pages_a
     monkeypatch.setattr(psycopg.AsyncConnection, "connect", listened_to)
     assert await look_after_index(settings.model_copy(update={"vector_index_threshold": 300}), MODEL, 8) == "built"
     assert [words for words in told if words.startswith("using ") and "parallel workers" in words] != []
+
+
+async def test_vectors_that_are_too_wide_for_an_index_are_told_of_and_do_without(passages: psycopg.Connection, settings: Settings) -> None:
+    large = settings.model_copy(update={"vector_index_threshold": 1})
+    assert await look_after_index(large, MODEL, MOST_DIMENSIONS + 1, even_under_load=True) == "too wide"
+    wide = np.ones(MOST_DIMENSIONS + 1, dtype=np.float32)
+    with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+        passages.execute(f"CREATE INDEX ON document_chunks USING hnsw ((embedding::vector({len(wide)})) vector_cosine_ops)".encode())
 
 
 async def test_a_build_that_was_cut_off_is_done_again(passages: psycopg.Connection, settings: Settings) -> None:
