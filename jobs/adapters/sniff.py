@@ -56,7 +56,8 @@ def sniff(source: Path | BinaryIO, file_name: str) -> Sniffed:
     if not head:
         return Sniffed(FileType.UNKNOWN, "application/x-empty", note="the file is empty")
     sample = _Sample(source, head, _tail(source, head), extension)
-    probes = (_probe_pdf, _probe_ole, _probe_zip, _probe_magic, _probe_text, _probe_late_zip)
+    # What is known by its first bytes goes first: an archive may well begin with a PDF.
+    probes = (_probe_ole, _probe_zip, _probe_pdf, _probe_magic, _probe_text, _probe_late_zip)
     found = next((kind for probe in probes if (kind := probe(sample)) is not None), None)
     found = found or Sniffed(FileType.UNKNOWN, "application/octet-stream")
     if found.note is None and not extension_agrees(file_name, found):
@@ -95,12 +96,16 @@ def _probe_pdf(sample: _Sample) -> Sniffed | None:
         if b"%PDF-" not in sample.head[:1024] and not named_so and not _PDF_OBJECT.match(sample.head):
             return None
         text = sniff_text(sample.head, "")
-        if text is not None and text.file_type is FileType.HTML:
-            return None  # a page with a PDF in a comment is a page
+        if text is not None and (text.file_type is FileType.HTML or not _has_parts_of_pdf(sample)):
+            return None  # a page with a PDF in a comment is a page, and a text about PDF is a text
     note = None
     if b"/Encrypt" in sample.tail or b"/Encrypt" in sample.head:
         note = "the PDF is encrypted; whether it opens without a password shows when it is parsed"
     return Sniffed(FileType.PDF, "application/pdf", note=note)
+
+
+def _has_parts_of_pdf(sample: _Sample) -> bool:
+    return b"endobj" in sample.head or b"%%EOF" in sample.tail or b"startxref" in sample.tail
 
 
 def _probe_ole(sample: _Sample) -> Sniffed | None:

@@ -14,6 +14,7 @@ from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
 from models.documents import FileType
 from tests.unit.small_files import PASSWORD_ENTRY, docx, docx_parts, ole, package, pdf, pptx, xlsx
 
+SAMPLES = Path(__file__).parents[2] / "samples"
 MAIL = b"From: a@example.com\nTo: b@example.com\nSubject: Hi\n\nBody\n"
 HTML = b"<!DOCTYPE html><html><body><p>Hi</p></body></html>"
 
@@ -150,3 +151,22 @@ def test_no_bytes_raise(tmp_path_factory: pytest.TempPathFactory, seed: bytes, c
     data = bytearray(seed[: max(cut, 1)] if cut % 2 else seed)
     data[at : at + len(patch)] = patch
     sniffed(tmp_path_factory.getbasetemp(), "a.docx", bytes(data))
+
+
+def test_an_archive_that_begins_with_a_pdf_is_an_archive(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "stored.zip", "w") as archive:  # stored as it is, so that the PDF's first bytes follow
+        archive.writestr("in/a.pdf", (SAMPLES / "supply-contract.pdf").read_bytes())
+    assert sniff(tmp_path / "stored.zip", "stored.zip").file_type is FileType.ZIP
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "expected"), [("note.md", b"", FileType.TEXT), ("note.txt", b"", FileType.TEXT), ("mail.eml", MAIL, FileType.EMAIL)]
+)
+def test_a_text_about_pdf_is_a_text(name: str, head: bytes, expected: FileType, tmp_path: Path) -> None:
+    found = sniffed(tmp_path, name, head + b"A PDF file begins with the bytes %PDF-1.4, a zip with PK.\n")
+    assert (found.file_type, found.note) == (expected, None)
+
+
+def test_a_pdf_behind_other_bytes_is_a_pdf(tmp_path: Path) -> None:
+    data = b"some words before it\n" + (SAMPLES / "supply-contract.pdf").read_bytes()
+    assert sniffed(tmp_path, "a.pdf", data).file_type is FileType.PDF
