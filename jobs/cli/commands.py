@@ -127,7 +127,7 @@ def summary(
 def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     *,
-    mode: Annotated[Mode, typer.Option(help="By meaning, by words, or by both.")] = Mode.HYBRID,
+    mode: Annotated[Mode, typer.Option(help="By both, by meaning, or by words.")] = Mode.HYBRID,
     limit: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Most passages to show.")] = 10,
     user: Annotated[str | None, typer.Option("--user", metavar="USER", help="Only this user's documents.")] = None,
     batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="Only documents of this batch.")] = None,

@@ -64,9 +64,11 @@ def report(error: Exception) -> ExitCode:
             message = f"DATABASE_URL: no connection to the database: {message}"
     elif isinstance(error, DocmillError):
         code = ExitCode.USAGE if isinstance(error, ConfigurationError) else ExitCode.FAILED
-    elif isinstance(error, psycopg.errors.InsufficientPrivilege):
+    elif (refused := next((cause for cause in _chain(error) if isinstance(cause, psycopg.errors.InsufficientPrivilege)), None)) is not None:
         code = ExitCode.FAILED
-        message = f"The role of DATABASE_URL may not do this: {redact(str(error.diag.message_primary))}. docs/row-security.md says who may."
+        message = (
+            f"The role of DATABASE_URL may not do this: {redact(str(refused.diag.message_primary))}. docs/row-security.md says who may."
+        )
     else:
         code = ExitCode.FAILED
         kind = "The database refused" if isinstance(error, psycopg.Error | ConnectorException) else "Something unforeseen happened"

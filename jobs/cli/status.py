@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from json import dumps
 from typing import Any
 
 from jobs.cli.errors import ExitCode
@@ -117,7 +118,7 @@ async def _document(settings: Settings, doc_id: str, *, json: bool) -> ExitCode:
         "retries": row["retry_count"] or None,
         "crashes": row["crash_count"] or None,
         "duplicate of": row["duplicate_of"],
-        "metadata": row["metadata"] or None,
+        "metadata": _as_json(row["metadata"]),
         "correlation": row["correlation_id"],
     }
     for name, value in facts.items():
@@ -201,3 +202,7 @@ def _print_archives(archives: list[Row]) -> None:
 def _span(document: Row) -> str:
     took = document["processing_duration_ms"]
     return duration(None if took is None else took / 1000)
+
+
+def _as_json(metadata: Mapping[str, Any]) -> str | None:
+    return dumps(metadata, ensure_ascii=False) if metadata else None

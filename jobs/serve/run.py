@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 
 import uvicorn
@@ -43,6 +44,8 @@ def serve(settings: Settings) -> None:
     logger.info(
         "Serving on http://{}:{}/{}", f"[{host}]" if ":" in host else host, port, " (read-only)" if settings.serve_read_only else ""
     )
+    # When it has ended, uvicorn sends itself the signal again, which would keep this process from ending well.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     with listening:
         uvicorn.Server(config).run(sockets=[listening])
 
