@@ -166,6 +166,11 @@ def test_dates_that_decide_show_the_custom_for_those_that_do_not() -> None:
         ("-5,00 €", "EUR", "-5.00"),
         ("$-50.00", "USD", "-50.00"),
         ("−3 EUR", "EUR", "-3"),
+        ("-€50", "EUR", "-50"),
+        ("-50 €", "EUR", "-50"),
+        ("-EUR 50", "EUR", "-50"),
+        ("EUR -50", "EUR", "-50"),
+        ("(-50 €)", "EUR", "-50"),
         ("3,5 Mio. Euro", "EUR", "3500000"),
         ("2 Mrd. €", "EUR", "2000000000"),
         ("$1.2bn", "USD", "1200000000"),
@@ -175,6 +180,24 @@ def test_dates_that_decide_show_the_custom_for_those_that_do_not() -> None:
 )
 def test_an_amount_is_read_in_either_writing(text: str, currency: str, value: str) -> None:
     assert [(found.currency, found.value) for found in find_amounts(f"Sum: {text} due")] == [(currency, value)]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("- 100 € pro Monat\n- 1.200,50 EUR im Jahr", ["100", "1200.50"]),
+        ("- € 5", ["5"]),
+        ("− 50 €", ["50"]),
+        ("Hotel - 120 EUR", ["120"]),
+        ("Hotel -\u00a0$120", ["120"]),
+        ("5 - 10 EUR", ["10"]),
+        ("5-10 EUR", ["10"]),
+        ("5 €-10 €", ["5", "10"]),
+        ("EUR 5-EUR 10", ["5", "10"]),
+    ],
+)
+def test_a_dash_that_does_not_touch_an_amount_or_joins_two_is_no_sign(text: str, values: list[str]) -> None:
+    assert [found.value for found in find_amounts(text)] == values
 
 
 @pytest.mark.parametrize("text", ["1,234.56", "$x$ and $5$", "EURO2024", "page 5 of 7", "A12 EUROPE"])
