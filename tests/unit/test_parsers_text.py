@@ -148,6 +148,12 @@ def test_html_is_read_in_the_charset_that_it_declares(parse: Parse, declared: st
     assert markdown(parse("a.html", page.encode(declared))).strip() == "日本語の文書"
 
 
+def test_characters_of_windows_in_a_page_of_shift_jis_are_read(parse: Parse) -> None:
+    page = '<html><head><meta charset="shift_jis"></head><body><p>㈱日立①</p></body></html>'
+    parsed = parse("a.html", page.encode("cp932"))
+    assert (markdown(parsed).strip(), parsed.metadata["encoding"]) == ("㈱日立①", "cp932")
+
+
 def test_embedded_data_is_not_text(parse: Parse) -> None:
     image = base64.b64encode(bytes(range(256)) * 100).decode()
     page = f'<p>before</p><img alt="a cat" src="data:image/png;base64,{image}"><p>after</p>'
