@@ -32,6 +32,13 @@ _LIKELY = [
     "iso8859_8", "iso8859_9", "koi8_r", "koi8_u", "cp866", "cp932", "shift_jis", "euc_jp", "euc_kr", "cp949", "big5", "gb18030",
     "tis_620",
 ]  # fmt: skip
+_WIDER = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874",
+    "shift_jis": "cp932", "gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949",
+}  # fmt: skip
+"""What a label says and what browsers read: the encoding of Windows, which has more characters and which such files are in."""
+_BROWSERS_LABELS = {"x-sjis": "cp932", "x-gbk": "gb18030", "x-euc-jp": "euc_jp", "windows-874": "cp874", "windows-949": "cp949"}
+"""Labels that pages have and Python does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +224,16 @@ def _ebcdic(sample: bytes) -> str | None:
 
 
 def _text_codec(name: str | None) -> str | None:
-    """Return Python's name for a declared charset, or None if it is unknown or no text encoding (`zlib`, `rot13`)."""
+    """Return Python's name for what a declared charset means, or None if it is unknown or no text encoding (`zlib`, `rot13`)."""
     if not name or len(name) > 40 or not name.isascii():
         return None
+    label = name.strip("\"' ")
     try:
-        info = codecs.lookup(name.strip("\"' "))
+        info = codecs.lookup(_BROWSERS_LABELS.get(label.lower(), label))
         "".encode(info.name)
     except (LookupError, ValueError, UnicodeError):
         return None
-    return {"iso8859-1": "cp1252", "ascii": "cp1252"}.get(info.name, info.name)  # what browsers do with these two labels
+    return _WIDER.get(info.name, info.name)
 
 
 def _decodes(sample: bytes, encoding: str | None, whole: bool) -> bool:

@@ -16,8 +16,11 @@ from models.errors import ParseError, PermanentError
 
 MAX_UNDECODABLE_SHARE = 0.3
 _PIECE = 200_000  # characters
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x85\u2028\u2029\ud800-\udfff\ufeff]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufeff]")
 _LINE_END = re.compile(r"\r\n?")
+_BREAKS = "\x0b\x0c\x85\u2028\u2029"
+"""What parts lines or pages besides `\\n`. To drop it would join the words beside it."""
+_TO_LINE_END, _TO_BLANK = dict.fromkeys(map(ord, _BREAKS), "\n"), dict.fromkeys(map(ord, _BREAKS), " ")
 _TRAILING_SPACE = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)")  # looked at once from its beginning, not again from each blank
 _BLANK_LINES = re.compile(r"\n{3,}")
 _VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]")
@@ -28,11 +31,23 @@ _LONG_RUN = re.compile(r"[^\w\s\x00-\u02ff]{32,}+")
 
 def normalise(text: str) -> str:
     """Return text in NFC with `\\n` line ends, without control characters, trailing blanks and runs of blank lines."""
-    text = _composed(_CONTROLS.sub("", _LINE_END.sub("\n", text)))
+    text = _composed(_CONTROLS.sub("", _broken(_LINE_END.sub("\n", text))))
     # Most texts have no trailing blanks and single blank lines, and a look for these takes a fiftieth of the time.
     if " \n" in text or "\t\n" in text or text.endswith((" ", "\t")):
         text = _TRAILING_SPACE.sub("", text)
     return (_BLANK_LINES.sub("\n\n", text) if "\n\n\n" in text else text).strip("\n")
+
+
+def _broken(text: str) -> str:
+    """Return the text with a line end for each of `_BREAKS`; inside a row of a table, which a line end would cut in two, a blank."""
+    if not any(mark in text for mark in _BREAKS):
+        return text
+    return "\n".join(line.translate(_TO_BLANK if _is_row(line) else _TO_LINE_END) for line in text.split("\n"))
+
+
+def _is_row(line: str) -> bool:
+    line = line.strip()
+    return len(line) > 1 and line[0] == line[-1] == "|"
 
 
 def _composed(text: str) -> str:

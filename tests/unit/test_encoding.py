@@ -47,6 +47,29 @@ def test_a_declared_encoding_settles_what_bytes_cannot() -> None:
     assert decode("日本".encode("iso2022_jp"), "iso-2022-jp").text == "日本"
 
 
+@pytest.mark.parametrize(
+    ("declared", "encoding", "text"),
+    [
+        ("Shift_JIS", "cp932", "㈱日立① ～"),
+        ("x-sjis", "cp932", "㈱日立①"),
+        ("gb2312", "gb18030", "朱镕基 裏 €"),
+        ("GBK", "gb18030", "𠀀 裏"),
+        ("euc-kr", "cp949", "똠방각하"),
+        ("ks_c_5601-1987", "cp949", "펲시"),
+        ("iso-8859-9", "cp1254", "“Ağrı” – 5 €"),
+        ("latin5", "cp1254", "“Ağrı”"),
+        ("iso-8859-1", "cp1252", "„Größe“ – 5 €"),
+        ("us-ascii", "cp1252", "„Größe“"),
+        ("tis-620", "cp874", "“ราคา” 5 €"),
+        ("iso-8859-11", "cp874", "“ราคา”"),
+        ("windows-874", "cp874", "“ราคา”"),
+    ],
+)
+def test_a_label_means_the_wider_encoding_that_browsers_take_it_for(declared: str, encoding: str, text: str) -> None:
+    found = decode(text.encode(encoding), declared)
+    assert (found.text, found.encoding, found.damaged) == (text, encoding, 0)
+
+
 @pytest.mark.parametrize("declared", ["rot13", "zlib", "no such thing", "x" * 500, "\x00", ""])
 def test_a_declaration_that_names_no_text_encoding_is_ignored(declared: str) -> None:
     assert decode("Größe".encode(), declared).text == "Größe"

@@ -117,6 +117,9 @@ def test_an_english_report_gives_its_facts_and_its_code_gives_none() -> None:
         ("at 2024-03-01T12:00:00Z", "2024-03-01", False),
         ("2024/3/1", "2024-03-01", False),
         ("1.3.2024", "2024-03-01", False),
+        ("01. 03. 2024", "2024-03-01", False),
+        ("1.\u00a03. 2024", "2024-03-01", False),
+        ("01.03. 2024", "2024-03-01", False),
         ("01.03.24", "2024-03-01", False),
         ("31.12.99", "1999-12-31", False),
         ("31/12/2024", "2024-12-31", False),
@@ -141,10 +144,33 @@ def test_a_date_is_read_as_people_read_it(text: str, iso: str, ambiguous: bool) 
 
 @pytest.mark.parametrize(
     "text",
-    ["31.02.2024", "version 1.2.2024.5", "192.168.20.2024", "section 1.2.24", "99/99/2024", "12345-01-01", "1.2.3", "tel 555-12-2024x"],
-)
+    [
+        "31.02.2024", "version 1.2.2024.5", "192.168.20.2024", "section 1.2.24", "99/99/2024", "12345-01-01", "1.2.3", "tel 555-12-2024x",
+        "1.2.3.4", "1.2.3.4-5.6.7.8", "10.0.0.1/10.0.0.9", "1.2.2024.5-1.3.2024", "1.2.2024-1.3.2024.5", "v1.2.2024-1.3.2024",
+        "part 12.11.10-55.66.77", "1.2.24-1.3.24", "12-11-10/12-11-11", "01-02-2024-03-04-2024", "01.02.2024-03/04/2024", "030/12.34.56-78",
+        "31. 02. 2024", "1. 2. 3", "1. 2. 24", "01.\n03.\n2024", "01.  03.  2024", "1. 2. 2024-5",
+    ],
+)  # fmt: skip
 def test_what_is_no_date_gives_none(text: str) -> None:
     assert list(find_dates([text])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "isos"),
+    [
+        ("01.01.2024-31.12.2024", ["2024-01-01", "2024-12-31"]),
+        ("01/01/2024-31/12/2024", ["2024-01-01", "2024-12-31"]),
+        ("12/01/2024-12/31/2024", ["2024-12-01", "2024-12-31"]),
+        ("2024-01-01/2024-02-01", ["2024-01-01", "2024-02-01"]),
+        ("2024/1/1-2024/2/1.", ["2024-01-01", "2024-02-01"]),
+        ("01.03.2024/02.03.2024", ["2024-03-01", "2024-03-02"]),
+        ("01.03.24-02.04.24", ["2024-03-01", "2024-04-02"]),
+        ("01.03.2024–02.03.2024", ["2024-03-01", "2024-03-02"]),
+        ("01. 03. 2024 - 02. 03. 2024", ["2024-03-01", "2024-03-02"]),
+    ],
+)
+def test_both_dates_of_a_range_are_found(text: str, isos: list[str]) -> None:
+    assert [found.iso for _, found in find_dates([f"vom {text}, "])] == isos
 
 
 def test_dates_that_decide_show_the_custom_for_those_that_do_not() -> None:
@@ -166,6 +192,11 @@ def test_dates_that_decide_show_the_custom_for_those_that_do_not() -> None:
         ("-5,00 €", "EUR", "-5.00"),
         ("$-50.00", "USD", "-50.00"),
         ("−3 EUR", "EUR", "-3"),
+        ("-€50", "EUR", "-50"),
+        ("-50 €", "EUR", "-50"),
+        ("-EUR 50", "EUR", "-50"),
+        ("EUR -50", "EUR", "-50"),
+        ("(-50 €)", "EUR", "-50"),
         ("3,5 Mio. Euro", "EUR", "3500000"),
         ("2 Mrd. €", "EUR", "2000000000"),
         ("$1.2bn", "USD", "1200000000"),
@@ -175,6 +206,24 @@ def test_dates_that_decide_show_the_custom_for_those_that_do_not() -> None:
 )
 def test_an_amount_is_read_in_either_writing(text: str, currency: str, value: str) -> None:
     assert [(found.currency, found.value) for found in find_amounts(f"Sum: {text} due")] == [(currency, value)]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("- 100 € pro Monat\n- 1.200,50 EUR im Jahr", ["100", "1200.50"]),
+        ("- € 5", ["5"]),
+        ("− 50 €", ["50"]),
+        ("Hotel - 120 EUR", ["120"]),
+        ("Hotel -\u00a0$120", ["120"]),
+        ("5 - 10 EUR", ["10"]),
+        ("5-10 EUR", ["10"]),
+        ("5 €-10 €", ["5", "10"]),
+        ("EUR 5-EUR 10", ["5", "10"]),
+    ],
+)
+def test_a_dash_that_does_not_touch_an_amount_or_joins_two_is_no_sign(text: str, values: list[str]) -> None:
+    assert [found.value for found in find_amounts(text)] == values
 
 
 @pytest.mark.parametrize("text", ["1,234.56", "$x$ and $5$", "EURO2024", "page 5 of 7", "A12 EUROPE"])
@@ -248,7 +297,7 @@ def test_repeated_facts_are_counted_once_with_their_first_page() -> None:
 
 _PIECES = st.sampled_from([
     "1", "12", "31", "2024", "99", "/", "-", " ", "\n", "March", "septiembre", "st", "of ", "del ", ".", ",", "€", "$", "EUR", "Franken",
-    "Mio.", "1,234.56", "--", "–", "x" * 30, "y" * 62, " " * 45, "de", "T1", "ſ",
+    "Mio.", "1,234.56", "01.03.", "1. 2. ", "2024-01-01", "--", "–", "x" * 30, "y" * 62, " " * 45, "de", "T1", "ſ",
 ])  # fmt: skip
 
 
@@ -261,8 +310,12 @@ def test_looking_around_digits_alone_misses_and_adds_nothing(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fact", ["31st   of septiembre.,   del 2024", "1 May 1999de", "März 2024", "2024-03-01T1", "US$ - 1,234 million", "1 Euros", "Fr. 5"]
-)
+    "fact",
+    [
+        "31st   of septiembre.,   del 2024", "1 May 1999de", "März 2024", "2024-03-01T1", "01. 03. 2024", "01.01.2024-31.12.2024",
+        "2024-01-01/2024-02-01", "01/03/24-02/03/24", "US$ - 1,234 million", "US$ -1,234 million", "1 Euros", "Fr. 5",
+    ],
+)  # fmt: skip
 def test_where_the_digits_around_a_fact_lie_is_no_matter(fact: str) -> None:
     for gap in range(30, 110):
         for text in (f"2024 {'z' * gap} {fact}", f"2024{'z' * gap} {fact} {'z' * gap}7 EUR 2023", f"{fact}{' ' * gap}{fact}"):
@@ -296,6 +349,8 @@ def test_any_text_gives_output_that_fits_the_schema(markdown: str, name: str, st
         "€1",
         " ",
         "1 jan ",
+        "1.1.2024-",
+        "1. 1. ",
         "a: b  ",
         "[",
         "[a](",

@@ -75,6 +75,16 @@ def test_the_delimiter_is_found(delimiter: str) -> None:
     assert find_delimiter("\n".join(delimiter.join(f'"{cell}"' for cell in row) for row in rows)) == delimiter
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_comma_that_cuts_as_evenly_as_another_delimiter_is_part_of_an_amount(delimiter: str) -> None:
+    assert find_delimiter(f"Miete{delimiter}1200,50\nStrom{delimiter}85,20\nGas{delimiter}1,00\n") == delimiter
+    assert find_delimiter("Miete, kalt\nStrom\n") == ","
+
+
+def test_an_amount_in_a_german_file_without_a_header_stays_one_cell(parse: Parse) -> None:
+    assert "| Strom | 85,20 |" in markdown(parse("a.csv", b"Miete;1200,50\nStrom;85,20\nGas;60,10\n"))
+
+
 def test_tsv_in_utf16_as_excel_saves_it_is_a_table(parse: Parse) -> None:
     assert markdown(parse("a.tsv", "Ort\tZahl\nKöln\t1\n".encode("utf-16"))) == "| Ort | Zahl |\n| --- | --- |\n| Köln | 1 |"
 
@@ -82,6 +92,23 @@ def test_tsv_in_utf16_as_excel_saves_it_is_a_table(parse: Parse) -> None:
 def test_a_quote_that_never_closes_does_not_swallow_the_rows(parse: Parse) -> None:
     found = markdown(parse("a.csv", b'a,b\n1,"open\n' + b"x,y\n" * 500))
     assert found.count("| x | y |") == 500
+
+
+@pytest.mark.parametrize("later", [b"", b'35,"quoted",z\n', b'"35","quoted","z"\n', b'35,12",z\n36,"open\n'])
+def test_a_quote_that_never_closes_swallows_no_rows_of_a_short_file(parse: Parse, later: bytes) -> None:
+    rows = [b"%d,x,y\n" % number for number in range(40)]
+    rows[8] = b'8,"open,y\n'
+    found = markdown(parse("a.csv", b"id,b,c\n" + b"".join(rows[:34]) + later + b"".join(rows[34:])))
+    assert all(f"\n| {number} | x | y |" in found for number in range(40) if number != 8)
+    assert '| 8 | "open | y |' in found
+
+
+@pytest.mark.parametrize("lines", [3, 25, 300])
+def test_a_cell_of_many_lines_whose_quote_closes_stays_one_cell(parse: Parse, lines: int) -> None:
+    text = "\n".join(f'line {number}, ""so""' for number in range(lines))
+    found = markdown(parse("a.csv", f'id,note,c\n1,x,y\n2,"{text}",y\n3,"a ""b""", "z"\n'.encode()))
+    assert len(found.split("\n")) == 5
+    assert f'line {lines - 1}, "so" | y |' in found and '| 3 | a "b" | z |' in found
 
 
 def test_delimiters_alone_are_no_text(parse: Parse) -> None:
@@ -119,6 +146,12 @@ def test_html_keeps_structure_and_drops_scripts_and_styles(parse: Parse) -> None
 def test_html_is_read_in_the_charset_that_it_declares(parse: Parse, declared: str) -> None:
     page = f'<html><head><meta charset="{declared}"></head><body><p>日本語の文書</p></body></html>'
     assert markdown(parse("a.html", page.encode(declared))).strip() == "日本語の文書"
+
+
+def test_characters_of_windows_in_a_page_of_shift_jis_are_read(parse: Parse) -> None:
+    page = '<html><head><meta charset="shift_jis"></head><body><p>㈱日立①</p></body></html>'
+    parsed = parse("a.html", page.encode("cp932"))
+    assert (markdown(parsed).strip(), parsed.metadata["encoding"]) == ("㈱日立①", "cp932")
 
 
 def test_embedded_data_is_not_text(parse: Parse) -> None:

@@ -146,8 +146,22 @@ def test_pages_are_normalised_each_by_itself_and_a_sound_text_is_returned_itself
 
 def test_normalising_twice_changes_nothing() -> None:
     once = normalise("\ufeffu\u0308ber \u2028 x\r\ry\n\n\n\nz\u0085 ")
-    assert once == "\u00fcber  x\n\ny\n\nz"
+    assert once == "\u00fcber\n x\n\ny\n\nz"
     assert normalise(once) == once
+
+
+@pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x85", "\u2028", "\u2029"])
+def test_what_parts_lines_never_joins_the_words_beside_it(mark: str) -> None:
+    assert normalise(f"Ende Seite 1{mark}Seite 2 {mark}{mark}\n{mark}x{mark}") == "Ende Seite 1\nSeite 2\n\nx"
+    assert normalise(f"| a{mark}b | c |{mark}\n{mark}| - | - |\n\nd{mark}| e") == "| a b | c |\n | - | - |\n\nd\n| e"
+
+
+def test_marks_stay_true_where_pages_begin_end_and_part_in_form_feeds() -> None:
+    markdown = "one\x0cmore\x0c" + "\x0ctwo\x0c\u2028\x0cmore" + "\x0c" + "\u2028three\x0c"
+    starts = [0, markdown.index("\x0ctwo"), markdown.index("\x0c\u2028three"), markdown.index("three")]
+    text, marks = normalise_pages(markdown, [PageMark(i + 1, start) for i, start in enumerate(starts)])
+    assert text == "one\nmore\n\ntwo\n\nmore\n\n\n\nthree"
+    assert [text[mark.start :].split("\n")[0] for mark in marks] == ["one", "two", "", "three"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from models.documents import PageMark
 
 SCHEMA_VERSION = 1
 """Of the shape of the output. Raised when a reader of the old shape could misread the new one."""
-EXTRACTOR = {"name": "docmill-local", "version": "2"}
+EXTRACTOR = {"name": "docmill-local", "version": "3"}
 MAX_FACTS = 500
 """Different dates, amounts, addresses or pairs of a document, each; also headings of its outline."""
 MAX_TITLE_CHARACTERS = 300

@@ -3,7 +3,8 @@
 A number counts only with a currency beside it: a symbol, an ISO 4217 code or a name, before or after. The last separator is the decimal
 point if one or two digits follow it (1,234.56 and 1.234,56 and 1'234.50); separators before groups of three digits are thousands
 (1.234 € is one thousand two hundred and thirty-four). A factor behind the number (million, Mio., Mrd., billion, k) is multiplied in.
-`$` alone is taken as USD and `¥` as JPY.
+`$` alone is taken as USD and `¥` as JPY. A sign counts only where it touches the number or the currency, and no amount before it:
+`- 100 €` is an item of a list, `5 - 10 EUR` and `5 €-10 €` are ranges.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ _NUMBER = (
 )
 _FACTOR = rf"(?:{_SPACE}?(?P<%s>{_either(_FACTORS)}))?"
 _STARTS = "".join(sorted({re.escape(currency[0]) for currency in CURRENCIES}))
+_SYMBOL_ENDS = "".join(sorted({re.escape(symbol[-1]) for symbol in _SYMBOLS if not symbol[-1].isalpha()}))
 _AMOUNT = re.compile(
-    rf"(?=[-−+0-9{_STARTS}])(?<![\w.,$])(?:(?P<sign1>[-−+]){_SPACE}?)?(?:"
+    rf"(?=[-−+0-9{_STARTS}])(?<![\w.,$])(?:(?<![{_SYMBOL_ENDS}])(?P<sign1>[-−+]))?(?:"
     rf"(?P<before>{_either(CURRENCIES)}){_SPACE}?(?P<sign2>[-−+])?(?P<number1>{_NUMBER}){_FACTOR % 'factor1'}(?!\w|\$)"
     rf"|(?P<number2>{_NUMBER}){_FACTOR % 'factor2'}{_SPACE}?(?P<after>{_either(CURRENCIES)})(?![$0-9])"
     rf")"

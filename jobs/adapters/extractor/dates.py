@@ -1,11 +1,14 @@
 """Dates in a text, normalised to ISO 8601.
 
-Understood: 2024-03-01, 2024/03/01; 1.3.2024, 01.03.24; 01/03/2024, 01-03-2024; 1 March 2024, March 1st, 2024, 1. März 2024, 01-Mar-2024;
-March 2024 (becomes 2024-03). Month names in English, German, French and Spanish, full and in their usual abbreviations.
+Understood: 2024-03-01, 2024/03/01; 1.3.2024, 01. 03. 2024, 01.03.24; 01/03/2024, 01-03-2024; 1 March 2024, March 1st, 2024, 1. März 2024,
+01-Mar-2024; March 2024 (becomes 2024-03). Month names in English, German, French and Spanish, full and in their usual abbreviations.
 
 Day or month first: with dots the day comes first, as everywhere that dots are used. With slashes or hyphens a number over 12 decides for
 itself; for the others the majority of those that decide in the same document decides, else the day is taken first. A date that only
 this custom could decide is marked ambiguous. Two-digit years are 1970 to 2069.
+
+A hyphen or slash joins two dates of numbers where it is not what stands inside them: 01.01.2024-31.12.2024, 2024-01-01/2024-02-01. Where
+one of the two is no day there is, neither is a date: such numbers are part numbers more often.
 """
 
 from __future__ import annotations
@@ -32,11 +35,16 @@ _MONTHS = (
 MONTH_NUMBERS = {name: number for number, names in enumerate(_MONTHS, start=1) for name in names.split()}
 _MONTH = "|".join(sorted(MONTH_NUMBERS, key=len, reverse=True))
 _STARTS = "".join(sorted({first for name in MONTH_NUMBERS for first in (name[0], name[0].upper())}))
+_SPACE = r"[ \u00a0\u2009\u202f]"
+_JOINED = r"(?:[12][0-9]{3}(?P=s7)[01]?[0-9](?P=s7)[0-3]?[0-9]|[0-3]?[0-9](?P=s7)[0-3]?[0-9](?P=s7)(?:[12][0-9]{3}|[0-9]{2}))"
+"""One date of two that are joined; both have the separator `s7`."""
 _DATE = re.compile(
     rf"""
     (?=[0-9{_STARTS}])(?<![\w./-])(?:
       (?P<y1>[12][0-9]{{3}})(?P<s1>[-/.])(?P<m1>[01]?[0-9])(?P=s1)(?P<d1>[0-3]?[0-9])(?=T[0-9]|(?!\w|[./-][0-9]))
     | (?P<a>[0-3]?[0-9])(?P<s2>[-/.])(?P<b>[0-3]?[0-9])(?P=s2)(?P<y2>[12][0-9]{{3}}|[0-9]{{2}})(?!\w|[./-][0-9])
+    | (?P<d6>[0-3]?[0-9])\.{_SPACE}?(?P<m6>[01]?[0-9])\.{_SPACE}?(?P<y6>[12][0-9]{{3}})(?!\w|[./-][0-9])
+    | (?=[0-9]{{1,4}}(?P<s7>[-/.]))(?P<from>{_JOINED})(?!(?P=s7))[-/](?P<to>{_JOINED})(?!\w|[./-][0-9])
     | (?P<d3>[0-3]?[0-9])(?:st|nd|rd|th|er|\.)?[\s-]{{0,3}}(?:of\s|de\s)?(?P<m3>{_MONTH})\b\.?,?[\s-]{{1,3}}(?:del?\s)?
       (?P<y3>[12][0-9]{{3}})(?!\w)
     | (?P<m4>{_MONTH})\b\.?\s{{1,3}}(?P<d4>[0-3]?[0-9])(?:st|nd|rd|th)?,?\s{{1,3}}(?P<y4>[12][0-9]{{3}})(?!\w)
@@ -64,11 +72,12 @@ class FoundDate:
 
 def find_dates(texts: Sequence[str]) -> Iterator[tuple[int, FoundDate]]:
     """Yield (number of the text, date) in order. All texts are one document: they share the custom for day and month."""
-    matches = [(number, match) for number, text in enumerate(texts) for match in _find(text)]
-    month_first = _month_comes_first(match for _, match in matches)
-    for number, match in matches:
-        if found := _read(match, month_first):
-            yield number, found
+    matches = [(number, _apart(match)) for number, text in enumerate(texts) for match in _find(text)]
+    month_first = _month_comes_first(match for _, joined in matches for match in joined)
+    for number, joined in matches:
+        found = [it for match in joined if (it := _read(match, month_first))]
+        if len(found) == len(joined):
+            yield from ((number, it) for it in found)
 
 
 def _find(text: str) -> Iterator[re.Match[str]]:
@@ -80,6 +89,13 @@ def _find(text: str) -> Iterator[re.Match[str]]:
             start = year.start() - _AROUND
         end = year.end() + _AROUND
     yield from _DATE.finditer(text, start, end)
+
+
+def _apart(match: re.Match[str]) -> list[re.Match[str]]:
+    """Return the two dates of a match that is two joined, else the match itself."""
+    if not match["from"]:
+        return [match]
+    return [half for part in ("from", "to") if (half := _DATE.fullmatch(match[part]))]
 
 
 def _month_comes_first(matches: Iterable[re.Match[str]]) -> bool:
@@ -99,6 +115,8 @@ def _read(match: re.Match[str], month_first: bool) -> FoundDate | None:
         return _read_numeric(match, text, month_first)
     if match["y1"]:
         parts = int(match["y1"]), int(match["m1"]), int(match["d1"])
+    elif match["y6"]:
+        parts = int(match["y6"]), int(match["m6"]), int(match["d6"])
     elif match["m3"]:
         parts = int(match["y3"]), MONTH_NUMBERS[match["m3"].lower()], int(match["d3"])
     else:

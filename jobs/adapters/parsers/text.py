@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections.abc import Iterator
 
 from jobs.adapters.encoding import Decoded, decode
 from jobs.adapters.parsers.source import NoText, Parser, Source
@@ -12,7 +13,10 @@ from jobs.adapters.parsers.tables import markdown_table
 from models.documents import ParsedFile, ParsedPage
 
 _XML_ENCODING = re.compile(rb"""<\?xml[^>]{0,100}\bencoding\s*=\s*["']([A-Za-z0-9._-]{1,40})""")
-_DELIMITERS = ",;\t|"
+_DELIMITERS = ";\t|,"
+"""Among equals the first: commas stand in German amounts and in prose, the others hardly anywhere but between cells."""
+_MANY_LINES = 20
+"""A cell of more may be rows behind a quote that never closes."""
 
 
 def read_text(source: Source, declared: str | None = None) -> Decoded:
@@ -51,7 +55,7 @@ def parse_csv(source: Source) -> ParsedFile:
 
 
 def find_delimiter(text: str) -> str:
-    """Return the delimiter that cuts the first lines most evenly, outside quotes; a comma if none does."""
+    """Return the delimiter that cuts the first lines most evenly, outside quotes; among equals see `_DELIMITERS`; a comma if none does."""
     lines = [re.sub(r'"[^"]*+"', "", line) for line in text[:20_000].split("\n")[:50] if line.strip()]
     best, best_score = ",", 0.0
     for delimiter in _DELIMITERS:
@@ -67,16 +71,38 @@ def find_delimiter(text: str) -> str:
 
 
 def _read_rows(text: str, delimiter: str) -> list[list[str]]:
-    """Read with quotes; without them where a quote that never closes has eaten most lines."""
+    """Read with quotes; without them where a quote that never closes has eaten rows."""
     csv.field_size_limit(sys.maxsize)  # a field is at most the file, which the sandbox bounds
     lines = text.split("\n")
     try:
-        rows = list(csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, skipinitialspace=True))
+        rows = list(_quoted(lines, delimiter))
     except csv.Error:
         rows = []
-    if len(rows) < len(lines) / 20 and (len(lines) > 100 or not rows):
+    if not rows or (_has_long_cell(rows, len(lines)) and not _is_well_formed(lines, delimiter)):
         rows = list(csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE))
     return rows
+
+
+def _quoted(lines: list[str], delimiter: str, strict: bool = False) -> Iterator[list[str]]:
+    return csv.reader((f"{line}\n" for line in lines), delimiter=delimiter, skipinitialspace=True, strict=strict)
+
+
+def _has_long_cell(rows: list[list[str]], lines: int) -> bool:
+    return lines - len(rows) >= _MANY_LINES and any(cell.count("\n") >= _MANY_LINES for row in rows for cell in row)
+
+
+def _is_well_formed(lines: list[str], delimiter: str) -> bool:
+    """Tell whether each quote that opens a cell is closed at a delimiter or line end, to the end of the file.
+
+    So are the quotes around a long text. A stray one is closed by the end of the file, or by the quote that should open a later cell,
+    behind which there are words; and if it is closed in its place by chance, the quotes behind it no longer come in pairs.
+    """
+    try:
+        for _ in _quoted(lines, delimiter, strict=True):
+            pass
+    except csv.Error:
+        return False
+    return True
 
 
 TEXT = Parser("text", parse_text)
