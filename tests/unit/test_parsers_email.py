@@ -116,3 +116,20 @@ def test_a_mailbox_has_a_page_for_each_message(parse: Parse) -> None:
     assert parsed.paged
     assert [(page.number, page.label) for page in parsed.pages] == [(1, "number 1"), (2, "number 2"), (3, "number 3")]
     assert all(f"body {page.number}" in page.markdown for page in parsed.pages)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_line_of_a_body_that_begins_with_from_ends_no_message(parse: Parse, line_end: str) -> None:
+    lines = ["From Berlin we drive on Tuesday.", "", "From Rome we fly back, all in May 2024", "", "Bye", ">From afar", "> From you"]
+    body = "\n".join(["Dear all,", *lines, "", ""])
+    first, second = (message(subject).as_bytes().partition(b"\n\n")[0].decode() + f"\n\n{body}" for subject in ("one", "two"))
+    box = f"From a@b.c Mon Jan  1 00:00:00 2024\n{first}From - Tue Jan 02 10:00:00 2024 +0100\n{second}"
+    pages = parse("a.mbox", box.replace("\n", line_end).encode()).pages
+    assert [page.label for page in pages] == ["one", "two"]
+    lines[5] = "From afar"
+    assert all(page.markdown.splitlines()[-7:] == lines for page in pages)
+
+
+def test_a_mailbox_that_begins_with_a_byte_order_mark_keeps_its_first_message(parse: Parse) -> None:
+    box = b"\xef\xbb\xbfFrom a@b.c Mon Jan  1 00:00:00 2024\n" + message("one").as_bytes()
+    assert [page.label for page in parse("a.mbox", box).pages] == ["one"]

@@ -22,7 +22,10 @@ MAX_HEADER_CHARACTERS = 2000
 MAX_DEPTH = 100
 """How deep messages may lie in messages."""
 MAX_PARTS = 5000
-_FROM_LINE = re.compile(rb"^From .*\n?", re.M)
+_DATED = rb"From \S{1,200} .{0,60}\d{4}[^\n]{0,20}\n"
+_FROM_LINE = re.compile(rb"\A(?:\xef\xbb\xbf)?%b|(?:(?<=\n\n)|(?<=\n\r\n))%b(?=>?[A-Za-z][\w-]{0,60}:)" % (_DATED, _DATED))
+"""What a message of a mailbox follows: sender and date, behind a blank line and before headers. Other lines may begin with `From ` too."""
+_QUOTED_FROM = re.compile(rb"^>(?=>*From )", re.M)
 
 
 def parse_message(source: Source) -> ParsedFile:
@@ -45,10 +48,10 @@ def parse_mailbox(source: Source) -> ParsedFile:
 
 
 def _messages(mailbox: bytes) -> Iterator[bytes]:
-    """Yield the messages of a mailbox; each begins after a line that begins with `From `."""
+    """Yield the messages of a mailbox; each begins after a line of sender and date."""
     begins = list(_FROM_LINE.finditer(mailbox))
     for this, following in zip_longest(begins, begins[1:]):
-        yield mailbox[this.end() : following.start() if following else len(mailbox)]
+        yield _QUOTED_FROM.sub(b"", mailbox[this.end() : following.start() if following else len(mailbox)])
 
 
 def _read(data: bytes) -> Message:
