@@ -27,6 +27,8 @@ _MAIL_HEADERS = frozenset({
     "delivered-to", "reply-to", "sender", "x-mailer", "content-transfer-encoding", "in-reply-to", "references",
     "dkim-signature", "x-received", "envelope-to", "list-id", "thread-topic",
 })  # fmt: skip
+_TECHNICAL_HEADERS = frozenset({"message-id", "mime-version", "received", "return-path", "dkim-signature", "content-type"})
+"""What programs write and people do not: a memo may begin with From, To, Date and Subject."""
 _TEXT_EXTENSIONS = frozenset(extension for extension, kind in BY_EXTENSION.items() if kind.file_type is FileType.TEXT)
 
 
@@ -66,8 +68,11 @@ def _plain_kind(text: str, extension: str) -> Kind:
 
 
 def _is_mail(text: str, extension: str) -> bool:
-    """Count mail headers before the first blank line: one is enough for a file called .eml, otherwise three, and nothing but headers."""
-    known = other = 0
+    """Count mail headers before the first blank line: one is enough for a file called .eml, otherwise three, and nothing but headers.
+
+    In a file that is called text one of them must be a header that nobody writes by hand.
+    """
+    known = other = technical = 0
     for line in text.lstrip("\n").split("\n", 60)[:60]:
         if not line.strip():
             break
@@ -80,7 +85,10 @@ def _is_mail(text: str, extension: str) -> bool:
             other += 1 if extension == "eml" else 100
         else:
             known += match[1].lower() in _MAIL_HEADERS
-    return known >= 1 if extension in ("eml", "mht", "mhtml") else known >= 3 and other == 0
+            technical += match[1].lower() in _TECHNICAL_HEADERS
+    if extension in ("eml", "mht", "mhtml"):
+        return known >= 1
+    return known >= 3 and other == 0 and (technical > 0 or extension not in _TEXT_EXTENSIONS)
 
 
 def _is_json(text: str) -> bool:

@@ -56,6 +56,61 @@ def test_of_alternatives_the_plain_one_is_read_once(parse: Parse) -> None:
     assert "the plain words" in found and "html" not in found
 
 
+LONG_HTML = f"<p>{'The pump holds six bar. ' * 10}</p>"
+
+
+@pytest.mark.parametrize("with_pictures", [False, True])
+def test_html_that_says_much_more_than_the_plain_stub_is_read(parse: Parse, with_pictures: bool) -> None:
+    mail = message(body="Your mail program cannot show HTML\n")
+    mail.add_alternative(LONG_HTML, subtype="html")
+    if with_pictures:
+        html = mail.get_payload(1)
+        assert isinstance(html, EmailMessage)
+        html.add_related(b"\x89PNG", maintype="image", subtype="png", cid="<logo>")
+    found = parse("a.eml", mail.as_bytes()).pages[0].markdown
+    assert "six bar" in found and "cannot show" not in found
+
+
+def test_addresses_of_links_do_not_make_html_longer(parse: Parse) -> None:
+    mail = message(body="All of the plain words are here\n")
+    mail.add_alternative(f"<p>the <a href='https://a.example/{'x' * 500}'>html</a> words</p>", subtype="html")
+    assert "All of the plain words" in parse("a.eml", mail.as_bytes()).pages[0].markdown
+
+
+def test_attachments_of_alternatives_that_are_not_shown_are_listed_once(parse: Parse) -> None:
+    mail = message(body="the plain words\n")
+    mail.add_alternative("<p>the html words</p>", subtype="html")
+    html = mail.get_payload(1)
+    assert isinstance(html, EmailMessage)
+    html.add_attachment(b"%PDF-1.4", maintype="application", subtype="pdf", filename="offer.pdf", disposition="inline")
+    html.add_attachment(b"%PDF-1.4", maintype="application", subtype="pdf", filename="terms.pdf", disposition="inline")
+    html.add_attachment(b"\x89PNG", maintype="image", subtype="png", filename="logo.png", cid="<logo>", disposition="inline")
+    mail.make_mixed()
+    mail.add_attachment(b"%PDF-1.4", maintype="application", subtype="pdf", filename="offer.pdf")
+    parsed = parse("a.eml", mail.as_bytes())
+    assert parsed.metadata["attachments"] == ["offer.pdf", "terms.pdf"]
+    assert "the plain words" in parsed.pages[0].markdown and "the html words" not in parsed.pages[0].markdown
+
+
+@pytest.mark.parametrize(
+    ("disposition", "is_body"), [("", True), ("Content-Disposition: inline\n", True), ("Content-Disposition: attachment\n", False)]
+)
+def test_a_named_text_is_a_body_unless_it_is_attached(parse: Parse, disposition: str, is_body: bool) -> None:
+    mail = f"From: a@b.c\nSubject: S\nContent-Type: text/plain; name=note.txt\n{disposition}\nwords of the note\n"
+    parsed = parse("a.eml", mail.encode())
+    assert ("words of the note" in parsed.pages[0].markdown) is is_body
+    assert parsed.metadata.get("attachments", []) == ([] if is_body else ["note.txt"])
+
+
+@pytest.mark.parametrize("kind", ["text/calendar; method=REQUEST", "text/calendar; name=invite.ics"])
+def test_an_invitation_alone_is_the_text(parse: Parse, kind: str) -> None:
+    mail = f"From: a@b.c\nSubject: S\nContent-Type: {kind}\n\nBEGIN:VCALENDAR\nSUMMARY:Pump review\nEND:VCALENDAR\n"
+    assert "SUMMARY:Pump review" in parse("a.eml", mail.encode()).pages[0].markdown
+    beside = message(body="Please come\n")
+    beside.add_attachment("BEGIN:VCALENDAR\n", subtype="calendar", filename="invite.ics")
+    assert "VCALENDAR" not in parse("a.eml", beside.as_bytes()).pages[0].markdown
+
+
 def test_html_alone_becomes_markdown(parse: Parse) -> None:
     mail = message()
     mail.set_content("<h2>News</h2><script>no()</script><p>Größe</p>", subtype="html", charset="iso-8859-1")
@@ -116,3 +171,20 @@ def test_a_mailbox_has_a_page_for_each_message(parse: Parse) -> None:
     assert parsed.paged
     assert [(page.number, page.label) for page in parsed.pages] == [(1, "number 1"), (2, "number 2"), (3, "number 3")]
     assert all(f"body {page.number}" in page.markdown for page in parsed.pages)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_line_of_a_body_that_begins_with_from_ends_no_message(parse: Parse, line_end: str) -> None:
+    lines = ["From Berlin we drive on Tuesday.", "", "From Rome we fly back, all in May 2024", "", "Bye", ">From afar", "> From you"]
+    body = "\n".join(["Dear all,", *lines, "", ""])
+    first, second = (message(subject).as_bytes().partition(b"\n\n")[0].decode() + f"\n\n{body}" for subject in ("one", "two"))
+    box = f"From a@b.c Mon Jan  1 00:00:00 2024\n{first}From - Tue Jan 02 10:00:00 2024 +0100\n{second}"
+    pages = parse("a.mbox", box.replace("\n", line_end).encode()).pages
+    assert [page.label for page in pages] == ["one", "two"]
+    lines[5] = "From afar"
+    assert all(page.markdown.splitlines()[-7:] == lines for page in pages)
+
+
+def test_a_mailbox_that_begins_with_a_byte_order_mark_keeps_its_first_message(parse: Parse) -> None:
+    box = b"\xef\xbb\xbfFrom a@b.c Mon Jan  1 00:00:00 2024\n" + message("one").as_bytes()
+    assert [page.label for page in parse("a.mbox", box).pages] == ["one"]

@@ -98,6 +98,75 @@ def test_text_in_headers_only_is_found(parse: Parse) -> None:
     assert set(parsed.metadata["failed_parsers"]) == {"xberg", "mammoth"}
 
 
+WORD_SPACE = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+
+
+def margin(*paragraphs: str) -> str:
+    """Return a header or footer of paragraphs in raw XML."""
+    return f"<w:hdr {WORD_SPACE}>{''.join(f'<w:p>{paragraph}</w:p>' for paragraph in paragraphs)}</w:hdr>"
+
+
+def run(text: str) -> str:
+    return f'<w:r><w:t xml:space="preserve">{text}</w:t></w:r>'
+
+
+def page_field(name: str, shown: str) -> str:
+    marks = [f'<w:r><w:fldChar w:fldCharType="{kind}"/></w:r>' for kind in ("begin", "separate", "end")]
+    return f"{marks[0]}<w:r><w:instrText> {name} </w:instrText></w:r>{marks[1]}{run(shown)}{marks[2]}"
+
+
+@pytest.mark.parametrize("skip", [0, 1], ids=["xberg", "mammoth"])
+def test_headers_stand_before_the_body_and_footers_behind_it_each_text_once(tmp_path: Path, skip: int) -> None:
+    parts = docx_parts(["# Letter", "the body", "said | before"]) | {
+        "word/header1.xml": margin(run("ACME Ltd"), run("Ref 4711")),
+        "word/header2.xml": margin(run("ACME Ltd"), run("Follow-up")),
+        "word/header3.xml": margin(run("The body")),
+        "word/footer1.xml": margin(run("IBAN DE02 1203")),
+        "word/footer2.xml": margin(run("IBAN DE02 1203")),
+    }
+    path = tmp_path / "stored"
+    path.write_bytes(package(parts))
+    parsed = parse_file(StoredFile(path), "a.docx", FileType.WORD, DOCX, skip=skip)
+    blocks = [block for block in parsed.pages[0].markdown.strip().split("\n\n") if not block.startswith("said")]
+    assert blocks == ["ACME Ltd", "Ref 4711", "Follow-up", "# Letter", "the body", "IBAN DE02 1203"]
+    assert (len(parsed.pages), parsed.paged, "warnings" in parsed.metadata) == (1, False, False)
+
+
+def test_a_page_number_alone_is_not_kept_from_a_footer(parse: Parse) -> None:
+    fields = page_field("PAGE", "2"), page_field("NUMPAGES \\* Arabic", "7")
+    parts = docx_parts(["the body"]) | {
+        "word/footer1.xml": margin(run("Seite ") + fields[0] + run(" von ") + fields[1]),
+        "word/footer2.xml": margin(run("- ") + '<w:fldSimple w:instr="PAGE">' + run("3") + "</w:fldSimple>" + run(" -")),
+    }
+    assert parse("a.docx", package(parts)).pages[0].markdown.split() == ["the", "body"]
+    parts["word/footer3.xml"] = margin(run("ACME Ltd, page ") + fields[0])
+    parts["word/footer4.xml"] = margin(run("ACME Ltd, page ") + fields[1])
+    assert parse("a.docx", package(parts)).pages[0].markdown.split("\n\n") == ["the body", "ACME Ltd, page 2\n"]
+
+
+@pytest.mark.parametrize(
+    ("header", "warning"),
+    [
+        ("<w:hdr><w:p>", "(ExpatError)"),
+        (f'<!DOCTYPE d [<!ENTITY a "ha">]>{margin(run("&a;"))}', "declares entities"),
+        (margin(" " * (33 * 1024 * 1024)), "more than 32 MB"),
+    ],
+    ids=["torn", "entities", "bomb"],
+)
+def test_a_header_that_cannot_be_read_costs_a_warning_not_the_body(parse: Parse, header: str, warning: str) -> None:
+    parsed = parse("a.docx", package(docx_parts(["the body"]) | {"word/header1.xml": header}))
+    assert parsed.pages[0].markdown.strip() == "the body"
+    assert [warning in text for text in parsed.metadata["warnings"]] == [True]
+
+
+def test_a_note_is_marked_once(parse: Parse) -> None:
+    reference = '<w:r><w:footnoteReference w:id="1"/></w:r>'
+    document = f"<w:document {WORD_SPACE}><w:body><w:p>{run('noted')}{reference}{reference}</w:p></w:body></w:document>"
+    note = f'<w:footnotes {WORD_SPACE}><w:footnote w:id="1"><w:p>{run("the note")}</w:p></w:footnote></w:footnotes>'
+    found = parse("a.docx", package(docx_parts([]) | {"word/document.xml": document, "word/footnotes.xml": note})).pages[0].markdown
+    assert "noted[^1]\n" in found and "the note" in found
+
+
 def test_the_next_parser_is_tried_when_one_raises(parse: Parse, only: Callable[..., None]) -> None:
     def broken(_source: object) -> ParsedFile:
         raise LookupError("a fault of its own")

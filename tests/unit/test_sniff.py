@@ -83,6 +83,32 @@ def test_content_names_the_type(tmp_path: Path, name: str, data: bytes, file_typ
     assert not found.encrypted
 
 
+MEMO = b"To: all\nFrom: Ann\nDate: 3 May\nSubject: Pumps\nProject: Harbour\n\nText\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "mime_type"),
+    [
+        ("memo.txt", "text/plain"),
+        ("memo.log", "text/plain"),
+        ("memo.md", "text/markdown"),
+        ("memo.csv", "text/csv"),
+        ("memo.eml", "message/rfc822"),
+        ("memo", "message/rfc822"),
+    ],
+)
+def test_a_memo_is_mail_only_if_its_name_leaves_that_open(tmp_path: Path, name: str, mime_type: str) -> None:
+    found = sniffed(tmp_path, name, MEMO)
+    assert (found.mime_type, found.note) == (mime_type, None)
+
+
+@pytest.mark.parametrize(
+    "header", ["Message-ID: <1@a>", "MIME-Version: 1.0", "Received: by a", "Return-Path: <a@b>", "Content-Type: text/plain"]
+)
+def test_a_saved_mail_called_text_is_mail(tmp_path: Path, header: str) -> None:
+    assert sniffed(tmp_path, "mail.txt", header.encode() + b"\n" + MEMO).mime_type == "message/rfc822"
+
+
 @pytest.mark.parametrize(
     "data",
     [

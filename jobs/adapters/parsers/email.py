@@ -22,7 +22,15 @@ MAX_HEADER_CHARACTERS = 2000
 MAX_DEPTH = 100
 """How deep messages may lie in messages."""
 MAX_PARTS = 5000
-_FROM_LINE = re.compile(rb"^From .*\n?", re.M)
+MAX_HTML_DEPTH = 3
+"""How deep an alternative is searched for HTML; each level may mean to read it once more."""
+STUB_RATIO = 3
+"""HTML so many times as long as the plain text beside it is the message, and the text says no more than that there is one."""
+_LINK_TARGET = re.compile(r"\]\([^)\n]*\)")
+_DATED = rb"From \S{1,200} .{0,60}\d{4}[^\n]{0,20}\n"
+_FROM_LINE = re.compile(rb"\A(?:\xef\xbb\xbf)?%b|(?:(?<=\n\n)|(?<=\n\r\n))%b(?=>?[A-Za-z][\w-]{0,60}:)" % (_DATED, _DATED))
+"""What a message of a mailbox follows: sender and date, behind a blank line and before headers. Other lines may begin with `From ` too."""
+_QUOTED_FROM = re.compile(rb"^>(?=>*From )", re.M)
 
 
 def parse_message(source: Source) -> ParsedFile:
@@ -45,10 +53,10 @@ def parse_mailbox(source: Source) -> ParsedFile:
 
 
 def _messages(mailbox: bytes) -> Iterator[bytes]:
-    """Yield the messages of a mailbox; each begins after a line that begins with `From `."""
+    """Yield the messages of a mailbox; each begins after a line of sender and date."""
     begins = list(_FROM_LINE.finditer(mailbox))
     for this, following in zip_longest(begins, begins[1:]):
-        yield mailbox[this.end() : following.start() if following else len(mailbox)]
+        yield _QUOTED_FROM.sub(b"", mailbox[this.end() : following.start() if following else len(mailbox)])
 
 
 def _read(data: bytes) -> Message:
@@ -82,40 +90,83 @@ def _render(message: Message, depth: int = 0) -> tuple[str, dict[str, object]]:
 
 
 def _body(message: Message, depth: int) -> tuple[list[str], list[str]]:
-    """Collect readable parts and names of attachments, in order; of alternatives the first that reads as text, plain before HTML."""
+    """Collect readable parts and names of attachments, in order; names also from alternatives that are not shown."""
     bodies: list[str] = []
     attachments: list[str] = []
-    waiting = [message]
+    hidden: list[str] = []
+    spare: list[Message] = []
+    waiting = [(message, True)]
     seen = 0
     while waiting:
-        part = waiting.pop()
+        part, shown = waiting.pop()
         seen += 1
         if seen > MAX_PARTS:
             raise ParseError(f"it has more than {MAX_PARTS:,} parts")
         kind = part.get_content_type()
-        payload = part.get_payload()
-        children = [child for child in payload if isinstance(child, Message)] if isinstance(payload, list) else []
-        name = _file_name(part)
-        if kind == "message/rfc822" and children:
+        children = _children(part)
+        if kind == "message/rfc822" and children and shown:
             if depth == MAX_DEPTH:
                 raise ParseError(f"its messages lie in one another more than {MAX_DEPTH} deep")
             bodies.append(_render(children[0], depth + 1)[0].strip())
-        elif kind == "multipart/alternative" and children:
-            waiting.append(_preferred(children))
         elif children:
-            waiting += reversed(children)
-        elif name or part.get_content_disposition() == "attachment":
-            attachments.append(name or f"unnamed ({kind})")
-        elif kind.startswith(("text/plain", "text/html", "multipart/")) and (text := _text(part)):
-            bodies.append(text)  # a multipart without parts is one whose boundary is missing: the text is all there
-    return bodies, attachments
+            chosen = _preferred(children) if kind == "multipart/alternative" and shown else None
+            waiting += [(child, shown and chosen in (None, child)) for child in reversed(children)]
+        elif shown and _is_body(part) and (text := _text(part)):
+            bodies.append(text)
+        else:
+            (attachments if shown else hidden).extend(_attachment(part, shown))
+            spare += [part] if shown and kind.startswith("text/") and part.get_content_disposition() != "attachment" else []
+    attachments += [name for name in dict.fromkeys(hidden) if name not in attachments]
+    return bodies or [text for part in spare if (text := _text(part))], attachments
+
+
+def _children(part: Message) -> list[Message]:
+    payload = part.get_payload()
+    return [child for child in payload if isinstance(child, Message)] if isinstance(payload, list) else []
+
+
+def _is_body(part: Message) -> bool:
+    """Tell what mail programs show from what they list: text is shown even if it has a name."""
+    if part.get_content_disposition() == "attachment":
+        return False
+    # A multipart without parts is one whose boundary is missing: the text is all there.
+    return part.get_content_type().startswith(("text/plain", "text/html", "multipart/"))
+
+
+def _attachment(part: Message, shown: bool) -> list[str]:
+    """Return the name of a part that is an attachment; in what is not shown, pictures that belong to the HTML are none."""
+    if not shown and (_is_body(part) or (part.get_content_maintype() == "image" and part["content-id"])):
+        return []
+    name = _file_name(part)
+    if name or part.get_content_disposition() == "attachment":
+        return [name or f"unnamed ({part.get_content_type()})"]
+    return []
 
 
 def _preferred(alternatives: list[Message]) -> Message:
-    """Choose among one or more alternatives: plain text that says something, else HTML, else whatever comes last, as RFC 2046 has it."""
-    plain = next((part for part in alternatives if part.get_content_type() == "text/plain" and _text(part)), None)
-    html = next((part for part in alternatives if part.get_content_type() == "text/html" and _text(part)), None)
-    return plain or html or alternatives[-1]
+    """Choose among one or more alternatives: plain text, or HTML that says much more, else whatever comes last, as RFC 2046 has it."""
+    plain, words = next(
+        ((part, text) for part in alternatives if part.get_content_type() == "text/plain" and (text := _text(part))), (None, "")
+    )
+    html, html_words = next(((part, text) for part in alternatives if (text := _html(part))), (None, ""))
+    if plain and len(html_words) < STUB_RATIO * len(words):
+        return plain
+    return html or alternatives[-1]
+
+
+def _html(part: Message) -> str:
+    """Return the text of the HTML in an alternative, where it may lie among its pictures, without addresses of links."""
+    found = []
+    waiting = [(part, 0)]
+    for _ in range(MAX_PARTS):
+        if not waiting:
+            break
+        this, depth = waiting.pop()
+        if this.get_content_type() == "text/html" and _is_body(this):
+            found.append(_LINK_TARGET.sub("]", _text(this)))
+        elif this.get_content_maintype() == "multipart" and depth < MAX_HTML_DEPTH:
+            waiting += [(child, depth + 1) for child in reversed(_children(this))]
+    return "\n\n".join(filter(None, found))
 
 
 def _text(part: Message) -> str:

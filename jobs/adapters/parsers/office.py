@@ -12,6 +12,7 @@ from jobs.adapters.parsers.html import html_to_markdown
 from jobs.adapters.parsers.ooxml import has_drawings
 from jobs.adapters.parsers.source import NoText, Parser, Source, versioned
 from jobs.adapters.parsers.tables import markdown_table
+from jobs.adapters.parsers.word_margins import with_margins
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
@@ -28,7 +29,8 @@ def parse_docx(source: Source) -> ParsedFile:
     file = BytesIO(source.file.read_bytes())  # one without a name: mammoth would look for pictures beside it
     html = mammoth.convert_to_html(file, convert_image=mammoth.images.img_element(lambda _image: {"src": ""})).value
     markdown, _ = html_to_markdown(html)
-    return ParsedFile((ParsedPage(1, markdown),), versioned("mammoth"), paged=False)
+    markdown, warnings = with_margins(source, markdown)
+    return ParsedFile((ParsedPage(1, markdown),), versioned("mammoth"), paged=False, metadata={"warnings": warnings} if warnings else {})
 
 
 def parse_workbook(source: Source) -> ParsedFile:

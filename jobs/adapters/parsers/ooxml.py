@@ -37,7 +37,7 @@ def parse_bare(source: Source) -> ParsedFile:
     with source.file.open() as file, zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if any(name.startswith("word/") for name in names):
-            text = "\n\n".join(filter(None, (_paragraphs(archive, name) for name in _word_parts(names))))
+            text = "\n\n".join(filter(None, (_paragraphs(archive, name) for name in word_parts(names))))
             pages, paged = [ParsedPage(1, text)], False
         elif any(name.startswith("ppt/") for name in names):
             slides = _numbered(names, r"ppt/slides/slide(\d+)\.xml")
@@ -50,8 +50,8 @@ def parse_bare(source: Source) -> ParsedFile:
     return ParsedFile(kept, "docmill ooxml", paged=paged, metadata=cut)
 
 
-def _word_parts(names: list[str]) -> list[str]:
-    kinds = ("header", "document", "footnotes", "endnotes", "footer")
+def word_parts(names: list[str], kinds: tuple[str, ...] = ("header", "document", "footnotes", "endnotes", "footer")) -> list[str]:
+    """Return the parts of these kinds of a Word document, kind after kind."""
     pattern = re.compile(rf"word/({'|'.join(kinds)})\d*\.xml")
     found = [(kinds.index(match[1]), name) for name in names if (match := pattern.fullmatch(name))]
     return [name for _, name in sorted(found)]
@@ -63,7 +63,7 @@ def _numbered(names: list[str], pattern: str) -> list[str]:
 
 
 @dataclass
-class _Reader:
+class PartReader:
     """Collects text while expat reads; `start` and `end` see element names without their prefix."""
 
     start: Callable[[str, dict[str, str]], None]
@@ -108,7 +108,7 @@ def _paragraphs(archive: zipfile.ZipFile, name: str) -> str:
         if inside[0]:
             run.append(data)
 
-    _Reader(start, end, text).read(archive, name)
+    PartReader(start, end, text).read(archive, name)
     return "\n\n".join(filter(None, paragraphs))
 
 
@@ -158,12 +158,12 @@ def _sheets(archive: zipfile.ZipFile, names: list[str]) -> list[ParsedPage]:
     """Return a table for each sheet; cells stand in the order of the file, gaps between them are closed."""
     strings = _Sheet()
     if "xl/sharedStrings.xml" in names:
-        _Reader(strings.start, strings.end, strings.text).read(archive, "xl/sharedStrings.xml")
+        PartReader(strings.start, strings.end, strings.text).read(archive, "xl/sharedStrings.xml")
     shared = [row[0] for row in strings.rows]
     pages = []
     for number, name in enumerate(_numbered(names, r"xl/worksheets/sheet(\d+)\.xml"), start=1):
         sheet = _Sheet(shared)
-        _Reader(sheet.start, sheet.end, sheet.text).read(archive, name)
+        PartReader(sheet.start, sheet.end, sheet.text).read(archive, name)
         pages.append(ParsedPage(number, markdown_table([row for row in sheet.rows if any(row)])))
     return pages
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.adapters.parsers.office import with_content
 from jobs.adapters.parsers.source import Parser, Source, versioned
+from jobs.adapters.parsers.word_margins import with_margins
 from models.documents import ParsedFile, ParsedPage
 from models.errors import ParseError
 
@@ -17,6 +18,8 @@ _UNDERLINE = re.compile(r"\\</?u\\>")
 """What xberg makes of underlined text on slides: a tag that it then escapes."""
 _COMMENT_MARK = re.compile(r"\[cmt:(\d+)\]")
 """How xberg marks a comment's place; the comment itself it writes as a footnote of the name used here."""
+_SAME_MARKS = re.compile(r"(\[\^[\w-]{1,40}\])\1+")
+"""xberg marks a note's place once for each run of text that the mark is split into."""
 _FRAME = re.compile(r"(?:[\s|]|(?<![^\s|])-{3,}(?![^\s|]))*+")
 """What a sheet of blank cells becomes: the lines of a table around nothing. A blank slide stays the rule that stands for its title."""
 MAX_CELLS = 20_000_000
@@ -26,8 +29,12 @@ MAX_CONTENT_BYTES = 400 * 1024 * 1024
 def parse_document(source: Source) -> ParsedFile:
     """Return a flowing document (Word, RTF, OpenDocument text, EPUB, Outlook message) as one piece; its pages are not reliable."""
     found = _extract(source, pages=False)
-    content = _COMMENT_MARK.sub(r"[^cmt\1]", found.content)
-    return ParsedFile((ParsedPage(1, content),), versioned("xberg"), paged=False, metadata=_metadata(found))
+    content = _SAME_MARKS.sub(r"\1", _COMMENT_MARK.sub(r"[^cmt\1]", found.content))
+    metadata = _metadata(found)
+    content, warnings = with_margins(source, content)  # xberg reads the body of a Word file alone, whatever its content filter says
+    if warnings:
+        metadata["warnings"] = [*metadata.get("warnings", []), *warnings]
+    return ParsedFile((ParsedPage(1, content),), versioned("xberg"), paged=False, metadata=metadata)
 
 
 def parse_sheets(source: Source) -> ParsedFile:
