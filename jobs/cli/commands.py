@@ -14,7 +14,7 @@ Exit codes:
   1    a document failed or was refused, or something went wrong
   2    the command line or a setting is wrong
   3    the database cannot be reached
-  130  interrupted; what was submitted stays queued
+  130  interrupted, or 143 told to end; what was submitted stays queued
 """
 
 app = typer.Typer(

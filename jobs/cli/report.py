@@ -114,6 +114,9 @@ def print_report(report: Report) -> None:
     unchanged = [line for line in lines if line.unchanged]
     failed = sum(line.state not in GOOD for line in unchanged)
     of_them = f" ({failed} of them not complete)" if failed else ""
+    if not lines and not any(batch.archives for batch in report.batches):
+        say(f"0 documents: there is no file that docmill takes{aside}")
+        return
     if lines and len(unchanged) == len(lines):
         say(f"nothing to do: {_documents(len(lines))} unchanged{of_them}{aside}")
         return

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jobs.adapters.embedders import HostedEmbedder
 from jobs.cli.errors import ExitCode
-from jobs.cli.output import out, print_json, printable, say
+from jobs.cli.output import complain, out, print_json, printable, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from jobs.serving import embedder_of, own_embedder
 from jobs.stages import Embedder
@@ -64,7 +64,7 @@ def _refuse(query: str, filters: Filters) -> None:
 
 
 def run(query: str, mode: str, limit: int, filters: Filters, *, json: bool) -> ExitCode:
-    """Search and print what was found. Finding nothing is no error."""
+    """Search and print what was found. Finding nothing is no error, but looking in a batch that is not there is."""
     query = query.replace("\x00", " ").encode("utf-8", "replace").decode()
     _refuse(query, filters)
     params = {
@@ -78,11 +78,18 @@ def run(query: str, mode: str, limit: int, filters: Filters, *, json: bool) -> E
     settings = load_settings()
     quiet_logs(settings)
     found = run_async(_search(settings, mode, params))
+    if not found and filters.batch is not None and not run_async(_has_batch(settings, filters.batch)):
+        complain(f'There is no batch "{printable(filters.batch)}": --batch takes a whole id.')
+        return ExitCode.FAILED
     if json:
         print_json(found)
     else:
         _print(found)
     return ExitCode.OK
+
+
+async def _has_batch(settings: Settings, batch_id: str) -> bool:
+    return any(row["batch_id"] == batch_id for row in await rows(settings, "find_batches", word=batch_id, limit=1))
 
 
 async def _search(settings: Settings, mode: str, params: dict[str, Any]) -> list[Row]:

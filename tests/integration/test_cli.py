@@ -125,6 +125,17 @@ def test_search_finds_the_passage_with_its_file_and_heading_in_every_mode(folder
         assert [(row["file_name"], row["heading_path"]) for row in found] == [("pumps.md", ["Pumps", "Noise"])], mode
         assert answer(docmill(*asked, mode, "--user", "bob")) == [], mode
     assert answer(docmill(*asked, "hybrid", "--metadata", "year=2026")) == []
+    nowhere = docmill(*asked, "text", "--batch", "no-such-batch")
+    assert (nowhere.returncode, nowhere.stdout) == (1, "")
+    assert 'There is no batch "no-such-batch"' in nowhere.stderr
+
+
+def test_a_folder_without_a_file_to_take_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden").write_text("x")
+    done = docmill("ingest", tmp_path / "empty")
+    assert done.returncode == 0
+    assert done.stdout.strip() == "0 documents: there is no file that docmill takes, 1 hidden, system or linked files skipped"
 
 
 def test_without_waiting_documents_are_left_to_a_worker(folder: Path, conn: psycopg.Connection) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import psycopg
@@ -18,7 +20,7 @@ from jobs.database import check_database, run_migrations
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import migrate as migrations
-from tests.running import REPOSITORY
+from tests.running import REPOSITORY, wait_for
 
 
 def settings_for(conninfo: str, tmp_path: Path) -> Settings:
@@ -83,6 +85,28 @@ def test_the_embedded_server_starts_in_a_path_with_blanks_and_stops_with_its_las
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
     assert not (folder / ".docmill" / "postgres" / "postmaster.pid").exists()
+
+
+@pytest.mark.parametrize("command", [("serve", "--port", "0"), ("watch", "--every", "1")], ids=lambda command: command[0])
+def test_a_command_that_is_told_to_end_takes_the_embedded_server_with_it(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    given = {**os.environ, "STORAGE_BASE_PATH": str(tmp_path / "base"), "PYTHONPATH": str(REPOSITORY)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *command], env=given, stdout=log, stderr=log)
+    pid_file = tmp_path / "base" / "postgres" / "postmaster.pid"
+    try:
+        wait_for(lambda: pid_file.exists() and pid_file.read_text().rstrip().endswith("ready"), "the server", process=process)
+        server = int(pid_file.read_text().split()[0])
+        time.sleep(1)
+        process.terminate()
+        assert process.wait(30) == (0 if command[0] == "serve" else 128 + signal.SIGTERM), (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    wait_for(lambda: not Path(f"/proc/{server}").exists(), "the server's end")
 
 
 def test_a_migration_that_meets_a_submitter_of_the_old_release_in_a_deadlock_tries_again(
