@@ -52,12 +52,28 @@ def _start_embedded(base: Path) -> str:
     try:
         base.mkdir(parents=True, exist_ok=True)
         with _starting:
-            uri: str = postgres_server.get_server(folder).get_uri()
+            server = postgres_server.get_server(folder)
+            uri: str = server.get_uri()
+            holders = server.global_process_id_list
+            for pid in holders.get_and_add(os.getpid()):
+                # The last one to hold the server stops it, which one that was killed keeps others from being.
+                if not _lives(pid):
+                    holders.get_and_remove(pid)
     except Exception as error:
         raise ConfigurationError(
             f"The embedded Postgres under {folder} did not start: {describe(error)}. Set DATABASE_URL to use a server of your own."
         ) from error
     return uri
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _socket_folder(pgdata: Path, _runtime: Path) -> Path:

@@ -109,6 +109,26 @@ def test_a_command_that_is_told_to_end_takes_the_embedded_server_with_it(
     wait_for(lambda: not Path(f"/proc/{server}").exists(), "the server's end")
 
 
+def test_the_embedded_server_of_a_command_that_was_killed_stops_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "jobs.cli"]
+    given = {**os.environ, "STORAGE_BASE_PATH": str(tmp_path / "base"), "PYTHONPATH": str(REPOSITORY)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "watch", "--every", "1"], env=given, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: (tmp_path / "log").stat().st_size > 0, "a look at it", process=process)
+    finally:
+        process.kill()
+        process.wait()
+    pid_file = tmp_path / "base" / "postgres" / "postmaster.pid"
+    server = int(pid_file.read_text().split()[0])
+    assert Path(f"/proc/{server}").exists()
+    assert subprocess.run([*command, "status"], env=given, capture_output=True, check=False, timeout=60).returncode == 0
+    wait_for(lambda: not Path(f"/proc/{server}").exists(), "the server's end")
+
+
 def test_a_migration_that_meets_a_submitter_of_the_old_release_in_a_deadlock_tries_again(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
