@@ -159,6 +159,7 @@ async def prune(timestamp: int) -> dict[str, int]:
                 removed = prune_rows(app.settings, conn, stop=app.stopping)
             except SomebodyElsePrunes:
                 return {}
+            conn.execute(query("note_missed_summaries"))
             found = find_orphans(app.settings, conn, part=timestamp // 3600 % PARTS, stop=app.stopping)
             if found.suspicious:
                 logger.warning(

@@ -61,7 +61,7 @@ class Reconciler:
                 await self.pass_once()
             except (psycopg.Error, OSError) as error:
                 end_if_cancelled(error)
-                if is_away(error):
+                if is_away(error) or isinstance(error, OSError):
                     self._disturb(clock.seconds())  # nobody could renew or beat meanwhile
                 logger.warning("A pass of the reconciler failed: {}", describe(error))
             await asyncio.sleep(self._settings.reconcile_seconds)
@@ -80,6 +80,7 @@ class Reconciler:
             try:
                 await step()
             except psycopg.Error as error:
+                end_if_cancelled(error)
                 if is_away(error):
                     raise
                 # One that always meets a timeout or a lock must not keep the others from being done.
@@ -169,6 +170,7 @@ class Reconciler:
         try:
             found = await self._rows(name, **params)
         except psycopg.Error as error:
+            end_if_cancelled(error)
             if is_away(error):
                 raise
             logger.warning("{} of {} failed: {}", name, params, describe(error))

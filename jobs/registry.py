@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,13 +70,12 @@ class Registry:
     def tick(self, conn: psycopg.Connection) -> None:
         """Write the heartbeat, and end the process if its event loop or its queries are stuck although the database answers here."""
         pulse, memory = self._pulse, self._tidied_mb()
-        host, _, pid = pulse.worker.rpartition(":")
         conn.execute(
             query("beat"),
             {
                 "worker": pulse.worker,
-                "host": host,
-                "pid": int(pid),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
                 "queues": pulse.queues,
                 "concurrency": pulse.concurrency,
                 "stopping": pulse.stopping(),

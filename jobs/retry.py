@@ -110,6 +110,10 @@ def should_retry(error_type: ErrorType, attempt: int, max_attempts: int) -> bool
     return error_type is ErrorType.RATE_LIMIT or attempt < max_attempts
 
 
+def _never_counts(error: BaseException) -> bool:
+    return isinstance(error, RateLimitError | ServiceUnavailable) or is_away(error)
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPlan:
     """When to try again, in seconds from now, and whether the failure counts as an attempt."""
@@ -130,11 +134,11 @@ class StageRetry(BaseRetryStrategy):
 
     def judge(self, error: Exception, waited: float) -> Exception:
         """Return the error that counts, where a document has waited so many seconds already: WaitedTooLong instead of one more wait."""
-        if not self.max_wait_hours or waited < self.max_wait_hours * 3600 or not isinstance(error, RateLimitError | ServiceUnavailable):
+        if not self.max_wait_hours or waited < self.max_wait_hours * 3600 or not _never_counts(error):
             return error
         since = datetime.now(UTC) - timedelta(seconds=waited)
         ended = WaitedTooLong(f"Waited since {since:%Y-%m-%d %H:%M} UTC, longer than MAX_WAIT_HOURS={self.max_wait_hours:g}. Last: {error}")
-        ended.call, ended.__cause__ = error.call, error
+        ended.call, ended.__cause__ = getattr(error, "call", None), error
         return ended
 
     def within_wait(self, plan: RetryPlan, waited: float) -> RetryPlan:
@@ -143,14 +147,18 @@ class StageRetry(BaseRetryStrategy):
             return plan
         return RetryPlan(min(plan.delay, max(0.0, self.max_wait_hours * 3600 - waited)), counts=False)
 
-    def plan(self, error: BaseException, attempt: int) -> RetryPlan | None:
-        """Return when to try again after failure number `attempt` (from 0), or None for a dead letter."""
+    def plan(self, error: BaseException, attempt: int, waited: float = 0.0) -> RetryPlan | None:
+        """Return when to try again after failure number `attempt` (from 0), or None for a dead letter.
+
+        `waited`: for how many seconds it has waited already, which counted as no attempts.
+        """
         error_type = classify_error(error)
         if isinstance(error, WaitedTooLong):
             return None
         if is_away(error):
             # A checkpoint outlives any number of outages, and so does a stage that is met by them in the middle of a question.
-            return RetryPlan(calculate_backoff(0, self.base, self.max_delay), counts=False)
+            # Each wait is a quarter of all before it: it may be this very document that the server dies of.
+            return RetryPlan(calculate_backoff(0, max(self.base, waited / 4), self.max_delay), counts=False)
         if isinstance(error, RateLimitError | ServiceUnavailable):
             told = _UNAVAILABLE_WAIT if error.retry_after is None else error.retry_after
             # Half as much again, at most, spread out, so that those who wait do not all come back in the same second.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,7 @@ def _provider(worker: str) -> TracerProvider:
         exporter = OTLPSpanExporter()
     else:
         raise ValueError(f"OTEL_TRACES_EXPORTER={named!r} over {protocol!r}; docmill knows otlp over http/protobuf, and console.")
-    host, _, pid = worker.rpartition(":")
-    own: dict[str, str | int] = {"service.instance.id": worker, "host.name": host, "process.pid": int(pid)}
+    own: dict[str, str | int] = {"service.instance.id": worker, "host.name": socket.gethostname(), "process.pid": os.getpid()}
     if not os.environ.get("OTEL_SERVICE_NAME") and "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         own["service.name"] = NAME
     provider = TracerProvider(resource=Resource.create(own), id_generator=OfTheDocument(), shutdown_on_exit=False)

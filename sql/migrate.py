@@ -18,7 +18,7 @@ from procrastinate.schema import SchemaManager, migrations_path
 from models.errors import ConfigurationError
 from sql import query
 from sql.giving_way import Watcher
-from sql.securing import act_as_oneself, act_as_owner, is_secured, secure
+from sql.securing import act_as_oneself, act_as_owner, is_secured, may_secure, secure
 
 _LOCK = 0x646F636D696C6C  # "docmill" in ASCII: the key of the session advisory lock that lets one migration run at a time
 _TRIES = 5  # of a migration that meets those who use the database in a deadlock
@@ -109,7 +109,7 @@ def migrate(conn: psycopg.Connection) -> list[str]:
                 for migration in missing:
                     _apply(conn, watcher, migration)
             done += [name if component == "docmill" else f"{component} {name}" for component, name, _ in missing]
-        if is_secured(conn):
+        if is_secured(conn) and (done or may_secure(conn)):
             # Also where nothing was missing: whoever applied the last ones may have died before this.
             secure(conn)
         return done

@@ -41,6 +41,12 @@ def is_secured(conn: psycopg.Connection) -> bool:
     return row is not None and bool(row[0])
 
 
+def may_secure(conn: psycopg.Connection) -> bool:
+    """Say whether whoever is connected may give rights: not a worker's login, which may look whether all is migrated."""
+    row = conn.execute(query("may_secure")).fetchone()
+    return row is not None and bool(row[0])
+
+
 def act_as_owner(conn: psycopg.Connection) -> None:
     """Make what is created from here on docmill_owner's, where the tables are and whoever is connected may take that role on."""
     conn.execute(query("act_as_owner"))

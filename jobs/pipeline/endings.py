@@ -94,7 +94,7 @@ class Endings:
         work.part()
         attempt, waited = work.attempt_at(stage.due_at), work.waited_at(stage.due_at)
         error = self._retry.judge(error, waited)
-        plan = self._retry.plan(error, attempt)
+        plan = self._retry.plan(error, attempt, waited)
         plan = plan and self._retry.within_wait(plan, waited)
         failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
         work.events.append(failure_event(failure, plan, attempt, work.used))

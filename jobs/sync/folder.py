@@ -202,7 +202,7 @@ class FolderSync:
         await self._memory.forget(doc_id for doc_id in memory.seen if doc_id not in listed and doc_id not in hidden)
 
     async def _delete_vanished(self, result: SyncResult, seen: FolderLook) -> None:
-        """Delete what is gone, each document only if its file is gone at that very moment and the folder is still the same."""
+        """Delete what is gone, each document only if its file, unless that holds something else now, is gone at that very moment."""
         for document in result.plan.vanished:
             if (reason := await self._why_not(seen, document)) is not None:
                 result.kept.append(Kept(document.shown, reason))

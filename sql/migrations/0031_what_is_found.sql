@@ -3,7 +3,7 @@
 
 CREATE OR REPLACE FUNCTION matching_chunks(
     query_text text, user_id text, batch_id text, file_type text, metadata jsonb, limit_to integer, language text
-) RETURNS TABLE (chunk_id uuid, score double precision) LANGUAGE plpgsql STABLE
+) RETURNS TABLE (chunk_id uuid, score double precision) LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET jit = off
 AS $$
 -- Ranking every passage that holds any of the words would read half the table for a word like "contract". The passages that hold the rarest

@@ -4,9 +4,9 @@
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_replica,
     current_setting('default_transaction_read_only')::boolean AS is_read_only,
     extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())::float8 AS newest_change_seconds,
-    -- Of other logins' sessions only the user is shown to everybody; Postgres' own processes have none.
-    (SELECT count(*) FROM pg_stat_activity AS a WHERE a.usesysid IS NOT NULL AND coalesce(a.backend_type, 'client backend') = 'client backend')
-        AS connections,
+    -- What kind a process is is hidden where it is another login's; most of Postgres' own have no user or no database.
+    (SELECT count(*) FROM pg_stat_activity AS a
+        WHERE a.usesysid IS NOT NULL AND a.datid IS NOT NULL AND coalesce(a.backend_type, 'client backend') = 'client backend') AS connections,
     current_setting('max_connections')::integer AS max_connections;
 
 -- name: workers_by_health

@@ -6,6 +6,9 @@ SELECT EXISTS (
     WHERE c.oid = to_regclass('relation_rights') AND r.rolname = 'docmill_owner'
 );
 
+-- name: may_secure
+SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = to_regclass('relation_rights');
+
 -- name: act_as_owner
 SELECT set_config('role', r.rolname, FALSE)
 FROM pg_class AS c

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 
 from jobs import submit_document
 from jobs.registry import STUCK_EXIT_CODE
-from tests.running import wait_for, worker
+from tests.running import REPOSITORY, wait_for, worker
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +123,21 @@ def test_a_worker_that_has_grown_too_large_finishes_what_it_has_in_hand_and_ends
     assert one(conn, "SELECT sum(crash_count + retry_count + requeue_count) FROM file_extractions") == (0,)
     assert one(conn, "SELECT count(*) FROM document_events WHERE event IN ('handed_on', 'rescued', 'requeued')") == (0,)
     assert one(conn, "SELECT max(count) FROM (SELECT count(*) FROM document_events WHERE stage = 'chunk' GROUP BY doc_id) AS c") == (1,)
+
+
+def test_a_worker_in_a_container_registers_under_a_name_of_its_own(conn: psycopg.Connection, tmp_path: Path) -> None:
+    isolated = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"] + (["--user", "--map-root-user"] if os.getuid() else [])
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here")
+    command = [*isolated, sys.executable, "-m", "procrastinate", "--app=procrastinate_app.app", "worker"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: conn.execute("SELECT FROM worker_registry").fetchone() is not None, f"the worker; see {log.name}", process=process)
+        row = conn.execute("SELECT worker, host, pid, connections > 0 FROM worker_registry").fetchone()
+    finally:
+        process.kill()
+        process.wait()
+    assert row is not None
+    assert row[0].startswith(f"{socket.gethostname()}:1:")
+    assert row[1:] == (socket.gethostname(), 1, True)

@@ -99,9 +99,9 @@ class Outside:
 
 
 class _Soon(StageRetry):
-    def plan(self, error: BaseException, attempt: int) -> RetryPlan | None:
+    def plan(self, error: BaseException, attempt: int, waited: float = 0.0) -> RetryPlan | None:
         """Decide as always, and wait a hundredth of a second."""
-        plan = super().plan(error, attempt)
+        plan = super().plan(error, attempt, waited)
         return plan and RetryPlan(0.01, plan.counts)
 
 

@@ -231,6 +231,9 @@ def test_a_migration_whose_process_died_before_the_rights_were_given_is_made_up_
         monkeypatch.setattr(sql.migrate, "secure", secure)
         assert migrate(conn) == []
         assert rows(conn, may) == [(True,)]
+    grant_as(clean.settings(), clean.new_login("plain_worker"), "worker")
+    with clean.as_login("plain_worker") as conn:
+        assert migrate(conn) == [], "who may not give rights may look whether all is there"
 
 
 def test_an_index_that_another_login_builds_is_not_taken_for_a_broken_one(clean: Walls) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from email import message_from_bytes
 from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
 
 from jobs.adapters.parsers import parse_file
+from jobs.adapters.parsers.email import _messages
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
 from models.documents import ParsedFile
@@ -188,3 +190,14 @@ def test_a_line_of_a_body_that_begins_with_from_ends_no_message(parse: Parse, li
 def test_a_mailbox_that_begins_with_a_byte_order_mark_keeps_its_first_message(parse: Parse) -> None:
     box = b"\xef\xbb\xbfFrom a@b.c Mon Jan  1 00:00:00 2024\n" + message("one").as_bytes()
     assert [page.label for page in parse("a.mbox", box).pages] == ["one"]
+
+
+@pytest.mark.parametrize("first", ["From nobody\n", "\nFrom a@b.c Mon Jan  1 2024\n", f"From {'x' * 300}@b.c Mon Jan  1 2024\n", ""])
+def test_the_first_message_of_a_mailbox_is_kept_whatever_stands_before_it(first: str) -> None:
+    box = f"{first}{message('one').as_string()}\nFrom a@b.c Mon Jan  1 00:00:00 2024\n{message('two').as_string()}"
+    assert [message_from_bytes(found)["subject"] for found in _messages(box.encode())] == ["one", "two"]
+
+
+def test_a_mailbox_without_dates_has_all_its_messages() -> None:
+    box = "\n".join(f"From -\n{message(name).as_string()}" for name in ("one", "two", "three"))
+    assert [message_from_bytes(found)["subject"] for found in _messages(box.encode())] == ["one", "two", "three"]

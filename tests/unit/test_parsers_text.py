@@ -111,6 +111,14 @@ def test_a_cell_of_many_lines_whose_quote_closes_stays_one_cell(parse: Parse, li
     assert f'line {lines - 1}, "so" | y |' in found and '| 3 | a "b" | z |' in found
 
 
+def test_one_sloppy_quote_makes_no_other_row_of_a_quoted_file_uneven(parse: Parse) -> None:
+    rows = [f'"{number}, of 200","x, y","z"' for number in range(200)]
+    rows[100] = '"100","{}","z"'.format("\n".join(f"line {line}, of a note" for line in range(25)))
+    rows[150] = '"150","pipe 12" wide, blue","z"'
+    found = markdown(parse("a.csv", ("a,b,c\n" + "\n".join(rows)).encode()))
+    assert found.count(" of 200 | x, y | z |") == 198
+
+
 def test_delimiters_alone_are_no_text(parse: Parse) -> None:
     with pytest.raises(ParseError, match="no cell with content"):
         parse("a.csv", b",,,\n" * 50)

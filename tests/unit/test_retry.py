@@ -126,6 +126,18 @@ def test_a_database_that_is_away_never_counts(error: Exception) -> None:
     assert (plan.counts, 2 <= plan.delay <= 3) == (False, True)
 
 
+def test_waiting_for_a_database_becomes_rarer_and_ends() -> None:
+    away = psycopg.OperationalError("server closed the connection")
+    strategy = StageRetry(max_attempts=3, base=2, max_delay=300, max_wait_hours=72)
+    plan = strategy.plan(away, 0, 400)
+    assert plan is not None
+    assert 100 <= plan.delay <= 150
+    assert strategy.judge(away, 3600) is away
+    ended = strategy.judge(away, 73 * 3600)
+    assert "MAX_WAIT_HOURS" in str(ended)
+    assert strategy.plan(ended, 0, 73 * 3600) is None
+
+
 @pytest.mark.parametrize(
     "error",
     [psycopg.errors.QueryCanceled("x"), psycopg.errors.DeadlockDetected("x"), psycopg.errors.DiskFull("x"), psycopg.DataError("NUL")],

@@ -30,6 +30,9 @@ _LINK_TARGET = re.compile(r"\]\([^)\n]*\)")
 _DATED = rb"From \S{1,200} .{0,60}\d{4}[^\n]{0,20}\n"
 _FROM_LINE = re.compile(rb"\A(?:\xef\xbb\xbf)?%b|(?:(?<=\n\n)|(?<=\n\r\n))%b(?=>?[A-Za-z][\w-]{0,60}:)" % (_DATED, _DATED))
 """What a message of a mailbox follows: sender and date, behind a blank line and before headers. Other lines may begin with `From ` too."""
+_UNDATED = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|(?<=\n\n)|(?<=\n\r\n))From [^\n]*\n(?=>?[A-Za-z][\w-]{0,60}:)")
+"""The same in mailboxes whose programs write no date there, such as `From -`."""
+_FIRST_LINE = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*From [^\n]*\n")
 _QUOTED_FROM = re.compile(rb"^>(?=>*From )", re.M)
 
 
@@ -53,8 +56,11 @@ def parse_mailbox(source: Source) -> ParsedFile:
 
 
 def _messages(mailbox: bytes) -> Iterator[bytes]:
-    """Yield the messages of a mailbox; each begins after a line of sender and date."""
-    begins = list(_FROM_LINE.finditer(mailbox))
+    """Yield the messages of a mailbox; each begins after a line of sender and date, the first one at the beginning in any case."""
+    begins = list(_FROM_LINE.finditer(mailbox)) or list(_UNDATED.finditer(mailbox))
+    first = mailbox[: begins[0].start()] if begins else mailbox
+    if first.strip():
+        yield _QUOTED_FROM.sub(b"", _FIRST_LINE.sub(b"", first))
     for this, following in zip_longest(begins, begins[1:]):
         yield _QUOTED_FROM.sub(b"", mailbox[this.end() : following.start() if following else len(mailbox)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 from jobs.adapters.encoding import Decoded, decode
@@ -71,16 +72,23 @@ def find_delimiter(text: str) -> str:
 
 
 def _read_rows(text: str, delimiter: str) -> list[list[str]]:
-    """Read with quotes; without them where a quote that never closes has eaten rows."""
+    """Read with quotes; without them where a quote seems to have eaten rows, and there are as even ones without."""
     csv.field_size_limit(sys.maxsize)  # a field is at most the file, which the sandbox bounds
     lines = text.split("\n")
     try:
         rows = list(_quoted(lines, delimiter))
     except csv.Error:
         rows = []
-    if not rows or (_has_long_cell(rows, len(lines)) and not _is_well_formed(lines, delimiter)):
-        rows = list(csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE))
-    return rows
+    if rows and (not _has_long_cell(rows, len(lines)) or _is_well_formed(lines, delimiter)):
+        return rows
+    plain = list(csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    return plain if not rows or _evenness(plain) >= _evenness(rows) else rows
+
+
+def _evenness(rows: list[list[str]]) -> float:
+    """Return the share of rows that have as many cells as most have."""
+    sizes = Counter(len(row) for row in rows if row)
+    return max(sizes.values(), default=0) / max(1, sizes.total())
 
 
 def _quoted(lines: list[str], delimiter: str, strict: bool = False) -> Iterator[list[str]]:
