@@ -66,8 +66,7 @@ def test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_r
     workers = [arena.worker(faults=faults, restart=True) for _ in range(2)]
     submit_batch(batch, batch_id="b")
     settle(arena, 200)
-    arena.wait(lambda: len(arena.marks()) == len(POINTS), "all fault points to be reached", 20)
-    assert sum(len(worker.exits) for worker in workers) == len(POINTS)
+    arena.wait(lambda: sum(len(worker.exits) for worker in workers) == len(POINTS) == len(arena.marks()), "all fault points", 20)
     assert_whole(arena, len(outer) + len(inner))
     doubled = "SELECT count(*) FROM (SELECT doc_id FROM document_events WHERE event = 'submitted' GROUP BY 1 HAVING count(*) > 1) x"
     assert arena.one(doubled) == 0
