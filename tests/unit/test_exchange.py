@@ -70,9 +70,9 @@ FAILURES: list[tuple[str, type[DocmillError], float | None]] = [
     ("redirect", CredentialRefused, None),
     ("hang_in_headers", TimeoutError, None),
     ("hang_in_body", TimeoutError, None),
-    ("cut_off", RetryableError, None),
+    ("cut_off", BadAnswer, None),
     ("reset", RetryableError, None),
-    ("reset_in_body", RetryableError, None),
+    ("reset_in_body", BadAnswer, None),
     ("garbage", RetryableError, None),
     ("oversized", BadAnswer, None),
 ]

@@ -129,6 +129,11 @@ class Service:
             try:
                 good = 200 <= response.status_code < 300
                 body = await _read(response, limit if good else _LARGEST_REFUSAL, cut=not good)
+            except httpx2.TransportError as error:
+                if not good or isinstance(error, httpx2.TimeoutException):
+                    raise
+                # It had begun to answer, so that what it was asked for is made, and probably paid for.
+                raise self.bad_answer(f"broke off its answer ({type(error).__name__}).") from None
             finally:
                 await response.aclose()
         except _TooLarge:

@@ -18,7 +18,7 @@ _SPAN = re.compile(
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that the service asks us to wait, None where it does not say.
+    """Return the seconds that the service asks us to wait, None where it does not say, or says that there is nothing to wait for.
 
     A date is compared with the answer's own Date header, so that only one clock is trusted. Where there is no Retry-After, it is the
     reset of the limit of which nothing remains.
@@ -26,14 +26,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     told = headers.get("retry-after")
     for name in ("retry-after-ms", "x-ms-retry-after-ms"):
         if (milliseconds := _number(headers.get(name))) is not None:
-            return min(LONGEST_WAIT, milliseconds / 1000)
+            return min(LONGEST_WAIT, milliseconds / 1000) or None
     wait = _number(told)
     if wait is None:
         wait = _until(told, headers.get("date"))
     if wait is None:
         resets = (_spent(headers, kind) for kind in ("requests", "tokens"))
         wait = max((reset for reset in resets if reset is not None), default=None)
-    return None if wait is None else min(LONGEST_WAIT, wait)
+    return None if wait is None else min(LONGEST_WAIT, wait) or None
 
 
 def pause_told(headers: Mapping[str, str], tokens: int) -> float:

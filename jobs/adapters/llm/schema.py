@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,8 +86,9 @@ def _of_sound_schema(schema: dict[str, Any], fallback_name: str) -> Shape:
 
     def check(answer: Any) -> tuple[Any, list[str]]:
         errors = sorted(validator().iter_errors(answer), key=lambda error: (error.json_path, str(error.validator)))
-        return answer, [_problem(error) for error in errors[:MAX_PROBLEMS]]
+        return answer, [_problem(error, names) for error in errors[:MAX_PROBLEMS]]
 
+    names = _names(schema)
     title = schema.get("title")
     return Shape(_name(title if isinstance(title, str) else fallback_name), schema, _digest(schema), is_strict(schema), check)
 
@@ -112,8 +113,9 @@ def _of_model(given: str) -> Shape:
             return model.model_validate(answer).model_dump(mode="json"), []
         except ValidationError as error:
             details = error.errors(include_url=False, include_input=False, include_context=False)
-            return answer, [f"{_place(detail['loc'])}: {detail['type']}" for detail in details[:MAX_PROBLEMS]]
+            return answer, [f"{_place(detail['loc'], names)}: {detail['type']}" for detail in details[:MAX_PROBLEMS]]
 
+    names = _names(schema)
     return Shape(_name(attribute), schema, _digest(schema), is_strict(schema), check)
 
 
@@ -145,14 +147,25 @@ def _references(schema: Any) -> list[str]:
     return own + [reference for each in schema.values() for reference in _references(each)]
 
 
-def _problem(error: Any) -> str:
+def _names(schema: Any) -> frozenset[str]:
+    """Return the names of all properties that a schema knows."""
+    if isinstance(schema, list):
+        return frozenset().union(*map(_names, schema))
+    if not isinstance(schema, dict):
+        return frozenset()
+    properties = schema.get("properties")
+    return frozenset(properties if isinstance(properties, dict) else ()).union(*map(_names, schema.values()))
+
+
+def _problem(error: Any, names: frozenset[str]) -> str:
     rule = error.validator_value
     limit = f" {json.dumps(rule)[:100]}" if isinstance(rule, str | int | float | list) else ""
-    return f"{' '.join(error.json_path[:200].split())}: {error.validator}{limit}"
+    return f"{_place(error.absolute_path, names)}: {error.validator}{limit}"
 
 
-def _place(location: tuple[int | str, ...]) -> str:
-    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)[:200]
+def _place(location: Iterable[int | str], names: frozenset[str]) -> str:
+    """Return where in an answer something is. Names that the schema does not know are the model's, or the document's, and not told."""
+    return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step if step in names else '*'}" for step in location)[:200]
 
 
 def _name(given: str) -> str:

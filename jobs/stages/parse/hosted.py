@@ -10,7 +10,7 @@ from jobs.adapters.stored_file import StoredFile
 from jobs.adapters.usage import in_thread
 from jobs.stages import HostedJob, JobPart, Tools
 from models.documents import Document, ParsedFile
-from models.errors import ParseError, RequestRefused, ServiceUnavailable
+from models.errors import CostLimitReached, ParseError, RequestRefused, ServiceUnavailable
 from models.errors import TimeoutError as CallTimeout
 
 _WORTH_ASKING = 2.0
@@ -102,10 +102,10 @@ class _Jobs:
         return counted or guess_pages(document.file_size or 0, limit)
 
     async def failed_again(self, pages: HostedPages) -> HostedPages:
-        """Return what became of pages that had failed, tried alone."""
+        """Return what became of pages that had failed, tried alone; what may not be paid for any more stays failed."""
         try:
             return await self.pages("failed_pages", pages.failed_numbers)
-        except (ParseError, RequestRefused):
+        except (ParseError, RequestRefused, CostLimitReached):
             return HostedPages((), pages.failed)
 
     async def _kept(self, part: JobPart) -> HostedJob | None:
