@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.adapters import parsers
-from jobs.adapters.parsers import office, ooxml, parse_file
+from jobs.adapters.parsers import office, ooxml, parse_file, slide_runs
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType, ParsedFile
@@ -75,6 +77,61 @@ def test_slides_are_pages_in_order(parse: Parse) -> None:
     parsed = parse("a.pptx", pptx(*(f"slide number {n}" for n in range(1, 13))))
     assert [page.number for page in parsed.pages] == list(range(1, 13))
     assert all(f"slide number {page.number}" in page.markdown for page in parsed.pages)
+
+
+BOLD = 'b="1"'
+
+
+def _slide(*runs: tuple[str, str], cell: bool = False) -> bytes:
+    """Return a presentation with one paragraph of these runs, each with its attributes, in a box or in a table's cell."""
+    paragraph = "".join(f"<a:r><a:rPr {attributes}/><a:t>{text}</a:t></a:r>" for text, attributes in runs)
+    with zipfile.ZipFile(io.BytesIO(pptx("Title", "PLACE"))) as archive:
+        parts = {name: archive.read(name).decode() for name in archive.namelist()}
+    if cell:
+        table = "<a:tbl><a:tblGrid><a:gridCol w='9'/></a:tblGrid><a:tr h='9'><a:tc><a:txBody><a:p>%s</a:p></a:txBody></a:tc></a:tr></a:tbl>"
+        frame = "<p:graphicFrame><a:graphic><a:graphicData uri='http://schemas.openxmlformats.org/drawingml/2006/table'>%s</a:graphicData>"
+        slide = parts["ppt/slides/slide2.xml"]
+        shape = slide[slide.index("<p:sp>") : slide.index("</p:spTree>")]
+        frame = f"{frame % (table % paragraph)}</a:graphic></p:graphicFrame>"
+        parts["ppt/slides/slide2.xml"] = slide.replace(shape, frame)
+    else:
+        parts["ppt/slides/slide2.xml"] = parts["ppt/slides/slide2.xml"].replace("<a:r><a:t>PLACE</a:t></a:r>", paragraph)
+    return package(dict(parts))
+
+
+@pytest.mark.parametrize(
+    ("runs", "text"),
+    [
+        ([("Rev", ""), ("enue ", ""), ("20", ""), ("24", "")], "Revenue 2024"),
+        ([("H", ""), ("2", 'baseline="-25000"'), ("O", "")], "H2O"),
+        ([("Re", BOLD), ("venue", BOLD), (" falls", "")], "**Revenue** falls"),
+        ([("The ", ""), ("Revenue", BOLD), (" fa", ""), ("lls", "")], "The **Revenue** falls"),
+        ([("Rev", BOLD), ("enue", "")], "Revenue"),
+        ([("Rev", 'strike="sngStrike"'), ("enue", "")], "Revenue"),
+        ([("one ", ""), ("two", "")], "one two"),
+        ([("a &lt;b", ""), ("c&gt;", "")], r"a \<bc\>"),
+        ([("un", 'u="sng"'), ("der", "")], "under"),
+    ],
+)
+def test_words_on_slides_are_in_one_piece_however_they_are_split_into_runs(parse: Parse, runs: list[tuple[str, str]], text: str) -> None:
+    assert parse("a.pptx", _slide(*runs)).pages[1].markdown.strip() == f"## {text}"
+
+
+def test_words_in_cells_of_slides_are_in_one_piece(parse: Parse) -> None:
+    assert "| Revenue |" in parse("a.pptx", _slide(("Rev", ""), ("enue", ""), cell=True)).pages[1].markdown
+
+
+def test_a_slide_that_is_damaged_keeps_its_text(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_given: object) -> list[str]:
+        raise ValueError
+
+    monkeypatch.setattr(slide_runs, "read_paragraphs", fail)
+    assert "Rev enue" in parse("a.pptx", _slide(("Rev", ""), ("enue", ""))).pages[1].markdown
+
+
+def test_a_slide_that_is_too_large_to_read_again_keeps_its_text(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_runs, "MAX_SLIDE_BYTES", 10)
+    assert "Rev enue" in parse("a.pptx", _slide(("Rev", ""), ("enue", ""))).pages[1].markdown
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,11 @@ def _refuse_entities(*_declaration: object) -> None:
 
 def _paragraphs(archive: zipfile.ZipFile, name: str) -> str:
     """Return the text of a Word or PowerPoint part, a blank line between paragraphs."""
+    return "\n\n".join(read_paragraphs(archive, name))
+
+
+def read_paragraphs(archive: zipfile.ZipFile, name: str) -> list[str]:
+    """Return the paragraphs of a Word or PowerPoint part that have text, any blanks in them as one space."""
     paragraphs: list[str] = []
     run: list[str] = []
     inside = [False]
@@ -109,7 +114,7 @@ def _paragraphs(archive: zipfile.ZipFile, name: str) -> str:
             run.append(data)
 
     PartReader(start, end, text).read(archive, name)
-    return "\n\n".join(filter(None, paragraphs))
+    return list(filter(None, paragraphs))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from jobs.adapters.parsers.pdf_edges import PageEdges
 from jobs.adapters.parsers.pdf_streams import refuse_bombs
 from jobs.adapters.parsers.source import NoText, Parser, Source, versioned
 from models.documents import ParsedFile, ParsedPage
@@ -34,6 +35,7 @@ def parse_with_liteparse(source: Source) -> ParsedFile:
         output_format="markdown",
         image_mode="off",
         extract_links=False,
+        keep_headers_footers=True,  # its own rule takes rows of tables for repetitions, as it ignores digits
         continue_on_page_error=True,
         max_pages=source.page_limit,
         quiet=True,
@@ -42,11 +44,13 @@ def parse_with_liteparse(source: Source) -> ParsedFile:
     parts = [parser.parse(data)] if count <= PART_PAGES else (part.result for part in parser.parse_batches(data, PART_PAGES))
     pages: list[ParsedPage] = []
     failed: list[int] = []
+    edges = PageEdges()
     for part in parts:
-        made = tuple(ParsedPage(page.page_num, _without_empty_fence(page.markdown) or page.text) for page in part.pages)
+        made = [ParsedPage(page.page_num, _without_empty_fence(page.markdown) or page.text) for page in part.pages]
+        made = edges.without_running_lines(made)
         failed += [error.page_num for error in part.page_errors]
         if count > PART_PAGES:
-            source.hand_over(ParsedFile(made, versioned("liteparse"), metadata={"page_count": count}))
+            source.hand_over(ParsedFile(tuple(made), versioned("liteparse"), metadata={"page_count": count}))
         pages += made
     return _checked(source, pages, versioned("liteparse"), metadata, failed)
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from jobs.adapters.parsers.office import with_content
+from jobs.adapters.parsers.slide_runs import run_joiner
 from jobs.adapters.parsers.source import Parser, Source, versioned
 from jobs.adapters.parsers.word_margins import with_margins
 from models.documents import ParsedFile, ParsedPage
@@ -54,16 +55,17 @@ def parse_sheets(source: Source) -> ParsedFile:
 def parse_slides(source: Source) -> ParsedFile:
     """Return a presentation: a page for each slide, its speaker notes at the end."""
     found = _extract(source, pages=True)
+    joined = run_joiner(source)
     pages = []
     for page in found.pages or [None]:
         if page is None:
-            pages.append(ParsedPage(1, found.content))
+            pages.append(ParsedPage(1, joined(found.content)))
             continue
         notes = (page.speaker_notes or "").strip()
         content = _UNDERLINE.sub("", page.content)
         if notes and notes not in content:
             content = f"{content.rstrip()}\n\n{notes}\n".lstrip("\n")
-        pages.append(ParsedPage(page.page_number, content, page.section_name))
+        pages.append(ParsedPage(page.page_number, joined(content), page.section_name))
     kept, cut = source.within_limit(tuple(pages), what="slides")
     return ParsedFile(kept, versioned("xberg"), metadata=_metadata(found) | cut)
 
