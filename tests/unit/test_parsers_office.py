@@ -71,6 +71,52 @@ def test_calamine_agrees_with_xberg(parse: Parse, only: Callable[..., None]) -> 
     assert found.pages == expected.pages
 
 
+VALUES = [
+    ("4111111111111111", ""),
+    ("12345678901234567", ""),
+    ("-1234567.5", ""),
+    ("1E-07", ""),
+    ("1", "b"),
+    ("0", "b"),
+    ("1.25347222222222", "hours"),
+    ("-0.25", "hours"),
+    ("45000", "moment"),
+    ("45000.123456789", "moment"),
+]
+"""What stands in a cell's XML, and its format."""
+
+
+def formatted(values: list[tuple[str, str]]) -> bytes:
+    """Return a workbook of one sheet with a column of such cells."""
+    parts = xlsx_parts({"S": [["values"]]})
+    space = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    styles = ("", "hours", "moment")
+    cells = "".join(
+        f'<row r="{row}"><c r="A{row}" ' + ('t="b"' if style == "b" else f's="{styles.index(style)}"') + f"><v>{value}</v></c></row>"
+        for row, (value, style) in enumerate(values, 2)
+    )
+    sheet, relations = "xl/worksheets/sheet1.xml", "xl/_rels/workbook.xml.rels"
+    link = '<Relationship Id="s" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/styles" Target="styles.xml"/>'
+    parts[sheet] = str(parts[sheet]).replace("</sheetData>", f"{cells}</sheetData>")
+    parts[relations] = str(parts[relations]).replace("</Relationships>", f"{link}</Relationships>")
+    parts["xl/styles.xml"] = (
+        f'<styleSheet {space}><numFmts count="1"><numFmt numFmtId="170" formatCode="[h]:mm"/></numFmts><cellXfs count="3">'
+        '<xf numFmtId="0"/><xf numFmtId="170" applyNumberFormat="1"/><xf numFmtId="22" applyNumberFormat="1"/></cellXfs></styleSheet>'
+    )
+    return package(parts)
+
+
+def test_numbers_durations_and_booleans_read_the_same_with_both_parsers(parse: Parse, only: Callable[..., None]) -> None:
+    expected = parse("a.xlsx", formatted(VALUES)).pages
+    only(FileType.EXCEL, office.CALAMINE)
+    found = parse("a.xlsx", formatted(VALUES)).pages
+    assert found == expected
+    assert [line.strip("| ") for line in found[0].markdown.strip().split("\n")[4:]] == [
+        *("4111111111111111", "12345678901234568", "-1234567.5", "0.0000001", "true", "false"),
+        *("30:05:00", "-6:00:00", "2023-03-15", "2023-03-15 02:57:46"),
+    ]
+
+
 def test_slides_are_pages_in_order(parse: Parse) -> None:
     parsed = parse("a.pptx", pptx(*(f"slide number {n}" for n in range(1, 13))))
     assert [page.number for page in parsed.pages] == list(range(1, 13))
