@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.adapters import parsers
+from jobs.adapters.markdown import read_structure
 from jobs.adapters.parsers import office, ooxml, parse_file
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
@@ -46,6 +47,31 @@ def test_a_word_document_keeps_headings_and_has_no_pages(parse: Parse) -> None:
     assert "# Report" in parsed.pages[0].markdown
     assert "Größe & \\<Maß\\>" in parsed.pages[0].markdown
     assert parsed.parser.startswith("xberg ")
+
+
+def rtf(*paragraphs: str) -> bytes:
+    return ("{\\rtf1\\ansi " + "".join(f"{text}\\par " for text in paragraphs) + "}").encode()
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.docx", docx), ("a.rtf", rtf)])
+def test_a_paragraph_that_begins_with_a_hash_is_no_heading_and_other_hashes_stay_bare(
+    parse: Parse, name: str, write: Callable[..., bytes]
+) -> None:
+    text = parse(name, write(" # of units in C#", "## deep", "#", "C# and F#", "#tag 1", "- dash")).pages[0].markdown
+    assert [line.strip() for line in text.split("\n") if line] == [
+        "\\# of units in C#",
+        "\\## deep",
+        "\\#",
+        "C# and F#",
+        "#tag 1",
+        "- dash",
+    ]
+    assert not read_structure(text).headings
+
+
+def test_a_word_documents_headings_and_backslashes_stay_as_they_are(parse: Parse) -> None:
+    text = parse("a.docx", docx("# Our C# code", "C:\\# new", "x")).pages[0].markdown
+    assert text.strip().split("\n\n") == ["# Our C# code", "C:\\\\# new", "x"]
 
 
 def test_sheets_are_pages_labelled_and_headed_by_their_names(parse: Parse) -> None:
