@@ -18,7 +18,7 @@ MAX_HEADING_CHARACTERS = 300
 """A heading's text is cut here, so that a megabyte behind a `#` stays harmless."""
 MAX_FRONT_MATTER_LINES = 200
 
-_FENCE = re.compile(r"(`{3,}+|~{3,}+)([^`]*+)$")
+_FENCE = re.compile(r"(`{3,}+(?=[^`]*+$)|~{3,}+)(.*+)$")
 _ATX = re.compile(r"(#{1,6}+)(?:[ \t]|$)")
 _NOT_A_PARAGRAPH = re.compile(r"[>|]|[-*+][ \t]|[0-9]{1,9}[.)][ \t]")
 _LINK = re.compile(r"!?\[([^\[\]]*+)\]\([^()]*+\)")
@@ -171,11 +171,17 @@ def _front_matter_lines(lines: _Lines) -> int:
 
 
 def _fence_lines(lines: _Lines, at: int, mark: str) -> int:
+    """Return how many lines a code block has. What is indented 4 more than the opening line, as code may be, does not close it."""
+    limit = _indentation(lines[at]) + 4
     for index in range(at + 1, len(lines)):
         text = lines[index].strip()
-        if text.startswith(mark) and not text.strip(mark[0]):
+        if text.startswith(mark) and not text.strip(mark[0]) and _indentation(lines[index]) < limit:
             return index + 1 - at
     return len(lines) - at
+
+
+def _indentation(line: str) -> int:
+    return len(line[: len(line) - len(line.lstrip())].expandtabs(4))
 
 
 def _heading_text(text: str) -> str:

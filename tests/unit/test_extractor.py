@@ -382,6 +382,24 @@ def test_structure_sees_blocks_as_markdown_does() -> None:
     assert plain("![pic](x) [word](y) snake_case _it_ ~~no~~ \\*") == "pic word snake_case it no *"
 
 
+@pytest.mark.parametrize(
+    ("block", "info"),
+    [
+        ("```\n    ```\n# code\n\t~~~\n```\n", ""),
+        ("   ```sh\n# code\n      ```\n", "sh"),
+        ("~~~ a `b` c\n# code\n~~~~\n", "a `b` c"),
+        ("````\n```\n# code\n````\n", ""),
+    ],
+    ids=["indented inside", "in a list", "info with backticks", "shorter inside"],
+)
+def test_a_code_block_ends_where_markdown_ends_it(block: str, info: str) -> None:
+    text = f"{block}# After\n"
+    structure = read_structure(text)
+    assert [(text[fence.start : fence.end], fence.info) for fence in structure.fences] == [(block, info)]
+    assert [heading.text for heading in structure.headings] == ["After"]
+    assert not read_structure("``` a`b\n").fences
+
+
 def test_real_documents_fit_the_schema() -> None:
     corpus = Path(os.environ.get("DOCMILL_CORPUS", ROOT.parent / "shared" / "corpus"))
     if not corpus.is_dir():
