@@ -400,6 +400,54 @@ def test_a_code_block_ends_where_markdown_ends_it(block: str, info: str) -> None
     assert not read_structure("``` a`b\n").fences
 
 
+@pytest.mark.parametrize(
+    "front",
+    [
+        "---\nkey: value\n---\n",
+        "---\n# a comment\n\ntags:\n- a\n- b\n...\n",
+        "---\n- a\nkey:\n  # of units\n---\n",
+        "\n---\nkey: value\n---\n",
+        '+++\n# a comment\ntitle = "x"\n[menu]\n+++\n',
+    ],
+    ids=["key first", "comment first", "list first", "blank before", "toml"],
+)
+def test_front_matter_is_no_text(front: str) -> None:
+    structure = read_structure(f"{front}# Text\n")
+    assert structure.front_matter_end == len(front)
+    assert [heading.text for heading in structure.headings] == ["Text"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---\n# Text\nDate: 2020\nand a sentence.\n\n---\n",
+        "---\n\n# Text\nDate: 2020\n\n---\n",
+        "\n---\n# Text\nNote: this\nis prose.\n\n---\n",
+        "+++\n# Text\n+++\n",
+        "---\n# Text\nDate: 2020\n",
+    ],
+)
+def test_text_between_rules_is_no_front_matter(text: str) -> None:
+    structure = read_structure(text)
+    assert (structure.front_matter_end, [heading.text for heading in structure.headings]) == (0, ["Text"])
+
+
+def test_a_title_is_found_in_front_matter_of_both_kinds() -> None:
+    for front in ('---\n# a comment\ntitle: "The title"\n---\n', '+++\ndraft = true\ntitle = "The title"\n+++\n'):
+        assert extract(f"{front}# Text\n")["title"] == {"text": "The title", "source": "front_matter"}
+
+
+@pytest.mark.parametrize(
+    "block",
+    ["<!--\n# old\n\nOld\n---\n\n-->\n", "<!-- # x --> \n", "<PRE class='x'>\n# code\n\n```\n</pre>\n", "  <pre>\n| a |\n|---|\n</PRE>\n"],
+)
+def test_comments_and_preformatted_html_have_no_blocks(block: str) -> None:
+    structure = read_structure(f"Text\n\n{block}# After\n\n<!-- x\n\n<pre>\n# Last\n")
+    assert [heading.text for heading in structure.headings] == ["After", "Last"], "what never ends is no block"
+    assert not structure.fences + structure.tables
+    assert not read_structure("<presto>\n").headings and len(read_structure("<presto>\n# a\n</pre>").headings) == 1
+
+
 def test_real_documents_fit_the_schema() -> None:
     corpus = Path(os.environ.get("DOCMILL_CORPUS", ROOT.parent / "shared" / "corpus"))
     if not corpus.is_dir():

@@ -32,6 +32,7 @@ _ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
 _WORD = re.compile(r"[^\W_]++")
 _WORD_BYTES = bytes(byte if bytes([byte]).decode("cp1252", "replace").isalnum() else 32 for byte in range(256))
 _LINE = re.compile(r"\S[^\n]{0,999}+")
+_FRONT_TITLE = re.compile(r"(?m)^title(?::|[ \t]*+=)(.*+)")
 _EMPTY_TITLE = re.compile(
     r"(?i)(?:microsoft (?:word|excel|powerpoint)\b.*|untitled|unbenannt|unknown|document ?[0-9]*|(?:slide|folie|sheet|tabelle) ?[0-9]*)"
 )
@@ -125,11 +126,11 @@ def _distinct(name: str, facts: Iterable[tuple[int | None, dict[str, Any]]], tru
 
 def _title(markdown: str, structure: Structure, file_name: str, parse_metadata: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the first title there is: front matter, what the file says of itself, first heading, first line, file name."""
-    front = next((line.partition(":")[2] for line in markdown[: structure.front_matter_end].split("\n") if line.startswith("title:")), "")
+    front = _FRONT_TITLE.search(markdown, 0, structure.front_matter_end)
     own = parse_metadata.get("title")
     heading = next((heading.text for heading in structure.headings if heading.text), "")
     candidates = (
-        ("front_matter", front.strip().strip("\"'")),
+        ("front_matter", front[1].strip().strip("\"'") if front else ""),
         ("metadata", own if isinstance(own, str) else ""),
         ("heading", heading),
         ("first_line", _first_line(markdown, structure)),
