@@ -98,8 +98,11 @@ class _Lines:
         return bisect_right(self.starts, offset) - 1
 
 
-def read_structure(markdown: str) -> Structure:
-    """Return where the blocks lie. Any text is valid; an unclosed fence runs to the end, as in CommonMark."""
+def read_structure(markdown: str, *, headings: bool = True) -> Structure:
+    """Return where the blocks lie. Any text is valid; an unclosed fence runs to the end, as in CommonMark.
+
+    Without `headings` no line is one, as in program code.
+    """
     found = Structure()
     lines = _Lines(markdown)
     at = _front_matter_lines(lines)
@@ -124,12 +127,12 @@ def read_structure(markdown: str) -> Structure:
             paragraph = 0
         elif text[0] == "<" and (html := _html_lines(lines, at, unclosed)):
             used, paragraph = html, 0
-        elif text[0] == "#" and (atx := _ATX.match(text)):
+        elif headings and text[0] == "#" and (atx := _ATX.match(text)):
             title = _heading_text(text[atx.end() :])
             found.headings.append(Heading(len(atx.group(1)), title, offset, lines.starts[at + 1]))
             paragraph = 0
         elif text[0] in "=-" and not text.strip(text[0]):
-            if paragraph == 1:
+            if headings and paragraph == 1:
                 level, title = 1 if text[0] == "=" else 2, _heading_text(lines[at - 1])
                 found.headings.append(Heading(level, title, lines.starts[at - 1], lines.starts[at + 1]))
             paragraph = 0

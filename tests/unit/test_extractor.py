@@ -468,3 +468,15 @@ async def test_the_stage_fills_raw_extraction_from_a_child_process() -> None:
         await sandbox.aclose()
     assert done.raw_extraction == extract_locally(INVOICE, (), "invoice.pdf", {"title": "Own"})
     assert done == replace(document, raw_extraction=done.raw_extraction)
+
+
+async def test_the_outline_of_code_has_no_comments() -> None:
+    sandbox = ProcessSandbox(children=1)
+    tools = cast("Tools", SimpleNamespace(extractor=None, paid=None, sandbox=sandbox))
+    text = "# the limit in units\nlimit: 5\n"
+    document = Document("d", 1, "u", "app.yml", "p", Milestone.EMBEDDINGS_STORED, markdown=text, mime_type="text/plain")
+    try:
+        code, note = [await extract_stage.run(replace(document, file_name=name), tools) for name in ("app.yml", "app.txt")]
+    finally:
+        await sandbox.aclose()
+    assert [len((done.raw_extraction or {})["outline"]) for done in (code, note)] == [0, 1]

@@ -39,10 +39,15 @@ _EMPTY_TITLE = re.compile(
 _FILE_ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 
-def extract_locally(markdown: str, pages: Sequence[PageMark], file_name: str, parse_metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what can be read off a document, in the shape of `docs/raw_extraction.schema.json`. Any text is valid; raises nothing."""
+def extract_locally(
+    markdown: str, pages: Sequence[PageMark], file_name: str, parse_metadata: Mapping[str, Any], *, headings: bool = True
+) -> dict[str, Any]:
+    """Return what can be read off a document, in the shape of `docs/raw_extraction.schema.json`. Any text is valid; raises nothing.
+
+    Without `headings` no line is one, as in program code.
+    """
     markdown = _storable(markdown)
-    structure = read_structure(markdown)
+    structure = read_structure(markdown, headings=headings)
     texts = _texts(markdown, structure, pages)
     truncated: set[str] = set()
     tables, cut = read_tables(markdown, structure, pages)
