@@ -56,6 +56,16 @@ BY_EXTENSION: dict[str, Kind] = {
     "zip": Kind(FileType.ZIP, "application/zip"),
 }
 
+CODE = frozenset({
+    "asm", "awk", "bash", "bat", "c", "cc", "cfg", "cjs", "clj", "cmake", "cmd", "cnf", "conf", "config", "cpp", "cs", "css", "cxx", "dart",
+    "diff", "dockerfile", "dockerignore", "editorconfig", "el", "env", "erl", "ex", "exs", "fish", "gitattributes", "gitignore", "go",
+    "gradle", "graphql", "groovy", "h", "hcl", "hh", "hpp", "hs", "ini", "java", "jl", "js", "jsx", "ksh", "kt", "kts", "less", "log",
+    "lua", "makefile", "mjs", "mk", "nix", "patch", "php", "pl", "pm", "properties", "proto", "ps1", "psm1", "py", "pyi", "pyw", "r",
+    "rb", "rs", "sass", "scala", "scss", "sh", "sql", "swift", "tcl", "tf", "tfvars", "toml", "ts", "tsx", "vb", "vbs", "vim", "yaml",
+    "yml", "zsh",
+})  # fmt: skip
+"""Extensions, or whole names without one, of text that programs read or write: program code, configuration, logs."""
+
 OPENDOCUMENT: dict[str, Kind] = {
     f"{_ODF}text": BY_EXTENSION["odt"],
     f"{_ODF}text-template": BY_EXTENSION["odt"],
@@ -150,3 +160,14 @@ MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (60, b"BOOKMOBI", "application/x-mobipocket-ebook"),
 )
 """Offset, bytes and MIME type of what docmill recognises only to name it in a refusal."""
+
+
+def is_code(file_name: str) -> bool:
+    """Tell by a file's name whether its text, if it is no more than text, is for programs: a `#` there begins a comment."""
+    name = file_name.strip().replace("\\", "/").rpartition("/")[2]
+    return name.rpartition(".")[2].lower() in CODE
+
+
+def has_headings(file_name: str, mime_type: str | None) -> bool:
+    """Tell whether the text of a file may be read as Markdown's headings."""
+    return mime_type != "text/plain" or not is_code(file_name)

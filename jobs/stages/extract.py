@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.adapters.extractor import EXTRACTOR, extract_locally
 from jobs.adapters.llm import ModelExtractor, with_extraction
+from jobs.adapters.sniff_types import has_headings, is_code
 from jobs.stages import Tools
 from models.documents import Document, OriginalExtraction
 from models.errors import DocmillError
@@ -17,13 +18,15 @@ def fits(document: Document, original: OriginalExtraction) -> bool:
     """Say whether the extraction of the same text under another name is this document's too.
 
     The local extractor falls back on the file's name for a title, and costs nothing: where that, or its version, differs, it runs again.
+    So it does where only one of the names is that of program code, which has no headings.
     """
     found = original.raw_extraction
     extractor = found.get("extractor") or {}
     if extractor.get("name") != EXTRACTOR["name"]:
         return True
     names_file = (found.get("title") or {}).get("source", "file_name") == "file_name"
-    return bool(extractor == EXTRACTOR and (not names_file or original.file_name == document.file_name))
+    same_kind = is_code(original.file_name) == is_code(document.file_name)
+    return bool(extractor == EXTRACTOR and same_kind and (not names_file or original.file_name == document.file_name))
 
 
 def paid_part(original: OriginalExtraction, extractor: ModelExtractor) -> Mapping[str, Any] | None:
@@ -47,7 +50,14 @@ async def run(document: Document, tools: Tools) -> Document:
             if fits(document, original) and (extractor is None or known is not None):
                 return replace(document, raw_extraction=original.raw_extraction, reused_from=original.doc_id)
             reused_from = None if known is None else original.doc_id
-    found = await tools.sandbox.run(extract_locally, document.markdown, document.pages, document.file_name, dict(document.parse_metadata))
+    found = await tools.sandbox.run(
+        extract_locally,
+        document.markdown,
+        document.pages,
+        document.file_name,
+        dict(document.parse_metadata),
+        headings=has_headings(document.file_name, document.mime_type),
+    )
     if known is not None:
         found = {**found, "model_extraction": known}
     elif extractor is not None:

@@ -207,6 +207,26 @@ def test_a_lost_or_altered_passage_does_not_pass_the_check() -> None:
             verify(wrong, markdown, "doc")
 
 
+@pytest.mark.parametrize(
+    ("name", "mime_type", "paths"),
+    [
+        ("deploy.PY", "text/plain", {()}),
+        ("app.yaml", "text/plain", {()}),
+        ("app.d/Dockerfile", "text/plain", {()}),
+        ("notes.txt", "text/plain", {("One",), ("One", "Two")}),
+        ("notes", "text/plain", {("One",), ("One", "Two")}),
+        ("notes.md", "text/markdown", {("One",), ("One", "Two")}),
+        ("page.php", "text/html", {("One",), ("One", "Two")}),
+    ],
+)
+async def test_comments_in_code_and_configuration_are_no_headings(name: str, mime_type: str, paths: set[tuple[str, ...]]) -> None:
+    tools = cast("Tools", SimpleNamespace(settings=SimpleNamespace(chunk_size=200, chunk_overlap=20)))
+    text = f"# One\n\n{SENTENCE * 5}\n\nTwo\n---\n\n{SENTENCE * 5}\n"
+    done = await run(Document("doc", 1, "u", name, "p", Milestone.PARSE_VALIDATED, markdown=text, mime_type=mime_type), tools)
+    assert {chunk.heading_path for chunk in done.chunks or ()} == paths
+    assert all(chunk.content == text[chunk.char_start : chunk.char_end] for chunk in done.chunks or ())
+
+
 async def test_the_stage_cuts_by_the_settings_and_refuses_a_text_without_characters() -> None:
     tools = cast("Tools", SimpleNamespace(settings=SimpleNamespace(chunk_size=200, chunk_overlap=20)))
     pages = (PageMark(1, 0), PageMark(2, 300))

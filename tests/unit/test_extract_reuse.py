@@ -39,6 +39,7 @@ def test_what_the_file_name_or_another_version_would_change_is_worked_out_again(
 
 def test_a_copied_extraction_is_what_the_local_extractor_would_find() -> None:
     texts = ["# Notice\n\nPay 10.00 EUR by 2026-01-05.", "just a line of words", "|a|b|\n|---|---|\n|1|2|", "1 2 3"]
+    assert not fits(document("b.py"), OriginalExtraction("o", "a.md", LOCAL)), "a comment in code is no heading"
     for text in texts:
         found = extract_locally(text, (), "a.md", {})
         if fits(document("b.txt"), OriginalExtraction("o", "a.md", found)):

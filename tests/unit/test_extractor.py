@@ -382,6 +382,72 @@ def test_structure_sees_blocks_as_markdown_does() -> None:
     assert plain("![pic](x) [word](y) snake_case _it_ ~~no~~ \\*") == "pic word snake_case it no *"
 
 
+@pytest.mark.parametrize(
+    ("block", "info"),
+    [
+        ("```\n    ```\n# code\n\t~~~\n```\n", ""),
+        ("   ```sh\n# code\n      ```\n", "sh"),
+        ("~~~ a `b` c\n# code\n~~~~\n", "a `b` c"),
+        ("````\n```\n# code\n````\n", ""),
+    ],
+    ids=["indented inside", "in a list", "info with backticks", "shorter inside"],
+)
+def test_a_code_block_ends_where_markdown_ends_it(block: str, info: str) -> None:
+    text = f"{block}# After\n"
+    structure = read_structure(text)
+    assert [(text[fence.start : fence.end], fence.info) for fence in structure.fences] == [(block, info)]
+    assert [heading.text for heading in structure.headings] == ["After"]
+    assert not read_structure("``` a`b\n").fences
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "---\nkey: value\n---\n",
+        "---\n# a comment\n\ntags:\n- a\n- b\n...\n",
+        "---\n- a\nkey:\n  # of units\n---\n",
+        "\n---\nkey: value\n---\n",
+        '+++\n# a comment\ntitle = "x"\n[menu]\n+++\n',
+    ],
+    ids=["key first", "comment first", "list first", "blank before", "toml"],
+)
+def test_front_matter_is_no_text(front: str) -> None:
+    structure = read_structure(f"{front}# Text\n")
+    assert structure.front_matter_end == len(front)
+    assert [heading.text for heading in structure.headings] == ["Text"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---\n# Text\nDate: 2020\nand a sentence.\n\n---\n",
+        "---\n\n# Text\nDate: 2020\n\n---\n",
+        "\n---\n# Text\nNote: this\nis prose.\n\n---\n",
+        "+++\n# Text\n+++\n",
+        "---\n# Text\nDate: 2020\n",
+    ],
+)
+def test_text_between_rules_is_no_front_matter(text: str) -> None:
+    structure = read_structure(text)
+    assert (structure.front_matter_end, [heading.text for heading in structure.headings]) == (0, ["Text"])
+
+
+def test_a_title_is_found_in_front_matter_of_both_kinds() -> None:
+    for front in ('---\n# a comment\ntitle: "The title"\n---\n', '+++\ndraft = true\ntitle = "The title"\n+++\n'):
+        assert extract(f"{front}# Text\n")["title"] == {"text": "The title", "source": "front_matter"}
+
+
+@pytest.mark.parametrize(
+    "block",
+    ["<!--\n# old\n\nOld\n---\n\n-->\n", "<!-- # x --> \n", "<PRE class='x'>\n# code\n\n```\n</pre>\n", "  <pre>\n| a |\n|---|\n</PRE>\n"],
+)
+def test_comments_and_preformatted_html_have_no_blocks(block: str) -> None:
+    structure = read_structure(f"Text\n\n{block}# After\n\n<!-- x\n\n<pre>\n# Last\n")
+    assert [heading.text for heading in structure.headings] == ["After", "Last"], "what never ends is no block"
+    assert not structure.fences + structure.tables
+    assert not read_structure("<presto>\n").headings and len(read_structure("<presto>\n# a\n</pre>").headings) == 1
+
+
 def test_real_documents_fit_the_schema() -> None:
     corpus = Path(os.environ.get("DOCMILL_CORPUS", ROOT.parent / "shared" / "corpus"))
     if not corpus.is_dir():
@@ -402,3 +468,15 @@ async def test_the_stage_fills_raw_extraction_from_a_child_process() -> None:
         await sandbox.aclose()
     assert done.raw_extraction == extract_locally(INVOICE, (), "invoice.pdf", {"title": "Own"})
     assert done == replace(document, raw_extraction=done.raw_extraction)
+
+
+async def test_the_outline_of_code_has_no_comments() -> None:
+    sandbox = ProcessSandbox(children=1)
+    tools = cast("Tools", SimpleNamespace(extractor=None, paid=None, sandbox=sandbox))
+    text = "# the limit in units\nlimit: 5\n"
+    document = Document("d", 1, "u", "app.yml", "p", Milestone.EMBEDDINGS_STORED, markdown=text, mime_type="text/plain")
+    try:
+        code, note = [await extract_stage.run(replace(document, file_name=name), tools) for name in ("app.yml", "app.txt")]
+    finally:
+        await sandbox.aclose()
+    assert [len((done.raw_extraction or {})["outline"]) for done in (code, note)] == [0, 1]

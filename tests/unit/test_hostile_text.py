@@ -57,6 +57,8 @@ SHAPES = {
     "escapes": "\\" * MANY + "x",
     "tags that never close": "<a " * (MANY // 3),
     "fences that never close": "".join("`" * (3 + number % 50) + "\n" for number in range(MANY // 28)),
+    "comments and preformatted text that never close": "<!--\n<pre>\n" * (MANY // 11),
+    "comments": "<!--\n-->\n" * (MANY // 9),
     "headings": "###### a\n" * (MANY // 9),
     "one heading": "# " + "word " * (MANY // 10) + "\n\n" + SENTENCE * (MANY // 2 // len(SENTENCE)),
     "one section": "# Title\n\n" + SENTENCE * (MANY // len(SENTENCE)),

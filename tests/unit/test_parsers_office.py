@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.adapters import parsers
+from jobs.adapters.markdown import read_structure
 from jobs.adapters.parsers import office, ooxml, parse_file, slide_runs
 from jobs.adapters.sniff import sniff
 from jobs.adapters.stored_file import StoredFile
@@ -50,6 +51,31 @@ def test_a_word_document_keeps_headings_and_has_no_pages(parse: Parse) -> None:
     assert parsed.parser.startswith("xberg ")
 
 
+def rtf(*paragraphs: str) -> bytes:
+    return ("{\\rtf1\\ansi " + "".join(f"{text}\\par " for text in paragraphs) + "}").encode()
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.docx", docx), ("a.rtf", rtf)])
+def test_a_paragraph_that_begins_with_a_hash_is_no_heading_and_other_hashes_stay_bare(
+    parse: Parse, name: str, write: Callable[..., bytes]
+) -> None:
+    text = parse(name, write(" # of units in C#", "## deep", "#", "C# and F#", "#tag 1", "- dash")).pages[0].markdown
+    assert [line.strip() for line in text.split("\n") if line] == [
+        "\\# of units in C#",
+        "\\## deep",
+        "\\#",
+        "C# and F#",
+        "#tag 1",
+        "- dash",
+    ]
+    assert not read_structure(text).headings
+
+
+def test_a_word_documents_headings_and_backslashes_stay_as_they_are(parse: Parse) -> None:
+    text = parse("a.docx", docx("# Our C# code", "C:\\# new", "x")).pages[0].markdown
+    assert text.strip().split("\n\n") == ["# Our C# code", "C:\\\\# new", "x"]
+
+
 def test_sheets_are_pages_labelled_and_headed_by_their_names(parse: Parse) -> None:
     parsed = parse("a.xlsx", xlsx(Prices=[["item", "price"], ["tea", 2.5], ["a|b", "=1+1"]], Sheet2=[], Notes=[["remember"]]))
     assert [(page.number, page.label) for page in parsed.pages] == [(1, "Prices"), (3, "Notes")]
@@ -71,6 +97,52 @@ def test_calamine_agrees_with_xberg(parse: Parse, only: Callable[..., None]) -> 
     found = parse("a.xlsx", data)
     assert found.parser.startswith("python-calamine ")
     assert found.pages == expected.pages
+
+
+VALUES = [
+    ("4111111111111111", ""),
+    ("12345678901234567", ""),
+    ("-1234567.5", ""),
+    ("1E-07", ""),
+    ("1", "b"),
+    ("0", "b"),
+    ("1.25347222222222", "hours"),
+    ("-0.25", "hours"),
+    ("45000", "moment"),
+    ("45000.123456789", "moment"),
+]
+"""What stands in a cell's XML, and its format."""
+
+
+def formatted(values: list[tuple[str, str]]) -> bytes:
+    """Return a workbook of one sheet with a column of such cells."""
+    parts = xlsx_parts({"S": [["values"]]})
+    space = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    styles = ("", "hours", "moment")
+    cells = "".join(
+        f'<row r="{row}"><c r="A{row}" ' + ('t="b"' if style == "b" else f's="{styles.index(style)}"') + f"><v>{value}</v></c></row>"
+        for row, (value, style) in enumerate(values, 2)
+    )
+    sheet, relations = "xl/worksheets/sheet1.xml", "xl/_rels/workbook.xml.rels"
+    link = '<Relationship Id="s" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/styles" Target="styles.xml"/>'
+    parts[sheet] = str(parts[sheet]).replace("</sheetData>", f"{cells}</sheetData>")
+    parts[relations] = str(parts[relations]).replace("</Relationships>", f"{link}</Relationships>")
+    parts["xl/styles.xml"] = (
+        f'<styleSheet {space}><numFmts count="1"><numFmt numFmtId="170" formatCode="[h]:mm"/></numFmts><cellXfs count="3">'
+        '<xf numFmtId="0"/><xf numFmtId="170" applyNumberFormat="1"/><xf numFmtId="22" applyNumberFormat="1"/></cellXfs></styleSheet>'
+    )
+    return package(parts)
+
+
+def test_numbers_durations_and_booleans_read_the_same_with_both_parsers(parse: Parse, only: Callable[..., None]) -> None:
+    expected = parse("a.xlsx", formatted(VALUES)).pages
+    only(FileType.EXCEL, office.CALAMINE)
+    found = parse("a.xlsx", formatted(VALUES)).pages
+    assert found == expected
+    assert [line.strip("| ") for line in found[0].markdown.strip().split("\n")[4:]] == [
+        *("4111111111111111", "12345678901234568", "-1234567.5", "0.0000001", "true", "false"),
+        *("30:05:00", "-6:00:00", "2023-03-15", "2023-03-15 02:57:46"),
+    ]
 
 
 def test_slides_are_pages_in_order(parse: Parse) -> None:

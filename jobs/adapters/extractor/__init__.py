@@ -32,16 +32,22 @@ _ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
 _WORD = re.compile(r"[^\W_]++")
 _WORD_BYTES = bytes(byte if bytes([byte]).decode("cp1252", "replace").isalnum() else 32 for byte in range(256))
 _LINE = re.compile(r"\S[^\n]{0,999}+")
+_FRONT_TITLE = re.compile(r"(?m)^title(?::|[ \t]*+=)(.*+)")
 _EMPTY_TITLE = re.compile(
     r"(?i)(?:microsoft (?:word|excel|powerpoint)\b.*|untitled|unbenannt|unknown|document ?[0-9]*|(?:slide|folie|sheet|tabelle) ?[0-9]*)"
 )
 _FILE_ENDING = re.compile(r"\.[A-Za-z0-9]{1,5}$")
 
 
-def extract_locally(markdown: str, pages: Sequence[PageMark], file_name: str, parse_metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what can be read off a document, in the shape of `docs/raw_extraction.schema.json`. Any text is valid; raises nothing."""
+def extract_locally(
+    markdown: str, pages: Sequence[PageMark], file_name: str, parse_metadata: Mapping[str, Any], *, headings: bool = True
+) -> dict[str, Any]:
+    """Return what can be read off a document, in the shape of `docs/raw_extraction.schema.json`. Any text is valid; raises nothing.
+
+    Without `headings` no line is one, as in program code.
+    """
     markdown = _storable(markdown)
-    structure = read_structure(markdown)
+    structure = read_structure(markdown, headings=headings)
     texts = _texts(markdown, structure, pages)
     truncated: set[str] = set()
     tables, cut = read_tables(markdown, structure, pages)
@@ -125,11 +131,11 @@ def _distinct(name: str, facts: Iterable[tuple[int | None, dict[str, Any]]], tru
 
 def _title(markdown: str, structure: Structure, file_name: str, parse_metadata: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the first title there is: front matter, what the file says of itself, first heading, first line, file name."""
-    front = next((line.partition(":")[2] for line in markdown[: structure.front_matter_end].split("\n") if line.startswith("title:")), "")
+    front = _FRONT_TITLE.search(markdown, 0, structure.front_matter_end)
     own = parse_metadata.get("title")
     heading = next((heading.text for heading in structure.headings if heading.text), "")
     candidates = (
-        ("front_matter", front.strip().strip("\"'")),
+        ("front_matter", front[1].strip().strip("\"'") if front else ""),
         ("metadata", own if isinstance(own, str) else ""),
         ("heading", heading),
         ("first_line", _first_line(markdown, structure)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from dataclasses import replace
+from decimal import Decimal
 from io import BytesIO
 from typing import Any
 
@@ -78,11 +79,30 @@ def _row(values: list[Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
-        return value.date().isoformat()
+    """Return a value as xberg writes it, so that a workbook reads the same whatever its size decides on."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return _digits(value)
+    if isinstance(value, datetime.timedelta):
+        return _duration(value)
+    if isinstance(value, datetime.datetime):
+        return value.date().isoformat() if value.time() == datetime.time() else value.isoformat(" ", "seconds")
+    if isinstance(value, datetime.time):
+        return value.isoformat("seconds")
     return str(value).strip()
+
+
+def _digits(value: float) -> str:
+    """Return a number without exponent: people look for a card or account number by its digits."""
+    return format(Decimal(repr(value)), "f").removesuffix(".0")
+
+
+def _duration(value: datetime.timedelta) -> str:
+    """Return hours, which may be more than a day has, minutes and seconds."""
+    seconds = round(abs(value).total_seconds())
+    sign = "-" if value < datetime.timedelta() and seconds else ""
+    return f"{sign}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 MAMMOTH = Parser("mammoth", parse_docx)

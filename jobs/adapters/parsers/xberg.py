@@ -23,14 +23,19 @@ _SAME_MARKS = re.compile(r"(\[\^[\w-]{1,40}\])\1+")
 """xberg marks a note's place once for each run of text that the mark is split into."""
 _FRAME = re.compile(r"(?:[\s|]|(?<![^\s|])-{3,}(?![^\s|]))*+")
 """What a sheet of blank cells becomes: the lines of a table around nothing. A blank slide stays the rule that stands for its title."""
+_ESCAPED = re.compile(r"(?m)^(?P<indent> {0,3})(?P<mark>(?:\\#){1,6}+)(?=[ \t]|$)|^\\(?=-)|\\(?P<needless>#)|\\.")
+"""What xberg escapes. The last branch steps over a backslash of the text itself, which is written as two."""
+_EPUB = "application/epub+zip"
 MAX_CELLS = 20_000_000
 MAX_CONTENT_BYTES = 400 * 1024 * 1024
 
 
 def parse_document(source: Source) -> ParsedFile:
     """Return a flowing document (Word, RTF, OpenDocument text, EPUB, Outlook message) as one piece; its pages are not reliable."""
-    found = _extract(source, pages=False)
-    content = _SAME_MARKS.sub(r"\1", _COMMENT_MARK.sub(r"[^cmt\1]", found.content))
+    escaped = source.mime_type != _EPUB  # in a book xberg escapes what could be a heading anyway, and no program code
+    found = _extract(source, pages=False, escaped=escaped)
+    content = _ESCAPED.sub(_as_needed, found.content) if escaped else found.content
+    content = _SAME_MARKS.sub(r"\1", _COMMENT_MARK.sub(r"[^cmt\1]", content))
     metadata = _metadata(found)
     content, warnings = with_margins(source, content)  # xberg reads the body of a Word file alone, whatever its content filter says
     if warnings:
@@ -70,14 +75,23 @@ def parse_slides(source: Source) -> ParsedFile:
     return ParsedFile(kept, versioned("xberg"), metadata=_metadata(found) | cut)
 
 
-def _extract(source: Source, *, pages: bool) -> Any:
+def _as_needed(escape: re.Match[str]) -> str:
+    """Return an escape as it stays: one backslash where a paragraph would become a heading, none in `C#`, `#1` and `- dash`."""
+    if escape["mark"]:
+        return f"{escape['indent']}\\{escape['mark'].replace(chr(92), '')}"
+    if escape[0] == "\\":
+        return ""
+    return escape["needless"] or escape[0]
+
+
+def _extract(source: Source, *, pages: bool, escaped: bool = False) -> Any:
     import xberg  # noqa: PLC0415 - 100 MB of native code, loaded in the child only
 
     config = xberg.ExtractionConfig(
         use_cache=False,
         disable_ocr=True,
         output_format="markdown",
-        escape_markdown=False,
+        escape_markdown=escaped,
         images=xberg.ImageExtractionConfig(extract_images=False, inject_placeholders=False, run_ocr_on_images=False),
         content_filter=xberg.ContentFilterConfig(
             include_headers=True, include_footers=True, include_footnotes=True, strip_repeating_text=False

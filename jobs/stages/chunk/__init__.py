@@ -19,6 +19,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from jobs.adapters.markdown import Structure, cells, page_at, plain, read_structure, table_at
+from jobs.adapters.sniff_types import has_headings
 from jobs.adapters.usage import beside
 from jobs.stages import Tools
 from jobs.stages.chunk.spans import Span, body_start, overlap_start, spans
@@ -41,11 +42,11 @@ def chunk_id(doc_id: str, index: int, content_sha256: str) -> UUID:
     return uuid5(CHUNK_NAMESPACE, f"{doc_id}\n{index}\n{content_sha256}")
 
 
-def cut(markdown: str, pages: Sequence[PageMark], *, doc_id: str, size: int, overlap: int) -> tuple[Chunk, ...]:
+def cut(markdown: str, pages: Sequence[PageMark], *, doc_id: str, size: int, overlap: int, headings: bool = True) -> tuple[Chunk, ...]:
     """Return the passages of a text in order, none for one without a visible character. The same input gives the same passages.
 
-    `pages` are in order of offset. Raises ConfigurationError for a size or overlap that makes no sense, PermanentError if the result
-    is not whole (see `verify`).
+    `pages` are in order of offset. Without `headings` no line is one, as in program code. Raises ConfigurationError for a size or
+    overlap that makes no sense, PermanentError if the result is not whole (see `verify`).
     """
     if size < MIN_CHUNK_SIZE or not 0 <= overlap < size:
         raise ConfigurationError(
@@ -54,7 +55,7 @@ def cut(markdown: str, pages: Sequence[PageMark], *, doc_id: str, size: int, ove
         )
     if not markdown.strip():
         return ()
-    structure = read_structure(markdown)
+    structure = read_structure(markdown, headings=headings)
     trail = _HeadingTrail(structure)
     chunks: list[Chunk] = []
     headers: dict[int, list[str]] = {}
@@ -155,7 +156,8 @@ async def run(document: Document, tools: Tools) -> Document:
     settings = tools.settings
 
     text, size, overlap = document.markdown, settings.chunk_size, settings.chunk_overlap
-    chunks = await beside(text, cut, text, document.pages, doc_id=document.doc_id, size=size, overlap=overlap)
+    headings = has_headings(document.file_name, document.mime_type)
+    chunks = await beside(text, cut, text, document.pages, doc_id=document.doc_id, size=size, overlap=overlap, headings=headings)
     if not chunks:
         raise PermanentError(f"{document.file_name} has no text to cut into passages")
     return replace(document, chunks=chunks)
