@@ -123,9 +123,10 @@ async def look_after_vector_index(timestamp: int) -> str:
     """Look after the index of the model that serves searches."""
     async with app.pool.connection() as conn:
         serving = await one(conn, "serving_model", {})
-    if serving is None:
-        return "not needed"
-    if serving["lies_in"] != "document_chunks":
+        if serving is None:
+            return "not needed"
+        place = await one(conn, "where_served_vectors_lie", {"embedding_model": serving["embedding_model"]})
+    if place is not None and place["table_name"] != "document_chunks":
         return "waiting"  # it is on its way there, and the re-embedding builds the index once all of it has arrived
     outcome = await look_after_index(app.settings, serving["embedding_model"], serving["dimensions"])
     if outcome in ("not allowed", "too wide") and serving["embedding_model"] not in _told:
@@ -159,7 +160,6 @@ async def prune(timestamp: int) -> dict[str, int]:
                 removed = prune_rows(app.settings, conn, stop=app.stopping)
             except SomebodyElsePrunes:
                 return {}
-            conn.execute(query("note_missed_summaries"))
             found = find_orphans(app.settings, conn, part=timestamp // 3600 % PARTS, stop=app.stopping)
             if found.suspicious:
                 logger.warning(

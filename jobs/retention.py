@@ -64,6 +64,8 @@ def prune_rows(
 ) -> dict[str, int]:
     """Remove what the settings let go and return how many rows of what; jobs count without their events, which go with them.
 
+    Summaries that still speak of deleted documents are noted, for a reconciler to renew.
+
     `conn` is in autocommit mode. `stop` is asked between two windows. `dry_run`: everything is done and undone, window by window.
     SomebodyElsePrunes: at once, or when another process has come in between.
     """
@@ -83,6 +85,8 @@ def prune_rows(
                     break
                 params["after"] = row["next"]
                 pause(min(_PAUSE, time.monotonic() - began))
+    if not dry_run:
+        conn.execute(query("note_missed_summaries"))
     return removed
 
 

@@ -1,7 +1,10 @@
 -- What re-embedding asks and does beside the functions of 0010_reembedding.
 
 -- name: serving_model
-SELECT s.embedding_model, s.dimensions, embedding_table(s.embedding_model) AS lies_in FROM serving_embeddings AS s;
+SELECT s.embedding_model, s.dimensions FROM serving_embeddings AS s;
+
+-- name: where_served_vectors_lie
+SELECT embedding_table(%(embedding_model)s) AS table_name;
 
 -- name: reembedding_steps
 SELECT s.step, s.embedding_model, s.reembedding_id FROM reembedding_steps() AS s;

@@ -11,7 +11,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 import sql.migrate
-from sql import query
+from jobs.retention import prune_rows
 from tests.integration.batches import BATCH, accept, add_archive, batch_of, begin, reconciler, seal, summary
 from tests.integration.conftest import Bench
 from tests.summaries import check, shape
@@ -187,9 +187,12 @@ async def test_a_deleted_documents_card_leaves_also_the_summary_of_a_batch_that_
     bench.conn.execute("SELECT delete_document('a')")
     assert (await reconciler(bench).pass_once())["renewed"] == 1
     for _ in range(2):
-        bench.conn.execute(query("note_missed_summaries"))
+        prune_rows(bench.settings, bench.conn, dry_run=True)
+        assert bench.one("SELECT count(*) FROM summaries_to_renew") == (0,)
+    prune_rows(bench.settings, bench.conn)
+    prune_rows(bench.settings, bench.conn)
     assert (await reconciler(bench).pass_once())["renewed"] == 2
-    bench.conn.execute(query("note_missed_summaries"))
+    prune_rows(bench.settings, bench.conn)
     assert bench.one("SELECT count(*) FROM summaries_to_renew") == (0,)
     cards = "SELECT batch_id, jsonb_path_query_array(ui_json, '$.files[*].doc_id') FROM run_summaries ORDER BY 1"
     assert bench.all(cards) == [("b", ["c"]), ("second", ["c"]), ("third", ["c"])]
