@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,18 @@ async def test_pages_that_fail_are_tried_again_alone_and_then_the_setting_decide
     _, markdown, metadata = parsed(outside)
     assert ("second page" in markdown) == (failures == 1)
     assert [page["page"] for page in metadata.get("failed_pages", [])] == ([2] if failures == 2 else [])
+
+
+async def test_a_second_try_of_pages_that_would_cost_too_much_costs_the_document_nothing(
+    outside: Outside, endpoint: LlamaParseServer, sandbox: Any
+) -> None:
+    endpoint.bad_pages = {2: 1}
+    outside.terms = {"max_cost_per_document": Decimal("0.0085")}  # two pages have cost .006, a third would cost .003
+    outside.bench.submit()
+    await outside.work(runner(outside, endpoint, sandbox, partial_parse="keep"))
+    assert outside.state()[1] == "complete"
+    assert [sorted(job.wanted) for job in endpoint.jobs.values()] == [[1, 2, 3]]
+    assert [page["page"] for page in parsed(outside)[2]["failed_pages"]] == [2]
 
 
 @pytest.mark.parametrize("partial", ["keep", "fail"])

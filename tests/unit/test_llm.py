@@ -147,7 +147,7 @@ async def test_an_answer_that_no_request_can_quote_is_repaired_too(server: OpenA
     schema = write(tmp_path, {"type": "object", "properties": {"total": {"type": "number"}}, "required": ["total"]})
     server.say.extend(["half a letter: \ud800", {"total": 950}])
     assert (await extractor(server, schema).extract(DOCUMENT)).repairs == 1
-    assert server.log[1].json()["messages"][2]["content"] == "half a letter: ?"
+    assert server.log[1].json()["messages"][2]["content"] == "half a letter: \ufffd"
 
 
 @pytest.mark.parametrize("fault", ["prose", "wrong_shape"])

@@ -55,7 +55,7 @@ async def complete(service: Service, model: str, messages: Sequence[Message], *,
     if not isinstance(words, str):
         raise _llm_error(service, "gave an answer without content.", usage)
     told = data.get("model")
-    said = Said(words, read_object(words), told if isinstance(told, str) else model)
+    said = Said(_storable(words), read_object(words), told if isinstance(told, str) else model)
     return answer.reply(said, tokens_in=usage[0], tokens_out=usage[1])
 
 

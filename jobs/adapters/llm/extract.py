@@ -107,7 +107,7 @@ class ModelExtractor:
                 break
             if last:
                 raise self._unfit("The answer does not fit EXTRACTION_SCHEMA, and not after one repair", problems)
-            messages = prompt.repair(messages, _sendable(said.words[:LONGEST_REPAIRED]), problems)
+            messages = prompt.repair(messages, said.words[:LONGEST_REPAIRED], problems)
         return replies
 
     def _unfit(self, what: str, problems: list[str]) -> LLMError:
@@ -116,11 +116,6 @@ class ModelExtractor:
     async def aclose(self) -> None:
         """Close the connections."""
         await self.service.aclose()
-
-
-def _sendable(words: str) -> str:
-    """Return words without halves of surrogate pairs, which a model may answer and no request can hold."""
-    return words.encode("utf-8", "replace").decode()
 
 
 def with_extraction(local: Mapping[str, Any], extraction: Extraction) -> dict[str, Any]:
