@@ -110,6 +110,8 @@ VALUES (%(doc)s, 1, 0, gen_random_uuid(), %(text)s, '', '{}', 0, 1, '{}');
 INSERT INTO vector_buffer (doc_id, version, chunk_index, embedding_model, embedding) VALUES (%(doc)s, 1, 0, 'm', %(vector)s);
 INSERT INTO extraction_buffer (doc_id, version, raw_extraction) VALUES (%(doc)s, 1, '{}');
 INSERT INTO hosted_jobs (doc_id, version, part, job_id, service) VALUES (%(doc)s, 1, 'file', %(user)s, 's');
+INSERT INTO extraction_answers (doc_id, version, part, asked_sha256, data, model, repairs, tokens_in, tokens_out)
+VALUES (%(doc)s, 1, 1, '', '{}', 'm', 0, 1, 1);
 INSERT INTO embeddings_to_make (embedding_model, doc_id, passages, is_urgent) VALUES ('other', %(doc)s, 1, TRUE);
 INSERT INTO run_summaries (run_id, batch_id, user_id, ui_json, nested_summary, file_count, success_count, error_count)
 VALUES (%(run)s, %(batch)s, %(user)s, '{}', '{}', 1, 1, 0);
@@ -130,7 +132,15 @@ OF_USERS = (
     "batch_archives", "provider_usage", "procrastinate_jobs", "document_markdown", "cost_totals",
 )  # fmt: skip
 """Of which a person sees rows of their own."""
-IN_FLIGHT = ("chunk_buffer", "vector_buffer", "extraction_buffer", "hosted_jobs", "folder_files", "embeddings_to_make")
+IN_FLIGHT = (
+    "chunk_buffer",
+    "vector_buffer",
+    "extraction_buffer",
+    "hosted_jobs",
+    "extraction_answers",
+    "folder_files",
+    "embeddings_to_make",
+)
 OF_ALL = ("alerts", "alert_conditions", "files_to_remove", "circuit_breakers", "provider_budgets", "reembeddings", "user_logins",
           "relation_rights", "alert_rules", "procrastinate_periodic_defers", "summaries_to_renew")  # fmt: skip
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
 from jobs.adapters.embedders import HostedEmbedder, SizedText
+from jobs.adapters.llm import PartAnswer
 from jobs.leases import Lease
 from jobs.outages import outlive
 from jobs.pipeline.checkpoint import FencedOff, store_vectors
@@ -129,6 +132,23 @@ class Keeping:
     async def drop_job(self, part: JobPart) -> None:
         """Forget a job, or raise FencedOff."""
         await self._write(partial(self._do, "drop_hosted_job", part=part))
+
+    async def kept_answers(self) -> dict[str, PartAnswer]:
+        """Return a model's answers for parts of this version: asked_sha256 -> answer."""
+        document = self._work.document
+        async with self._pool.connection() as conn:
+            found = await rows(conn, "find_kept_answers", {"doc_id": document.doc_id, "version": document.version})
+        self._work.buffered = self._work.buffered or bool(found)
+        return {row.pop("asked_sha256"): PartAnswer(**row) for row in found}
+
+    async def keep_answer(self, part: int, asked_sha256: str, answer: PartAnswer) -> None:
+        """Store a model's answer for a part, or raise FencedOff."""
+        params = {**asdict(answer), "data": Jsonb(answer.data)}
+        await self._write(partial(self._do, "store_answer", part=part, asked_sha256=asked_sha256, **params))
+
+    async def drop_answers(self) -> None:
+        """Forget a model's answers for this version, or raise FencedOff."""
+        await self._write(partial(self._do, "drop_answers"))
 
     async def _do(self, name: str, conn: Connection, **params: Any) -> None:
         document = self._work.document

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from jobs.adapters.embedders import HostedEmbedder, SizedText
     from jobs.adapters.llamaparse import LlamaParse
-    from jobs.adapters.llm import ModelExtractor
+    from jobs.adapters.llm import ModelExtractor, PartAnswer
     from jobs.adapters.sandbox_child import Answer
 
 P = ParamSpec("P")
@@ -153,6 +153,18 @@ class Paid(Protocol):
 
     async def drop_job(self, part: JobPart) -> None:
         """Forget a job that is of no use any more."""
+        ...
+
+    async def kept_answers(self) -> Mapping[str, PartAnswer]:
+        """Return a model's answers for parts of this version: asked_sha256 -> answer."""
+        ...
+
+    async def keep_answer(self, part: int, asked_sha256: str, answer: PartAnswer) -> None:
+        """Make a model's answer for a part durable while the stage goes on."""
+        ...
+
+    async def drop_answers(self) -> None:
+        """Forget a model's answers for this version."""
         ...
 
 

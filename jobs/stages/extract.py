@@ -62,7 +62,7 @@ async def run(document: Document, tools: Tools) -> Document:
         found = {**found, "model_extraction": known}
     elif extractor is not None:
         shares, caller = ((), None) if tools.paid is None else (tools.paid.shares, tools.paid.through(extractor.caller))
-        found = with_extraction(found, await extractor.extract(document.markdown, shares=shares, caller=caller))
+        found = with_extraction(found, await extractor.extract(document.markdown, shares=shares, caller=caller, kept=tools.paid))
     return replace(document, raw_extraction=found, reused_from=reused_from)
 
 

@@ -223,6 +223,8 @@ WITH chunks AS (
     DELETE FROM vector_buffer AS b WHERE b.doc_id = %(doc_id)s
 ), hosted AS (
     DELETE FROM hosted_jobs AS h WHERE h.doc_id = %(doc_id)s
+), answers AS (
+    DELETE FROM extraction_answers AS a WHERE a.doc_id = %(doc_id)s
 )
 DELETE FROM extraction_buffer AS b WHERE b.doc_id = %(doc_id)s;
 

@@ -95,6 +95,24 @@ SET job_id = EXCLUDED.job_id, service = EXCLUDED.service, started_at = EXCLUDED.
 DELETE FROM hosted_jobs AS h
 WHERE h.doc_id = %(doc_id)s AND h.version = %(version)s AND h.part = %(part)s;
 
+-- name: find_kept_answers
+SELECT a.asked_sha256, a.data, a.model, a.repairs, a.tokens_in, a.tokens_out
+FROM extraction_answers AS a
+WHERE a.doc_id = %(doc_id)s AND a.version = %(version)s;
+
+-- name: store_answer
+INSERT INTO extraction_answers AS a (doc_id, version, part, asked_sha256, data, model, repairs, tokens_in, tokens_out)
+VALUES (
+    %(doc_id)s, %(version)s, %(part)s, %(asked_sha256)s, %(data)s, %(model)s, %(repairs)s, %(tokens_in)s, %(tokens_out)s
+)
+ON CONFLICT (doc_id, version, part) DO UPDATE
+SET asked_sha256 = EXCLUDED.asked_sha256, data = EXCLUDED.data, model = EXCLUDED.model, repairs = EXCLUDED.repairs,
+    tokens_in = EXCLUDED.tokens_in, tokens_out = EXCLUDED.tokens_out;
+
+-- name: drop_answers
+DELETE FROM extraction_answers AS a
+WHERE a.doc_id = %(doc_id)s AND a.version = %(version)s;
+
 -- name: store_vectors
 INSERT INTO vector_buffer (doc_id, version, chunk_index, embedding_model, embedding)
 SELECT %(doc_id)s, %(version)s, v.chunk_index, %(embedding_model)s, v.embedding

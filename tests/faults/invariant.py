@@ -60,6 +60,8 @@ LEFT = {
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
     "a hosted job": """SELECT DISTINCT b.doc_id FROM hosted_jobs b JOIN file_extractions d USING (doc_id)
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
+    "an answer for a part": """SELECT DISTINCT b.doc_id FROM extraction_answers b JOIN file_extractions d USING (doc_id)
+        WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
     "a buffered extraction": """SELECT DISTINCT b.doc_id FROM extraction_buffer b JOIN file_extractions d USING (doc_id)
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
 }

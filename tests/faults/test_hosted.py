@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.faults.harness import Arena, text_document
 from tests.faults.invariant import check_invariant
 from tests.servers import LlamaParseServer, OpenAIServer
 from tests.servers.faults import Fault
+from tests.servers.openai import document_of
 
 TEXTS = 16
 KILLS = (3, 7, 8)
@@ -82,6 +84,35 @@ def test_a_kill_in_a_shared_request_pays_at_most_what_was_under_way_twice(arena:
         with arena.connect() as conn:
             assert not check_invariant(conn, set(wanted), {})
         assert arena.one("SELECT count(*) FROM provider_usage WHERE abs(1 - (SELECT sum(s) FROM unnest(shares) AS s)) > 1e-9") == 0
+
+
+def test_a_kill_in_mid_extraction_pays_at_most_one_part_twice(arena: Arena) -> None:
+    with OpenAIServer() as server:
+        arena.environment |= {
+            "EXTRACTION_PROVIDER": "openai", "EXTRACTION_BASE_URL": server.url, "EXTRACTION_MODEL": "m", "EXTRACTION_MAX_TOKENS": "1000",
+            "MAX_CRASHES": "20",
+        }  # fmt: skip
+
+        def killing(number: int, seconds: float) -> Fault | None:
+            if number in KILLS:
+                arena.fault()
+                worker.signal(signal.SIGKILL)
+            return None
+
+        arena.submit({"long": text_document(1, paragraphs=60)})
+        server.script(killing)
+        arena.reconciler()
+        worker = arena.worker(restart=True)
+        arena.settle(240)
+        parts = arena.one("SELECT (raw_extraction->'model_extraction'->>'parts')::integer FROM file_extractions WHERE state = 'complete'")
+        assert parts >= 4
+        asked = Counter(document_of(request.json()) for request in server.log)
+        assert (len(asked), arena.faults) == (parts, len(KILLS))
+        assert asked.total() <= parts + len(KILLS)
+        outcomes = dict(arena.all("SELECT outcome, count(*) FROM provider_usage GROUP BY 1"))
+        assert outcomes == {"ok": parts, "unknown": len(KILLS)}
+        with arena.connect() as conn:
+            assert not check_invariant(conn, {"long"}, {})
 
 
 def test_a_kill_while_the_service_parses_pays_no_page_twice(arena: Arena) -> None:

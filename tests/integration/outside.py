@@ -15,6 +15,7 @@ from jobs.adapters.embedders.hosted import Limits
 from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.llamaparse import LlamaParse
 from jobs.adapters.llm import ModelExtractor, load_shape
+from jobs.adapters.llm.extract import Limits as Parts
 from jobs.breaker import Rules
 from jobs.pipeline.runner import Runner
 from jobs.retry import RetryPlan, StageRetry
@@ -49,9 +50,9 @@ class Outside:
         service = Service("The embedding service", url, SecretStr(key) if key else None, TIMES)
         return HostedEmbedder(service, "m", 32, Limits(max_texts=max_texts), self.front("embedding"))
 
-    def extractor(self, url: str, key: str | None = None) -> ModelExtractor:
+    def extractor(self, url: str, key: str | None = None, schema: str | None = None, **limits: int) -> ModelExtractor:
         service = Service("The extraction service", url, SecretStr(key) if key else None, TIMES)
-        return ModelExtractor(service, "m", load_shape(None), caller=self.front("extraction"))
+        return ModelExtractor(service, "m", load_shape(schema), Parts(**limits), caller=self.front("extraction"))
 
     def parser(self, url: str, key: str | None = None) -> LlamaParse:
         service = Service("LlamaParse", url, SecretStr(key) if key else None, TIMES)

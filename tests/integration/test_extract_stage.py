@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.pipeline.runner import Runner
 from jobs.stages import extract
-from tests.integration.conftest import Bench
+from models.documents import Document
+from tests.integration.conftest import Bench, sha
 from tests.integration.outside import Outside
 from tests.servers import OpenAIServer, faults
+from tests.servers.openai import document_of
+
+LONG = "".join(f"Clause {number}: the tenant pays on the first day of the month.\n\n" for number in range(200))
+THREE = {"max_tokens": 2600}
 
 
 @pytest.fixture
@@ -22,14 +32,25 @@ async def outside(bench: Bench) -> AsyncIterator[Outside]:
     await made.aclose()
 
 
-def runner(outside: Outside, endpoint: OpenAIServer, sandbox: ProcessSandbox, key: str | None = None, **settings: Any) -> Runner:
-    made = outside.runner({"extract": extract.run}, settings=settings, sandbox=sandbox, extractor=outside.extractor(endpoint.url, key))
+def runner(
+    outside: Outside,
+    endpoint: OpenAIServer,
+    sandbox: ProcessSandbox,
+    key: str | None = None,
+    parts: Mapping[str, Any] = {},
+    **settings: Any,
+) -> Runner:
+    """`parts` are a schema and limits of the extractor; with them the text is one that takes three requests."""
+    extractor = outside.extractor(endpoint.url, key, **parts)
+    made = outside.runner({"extract": extract.run}, settings=settings, sandbox=sandbox, extractor=extractor)
+    if parts:
+
+        async def check(document: Document, _: Any) -> Document:
+            return replace(document, markdown=LONG, markdown_sha256=sha(LONG))
+
+        made._runs._stages["check"] = check
 
     async def embed(document: Any, _: Any) -> Any:
-        from dataclasses import replace
-
-        import numpy as np
-
         return replace(document, vectors=np.eye(8, dtype=np.float32)[:2], embedding_model="eye", embedded_count=2)
 
     made._runs._stages["embed"] = embed
@@ -100,8 +121,6 @@ async def test_a_duplicate_takes_over_what_its_original_paid_for(outside: Outsid
     assert same.duplicate_policy == "reuse"
 
     async def check(document: Any, _: Any) -> Any:
-        from dataclasses import replace
-
         original = await worker._runs._tools.find_original(document)
         return replace(document, markdown="The same.", markdown_sha256="5" * 64, duplicate_of=original)
 
@@ -111,3 +130,77 @@ async def test_a_duplicate_takes_over_what_its_original_paid_for(outside: Outsid
         await outside.work(worker)
     assert endpoint.tally.answered == 1
     assert extraction(outside, "b")["model_extraction"] == extraction(outside, "a")["model_extraction"]
+
+
+def asked(endpoint: OpenAIServer) -> list[str]:
+    """The first words of the parts that were asked about."""
+    return [document_of(request.json())[:9] for request in endpoint.log]
+
+
+async def test_a_limit_at_a_later_part_does_not_have_earlier_parts_paid_again(
+    outside: Outside, endpoint: OpenAIServer, sandbox: Any
+) -> None:
+    endpoint.script(faults.sequence(None, None, faults.rate_limited("0.1")))
+    outside.bench.submit()
+    worker = runner(outside, endpoint, sandbox, parts=THREE)
+    await outside.work(
+        worker, until=lambda: outside.bench.one("SELECT count(*) FROM document_events WHERE event = 'retry_scheduled'") > (0,)
+    )
+    kept = outside.bench.all("SELECT part, model, repairs, tokens_in > 0, data->>'title' FROM extraction_answers ORDER BY part")
+    assert [row[:4] for row in kept] == [(1, "m-2026-01-01", 0, True), (2, "m-2026-01-01", 0, True)]
+    assert kept[0][4].startswith("Clause 0:")
+    await outside.work(worker)
+    assert outside.state() == ("complete", "complete", 0)
+    times = Counter(asked(endpoint))
+    assert sorted(times.values()) == [1, 1, 2]
+    assert times[asked(endpoint)[-1]] == 2
+    found = extraction(outside)["model_extraction"]
+    assert (found["parts"], found["data"]["title"]) == (3, kept[0][4])
+    assert found["tokens_in"] == outside.bench.one("SELECT sum(tokens_in) FROM provider_usage WHERE outcome = 'ok'")[0]
+    assert outside.bench.one("SELECT count(*) FROM extraction_answers") == (0,)
+
+
+async def test_a_requeued_document_pays_for_the_missing_parts_alone(outside: Outside, endpoint: OpenAIServer, sandbox: Any) -> None:
+    endpoint.script(lambda number, _: faults.NAMED["length"] if number >= 2 else None)
+    outside.bench.submit()
+    worker = runner(outside, endpoint, sandbox, parts=THREE, extraction_required=True)
+    await outside.work(worker)
+    assert outside.state()[1] == "failed"
+    endpoint.script(faults.never)
+    before = len(endpoint.log)
+    outside.bench.conn.execute("SELECT requeue_document('a')")
+    await outside.work(worker)
+    assert outside.state()[1] == "complete"
+    assert asked(endpoint)[:1] + asked(endpoint)[before:] == list(dict.fromkeys(asked(endpoint)))
+
+
+@pytest.mark.parametrize("change", ["UPDATE extraction_answers SET asked_sha256 = 'of another schema'", "the content"])
+async def test_an_answer_to_another_question_is_not_taken(outside: Outside, endpoint: OpenAIServer, sandbox: Any, change: str) -> None:
+    endpoint.script(faults.sequence(None, faults.rate_limited("0.1")))
+    outside.bench.submit()
+    worker = runner(outside, endpoint, sandbox, parts=THREE)
+    await outside.work(
+        worker, until=lambda: outside.bench.one("SELECT count(*) FROM document_events WHERE event = 'retry_scheduled'") > (0,)
+    )
+    assert outside.bench.one("SELECT count(*) FROM extraction_answers") == (1,)
+    if change == "the content":
+        outside.bench.submit(content="8")
+        assert outside.bench.one("SELECT count(*) FROM extraction_answers") == (0,)
+    else:
+        outside.bench.conn.execute(change)
+    await outside.work(worker)
+    assert outside.state()[1] == "complete"
+    assert list(Counter(asked(endpoint)).values()) == [2, 2, 1]
+
+
+async def test_answers_that_do_not_fit_together_are_asked_for_again(
+    outside: Outside, endpoint: OpenAIServer, sandbox: Any, tmp_path: Path
+) -> None:
+    schema = tmp_path / "one.json"
+    schema.write_text(json.dumps({"type": "object", "maxProperties": 1, "additionalProperties": {"type": "string"}}), "utf-8")
+    endpoint.say.extend([{"a": "1"}, {"b": "2"}, {"a": "1"}, {"a": "1"}, {"a": "1"}, {"a": "1"}])
+    outside.bench.submit()
+    await outside.work(runner(outside, endpoint, sandbox, parts={**THREE, "schema": str(schema)}))
+    assert outside.state()[1] == "complete"
+    assert extraction(outside)["model_extraction"]["data"] == {"a": "1"}
+    assert list(Counter(asked(endpoint)).values()) == [2, 2, 2]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.adapters.exchange import DIRECT, Service, Timeouts
 from jobs.adapters.llm import prompt
@@ -46,6 +48,34 @@ class Extraction:
     tokens_out: int
 
 
+@dataclass(frozen=True, slots=True)
+class PartAnswer:
+    """What a model found in one part of a document, and what that took."""
+
+    data: Any
+    """As it fits the schema."""
+    model: str
+    repairs: int
+    tokens_in: int
+    tokens_out: int
+
+
+class KeptAnswers(Protocol):
+    """Keeps the answers for the parts of one document until all are there."""
+
+    async def kept_answers(self) -> Mapping[str, PartAnswer]:
+        """Return those that are durable, by what they answer."""
+        ...
+
+    async def keep_answer(self, part: int, asked_sha256: str, answer: PartAnswer) -> None:
+        """Make one durable."""
+        ...
+
+    async def drop_answers(self) -> None:
+        """Forget them: together they are of no use."""
+        ...
+
+
 class ModelExtractor:
     """Extraction with one model and one schema."""
 
@@ -67,30 +97,49 @@ class ModelExtractor:
             )
         return parts
 
-    async def extract(self, markdown: str, *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> Extraction:
+    async def extract(
+        self, markdown: str, *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None, kept: KeptAnswers | None = None
+    ) -> Extraction:
         """Return what the model finds. LLMError where its answer does not fit the schema after one repair, or cannot be used; otherwise
-        what Service.exchange raises."""
+        what Service.exchange raises. With `kept` the answer for each part but the last is durable before the next is asked for."""
         parts = await in_thread(self.plan, markdown)
-        answers: list[Any] = []
-        tokens_in = tokens_out = repairs = 0
-        model = self.model
+        if len(parts) == 1:
+            kept = None
+        known = {} if kept is None else await kept.kept_answers()
+        answers: list[PartAnswer] = []
         for number, text in enumerate(parts, start=1):
-            messages = await in_thread(prompt.ask, text, number=number, count=len(parts))
-            replies = await self._answer(messages, shares, caller or self.caller)
-            answers.append(replies[-1].value.data)
-            model = replies[-1].value.model
-            repairs += len(replies) - 1
-            tokens_in += sum(reply.tokens_in or 0 for reply in replies)
-            tokens_out += sum(reply.tokens_out or 0 for reply in replies)
-        data = answers[0]
+            asked = self._asked(text, number, len(parts))
+            answer = known.get(asked)
+            if answer is None:
+                messages = await in_thread(prompt.ask, text, number=number, count=len(parts))
+                answer = await self._answer(messages, shares, caller or self.caller)
+                if kept is not None and number < len(parts):
+                    await kept.keep_answer(number, asked, answer)
+            answers.append(answer)
+        data = answers[0].data
         if len(answers) > 1:
-            data, problems = self.shape.check(trim(merge(answers), self.shape.schema))
+            data, problems = self.shape.check(trim(merge([answer.data for answer in answers]), self.shape.schema))
             if problems:
+                if kept is not None:
+                    await kept.drop_answers()
                 raise self._unfit(f"The answers for {len(parts)} parts do not fit EXTRACTION_SCHEMA once merged", problems)
-        return Extraction(data, model, self.shape, len(parts), repairs, tokens_in, tokens_out)
+        return Extraction(
+            data,
+            answers[-1].model,
+            self.shape,
+            len(parts),
+            sum(answer.repairs for answer in answers),
+            sum(answer.tokens_in for answer in answers),
+            sum(answer.tokens_out for answer in answers),
+        )
 
-    async def _answer(self, messages: list[prompt.Message], shares: tuple[CallShare, ...], caller: Caller) -> list[Reply[Said]]:
-        """Return one reply that fits, or one that does not and its repair. The data of the last one is what is to be stored."""
+    def _asked(self, text: str, number: int, count: int) -> str:
+        """Return the SHA-256 of all that decides what an answer for a part is worth."""
+        question = [prompt.VERSION, self.service.host, self.model, self.shape.sha256, number, count, text]
+        return hashlib.sha256(json.dumps(question).encode()).hexdigest()
+
+    async def _answer(self, messages: list[prompt.Message], shares: tuple[CallShare, ...], caller: Caller) -> PartAnswer:
+        """Return what fits: the first answer, or else its repair."""
         replies: list[Reply[Said]] = []
         for last in (False, True):
             texts = [*(message.content for message in messages), str(self.shape.schema)]
@@ -108,7 +157,13 @@ class ModelExtractor:
             if last:
                 raise self._unfit("The answer does not fit EXTRACTION_SCHEMA, and not after one repair", problems)
             messages = prompt.repair(messages, said.words[:LONGEST_REPAIRED], problems)
-        return replies
+        return PartAnswer(
+            replies[-1].value.data,
+            replies[-1].value.model,
+            len(replies) - 1,
+            sum(reply.tokens_in or 0 for reply in replies),
+            sum(reply.tokens_out or 0 for reply in replies),
+        )
 
     def _unfit(self, what: str, problems: list[str]) -> LLMError:
         return LLMError(f"{self.service.name} at {self.service.host}: {what}: {'; '.join(problems[:3])}")
