@@ -19,6 +19,8 @@ DOCUMENT_NAMESPACE = uuid.UUID("6f0d2a3e-5b7c-5d1e-9a44-646f636d696c")
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_DEEPEST = 100
+"""Levels of metadata: the table's limit."""
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 """In JSON: a backslash before it makes it six characters of their own."""
 
@@ -66,10 +68,21 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> Jsonb:
     except (TypeError, ValueError) as error:  # a UnicodeEncodeError is a ValueError
         raise SubmitError(f"metadata must be JSON: {error}.") from error
     except RecursionError:
-        raise SubmitError("metadata is nested too deeply.") from None
+        raise SubmitError(f"metadata must not be nested more than {_DEEPEST} levels deep.") from None
+    _check_readable(made)
     if _NUL.search(text):
         raise SubmitError("metadata must not hold NUL characters: Postgres cannot store them.")
     return Jsonb(made)
+
+
+def _check_readable(value: Any, level: int = 0) -> None:
+    """Refuse what some reader of JSON gives up at: many levels, and numbers beyond what a double holds."""
+    if level > _DEEPEST:
+        raise SubmitError(f"metadata must not be nested more than {_DEEPEST} levels deep.")
+    if isinstance(value, int | float) and abs(value) > 1e308:
+        raise SubmitError("metadata must not hold numbers beyond 1e308.")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_readable(each, level + 1)
 
 
 def check_priority(priority: int) -> int:

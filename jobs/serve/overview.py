@@ -108,7 +108,7 @@ def _unfinished(slices: Sequence[Row], states: Mapping[str, int]) -> list[int]:
     values = []
     for row in reversed(slices):
         values.append(max(0, left))
-        left -= row["submitted"] - sum(row[end] for end in _ENDS)
+        left -= row["submitted"] + row["requeued"] - row["dropped"] - sum(row[end] for end in _ENDS)
     return values[::-1]
 
 

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 
 from jobs.serve.guard import Visitor
 from jobs.serve.sessions import Sessions
-from jobs.visible import visible
+from jobs.visible import has_ink, visible
 from models.settings import Settings
 
 NAVIGATION = (
@@ -54,6 +54,7 @@ class Rendering:
         )
         self._templates.filters |= {
             "ago": ago, "duration": duration, "number": number, "size": size, "moment": moment, "iso": iso, "tidy": tidy, "data": data,
+            "or_id": or_id,
             "money": money, "link": link,
         }  # fmt: skip
 
@@ -172,13 +173,20 @@ def tidy(value: object, longest: int = LONGEST_SHOWN) -> str:
     return text[:longest] + (f" … ({len(text):,} characters)" if len(text) > longest else "")
 
 
+def or_id(file_name: str | None, doc_id: str) -> str:
+    """Return a document's name, or its doc_id where there is none to be seen."""
+    return file_name if file_name and has_ink(file_name) else doc_id
+
+
 def _visible(value: Any) -> Any:
     """Make visible, in everything that a template puts out, what would turn or hide the letters around it."""
     return visible(value) if type(value) is str else value  # markup is a subclass, and was made by us
 
 
 def data(value: object) -> str:
-    """Return data as indented JSON."""
+    """Return data as indented JSON; text is taken for such already."""
+    if isinstance(value, str):
+        return tidy(value)
     return tidy(json.dumps(value, ensure_ascii=False, indent=2, default=_plain))
 
 

@@ -16,7 +16,7 @@ ORDER BY n.id DESC;
 -- name: page_batch
 SELECT p.batch_id, p.user_id, p.source_path, p.status, p.total_files, p.queued, p.working, p.retrying, p.complete, p.duplicate, p.failed,
     p.cancelled, p.archives_open, p.ended, p.unfinished, p.percent, p.per_second, p.seconds_left, p.last_progress_at, p.started_at,
-    p.sealed_at, p.completed_at, p.error_message, p.run_id, b.correlation_id, b.metadata, cost_of_batch(p.batch_id) AS cost
+    p.sealed_at, p.completed_at, p.error_message, p.run_id, b.correlation_id, cost_of_batch(p.batch_id) AS cost
 FROM batch_progress AS p
 JOIN processing_jobs AS b ON b.batch_id = p.batch_id
 WHERE p.batch_id = %(batch_id)s;
@@ -50,7 +50,8 @@ LIMIT %(limit)s;
 SELECT s.doc_id, s.file_name, s.user_id, s.batch_id, s.status, s.state, s.milestone, s.stage_due, s.file_type, s.file_size, s.page_count,
     s.chunk_count, s.version, s.served_version, s.retry_count, s.crash_count, s.error_type, s.error_message, s.correlation_id, s.claimed_by,
     s.lease_until, s.created_at, s.processing_started_at, s.processing_completed_at, s.processing_duration_ms, s.duplicate_of, s.priority,
-    d.source_path, d.mime_type, d.content_sha256, d.metadata, d.raw_extraction, m.parser, length(m.markdown) AS characters
+    d.source_path, d.mime_type, d.content_sha256, CASE WHEN d.metadata <> '{}' THEN jsonb_pretty(d.metadata) END AS metadata,
+    jsonb_pretty(d.raw_extraction) AS raw_extraction, m.parser, length(m.markdown) AS characters
 FROM document_status AS s
 JOIN file_extractions AS d ON d.doc_id = s.doc_id
 LEFT JOIN document_markdown AS m ON m.doc_id = s.doc_id AND m.version = coalesce(s.served_version, s.version)

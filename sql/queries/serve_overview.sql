@@ -1,8 +1,21 @@
 -- What the overview and the page of queues of `docmill serve` ask. See jobs/serve/overview.py.
 
 -- name: page_throughput
-SELECT t.bucket_at, t.submitted, t.complete, t.duplicate, t.failed, t.cancelled, t.retries, t.rescues
+-- As throughput_over, and what else became unfinished or ceased to be, without an end of its own.
+WITH since AS (
+    SELECT date_bin(%(bucket)s::interval, now() - %(span)s::interval, 'epoch') AS at
+), told AS (
+    SELECT date_bin(%(bucket)s::interval, e.at, 'epoch') AS bucket_at, count(*) FILTER (WHERE e.event = 'requeued_by_operator') AS requeued,
+        count(*) FILTER (WHERE e.event = 'deleted') AS dropped
+    FROM document_events AS e
+    WHERE e.id >= event_id_since((SELECT at FROM since) - interval '1 minute') AND e.at >= (SELECT at FROM since)
+        AND (e.event = 'requeued_by_operator' OR e.event = 'deleted' AND e.detail ->> 'was' IN ('queued', 'working', 'retrying'))
+    GROUP BY 1
+)
+SELECT t.bucket_at, t.submitted, t.complete, t.duplicate, t.failed, t.cancelled, t.retries, t.rescues, coalesce(o.requeued, 0) AS requeued,
+    coalesce(o.dropped, 0) AS dropped
 FROM throughput_over(%(span)s::interval, %(bucket)s::interval) AS t
+LEFT JOIN told AS o ON o.bucket_at = t.bucket_at
 ORDER BY t.bucket_at;
 
 -- name: page_latency
@@ -53,7 +66,7 @@ GROUP BY w.health;
 SELECT coalesce(has_table_privilege(to_regclass('open_alerts'), 'SELECT'), FALSE) AS known;
 
 -- name: page_alerts
-SELECT a.rule, a.severity, a.subject, a.message, a.opened_at, a.what_to_do
+SELECT a.rule, a.severity, a.subject, a.message, a.opened_at, a.what_to_do, count(*) OVER () AS open
 FROM open_alerts AS a
 ORDER BY a.severity, a.opened_at
 LIMIT %(limit)s;

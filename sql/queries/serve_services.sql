@@ -26,12 +26,12 @@ SELECT p.service, p.health, p.breaker, p.reason, p.since, p.next_try_at, p.waiti
 FROM provider_health AS p;
 
 -- name: page_cost_by_day
-SELECT d.day::date AS day, coalesce(sum(c.calls), 0)::bigint AS calls, coalesce(sum(c.cost), 0)::float8 AS cost
-FROM generate_series(date_trunc('day', now()) - interval '13 days', now(), interval '1 day') AS d (day)
+SELECT (d.day AT TIME ZONE 'UTC')::date AS day, coalesce(sum(c.calls), 0)::bigint AS calls, coalesce(sum(c.cost), 0)::float8 AS cost
+FROM generate_series(date_trunc('day', now(), 'UTC') - interval '13 days', now(), interval '1 day', 'UTC') AS d (day)
 LEFT JOIN (
-    SELECT date_trunc('day', u.started_at) AS day, count(*) AS calls, sum(coalesce(u.cost, u.estimated_cost)) AS cost
+    SELECT date_trunc('day', u.started_at, 'UTC') AS day, count(*) AS calls, sum(coalesce(u.cost, u.estimated_cost)) AS cost
     FROM circuit_breakers AS s
-    JOIN provider_usage AS u ON u.service = s.service AND u.started_at >= date_trunc('day', now()) - interval '13 days'
+    JOIN provider_usage AS u ON u.service = s.service AND u.started_at >= date_trunc('day', now(), 'UTC') - interval '13 days'
     GROUP BY 1
 ) AS c ON c.day = d.day
 GROUP BY d.day

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import json
 import os
 import threading
 from pathlib import Path
@@ -129,6 +130,8 @@ def test_a_bad_file_is_refused_by_name_and_nothing_is_stored(
         {"metadata": [1]},
         {"metadata": {"a\\\x00": 1}},
         pytest.param({"metadata": {"a": nested(3000)}}, id="nested"),
+        pytest.param({"metadata": {"a": nested(100)}}, id="101 levels"),
+        {"metadata": {"a": -(10**309)}},
         {"priority": 2**31},
         {"priority": "high"},
     ],
@@ -138,6 +141,18 @@ def test_a_bad_argument_is_refused(bad: dict[str, Any], conn: psycopg.Connection
     with pytest.raises(SubmitError):
         submit_document(file, **bad)
     assert count(conn, "file_extractions") == 0
+
+
+@pytest.mark.parametrize("metadata", ['{"n": 1e5000}', '{"n": [-1e309]}', '{"a":' * 101 + "1" + "}" * 101], ids=["large", "small", "deep"])
+def test_metadata_that_not_every_reader_takes_is_refused_in_sql_too(metadata: str, conn: psycopg.Connection) -> None:
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="metadata must not"):
+        conn.execute("SELECT submit_document('uploads/x', metadata => %s::jsonb)", [metadata])
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="metadata must not"):
+        conn.execute("INSERT INTO processing_jobs (batch_id, correlation_id, metadata) VALUES ('b', 'c', %s::jsonb)", [metadata])
+    at_most = '{"a":' * 99 + "[1e308]" + "}" * 99
+    conn.execute("SELECT submit_document('uploads/x', metadata => %s::jsonb)", [at_most])
+    submit_document(b"words", metadata=json.loads(at_most))
+    assert count(conn, "file_extractions") == 2
 
 
 def test_a_submission_lives_and_dies_with_the_callers_transaction(database: str, conn: psycopg.Connection, file: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from jobs import health, serve
 from jobs.serve.charts import lines, stacked_bars
 from jobs.serve.guard import cookie, host_names, name_of, our_own
-from jobs.serve.rendering import _visible, ago, duration, link, money, number, size, tidy
+from jobs.serve.rendering import _visible, ago, duration, link, money, number, or_id, size, tidy
 from jobs.serve.run import check_place
 from jobs.serve.sessions import MOST_SESSIONS, Sessions, Slowdown
 from jobs.serve.tally import STAGE_BOUNDS, Durations
@@ -157,6 +157,8 @@ def test_text_that_would_turn_or_hide_its_neighbours_is_made_visible() -> None:
     assert _visible("invoice\u202egpj.exe") == "invoice\\u202egpj.exe"
     assert _visible("a\x00b\x1b[31m\u200b") == "a\\x00b\\x1b[31m\\u200b"
     assert _visible("two\nlines\tä") == "two\nlines\tä"
+    assert or_id("\u3164\u2800\xad\u200d", "id") == or_id(None, "id") == "id"
+    assert or_id("\u2060", "id") == "\u2060"  # is written as an escape
     assert tidy("x" * 30, 10) == "x" * 10 + " … (30 characters)"
 
 
