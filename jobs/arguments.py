@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from models.errors import SubmitError
+from models.errors import OperationRefused, SubmitError
 
 DOCUMENT_NAMESPACE = uuid.UUID("6f0d2a3e-5b7c-5d1e-9a44-646f636d696c")
 """Namespace of derived doc_ids: UUIDv5 of user and absolute path, or of user and SHA-256 for bytes and open files."""
@@ -25,6 +25,24 @@ _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 """In JSON: a backslash before it makes it six characters of their own."""
 
 
+_WORDS = frozenset({"doc_id", "batch_id", "after", "reason"})
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+
+
+def storable(words: str) -> str:
+    """Return words as Postgres takes them, to look for something by: NUL and what is no Unicode become U+FFFD, as in names of files."""
+    return _UNSTORABLE.sub("\ufffd", words)
+
+
+def lookup(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what something is looked up by, words as Postgres takes them. OperationRefused for an id or reason that is no string: asking
+    with it would end the transaction of a caller who gave a connection."""
+    for name, value in params.items():
+        if name in _WORDS and value is not None and not isinstance(value, str):
+            raise OperationRefused(f"{name} must be a string, not {type(value).__name__}.")
+    return {name: storable(value) if isinstance(value, str) else value for name, value in params.items()}
+
+
 def derive_doc_id(user_id: str, what: str) -> str:
     """Return the UUIDv5 of a user and an absolute path, or of a user and a SHA-256."""
     return str(uuid.uuid5(DOCUMENT_NAMESPACE, f"{user_id}\n{what}"))
@@ -32,6 +50,8 @@ def derive_doc_id(user_id: str, what: str) -> str:
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
     """Return a path from the root on, without `..`, links left as they are; SubmitError for what no path can be."""
+    if not os.fspath(path):
+        raise SubmitError("A path must not be empty.")
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:
@@ -87,6 +107,6 @@ def _check_readable(value: Any, level: int = 0) -> None:
 
 def check_priority(priority: int) -> int:
     """Return a priority if it is a whole number of 32 bits."""
-    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+    if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**31) <= priority < 2**31:
         raise SubmitError(f"priority {priority!r} must be a whole number of 32 bits.")
     return priority

@@ -87,8 +87,12 @@ async def close_async() -> None:
 
 @contextmanager
 def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -> Iterator[psycopg.Connection[Any]]:
-    """Yield the caller's connection as it stands, or one of ours that commits each statement."""
+    """Yield the caller's connection as it stands, or one of ours that commits each statement. TypeError for an async one."""
     if given is not None:
+        if not isinstance(given, psycopg.Connection):
+            raise TypeError(
+                f"connection must be a psycopg.Connection, not {type(given).__name__}; an async one is for the _async twin."
+            )
         yield given
         return
     with _sync_pool(settings).connection() as conn:
@@ -99,6 +103,10 @@ def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -
 async def async_connection(settings: Settings, given: psycopg.AsyncConnection[Any] | None) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
     """Do as `sync_connection` does, for coroutines."""
     if given is not None:
+        if not isinstance(given, psycopg.AsyncConnection):
+            raise TypeError(
+                f"connection must be a psycopg.AsyncConnection, not {type(given).__name__}; others are for the twin without _async."
+            )
         yield given
         return
     pool = await _async_pool(settings)

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
-from jobs.arguments import check_metadata, check_priority
+from jobs.arguments import check_metadata, check_priority, lookup
 from jobs.front import async_connection, sync_connection
 from jobs.redaction import describe
 from models.documents import FileType
@@ -38,17 +38,19 @@ def _translated(error: psycopg.Error) -> Exception:
 
 
 def _ask(connection: Sync, name: str, **params: Any) -> Rows:
+    plain = lookup(params)
     with sync_connection(load_settings(), connection) as conn:
         try:
-            return conn.cursor(row_factory=dict_row).execute(query(name), params).fetchall()
+            return conn.cursor(row_factory=dict_row).execute(query(name), plain).fetchall()
         except psycopg.Error as error:
             raise _translated(error) from error
 
 
 async def _ask_async(connection: Async, name: str, **params: Any) -> Rows:
+    plain = lookup(params)
     async with async_connection(load_settings(), connection) as conn, conn.cursor(row_factory=dict_row) as cursor:
         try:
-            await cursor.execute(query(name), params)
+            await cursor.execute(query(name), plain)
             return await cursor.fetchall()
         except psycopg.Error as error:
             raise _translated(error) from error

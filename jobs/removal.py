@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 
+from jobs.arguments import lookup
 from jobs.front import sync_connection
 from jobs.leftovers import remove_files_of
 from jobs.redaction import describe
@@ -137,7 +138,7 @@ def _translated() -> Iterator[None]:
 
 def _params(names: dict[str, str]) -> dict[str, Any]:
     limits = {"lock_timeout_ms": int(load_settings().submit_lock_timeout_seconds * 1000), "max_count": AT_A_TIME}
-    return {name: value.replace("\x00", "") for name, value in names.items()} | limits
+    return lookup(names) | limits
 
 
 def _ask(connection: Connection | None, name: str, **names: str) -> Any:

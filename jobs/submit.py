@@ -106,14 +106,16 @@ def _checked(settings: Settings, file: File, options: Options) -> tuple[Upload, 
     check_name("user_id", place.user_id)
     metadata = check_metadata(options.get("metadata"))
     check_priority(priority)
+    if file_name is not None and not isinstance(file_name, str):
+        raise SubmitError(f"file_name must be a string, not {type(file_name).__name__}.")
     source: Path | bytes | BinaryIO
     if isinstance(file, bytes | bytearray | memoryview):
         source = bytes(file)
-        doc_id = doc_id or derive_doc_id(place.user_id, hashlib.sha256(source).hexdigest())
+        doc_id = derive_doc_id(place.user_id, hashlib.sha256(source).hexdigest()) if doc_id is None else doc_id
         name = file_name or "upload"
     elif isinstance(file, str | os.PathLike):
         source = absolute_path(file)
-        doc_id = doc_id or path_doc_id(place.user_id, source)
+        doc_id = path_doc_id(place.user_id, source) if doc_id is None else doc_id
         name = file_name or source.name
     elif hasattr(file, "read"):
         try:

@@ -14,7 +14,7 @@ Exit codes:
   1    a document failed or was refused, or something went wrong
   2    the command line or a setting is wrong
   3    the database cannot be reached
-  130  interrupted, or 143 told to end; what was submitted stays queued
+  130  interrupted or told to end (143 where it waited for nothing); what was submitted stays queued
 """
 
 app = typer.Typer(
@@ -31,6 +31,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 User = Annotated[str, typer.Option("--user", metavar="USER", help="Whose documents they are.")]
 
 
+def _path(word: str) -> Path:
+    """Return a path; an empty word, as of a variable that is not set, is not the working directory."""
+    if not word:
+        raise typer.BadParameter("a path must not be empty; `.` is the working directory.")
+    return Path(word)
+
+
 class Mode(StrEnum):
     """How to search."""
 
@@ -41,7 +48,9 @@ class Mode(StrEnum):
 
 @app.command(epilog=EXIT_CODES)
 def ingest(
-    path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Files, folders and zip archives. A folder or zip is one batch.")],
+    path: Annotated[
+        list[Path], typer.Argument(parser=_path, metavar="PATH", help="Files, folders and zip archives. A folder or zip is one batch.")
+    ],
     *,
     user: User = "default",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,
@@ -62,7 +71,7 @@ def ingest(
 
 @app.command(epilog=EXIT_CODES)
 def sync(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder.")],
+    folder: Annotated[Path, typer.Argument(parser=_path, metavar="DIR", help="The folder.")],
     *,
     user: User = "default",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,

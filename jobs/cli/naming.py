@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jobs.arguments import storable
 from jobs.cli.output import aside, complain, say
 from jobs.cli.session import Row, rows
 from models.settings import Settings
@@ -14,7 +15,7 @@ SHOWN = 10
 
 async def find_document(settings: Settings, word: str) -> str | None:
     """Return the doc_id of the one document that a word names, also of one that is gone; None after a complaint."""
-    word = word.replace("\x00", "")
+    word = storable(word)
     documents = await rows(settings, "find_documents", word=word, limit=SHOWN + 1)
     exact = [row for row in documents if row["doc_id"] == word]
     if exact or len(documents) == 1:

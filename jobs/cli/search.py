@@ -13,13 +13,14 @@ from rich.padding import Padding
 from rich.text import Text
 
 from jobs.adapters.embedders import HostedEmbedder
+from jobs.arguments import check_metadata
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, out, print_json, printable, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from jobs.serving import embedder_of, own_embedder
 from jobs.stages import Embedder
 from models.documents import FileType
-from models.errors import ConfigurationError
+from models.errors import ConfigurationError, SubmitError
 from models.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ class Filters:
 
 
 def parse_metadata(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` pairs as a mapping. A value that is JSON is taken so (`year=2026`, `no="7"`), any other as text."""
+    """Return `KEY=VALUE` pairs as metadata. A value that is JSON is taken so (`year=2026`, `no="7"`), any other as text.
+
+    BadParameter for what is no pair, and what no document's metadata can hold.
+    """
     found: dict[str, Any] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
@@ -53,6 +57,12 @@ def parse_metadata(pairs: Sequence[str]) -> dict[str, Any]:
             found[key] = jsonlib.loads(value, parse_constant=str)
         except ValueError:
             found[key] = value
+        except RecursionError:
+            raise typer.BadParameter(f"the value of {key!r} is nested too deeply.", param_hint="--metadata") from None
+    try:
+        check_metadata(found)
+    except SubmitError as error:
+        raise typer.BadParameter(str(error), param_hint="--metadata") from None
     return found
 
 

@@ -92,11 +92,14 @@ class _Ears:
         try:
             async for _ in awatch(self._root, watch_filter=self._matters, ignore_permission_denied=True, force_polling=False):
                 self._bell.set()
-        except (OSError, RuntimeError) as error:
-            # Most often the limit of watches (fs.inotify.max_user_watches).
+        except (OSError, RuntimeError, ExceptionGroup) as error:
+            # Most often the limit of watches (fs.inotify.max_user_watches), or a name that is no UTF-8, which the library cannot tell of.
             if not self._complained:
-                logger.warning("Folder {} sends no events, so it is only looked at now and then: {}", self._root, describe(error))
+                cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+                logger.warning("Folder {} sends no events, so it is only looked at now and then: {}", self._root, describe(cause))
             self._complained = True
+            if isinstance(error, ExceptionGroup):
+                self._bell.set()  # what it could not tell of is looked for, and it listens again
 
     def _matters(self, _: object, path: str) -> bool:
         """Say whether an event is about a file that a sync could take: not a hidden one, and not docmill's own storage."""

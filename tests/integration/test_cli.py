@@ -138,6 +138,13 @@ def test_a_folder_without_a_file_to_take_is_said_to_be_one(tmp_path: Path) -> No
     assert done.stdout.strip() == "0 documents: there is no file that docmill takes, 1 hidden, system or linked files skipped"
 
 
+@pytest.mark.parametrize("command", [("ingest", "--no-wait"), ("sync", "--dry-run")])
+def test_an_empty_word_is_not_the_working_directory(command: tuple[str, ...], conn: psycopg.Connection) -> None:
+    done = docmill(*command, "")
+    assert (done.returncode, "must not be empty" in done.stderr) == (2, True)
+    assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (0,)
+
+
 def test_without_waiting_documents_are_left_to_a_worker(folder: Path, conn: psycopg.Connection) -> None:
     queued = docmill("ingest", folder / "sub", "--no-wait", "--priority", "7", "--json")
     assert queued.returncode == 0

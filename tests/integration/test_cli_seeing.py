@@ -175,3 +175,24 @@ def test_watch_outlives_a_database_that_goes_away(filled: Bench, database: str) 
         eventually(looked_in_vain)
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS TRUE")
         eventually(lambda: "waiting" in stdout.readline())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status",), ("explain",), ("logs",), ("cancel",), ("delete", "--yes"), ("summary",), ("extract",), ("dead", "show"),
+        ("dead", "requeue"), ("breaker", "reset"), ("search", "words", "--user"), ("search", "--mode", "text", "words", "--batch"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_words_that_are_no_unicode_name_nothing_and_are_no_accident(words: tuple[str, ...], conn: psycopg.Connection) -> None:
+    done = docmill(*words, "caf\udce9")
+    assert done.returncode in (0, 1, 2)
+    assert "unforeseen" not in done.stderr
+
+
+def test_a_document_is_found_by_the_name_that_it_was_submitted_with(tmp_path: Path, conn: psycopg.Connection) -> None:
+    path = tmp_path / "caf\udce9.txt"
+    path.write_text("words")
+    assert docmill("ingest", "--no-wait", path).returncode == 0
+    assert answer(docmill("status", "--json", path.name))["state"] == "queued"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -288,3 +289,32 @@ async def test_a_failed_batch_that_is_cancelled_stays_cancelled_and_takes_in_not
     assert bench.one(BATCH)[:3] == ("cancelled", True, "the wrong folder")
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
         accept(bench.conn, run, "late")
+
+
+@pytest.mark.parametrize("ask", [jobs.get_document, jobs.get_batch, jobs.cancel_document, jobs.delete_batch, jobs.retry_document])
+async def test_an_id_that_is_no_string_is_refused_and_the_callers_transaction_goes_on(bench: Bench, database: str, ask: Any) -> None:
+    with psycopg.connect(database) as caller:
+        with pytest.raises(OperationRefused, match="must be a string, not UUID"):
+            ask(uuid.uuid4(), connection=caller)
+        assert caller.execute("SELECT 1").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("word", ["a\0", "\udcff"])
+async def test_an_id_that_no_document_can_have_names_none(bench: Bench, word: str) -> None:
+    bench.submit()
+    assert jobs.get_document(word) is None
+    assert not jobs.delete_document(word)
+    with pytest.raises(OperationRefused):
+        jobs.cancel_document(word)
+    jobs.fail_document("a", f"because of {word}")
+    document = jobs.get_document("a")
+    assert document is not None
+    assert document.state is State.FAILED
+
+
+async def test_a_connection_of_the_other_kind_is_refused_by_its_name(bench: Bench, database: str, front_async: None) -> None:
+    async with await psycopg.AsyncConnection.connect(database) as other:
+        with pytest.raises(TypeError, match=r"AsyncConnection.*_async"):
+            jobs.get_document("a", connection=other)  # type: ignore[arg-type]
+    with psycopg.connect(database) as other, pytest.raises(TypeError, match=r"not Connection.*without _async"):
+        await jobs.get_document_async("a", connection=other)  # type: ignore[arg-type]

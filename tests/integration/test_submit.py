@@ -134,6 +134,9 @@ def test_a_bad_file_is_refused_by_name_and_nothing_is_stored(
         {"metadata": {"a": -(10**309)}},
         {"priority": 2**31},
         {"priority": "high"},
+        {"priority": True},
+        {"doc_id": ""},
+        {"file_name": Path("a/b")},
     ],
     ids=repr,
 )
