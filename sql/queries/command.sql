@@ -112,12 +112,16 @@ ORDER BY l.id DESC
 LIMIT %(limit)s;
 
 -- name: find_documents
--- What a person may mean by a word: a whole doc_id, the name of files, or the beginning of doc_ids. The best kind of match alone counts.
-WITH found AS (
-    SELECT d.doc_id, d.file_name, d.state, d.created_at,
-        CASE WHEN d.doc_id = %(word)s THEN 1 WHEN d.file_name = %(word)s THEN 2 ELSE 3 END AS kind
+-- What a person may mean by a word: a whole doc_id, the name of files, or the beginning of doc_ids. The best kind of match alone counts;
+-- a whole doc_id is found by its index, and all documents are read only where there is none.
+WITH whole AS MATERIALIZED (
+    SELECT d.doc_id, d.file_name, d.state, d.created_at, 1 AS kind FROM file_extractions AS d WHERE d.doc_id = %(word)s
+), found AS (
+    SELECT w.doc_id, w.file_name, w.state, w.created_at, w.kind FROM whole AS w
+    UNION ALL
+    SELECT d.doc_id, d.file_name, d.state, d.created_at, CASE WHEN d.file_name = %(word)s THEN 2 ELSE 3 END
     FROM file_extractions AS d
-    WHERE d.doc_id = %(word)s OR d.file_name = %(word)s OR starts_with(d.doc_id, %(word)s)
+    WHERE NOT EXISTS (SELECT FROM whole) AND (d.file_name = %(word)s OR starts_with(d.doc_id, %(word)s))
 )
 SELECT f.doc_id, f.file_name, f.state, f.created_at
 FROM found AS f

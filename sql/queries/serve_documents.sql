@@ -100,23 +100,21 @@ ORDER BY c.chunk_index
 LIMIT %(limit)s;
 
 -- name: page_find_documents
--- A whole doc_id first; then what was submitted last, among the newest of all documents: a name may stand anywhere in a file name.
-SELECT f.doc_id, f.file_name, f.state, f.stage_due, f.updated_at, f.batch_id
-FROM (
-    SELECT d.id, d.doc_id, d.file_name, d.state, due_stage(d.milestone) AS stage_due, d.updated_at, d.batch_id, 1 AS kind
+-- A whole doc_id alone; else what was submitted last, among the newest of all documents: a name may stand anywhere in a file name.
+WITH whole AS MATERIALIZED (
+    SELECT d.doc_id, d.file_name, d.state, due_stage(d.milestone) AS stage_due, d.updated_at, d.batch_id
     FROM file_extractions AS d
     WHERE d.doc_id = %(words)s
-    UNION ALL
-    (
-        SELECT d.id, d.doc_id, d.file_name, d.state, due_stage(d.milestone), d.updated_at, d.batch_id, 2
-        FROM file_extractions AS d
-        WHERE (d.file_name ILIKE %(pattern)s OR d.doc_id ILIKE %(pattern)s) AND d.doc_id <> %(words)s
-        ORDER BY d.id DESC
-        LIMIT %(limit)s
-    )
-) AS f
-ORDER BY f.kind, f.id DESC
-LIMIT %(limit)s;
+)
+SELECT w.doc_id, w.file_name, w.state, w.stage_due, w.updated_at, w.batch_id FROM whole AS w
+UNION ALL
+(
+    SELECT d.doc_id, d.file_name, d.state, due_stage(d.milestone), d.updated_at, d.batch_id
+    FROM file_extractions AS d
+    WHERE NOT EXISTS (SELECT FROM whole) AND (d.file_name ILIKE %(pattern)s OR d.doc_id ILIKE %(pattern)s)
+    ORDER BY d.id DESC
+    LIMIT %(limit)s
+);
 
 -- name: page_find_batches
 SELECT b.batch_id, b.source_path, b.status, b.created_at

@@ -17,6 +17,7 @@ import pytest
 from jobs.maintenance import index_name
 from models.documents import Document
 from models.errors import PermanentError, RetryableError
+from sql import query
 from tests.integration.conftest import STAGE_NAMES, Bench
 
 INSPECT = sorted(Path(str(files("sql").joinpath("inspect"))).glob("*.sql"))
@@ -327,3 +328,19 @@ async def test_a_dead_letter_comes_with_advice(filled: Bench, change: str, advic
     filled.conn.execute(f"UPDATE dead_letters SET {change}")
     (found,) = filled.one("SELECT what_to_do FROM dead_letter_queue")
     assert advice in found
+
+
+@pytest.mark.parametrize("name", ["find_documents", "page_find_documents"])
+def test_a_whole_doc_id_is_found_alone_and_without_reading_all_documents(conn: psycopg.Connection, name: str) -> None:
+    for doc_id in ("a", "ab", "b"):
+        conn.execute("SELECT submit_document('uploads/x', doc_id => %s, file_name => 'report.txt')", [doc_id])
+
+    def found(word: str, explain: str = "") -> list[str]:
+        params = {"word": word, "words": word, "pattern": f"%{word}%", "limit": 10}
+        return [row[0] for row in conn.execute((explain + query(name)).encode(), params).fetchall()]
+
+    assert found("a") == ["a"]
+    assert sorted(found("report.txt")) == ["a", "ab", "b"]
+    assert found("ab") == ["ab"]
+    assert "never executed" in "".join(found("a", "EXPLAIN (ANALYZE, TIMING OFF) "))
+    assert "never executed" not in "".join(found("report.txt", "EXPLAIN (ANALYZE, TIMING OFF) "))
