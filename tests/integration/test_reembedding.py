@@ -12,8 +12,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from jobs.adapters.embedders import HashedWords
 from jobs.database import make_pool
 from jobs.maintenance import index_name
+from jobs.pipeline.company import Company
+from jobs.reembedding import Slice
 from jobs.stages import Embedder
 from models.errors import ConfigurationError, PermanentError, ServiceUnavailable
 from models.settings import Settings
@@ -37,6 +40,14 @@ async def shelf(settings: Settings, database: str, conn: psycopg.Connection) -> 
 def fill(shelf: Shelf, count: int = 6, passages: int = 3) -> None:
     for number in range(count):
         shelf.put(f"d{number}", *(f"pump {number} {index}" for index in range(passages)))
+
+
+async def eventually(shelf: Shelf, statement: str) -> None:
+    for _ in range(500):
+        if shelf.one(statement):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"never: {statement}")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -169,10 +180,7 @@ async def test_who_pauses_in_an_open_transaction_keeps_no_document_waiting(shelf
     with psycopg.connect(database) as holder:
         holder.execute("SELECT pause_reembedding()")
         going = asyncio.ensure_future(shelf.step(slice))
-        for _ in range(200):
-            await asyncio.sleep(0.02)
-            if shelf.one("SELECT count(*) FROM chunk_embeddings") == 18:
-                break
+        await eventually(shelf, "SELECT count(*) = 18 FROM chunk_embeddings")
         assert not going.done()
         shelf.conn.execute("SET lock_timeout = '1s'")
         shelf.put("d1", "pump again")
@@ -282,16 +290,19 @@ async def test_a_document_that_somebody_holds_is_done_later_and_keeps_no_other(s
 class Failing:
     """Fails on some texts, or always, with an error of its own."""
 
-    model, dimensions, quick = NEW.model, NEW.dimensions, True
+    quick = True
 
-    def __init__(self, error: Exception, on: str = "") -> None:
-        self.error, self.on, self.calls = error, on, 0
+    def __init__(self, error: Exception, on: str = "", by: HashedWords = NEW) -> None:
+        self.error, self.on, self.by, self.calls = error, on, by, 0
+        self.model, self.dimensions = by.model, by.dimensions
+        self.made: list[str] = []
 
     async def embed(self, texts: Any, kind: Any = "passage") -> Any:
         self.calls += 1
         if any(self.on in text for text in texts):
             raise self.error
-        return await NEW.embed(texts, kind)
+        self.made += texts
+        return await self.by.embed(texts, kind)
 
 
 async def test_an_outage_is_waited_out_and_loses_nothing(shelf: Shelf) -> None:
@@ -309,6 +320,41 @@ async def test_an_outage_is_waited_out_and_loses_nothing(shelf: Shelf) -> None:
     assert shelf.one("SELECT error_message IS NOT NULL, failing FROM reembedding_status") == (True, 6)
     await shelf.until("complete")
     assert shelf.one("SELECT error_message, failing FROM reembedding_status") == (None, 0)
+
+
+async def test_trouble_with_the_serving_model_keeps_no_run_from_getting_on(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.put("late", "pump late", by=NEW)  # by a worker that cannot make the serving model
+    shelf.start()
+    away = Failing(ServiceUnavailable("the service is away", retry_after=30.0), by=OLD)
+    slice = shelf.slice(find=lambda _, model: away if model == OLD.model else NEW)
+    while shelf.state() != "switched":
+        assert await slice.run(0) == 0
+    assert away.calls == 1
+    shelf.put("later", "pump later", by=OLD)
+    away_too = Failing(ServiceUnavailable("the service is away", retry_after=30.0))
+    slice = shelf.slice(find=lambda *_: away_too)
+    while shelf.state() != "complete":
+        assert await slice.run(0) == 0
+    assert away_too.calls == 1
+    assert shelf.all("SELECT doc_id FROM embeddings_to_make") == ["later"]
+    assert await slice.run(0) == pytest.approx(30, abs=5)
+
+
+async def test_a_document_that_somebody_holds_and_that_lacks_the_serving_models_vector_keeps_no_run_waiting(
+    shelf: Shelf, database: str
+) -> None:
+    fill(shelf)
+    shelf.put("late", "pump late", by=NEW)
+    shelf.start()
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions WHERE doc_id = 'late' FOR UPDATE")
+        slice = shelf.slice()
+        for _ in range(20):
+            await slice.run(0)
+        assert shelf.one("SELECT listed_at IS NOT NULL FROM reembeddings")
+        assert shelf.all("SELECT DISTINCT doc_id FROM embeddings_to_make") == ["late"]
+    await shelf.until("complete")
 
 
 async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf: Shelf) -> None:
@@ -330,6 +376,54 @@ async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf:
     assert shelf.one("SELECT switch_reembedding(despite_lacking => TRUE)") == "switched"
     shelf.one("SELECT resume_reembedding()")
     await shelf.until("complete")
+
+
+async def test_who_must_be_alone_in_the_worker_waits_for_nobodys_transaction(shelf: Shelf, database: str) -> None:
+    fill(shelf)
+    shelf.conn.execute(
+        f"CREATE INDEX {index_name(OLD.model, 16)} ON document_chunks USING hnsw ((embedding::vector(16)) vector_cosine_ops) "
+        f"WHERE embedding_model = '{OLD.model}'".encode()
+    )
+    company = Company()
+    slice = Slice(shelf.settings, shelf.pool, worker="test:1", stopping=lambda: False, find_embedder=shelf._watched, company=company)
+
+    async def alone() -> None:
+        async with asyncio.timeout(10), company.alone():
+            assert not going.done()
+
+    shelf.start()
+    await shelf.step()
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT pause_reembedding()")
+        going = asyncio.ensure_future(shelf.step(slice))
+        await eventually(shelf, "SELECT count(*) = 18 FROM chunk_embeddings")
+        await alone()
+        holder.rollback()
+    await going
+    await shelf.until("switched")
+    with psycopg.connect(database) as reader:
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT count(*) FROM document_chunks")
+        going = asyncio.ensure_future(shelf.step(slice))
+        await eventually(shelf, "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE 'DROP INDEX%%' AND wait_event_type = 'Lock'")
+        await alone()
+        reader.rollback()
+    await going
+    await shelf.until("complete")
+
+
+async def test_nothing_is_embedded_while_a_document_must_be_alone_in_the_worker(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start()
+    await shelf.step()
+    company = Company()
+    slice = Slice(shelf.settings, shelf.pool, worker="test:1", stopping=lambda: False, find_embedder=shelf._watched, company=company)
+    async with company.alone():
+        going = asyncio.ensure_future(shelf.step(slice))
+        await asyncio.sleep(0.3)
+        assert shelf.embedded == []
+    await going
+    assert len(shelf.embedded) == 18
 
 
 async def test_a_worker_that_cannot_make_the_model_leaves_it_to_others_and_says_so(shelf: Shelf) -> None:
