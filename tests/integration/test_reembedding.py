@@ -138,6 +138,37 @@ async def test_a_large_document_is_done_in_parts(shelf: Shelf) -> None:
     shelf.check_vectors()
 
 
+async def test_a_document_that_is_inserted_in_several_statements_is_counted_whole(shelf: Shelf) -> None:
+    shelf.put("first", "pump")
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    figures = "SELECT done, total, lacking FROM reembedding_status"
+    shelf.put("large", *(f"pump {number}" for number in range(600)), at_once=256)
+    assert shelf.one(figures) == (1, 601, 600)
+    shelf.put("large", *(f"valve {number}" for number in range(400)), at_once=256)
+    assert shelf.one(figures) == (1, 401, 400)
+    shelf.conn.execute("UPDATE embeddings_to_make SET passages = 88")  # as a version of before counted
+    await shelf.step()
+    assert shelf.one(figures) == (1, 145, 144)
+    await shelf.finish()
+    assert shelf.one(figures) == (145, 145, 0)
+
+
+async def test_a_run_that_was_ready_and_was_paused_tells_a_true_rate(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    shelf.one("SELECT pause_reembedding()")
+    shelf.put("late", *(f"pump late {number}" for number in range(300)))
+    assert shelf.one("SELECT resume_reembedding()") == "running"
+    await shelf.step()
+    rate, left, since = shelf.one(
+        "SELECT rate, seconds_left, extract(epoch FROM now() - resumed_at) FROM reembedding_status JOIN reembeddings USING (id)"
+    )
+    assert rate > 256 / float(since)
+    assert left == pytest.approx(44 / rate)
+
+
 async def test_a_pause_stops_after_the_batch_and_what_was_made_stays(shelf: Shelf) -> None:
     fill(shelf, 200)
     shelf.start()
@@ -378,6 +409,54 @@ async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf:
     await shelf.until("complete")
 
 
+async def test_a_document_that_cannot_be_embedded_and_is_deleted_keeps_the_run_no_longer(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.put("poison", "pump poison")
+    shelf.start()
+    picky = Failing(PermanentError("a text is too long"), on="poison")
+    slice = shelf.slice(find=lambda *_: picky)
+    for _ in range(4):
+        await shelf.step(slice)
+    assert shelf.one("SELECT lacking, failing FROM reembedding_status") == (1, 1)
+    shelf.delete("poison")
+    while shelf.state() != "complete":
+        assert await shelf.step(slice) == 0
+    shelf.check_vectors()
+
+
+async def test_what_a_late_document_has_is_served_after_the_move_though_one_of_its_passages_is_refused(shelf: Shelf) -> None:
+    shelf.put("d", "pump d")
+    shelf.start(switch="manual")
+    await shelf.step()
+    shelf.put("late", *(f"pump late {number}" for number in range(256)), "pump poison")
+    picky = Failing(PermanentError("a text is refused"), on="poison")
+    slice = shelf.slice(find=lambda *_: picky)
+    for _ in range(6):
+        await shelf.step(slice)
+    found = len(shelf.found(NEW))
+    assert found >= 256
+    assert shelf.one("SELECT switch_reembedding(despite_lacking => TRUE)") == "switched"
+    while shelf.state() != "complete":
+        assert await shelf.step(slice) == 0
+        assert len(shelf.found(NEW)) == found
+    assert shelf.all("SELECT passages, is_urgent, error_message FROM embeddings_to_make") == [(258 - found, True, "a text is refused")]
+    picky.on = "nothing"
+    shelf.conn.execute("UPDATE embeddings_to_make SET not_before = NULL")
+    await shelf.step(slice)
+    assert len(shelf.found(NEW)) == len(picky.made) == 258
+    shelf.check_vectors()
+
+
+async def test_a_document_that_arrives_between_the_switch_and_the_move_does_not_wait_for_the_move(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start()
+    await shelf.until("switched")
+    shelf.put("late", "pump late", by=OLD)
+    shelf.conn.execute("SELECT list_documents_to_embed(id) FROM reembeddings")
+    assert shelf.all("SELECT doc_id FROM embeddings_to_make WHERE is_urgent") == ["late"]
+    await shelf.until("complete")
+
+
 async def test_who_must_be_alone_in_the_worker_waits_for_nobodys_transaction(shelf: Shelf, database: str) -> None:
     fill(shelf)
     shelf.conn.execute(
@@ -540,6 +619,20 @@ async def test_there_is_one_job_at_a_time_and_a_lost_one_is_made_up_for(shelf: S
     shelf.conn.execute("DELETE FROM procrastinate_jobs WHERE task_name = 'reembed'")
     assert shelf.one("SELECT queue_reembedding()") is not None
     assert len(shelf.all(jobs)) == 1
+
+
+async def test_what_people_order_is_begun_at_once_though_a_job_waits_out_an_outage(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start(switch="manual")
+    for order, state in [("resume", "running"), ("switch", "running"), ("cancel", "cancelled"), ("start", None)]:
+        shelf.conn.execute("DELETE FROM procrastinate_jobs WHERE task_name = 'reembed'")
+        assert shelf.one("SELECT queue_reembedding(300)") is not None
+        assert shelf.one("SELECT queue_reembedding()") is None  # the reconciler's
+        waits = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'reembed' AND status = 'todo' AND scheduled_at > now()"
+        assert shelf.one(waits) == 1
+        assert (shelf.start() if state is None else shelf.one(f"SELECT {order}_reembedding()")) == (state or 2)
+        assert shelf.one(waits) == 0, order
+        assert shelf.one("SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'reembed'") == 1
 
 
 def test_a_database_from_before_is_served_by_its_commonest_model_and_the_rest_is_listed(
