@@ -13,7 +13,10 @@ import pytest
 from psycopg import sql
 
 from jobs.adapters.embedders import HashedWords
+from jobs.cli.errors import ExitCode
+from jobs.cli.index import _build
 from jobs.database import make_pool
+from jobs.front import close_async
 from jobs.maintenance import index_name
 from jobs.pipeline.company import Company
 from jobs.reembedding import Slice
@@ -256,6 +259,39 @@ async def test_the_new_sets_indexes_come_before_the_switch_and_the_old_ones_go_a
     await shelf.until("complete")
     assert shelf.all(INDEXES) == [index_name(NEW.model, 24)]
     assert shelf.all("SELECT embedding_model, dimensions FROM serving_embeddings") == [(NEW.model, 24)]
+
+
+async def test_a_set_that_grows_while_it_waits_for_the_switch_is_indexed_before_it(shelf: Shelf) -> None:
+    shelf.settings = shelf.settings.model_copy(update={"vector_index_threshold": 50})
+    fill(shelf)
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    assert shelf.all(INDEXES) == []
+    shelf.put("large", *(f"valve {number}" for number in range(100)))
+    await shelf.finish()
+    assert shelf.state() == "ready"
+    assert shelf.all(INDEXES) == [index_name(NEW.model, 24, "chunk_embeddings")]
+    shelf.put("late", "pump late")
+    await shelf.step()
+    assert shelf.one("SELECT switch_reembedding()") == "running"  # it may have to be indexed
+    await shelf.until("switched")
+
+
+async def test_the_command_builds_no_index_that_vectors_are_still_moved_into(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(shelf)
+    settings = shelf.settings.model_copy(update={"vector_index_threshold": 1})
+    shelf.start()
+    await shelf.until("switched")
+    await shelf.step()
+    await shelf.step()
+    assert shelf.one("SELECT count(*) FROM document_chunks WHERE embedding_model = %s", NEW.model) > 0
+    try:
+        assert await _build(settings) == ExitCode.OK
+    finally:
+        await close_async()
+    assert "re-embedding" in capsys.readouterr().out
+    assert shelf.all(INDEXES) == []
+    await shelf.until("complete")
 
 
 async def test_a_manual_switch_waits_until_it_is_told_and_both_models_serve_meanwhile(shelf: Shelf) -> None:
