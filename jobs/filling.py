@@ -18,6 +18,7 @@ from jobs.adapters.embedders import HostedEmbedder
 from jobs.adapters.usage import in_thread
 from jobs.outages import outlive
 from jobs.pipeline.claims import Connection, rows
+from jobs.pipeline.company import Company
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
 from jobs.stages import Embedder
@@ -57,8 +58,10 @@ Text = tuple[str, str]
 class Filling:
     """Works off the list of documents that lack vectors, from front to end, for one slice."""
 
-    def __init__(self, settings: Settings, pool: AsyncConnectionPool[Connection], worker: str, stopping: Callable[[], bool]) -> None:
-        self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
+    def __init__(
+        self, settings: Settings, pool: AsyncConnectionPool[Connection], worker: str, stopping: Callable[[], bool], company: Company
+    ) -> None:
+        self._settings, self._pool, self._worker, self._stopping, self._company = settings, pool, worker, stopping, company
         self._after: dict[str, str] = {}
         self._got_on: set[str] = set()
         self._failures = 0
@@ -70,11 +73,9 @@ class Filling:
         wanted = {"embedding_model": model, "after": after, "only_urgent": only_urgent}
         batch = await self._rows("passages_to_embed", **wanted, documents=DOCUMENTS, passages=PASSAGES)
         if not batch:
-            if model not in self._got_on:
-                return AGAIN_SECONDS
             self._after.pop(model, None)
-            self._got_on.discard(model)
-            return None
+            got_on, self._got_on = model in self._got_on, self._got_on - {model}
+            return None if got_on else AGAIN_SECONDS
         names = list(dict.fromkeys(row["doc_id"] for row in batch))
         last = names[-1]
         # The last document may have more passages than came along.
@@ -115,9 +116,11 @@ class Filling:
         keys, contents = list(texts), list(texts.values())
         if not keys:
             return
-        sized = await in_thread(embedder.size, contents) if isinstance(embedder, HostedEmbedder) else []
+        # A document that must be alone in this worker waits for what is computed here, but for nothing that waits for others' transactions.
+        async with self._company.shared():
+            sized = await in_thread(embedder.size, contents) if isinstance(embedder, HostedEmbedder) else []
         for part in embedder.plan(sized) if isinstance(embedder, HostedEmbedder) else [slice(0, len(keys))]:
-            async with asyncio.timeout(self._settings.stage_timeout_seconds):
+            async with self._company.shared(), asyncio.timeout(self._settings.stage_timeout_seconds):
                 if isinstance(embedder, HostedEmbedder):
                     made = (await embedder.embed_sized(sized[part], shares=_shares(passages, set(keys[part])))).value
                 else:

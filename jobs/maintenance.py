@@ -77,6 +77,8 @@ async def look_after_index(
             await conn.execute(query("act_as_owner_of"), {"table": table})
             # What a build that was cut off has left is of no use.
             await conn.execute(composing.SQL(query("drop_vector_index")).format(**names))
+            if not facts["is_large"]:
+                return "not needed"
             await conn.execute(query("build_in_parallel"))
             await conn.execute(composing.SQL(query("create_vector_index")).format(**names))
         finally:
@@ -86,11 +88,13 @@ async def look_after_index(
 
 
 def _found(facts: dict[str, Any], *, even_under_load: bool) -> Outcome | None:
-    """Return how an index stands by the answers of vector_index_facts; None where it is to be built now."""
+    """Return how an index stands by the answers of vector_index_facts; None where it is to be built, or what is left of it dropped, now."""
     if facts["is_valid"]:
         return "ready"
     if not facts["is_large"]:
-        return "not needed"
+        # What a build that was cut off has left costs whoever inserts something.
+        is_left = facts["is_valid"] is False and not facts["is_being_built"] and facts["may_build"]
+        return None if is_left else "not needed"
     if facts["is_being_built"]:
         return "busy elsewhere"
     if facts["is_busy"] and not even_under_load:

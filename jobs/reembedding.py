@@ -37,9 +37,6 @@ CLEARED = 5000
 LEAVE_SECONDS = 5.0
 """What this worker cannot do waits so long for another, which may fetch it as well."""
 
-_OF_THE_DATABASE = frozenset({"index", "settle"})
-"""Steps that may take long and do nothing in this process: a document that must be alone in it need not wait for them."""
-
 
 class Slice:
     """A few seconds of re-embedding in one worker."""
@@ -56,9 +53,9 @@ class Slice:
     ) -> None:
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self._find_embedder = find_embedder
-        self._company = company or Company()
-        self._filling = Filling(settings, pool, worker, stopping)
+        self._filling = Filling(settings, pool, worker, stopping, company or Company())
         self._moved_to = ""
+        self._not_before: dict[tuple[str, str | None], float] = {}
 
     async def run(self, seconds: float = SLICE_SECONDS) -> float | None:
         """Do what is due until the time is up; return after how many seconds the next slice is worth it, None if nothing is left to do."""
@@ -67,34 +64,42 @@ class Slice:
             steps = await self._rows("reembedding_steps")
             if not steps:
                 return None
-            if steps[0]["step"] in _OF_THE_DATABASE:
-                pause = await self._first_possible(steps)
-            else:
-                async with self._company.shared():
-                    pause = await self._first_possible(steps)
+            pause = await self._first_possible(steps)
             if pause is not None:
                 return pause
             if clock.seconds() >= end or self._stopping():
                 return 0.0
 
     async def _first_possible(self, steps: Iterable[Row]) -> float | None:
-        """Do the first step that can be done here; return None to go on, or seconds to wait."""
+        """Do the first step that can be done here and now; return None to go on, or seconds to wait. A step that waits keeps no other."""
+        waits = []
         for step in steps:
-            await faults.at(f"reembed:{step['step']}")
-            run = step["reembedding_id"]
-            if step["step"] not in ("fill", "index"):
-                return await self._do_step(step["step"], run)
-            try:
-                embedder = self._find_embedder(self._settings, step["embedding_model"])
-            except ConfigurationError as error:
-                await self._tell(step["embedding_model"], f"worker {self._worker} leaves it to others: {error}")
-                continue
-            if step["step"] == "index":
-                return await self._index(embedder, run)
-            return await self._filling.batch(embedder, only_urgent=run is None)
-        return LEAVE_SECONDS
+            key = step["step"], step["embedding_model"]
+            wait = self._not_before.get(key, 0.0) - clock.seconds()
+            if wait <= 0:
+                pause = await self._do_step(step)
+                if pause is None:
+                    return None
+                wait, self._not_before[key] = pause, clock.seconds() + pause
+            waits.append(wait)
+        return min(waits)
 
-    async def _do_step(self, step: str, run: int) -> float | None:
+    async def _do_step(self, step: Row) -> float | None:
+        """Do a step; return None to go on, or seconds to wait."""
+        await faults.at(f"reembed:{step['step']}")
+        run = step["reembedding_id"]
+        if step["step"] not in ("fill", "index"):
+            return await self._do_without_embedder(step["step"], run)
+        try:
+            embedder = self._find_embedder(self._settings, step["embedding_model"])
+        except ConfigurationError as error:
+            await self._tell(step["embedding_model"], f"worker {self._worker} leaves it to others: {error}")
+            return LEAVE_SECONDS
+        if step["step"] == "index":
+            return await self._index(embedder, run)
+        return await self._filling.batch(embedder, only_urgent=run is None)
+
+    async def _do_without_embedder(self, step: str, run: int) -> float | None:
         """Do a step that needs no embedder."""
         try:
             match step:

@@ -42,9 +42,15 @@ class Shelf:
     """Texts that were given to an embedder, in order."""
 
     def put(
-        self, doc_id: str, *texts: str, by: HashedWords = OLD, user_id: str = "default", conn: psycopg.Connection | None = None
+        self,
+        doc_id: str,
+        *texts: str,
+        by: HashedWords = OLD,
+        user_id: str = "default",
+        conn: psycopg.Connection | None = None,
+        at_once: int = 1000,
     ) -> None:
-        """Swap a version of these passages in, embedded by a worker of that model."""
+        """Swap a version of these passages in, `at_once` a statement, embedded by a worker of that model."""
         conn = conn or self.conn
         register_vector(conn)
         with conn.transaction():
@@ -59,11 +65,12 @@ class Shelf:
             assert row is not None
             conn.execute("DELETE FROM document_chunks WHERE doc_id = %s", [doc_id])
             columns = "id, doc_id, user_id, version, chunk_index, content, content_sha256, char_start, char_end, embedding, embedding_model"
-            with conn.cursor().copy(f"COPY document_chunks ({columns}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
-                copy.set_types(["uuid", "text", "text", "int4", "int4", "text", "text", "int4", "int4", "vector", "text"])
-                for index, text in enumerate(texts):
-                    name = uuid.uuid5(uuid.NAMESPACE_URL, f"{doc_id} {index} {text}")
-                    copy.write_row((name, doc_id, user_id, row[0], index, text, sha(text), 0, 1, vector(text, by), by.model))
+            for first in range(0, len(texts), at_once):
+                with conn.cursor().copy(f"COPY document_chunks ({columns}) FROM STDIN (FORMAT BINARY)".encode()) as copy:
+                    copy.set_types(["uuid", "text", "text", "int4", "int4", "text", "text", "int4", "int4", "vector", "text"])
+                    for index, text in enumerate(texts[first : first + at_once], first):
+                        name = uuid.uuid5(uuid.NAMESPACE_URL, f"{doc_id} {index} {text}")
+                        copy.write_row((name, doc_id, user_id, row[0], index, text, sha(text), 0, 1, vector(text, by), by.model))
 
     def delete(self, doc_id: str) -> None:
         self.conn.execute("DELETE FROM file_extractions WHERE doc_id = %s", [doc_id])

@@ -28,6 +28,10 @@ async def _build(settings: Settings) -> ExitCode:
     if not serving:
         say("There are no passages yet.")
         return ExitCode.OK
+    place = await rows(settings, "where_served_vectors_lie", embedding_model=serving[0]["embedding_model"])
+    if place[0]["table_name"] != "document_chunks":
+        say("A re-embedding is moving vectors into document_chunks; it builds the index once all of them have arrived.")
+        return ExitCode.OK
     outcome = await look_after_index(settings, serving[0]["embedding_model"], serving[0]["dimensions"], even_under_load=True)
     if outcome in _SAID:
         say(_SAID[outcome])

@@ -20,7 +20,7 @@ SELECT list_documents_to_embed(%(reembedding_id)s);
 
 -- name: passages_to_embed
 -- The documents of a part of the list, in order, with the passages that have no vector of the model where it is to lie: in document_chunks if
--- it serves, aside if a run goes over to it. A document that lacks none has a row of nulls.
+-- it serves, aside if a run goes over to it. A document that lacks none, or is gone, has a row of nulls.
 SELECT l.doc_id, c.id, c.user_id, c.content_sha256, c.content
 FROM (
     SELECT %(embedding_model)s = serving_model() AS is_serving, embedding_table(%(embedding_model)s) = 'chunk_embeddings' AS is_aside OFFSET 0
@@ -28,8 +28,10 @@ FROM (
 CROSS JOIN (
     SELECT e.doc_id
     FROM embeddings_to_make AS e
-    WHERE e.embedding_model = %(embedding_model)s AND e.doc_id > %(after)s AND coalesce(e.not_before, now()) <= now()
-        AND (e.is_urgent OR NOT %(only_urgent)s)
+    WHERE e.embedding_model = %(embedding_model)s AND e.doc_id > %(after)s AND (e.is_urgent OR NOT %(only_urgent)s)
+        AND (coalesce(e.not_before, now()) <= now() OR NOT EXISTS (
+            SELECT FROM file_extractions AS f WHERE f.doc_id = e.doc_id OFFSET 0
+        ))
     ORDER BY e.doc_id
     LIMIT %(documents)s
 ) AS l
@@ -57,9 +59,11 @@ SELECT s.stored, s.settled, s.got_on
 FROM store_embeddings(%(embedding_model)s, %(doc_ids)s, %(chunk_ids)s, %(embeddings)b::vector[]) AS s;
 
 -- name: note_reembedding_progress
--- Of its own, after what it tells of: a crash in between costs the count something, and nothing else.
+-- Of its own, after what it tells of: a crash in between costs the count something, and nothing else. A set that has grown since it was ready
+-- may be large enough for an index now: it is called ready again once that has been looked at.
 UPDATE reembeddings AS r
-SET done = CASE WHEN r.switched_at IS NULL THEN r.done + %(got_on)s ELSE r.done END, error_message = NULL, worker = %(worker)s,
+SET state = CASE r.state WHEN 'ready' THEN 'running' ELSE r.state END,
+    done = CASE WHEN r.switched_at IS NULL THEN r.done + %(got_on)s ELSE r.done END, error_message = NULL, worker = %(worker)s,
     updated_at = clock_timestamp(), dimensions = coalesce(r.dimensions, %(dimensions)s)
 WHERE r.to_model = %(embedding_model)s AND r.state IN ('running', 'paused', 'ready', 'switched');
 

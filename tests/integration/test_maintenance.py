@@ -99,6 +99,17 @@ async def test_a_build_that_was_cut_off_is_done_again(passages: psycopg.Connecti
     assert valid(passages) is True
 
 
+async def test_what_a_build_that_was_cut_off_has_left_goes_also_where_no_index_is_needed_any_more(
+    passages: psycopg.Connection, settings: Settings
+) -> None:
+    await look_after_index(settings.model_copy(update={"vector_index_threshold": 1}), MODEL, 8)
+    small = settings.model_copy(update={"vector_index_threshold": 301})
+    assert await look_after_index(small, MODEL, 8) == "ready"
+    passages.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)", [index_name(MODEL, 8)])
+    assert await look_after_index(small, MODEL, 8) == "not needed"
+    assert valid(passages) is None
+
+
 async def test_it_waits_while_a_bulk_load_is_under_way(
     passages: psycopg.Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,14 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from jobs.adapters.embedders import HashedWords
+from jobs.cli.errors import ExitCode
+from jobs.cli.index import _build
 from jobs.database import make_pool
+from jobs.front import close_async
 from jobs.maintenance import index_name
+from jobs.pipeline.company import Company
+from jobs.reembedding import Slice
 from jobs.stages import Embedder
 from models.errors import ConfigurationError, PermanentError, ServiceUnavailable
 from models.settings import Settings
@@ -37,6 +43,14 @@ async def shelf(settings: Settings, database: str, conn: psycopg.Connection) -> 
 def fill(shelf: Shelf, count: int = 6, passages: int = 3) -> None:
     for number in range(count):
         shelf.put(f"d{number}", *(f"pump {number} {index}" for index in range(passages)))
+
+
+async def eventually(shelf: Shelf, statement: str) -> None:
+    for _ in range(500):
+        if shelf.one(statement):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"never: {statement}")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -127,6 +141,37 @@ async def test_a_large_document_is_done_in_parts(shelf: Shelf) -> None:
     shelf.check_vectors()
 
 
+async def test_a_document_that_is_inserted_in_several_statements_is_counted_whole(shelf: Shelf) -> None:
+    shelf.put("first", "pump")
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    figures = "SELECT done, total, lacking FROM reembedding_status"
+    shelf.put("large", *(f"pump {number}" for number in range(600)), at_once=256)
+    assert shelf.one(figures) == (1, 601, 600)
+    shelf.put("large", *(f"valve {number}" for number in range(400)), at_once=256)
+    assert shelf.one(figures) == (1, 401, 400)
+    shelf.conn.execute("UPDATE embeddings_to_make SET passages = 88")  # as a version of before counted
+    await shelf.step()
+    assert shelf.one(figures) == (1, 145, 144)
+    await shelf.finish()
+    assert shelf.one(figures) == (145, 145, 0)
+
+
+async def test_a_run_that_was_ready_and_was_paused_tells_a_true_rate(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    shelf.one("SELECT pause_reembedding()")
+    shelf.put("late", *(f"pump late {number}" for number in range(300)))
+    assert shelf.one("SELECT resume_reembedding()") == "running"
+    await shelf.step()
+    rate, left, since = shelf.one(
+        "SELECT rate, seconds_left, extract(epoch FROM now() - resumed_at) FROM reembedding_status JOIN reembeddings USING (id)"
+    )
+    assert rate > 256 / float(since)
+    assert left == pytest.approx(44 / rate)
+
+
 async def test_a_pause_stops_after_the_batch_and_what_was_made_stays(shelf: Shelf) -> None:
     fill(shelf, 200)
     shelf.start()
@@ -169,10 +214,7 @@ async def test_who_pauses_in_an_open_transaction_keeps_no_document_waiting(shelf
     with psycopg.connect(database) as holder:
         holder.execute("SELECT pause_reembedding()")
         going = asyncio.ensure_future(shelf.step(slice))
-        for _ in range(200):
-            await asyncio.sleep(0.02)
-            if shelf.one("SELECT count(*) FROM chunk_embeddings") == 18:
-                break
+        await eventually(shelf, "SELECT count(*) = 18 FROM chunk_embeddings")
         assert not going.done()
         shelf.conn.execute("SET lock_timeout = '1s'")
         shelf.put("d1", "pump again")
@@ -217,6 +259,39 @@ async def test_the_new_sets_indexes_come_before_the_switch_and_the_old_ones_go_a
     await shelf.until("complete")
     assert shelf.all(INDEXES) == [index_name(NEW.model, 24)]
     assert shelf.all("SELECT embedding_model, dimensions FROM serving_embeddings") == [(NEW.model, 24)]
+
+
+async def test_a_set_that_grows_while_it_waits_for_the_switch_is_indexed_before_it(shelf: Shelf) -> None:
+    shelf.settings = shelf.settings.model_copy(update={"vector_index_threshold": 50})
+    fill(shelf)
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    assert shelf.all(INDEXES) == []
+    shelf.put("large", *(f"valve {number}" for number in range(100)))
+    await shelf.finish()
+    assert shelf.state() == "ready"
+    assert shelf.all(INDEXES) == [index_name(NEW.model, 24, "chunk_embeddings")]
+    shelf.put("late", "pump late")
+    await shelf.step()
+    assert shelf.one("SELECT switch_reembedding()") == "running"  # it may have to be indexed
+    await shelf.until("switched")
+
+
+async def test_the_command_builds_no_index_that_vectors_are_still_moved_into(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(shelf)
+    settings = shelf.settings.model_copy(update={"vector_index_threshold": 1})
+    shelf.start()
+    await shelf.until("switched")
+    await shelf.step()
+    await shelf.step()
+    assert shelf.one("SELECT count(*) FROM document_chunks WHERE embedding_model = %s", NEW.model) > 0
+    try:
+        assert await _build(settings) == ExitCode.OK
+    finally:
+        await close_async()
+    assert "re-embedding" in capsys.readouterr().out
+    assert shelf.all(INDEXES) == []
+    await shelf.until("complete")
 
 
 async def test_a_manual_switch_waits_until_it_is_told_and_both_models_serve_meanwhile(shelf: Shelf) -> None:
@@ -282,16 +357,19 @@ async def test_a_document_that_somebody_holds_is_done_later_and_keeps_no_other(s
 class Failing:
     """Fails on some texts, or always, with an error of its own."""
 
-    model, dimensions, quick = NEW.model, NEW.dimensions, True
+    quick = True
 
-    def __init__(self, error: Exception, on: str = "") -> None:
-        self.error, self.on, self.calls = error, on, 0
+    def __init__(self, error: Exception, on: str = "", by: HashedWords = NEW) -> None:
+        self.error, self.on, self.by, self.calls = error, on, by, 0
+        self.model, self.dimensions = by.model, by.dimensions
+        self.made: list[str] = []
 
     async def embed(self, texts: Any, kind: Any = "passage") -> Any:
         self.calls += 1
         if any(self.on in text for text in texts):
             raise self.error
-        return await NEW.embed(texts, kind)
+        self.made += texts
+        return await self.by.embed(texts, kind)
 
 
 async def test_an_outage_is_waited_out_and_loses_nothing(shelf: Shelf) -> None:
@@ -309,6 +387,41 @@ async def test_an_outage_is_waited_out_and_loses_nothing(shelf: Shelf) -> None:
     assert shelf.one("SELECT error_message IS NOT NULL, failing FROM reembedding_status") == (True, 6)
     await shelf.until("complete")
     assert shelf.one("SELECT error_message, failing FROM reembedding_status") == (None, 0)
+
+
+async def test_trouble_with_the_serving_model_keeps_no_run_from_getting_on(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.put("late", "pump late", by=NEW)  # by a worker that cannot make the serving model
+    shelf.start()
+    away = Failing(ServiceUnavailable("the service is away", retry_after=30.0), by=OLD)
+    slice = shelf.slice(find=lambda _, model: away if model == OLD.model else NEW)
+    while shelf.state() != "switched":
+        assert await slice.run(0) == 0
+    assert away.calls == 1
+    shelf.put("later", "pump later", by=OLD)
+    away_too = Failing(ServiceUnavailable("the service is away", retry_after=30.0))
+    slice = shelf.slice(find=lambda *_: away_too)
+    while shelf.state() != "complete":
+        assert await slice.run(0) == 0
+    assert away_too.calls == 1
+    assert shelf.all("SELECT doc_id FROM embeddings_to_make") == ["later"]
+    assert await slice.run(0) == pytest.approx(30, abs=5)
+
+
+async def test_a_document_that_somebody_holds_and_that_lacks_the_serving_models_vector_keeps_no_run_waiting(
+    shelf: Shelf, database: str
+) -> None:
+    fill(shelf)
+    shelf.put("late", "pump late", by=NEW)
+    shelf.start()
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions WHERE doc_id = 'late' FOR UPDATE")
+        slice = shelf.slice()
+        for _ in range(20):
+            await slice.run(0)
+        assert shelf.one("SELECT listed_at IS NOT NULL FROM reembeddings")
+        assert shelf.all("SELECT DISTINCT doc_id FROM embeddings_to_make") == ["late"]
+    await shelf.until("complete")
 
 
 async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf: Shelf) -> None:
@@ -330,6 +443,102 @@ async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf:
     assert shelf.one("SELECT switch_reembedding(despite_lacking => TRUE)") == "switched"
     shelf.one("SELECT resume_reembedding()")
     await shelf.until("complete")
+
+
+async def test_a_document_that_cannot_be_embedded_and_is_deleted_keeps_the_run_no_longer(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.put("poison", "pump poison")
+    shelf.start()
+    picky = Failing(PermanentError("a text is too long"), on="poison")
+    slice = shelf.slice(find=lambda *_: picky)
+    for _ in range(4):
+        await shelf.step(slice)
+    assert shelf.one("SELECT lacking, failing FROM reembedding_status") == (1, 1)
+    shelf.delete("poison")
+    while shelf.state() != "complete":
+        assert await shelf.step(slice) == 0
+    shelf.check_vectors()
+
+
+async def test_what_a_late_document_has_is_served_after_the_move_though_one_of_its_passages_is_refused(shelf: Shelf) -> None:
+    shelf.put("d", "pump d")
+    shelf.start(switch="manual")
+    await shelf.step()
+    shelf.put("late", *(f"pump late {number}" for number in range(256)), "pump poison")
+    picky = Failing(PermanentError("a text is refused"), on="poison")
+    slice = shelf.slice(find=lambda *_: picky)
+    for _ in range(6):
+        await shelf.step(slice)
+    found = len(shelf.found(NEW))
+    assert found >= 256
+    assert shelf.one("SELECT switch_reembedding(despite_lacking => TRUE)") == "switched"
+    while shelf.state() != "complete":
+        assert await shelf.step(slice) == 0
+        assert len(shelf.found(NEW)) == found
+    assert shelf.all("SELECT passages, is_urgent, error_message FROM embeddings_to_make") == [(258 - found, True, "a text is refused")]
+    picky.on = "nothing"
+    shelf.conn.execute("UPDATE embeddings_to_make SET not_before = NULL")
+    await shelf.step(slice)
+    assert len(shelf.found(NEW)) == len(picky.made) == 258
+    shelf.check_vectors()
+
+
+async def test_a_document_that_arrives_between_the_switch_and_the_move_does_not_wait_for_the_move(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start()
+    await shelf.until("switched")
+    shelf.put("late", "pump late", by=OLD)
+    shelf.conn.execute("SELECT list_documents_to_embed(id) FROM reembeddings")
+    assert shelf.all("SELECT doc_id FROM embeddings_to_make WHERE is_urgent") == ["late"]
+    await shelf.until("complete")
+
+
+async def test_who_must_be_alone_in_the_worker_waits_for_nobodys_transaction(shelf: Shelf, database: str) -> None:
+    fill(shelf)
+    shelf.conn.execute(
+        f"CREATE INDEX {index_name(OLD.model, 16)} ON document_chunks USING hnsw ((embedding::vector(16)) vector_cosine_ops) "
+        f"WHERE embedding_model = '{OLD.model}'".encode()
+    )
+    company = Company()
+    slice = Slice(shelf.settings, shelf.pool, worker="test:1", stopping=lambda: False, find_embedder=shelf._watched, company=company)
+
+    async def alone() -> None:
+        async with asyncio.timeout(10), company.alone():
+            assert not going.done()
+
+    shelf.start()
+    await shelf.step()
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT pause_reembedding()")
+        going = asyncio.ensure_future(shelf.step(slice))
+        await eventually(shelf, "SELECT count(*) = 18 FROM chunk_embeddings")
+        await alone()
+        holder.rollback()
+    await going
+    await shelf.until("switched")
+    with psycopg.connect(database) as reader:
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT count(*) FROM document_chunks")
+        going = asyncio.ensure_future(shelf.step(slice))
+        await eventually(shelf, "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE 'DROP INDEX%%' AND wait_event_type = 'Lock'")
+        await alone()
+        reader.rollback()
+    await going
+    await shelf.until("complete")
+
+
+async def test_nothing_is_embedded_while_a_document_must_be_alone_in_the_worker(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start()
+    await shelf.step()
+    company = Company()
+    slice = Slice(shelf.settings, shelf.pool, worker="test:1", stopping=lambda: False, find_embedder=shelf._watched, company=company)
+    async with company.alone():
+        going = asyncio.ensure_future(shelf.step(slice))
+        await asyncio.sleep(0.3)
+        assert shelf.embedded == []
+    await going
+    assert len(shelf.embedded) == 18
 
 
 async def test_a_worker_that_cannot_make_the_model_leaves_it_to_others_and_says_so(shelf: Shelf) -> None:
@@ -446,6 +655,20 @@ async def test_there_is_one_job_at_a_time_and_a_lost_one_is_made_up_for(shelf: S
     shelf.conn.execute("DELETE FROM procrastinate_jobs WHERE task_name = 'reembed'")
     assert shelf.one("SELECT queue_reembedding()") is not None
     assert len(shelf.all(jobs)) == 1
+
+
+async def test_what_people_order_is_begun_at_once_though_a_job_waits_out_an_outage(shelf: Shelf) -> None:
+    fill(shelf)
+    shelf.start(switch="manual")
+    for order, state in [("resume", "running"), ("switch", "running"), ("cancel", "cancelled"), ("start", None)]:
+        shelf.conn.execute("DELETE FROM procrastinate_jobs WHERE task_name = 'reembed'")
+        assert shelf.one("SELECT queue_reembedding(300)") is not None
+        assert shelf.one("SELECT queue_reembedding()") is None  # the reconciler's
+        waits = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'reembed' AND status = 'todo' AND scheduled_at > now()"
+        assert shelf.one(waits) == 1
+        assert (shelf.start() if state is None else shelf.one(f"SELECT {order}_reembedding()")) == (state or 2)
+        assert shelf.one(waits) == 0, order
+        assert shelf.one("SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'reembed'") == 1
 
 
 def test_a_database_from_before_is_served_by_its_commonest_model_and_the_rest_is_listed(
