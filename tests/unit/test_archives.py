@@ -287,6 +287,21 @@ def test_a_workspace_is_removed_by_its_owner_or_after_his_death_but_not_while_he
     assert list((storage.base / "temp").iterdir()) == []
 
 
+def test_a_workspace_is_made_also_where_somebody_cleans_up_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.ensure_directory(storage.temp_dir)
+    make, removed = Path.mkdir, list[int]()
+
+    def make_and_lose_the_first(self: Path, mode: int = 0o777) -> None:
+        make(self, mode)
+        if not removed:
+            removed.append(remove_leftovers(storage))
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose_the_first)
+    with workspace(storage) as mine:
+        assert (removed, mine.is_dir()) == ([1], True)
+
+
 @pytest.mark.parametrize(
     "made",
     [
