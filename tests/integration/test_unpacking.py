@@ -167,6 +167,23 @@ async def test_a_zip_becomes_a_batch_of_its_files_and_ends_with_them(bench: Benc
     assert bench.settle(batch) == "completed"
 
 
+async def test_entries_are_called_as_the_same_files_in_a_folder_are(bench: Bench) -> None:
+    folder = bench.folder / "in"
+    folder.mkdir()
+    names = [
+        "議事録\u30002024.txt", "Screenshot at 3.45.12\u202fPM.txt", "Facture\u00a0: 7.txt", "می\u200cخواهم.txt", "👨\u200d👩.txt",
+        "tab\tand\x1b.txt", "plain.txt",
+    ]  # fmt: skip
+    for name in names:
+        (folder / name).write_text("text")
+    submit_batch(folder, batch_id="folder")
+    submit_batch(bench.zip(raw_zip(Raw(f"d/{name}".encode(), crc=1 if name == names[0] else None) for name in names)), batch_id="zip")
+    await bench.unpack()
+    called = "SELECT file_name FROM file_extractions WHERE batch_id = %s ORDER BY file_name"
+    assert bench.all(called, "zip") == bench.all(called, "folder")
+    assert (names[0],) in bench.all(called, "zip")
+
+
 async def test_the_same_zip_again_writes_nothing(bench: Bench) -> None:
     path = bench.zip(FILES)
     first = submit_batch(path)
