@@ -113,7 +113,7 @@ class Unpacker:
         await self._count_and_settle(archive)
         acceptance = Acceptance(self._pool, archive)
         await acceptance.look(listing.members)
-        intake = Intake(archive, file, sandbox, self._limits, self._storage, acceptance, self._pool)
+        intake = Intake(archive, file, sandbox, self._limits, self._storage, acceptance, self._pool, self._is_last_try(archive))
         left = [member for member in listing.members if member.path not in acceptance.done]
         for number, group in enumerate(in_groups(left)):
             if self._stopping():
@@ -174,8 +174,11 @@ class Unpacker:
     async def _put_off(self, archive: Archive, delay: float, reason: str | None = None) -> None:
         await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason)
 
+    def _is_last_try(self, archive: Archive) -> bool:
+        return archive.retry_count >= self._settings.max_retry_attempts
+
     async def _try_later(self, archive: Archive, error: DocmillError) -> None:
-        if archive.retry_count >= self._settings.max_retry_attempts:
+        if self._is_last_try(archive):
             await self._fail(archive, error)
             return
         delay = calculate_backoff(archive.retry_count, self._settings.retry_base_delay_seconds, self._settings.retry_max_delay_seconds)

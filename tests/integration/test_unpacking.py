@@ -27,7 +27,7 @@ from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
 from jobs.pipeline.claims import Connection
 from jobs.reconcile import Reconciler
-from models.errors import DocmillError, ParseError, RetryableError
+from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
 from models.settings import Settings, load_settings
 from tests.archives import Raw, raw_zip, write_zip, zip_bytes
 from tests.running import wait_for
@@ -434,6 +434,68 @@ async def test_a_failing_storage_is_waited_for_and_then_given_up(bench: Bench) -
         assert bench.one("SELECT state FROM batch_archives") != ("failed",)
         await bench.unpacker().run(archive)
     assert bench.one("SELECT state, error_message FROM batch_archives") == ("failed", "batch.zip: The storage is full.")
+
+
+def waiting_on(bench: Bench, monkeypatch: pytest.MonkeyPatch, *slow: str) -> list[int]:
+    """Have the disk keep these entries waiting until the time is up; return the sizes of the groups that it did so with."""
+    met: list[int] = []
+    run = Noted.run
+
+    async def wait(self: Noted, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        group = args[1] if function.__name__ == "unpack_members" else ()
+        if any(member.path in slow for member in group):  # type: ignore[attr-defined]
+            met.append(len(group))  # type: ignore[arg-type]
+            raise TimeoutError("Parsing was stopped at the time limit of 300 s.")
+        return await run(self, function, *args, **kwargs)
+
+    monkeypatch.setattr(Noted, "run", wait)
+    return met
+
+
+async def test_a_wait_for_the_disk_is_no_fault_of_the_entries(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    with monkeypatch.context() as patched:
+        met = waiting_on(bench, patched, *FILES)
+        await bench.unpacker().run(archive)
+    assert met == [3]
+    assert bench.documents() == {}
+    state, retries, message = bench.one("SELECT state, retry_count, error_message FROM batch_archives")
+    assert (state, retries) == ("unpacking", 1)
+    assert message == "batch.zip: Parsing was stopped at the time limit of 300 s."
+    assert bench.one("SELECT scheduled_at > now() FROM procrastinate_jobs WHERE task_name = 'unpack' AND status = 'todo'") == (True,)
+    await bench.unpack()
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
+
+
+async def test_an_entry_that_waits_each_time_is_failed_alone_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    met = waiting_on(bench, monkeypatch, "d1/f04.txt")
+    await bench.unpack()
+    retries = bench.settings.max_retry_attempts
+    assert met == [3] * (retries + 1) + [1]
+    assert bench.documents() == {**dict.fromkeys(FILES, "queued"), "d1/f04.txt": "failed"}
+    assert "time limit of 300 s" in bench.one("SELECT error_message FROM dead_letters")[0]
+    assert bench.one("SELECT state FROM batch_archives") == ("unpacked",)
+
+
+async def test_an_archive_is_failed_and_not_its_entries_where_all_wait_until_the_last_try(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+    with monkeypatch.context() as patched:
+        met = waiting_on(bench, patched, *FILES)
+        await bench.unpack()
+    assert len(met) <= bench.settings.max_retry_attempts + 1 + 3
+    assert bench.documents() == {}
+    assert bench.one("SELECT state, error_message FROM batch_archives") == (
+        "failed", "batch.zip: Parsing was stopped at the time limit of 300 s.",
+    )  # fmt: skip
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    await bench.unpack()
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
 
 
 @pytest.mark.parametrize(
