@@ -42,6 +42,11 @@ class Archive:
         """What people call it."""
         return self.entry_path.rstrip("/") or PurePath(self.source_path or self.file_path).name
 
+    @property
+    def may_be_replaced(self) -> bool:
+        """Whether its file lies where its submitter put it: a copy of ours is called by its content and stays what it is."""
+        return PurePath(self.file_path).name != self.content_sha256
+
     def doc_id(self, path: str) -> str:
         """Return the id of the document that an entry becomes: UUIDv5 of user, batch and path in the batch."""
         return derive_doc_id(self.user_id, f"{self.batch_id}\n{self.entry_path}{path}")

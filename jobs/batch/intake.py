@@ -18,7 +18,7 @@ from jobs.batch.archive import Archive, EntryRow, refused_entry, stored_entry
 from jobs.batch.submission import archive_upload_id
 from jobs.pipeline.claims import Connection, one
 from jobs.stages import Sandbox
-from models.errors import ParseError, TimeoutError
+from models.errors import ParseError, RetryableError, TimeoutError
 
 DEPTH = 2
 """How deep archives may lie in one another; the outermost one is 1."""
@@ -44,6 +44,8 @@ class Intake:
     storage: LocalStorage
     acceptance: Acceptance
     pool: AsyncConnectionPool[Connection]
+    stamp: tuple[int, int]
+    """The file's, from before it was listed."""
     last_try: bool
     """Whether the archive is not tried again after this."""
     waits: int = 0
@@ -52,10 +54,13 @@ class Intake:
     async def take(self, group: Sequence[Member], place: Path) -> None:
         """Take in a group, by way of an empty folder that the sandbox may write to.
 
-        Superseded if the run is over. TimeoutError: unpacking waited until the time was up, for a disk say.
+        Superseded if the run is over. TimeoutError: unpacking waited until the time was up, for a disk say. RetryableError: the file is not
+        the one that was listed.
         """
         results = await self._extract([member for member in group if member.reason is None], place)
         results += [Unpacked(member.path, reason=member.reason) for member in group if member.reason is not None]
+        if self.archive.may_be_replaced and await asyncio.to_thread(self.storage.stamp, self.archive.file_path) != self.stamp:
+            raise RetryableError("it changed while it was being unpacked.")
         await reach("unpacked", self.archive)
         several = asyncio.Semaphore(STORING)
 

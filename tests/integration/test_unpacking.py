@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -15,7 +16,7 @@ import pytest
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import cancel_document, delete_batch, delete_document, submit_batch
+from jobs import cancel_batch, cancel_document, delete_batch, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
@@ -50,6 +51,7 @@ class Bench:
     folder: Path
     stopping: bool = False
     before_call: Callable[[str], None] = lambda _: None
+    after_call: Callable[[str], None] = lambda _: None
     calls: list[str] = field(default_factory=list)
 
     def unpacker(self, **changes: Any) -> Unpacker:
@@ -119,7 +121,9 @@ class Noted(ProcessSandbox):
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.bench.calls.append(function.__name__)
         self.bench.before_call(function.__name__)
-        return await super().run(function, *args, **kwargs)
+        made = await super().run(function, *args, **kwargs)
+        self.bench.after_call(function.__name__)
+        return made
 
 
 @pytest.fixture
@@ -705,6 +709,113 @@ async def test_what_was_stored_while_the_batch_was_being_deleted_goes_too(bench:
         return not any(path.exists() for path in files)
 
     wait_for(gone, "the files to be removed; transactions of other tests on the same server are waited for")
+
+
+OLD: dict[str, bytes | str] = {**FILES, "in.zip": zip_bytes({"x.txt": "x"}), "only before.txt": "old"}
+NEW: dict[str, bytes | str] = {
+    "first.txt": "new",
+    **{name: f"{text!r} and more" for name, text in FILES.items()},
+    "in.zip": zip_bytes({"x.txt": "changed"}),
+}
+
+
+def in_storage(bench: Bench, files: Mapping[str, bytes | str]) -> Path:
+    """Put a zip to where it is submitted from by its path, as a rename does: there is always one, old or new."""
+    path = bench.settings.storage_base_path / "inbox" / "x.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_zip(path.with_name("coming"), files).replace(path)
+    return path
+
+
+@pytest.mark.parametrize("when", ["between groups", "while it is read", "while it waits for a worker"])
+async def test_a_zip_that_is_replaced_in_mid_unpack_becomes_a_batch_of_what_it_holds_now(when: str, bench: Bench) -> None:
+    in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b', metadata => '{\"year\": 2026}', priority => 4)")
+    (first,) = bench.one("SELECT run_id FROM processing_jobs")
+
+    def disturb(_: str) -> None:
+        if len(bench.calls) == 3 and when == "while it waits for a worker":
+            bench.stopping = True
+        elif len(bench.calls) == 3:
+            in_storage(bench, NEW)
+
+    if when == "while it is read":
+        bench.after_call = disturb
+    else:
+        bench.before_call = disturb
+    await bench.unpacker().run(bench.jobs()[0])
+    assert bench.one("SELECT state, retry_count FROM batch_archives WHERE entry_path = ''") == ("unpacking", int(not bench.stopping))
+    assert set(bench.documents().values()) == {"queued"}, "no entry is failed for a zip that is not its own"
+    bench.stopping, bench.before_call, bench.after_call = False, lambda _: None, lambda _: None
+    in_storage(bench, NEW)
+    await bench.unpack()
+    batch = bench.one(
+        "SELECT metadata, priority, total_files, zip_path FROM processing_jobs JOIN batch_archives a USING (run_id) WHERE a.depth = 1"
+    )
+    assert batch == ({"year": 2026}, 4, 12, "inbox/x.zip")
+    now = bench.all("SELECT d.source_path, d.content_sha256, d.state::text FROM file_extractions d JOIN processing_jobs USING (run_id)")
+    texts = {**NEW, "in.zip/x.txt": "changed"}
+    del texts["in.zip"]
+    assert sorted(now) == sorted((path, hashlib.sha256(str(text).encode()).hexdigest(), "queued") for path, text in texts.items())
+    assert bench.one("SELECT count(*) = count(DISTINCT source_path) FROM file_extractions") == (True,)
+    assert bench.all("SELECT DISTINCT run_id, state FROM batch_archives WHERE run_id <> %s", first) == [
+        (*bench.one("SELECT run_id FROM processing_jobs"), "unpacked")
+    ]
+    assert bench.one("SELECT count(*) FROM dead_letters") == (0,)
+    bench.finish()
+    assert bench.settle("b") == "completed"
+
+
+async def test_a_zip_that_was_only_touched_is_gone_on_with(bench: Bench) -> None:
+    path = in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b')")
+    before = bench.one("SELECT run_id FROM processing_jobs")
+
+    def touch(_: str) -> None:
+        if len(bench.calls) == 3:
+            path.touch()
+
+    bench.before_call = touch
+    await bench.unpack()
+    assert bench.one("SELECT run_id FROM processing_jobs") == before
+    assert bench.one("SELECT count(*), max(version) FROM file_extractions WHERE state = 'queued'") == (12, 1)
+    assert bench.all("SELECT DISTINCT state FROM batch_archives") == [("unpacked",)]
+
+
+async def test_a_zip_that_was_replaced_revives_no_batch_that_was_cancelled_meanwhile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b')")
+    bench.stopping = True
+    await bench.unpacker().run(bench.jobs()[0])
+    in_storage(bench, NEW)
+
+    async def cancel(point: str, _: str) -> None:
+        if point == "unpack_begun":
+            await asyncio.to_thread(cancel_batch, "b")
+
+    monkeypatch.setattr("jobs.faults.at", cancel)
+    bench.stopping = False
+    await bench.unpack()
+    assert bench.one("SELECT status FROM processing_jobs") == ("cancelled",)
+    assert bench.all("SELECT state FROM batch_archives") == [("cancelled",)]
+    assert bench.documents() == {}
+
+
+async def test_a_zip_that_was_replaced_waits_for_whoever_holds_its_batch(bench: Bench, database: str) -> None:
+    in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b')")
+    bench.stopping = True
+    await bench.unpacker().run(bench.jobs()[0])
+    in_storage(bench, NEW)
+    bench.stopping = False
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM processing_jobs FOR UPDATE")
+        await bench.unpacker().run(bench.jobs()[0])
+        holder.rollback()
+    assert bench.one("SELECT state, retry_count FROM batch_archives") == ("unpacking", 0)
+    await bench.unpack()
+    assert set(bench.documents().values()) == {"queued"}
+    assert len(bench.documents()) == 12
 
 
 async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_entries(bench: Bench) -> None:
