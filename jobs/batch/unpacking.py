@@ -131,7 +131,10 @@ class Unpacker:
         return acceptance.held == 0
 
     async def _list(self, archive: Archive, file: StoredFile, sandbox: Sandbox) -> Listing:
-        """Open the archive and note what it holds. PermanentError if it is bad, or breaks a limit, as a whole."""
+        """Open the archive and note what it holds.
+
+        PermanentError if it is bad, or breaks a limit, as a whole. Superseded, BatchHeld: it was replaced since its unpacking began.
+        """
         sha256 = archive.content_sha256
         if archive.may_be_replaced:
             sha256 = (await asyncio.to_thread(self._storage.fingerprint, archive.file_path)).sha256
