@@ -14,8 +14,12 @@ from models.errors import PermanentError
 MAX_ENTRIES = 100_000
 _PART_LIST_BYTES = 256 * 1024
 _ZIP = Kind(FileType.ZIP, "application/zip")
+_IWORK = Kind(FileType.UNKNOWN, "application/vnd.apple.iwork")
+_OTHER_PACKAGE = Kind(FileType.UNKNOWN, "application/vnd.openxmlformats-package")
+"""With a part list but no Office document: Visio, XPS, 3D models, NuGet. Its parts are no documents either."""
+_PART_LIST = "[Content_Types].xml"
 _MAIN_PARTS = {"word/document.xml": "docx", "xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "ppt/presentation.xml": "pptx"}
-_TELLING = frozenset({"mimetype", "[Content_Types].xml", *_MAIN_PARTS})
+_TELLING = frozenset({"mimetype", _PART_LIST, *_MAIN_PARTS})
 
 
 @dataclass(slots=True)
@@ -55,19 +59,21 @@ def _read(file: BinaryIO) -> _Contents:
 
 
 def _package_kind(file: BinaryIO, contents: _Contents) -> Kind:
-    """Tell Office, OpenDocument and EPUB packages from other archives."""
+    """Tell Office, OpenDocument, EPUB and other packages from archives of files."""
     if entry := contents.telling.get("mimetype"):
         declared = _beginning(file, entry, 100).decode("ascii", errors="replace").strip()
         if declared in OPENDOCUMENT:
             return OPENDOCUMENT[declared]
-    if entry := contents.telling.get("[Content_Types].xml"):
+    if entry := contents.telling.get(_PART_LIST):
         kind = _office_kind(_beginning(file, entry, _PART_LIST_BYTES))
         if kind is not None:
             return kind
     for name, extension in _MAIN_PARTS.items():
         if name in contents.telling:
             return BY_EXTENSION[extension]
-    return Kind(FileType.UNKNOWN, "application/vnd.apple.iwork") if contents.iwork else _ZIP
+    if _PART_LIST in contents.telling:
+        return _OTHER_PACKAGE
+    return _IWORK if contents.iwork else _ZIP
 
 
 def _office_kind(parts: bytes) -> Kind | None:

@@ -42,6 +42,8 @@ class DirectoryEntry:
     """Where its local header begins in the file."""
     unix_mode: int
     """Type and permissions, 0 where the archive was not made on a Unix system."""
+    dos_folder: bool = False
+    """Whether its DOS attributes, which most programs write on any system, say that it is a folder."""
     fault: str | None = None
     """What is wrong with the directory's own words about it."""
 
@@ -141,6 +143,8 @@ def _entries(file: BinaryIO, directory: Directory) -> Iterator[DirectoryEntry]:
     left = directory.end - directory.start
     while left > 0:
         head = file.read(_ENTRY.size)
+        if head[:4] == b"PK\x05\x05":  # a signature over the directory, which stands behind its last entry
+            return
         if len(head) < _ENTRY.size or left < _ENTRY.size or head[:4] != b"PK\x01\x02":
             raise PermanentError("its central directory is damaged or cut off")
         values = _ENTRY.unpack(head)
@@ -181,6 +185,7 @@ def _entry(values: tuple[int, ...], name: bytes, extra: bytes, shift: int) -> Di
         size=size,
         offset=offset + shift,
         unix_mode=attributes >> 16 if made_by >> 8 in (3, 19) else 0,  # Unix, macOS
+        dos_folder=bool(attributes & 0x10),
         fault=fault,
     )
 

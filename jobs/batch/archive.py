@@ -9,7 +9,7 @@ from pathlib import PurePath
 from uuid import UUID
 
 from jobs.adapters.archives import Member
-from jobs.adapters.storage import LocalStorage, StoredUpload, safe_display_name
+from jobs.adapters.storage import LocalStorage, StoredUpload, restored_text, safe_display_name
 from jobs.arguments import derive_doc_id
 
 GROUP_ENTRIES = 100
@@ -42,6 +42,11 @@ class Archive:
         """What people call it."""
         return self.entry_path.rstrip("/") or PurePath(self.source_path or self.file_path).name
 
+    @property
+    def may_be_replaced(self) -> bool:
+        """Whether its file lies where its submitter put it: a copy of ours is called by its content and stays what it is."""
+        return PurePath(self.file_path).name != self.content_sha256
+
     def doc_id(self, path: str) -> str:
         """Return the id of the document that an entry becomes: UUIDv5 of user, batch and path in the batch."""
         return derive_doc_id(self.user_id, f"{self.batch_id}\n{self.entry_path}{path}")
@@ -66,7 +71,7 @@ def stored_entry(archive: Archive, path: str, stored: StoredUpload, *, unchanged
     """Return the row of an entry whose file lies in the storage."""
     return EntryRow(
         archive.doc_id(path),
-        safe_display_name(path),
+        _file_name(path),
         stored.file_path,
         f"{archive.source_prefix}{path}",
         stored.size,
@@ -79,9 +84,12 @@ def refused_entry(archive: Archive, storage: LocalStorage, path: str, reason: st
     """Return the row of an entry that could not be unpacked. Its file path names where a file of it would be; there is none."""
     doc_id = archive.doc_id(path)
     nowhere = f"{storage.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}/refused"
-    return EntryRow(
-        doc_id, safe_display_name(path), nowhere, f"{archive.source_prefix}{path}", reason=f"{archive.name}, entry {path}: {reason}."
-    )
+    return EntryRow(doc_id, _file_name(path), nowhere, f"{archive.source_prefix}{path}", reason=f"{archive.name}, entry {path}: {reason}.")
+
+
+def _file_name(path: str) -> str:
+    """Return what people call an entry: every backslash in its path begins an escape, and none parts folders."""
+    return safe_display_name(restored_text(path))
 
 
 def in_groups(members: Sequence[Member]) -> Iterator[list[Member]]:

@@ -18,12 +18,14 @@ from jobs.batch.archive import Archive, EntryRow, refused_entry, stored_entry
 from jobs.batch.submission import archive_upload_id
 from jobs.pipeline.claims import Connection, one
 from jobs.stages import Sandbox
-from models.errors import ParseError, TimeoutError
+from models.errors import ParseError, RetryableError, TimeoutError
 
 DEPTH = 2
 """How deep archives may lie in one another; the outermost one is 1."""
 STORING = 8
 """Files that are stored at a time: each waits for the disk, which writes several at once as quickly as one."""
+WAITS = 3
+"""After how many members in a row that each waited alone until the time was up it is the storage that fails, and not they."""
 
 
 async def reach(point: str, archive: Archive) -> None:
@@ -31,7 +33,7 @@ async def reach(point: str, archive: Archive) -> None:
     await faults.at(f"unpack_{point}", archive.batch_id)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Intake:
     """One archive's way from its file to the tables."""
 
@@ -42,11 +44,23 @@ class Intake:
     storage: LocalStorage
     acceptance: Acceptance
     pool: AsyncConnectionPool[Connection]
+    stamp: tuple[int, int]
+    """The file's, from before it was listed."""
+    last_try: bool
+    """Whether the archive is not tried again after this."""
+    waits: int = 0
+    """Members in a row that waited alone until the time was up."""
 
     async def take(self, group: Sequence[Member], place: Path) -> None:
-        """Take in a group, by way of an empty folder that the sandbox may write to. Superseded if the run is over."""
+        """Take in a group, by way of an empty folder that the sandbox may write to.
+
+        Superseded if the run is over. TimeoutError: unpacking waited until the time was up, for a disk say. RetryableError: the file is not
+        the one that was listed.
+        """
         results = await self._extract([member for member in group if member.reason is None], place)
         results += [Unpacked(member.path, reason=member.reason) for member in group if member.reason is not None]
+        if self.archive.may_be_replaced and await asyncio.to_thread(self.storage.stamp, self.archive.file_path) != self.stamp:
+            raise RetryableError("it changed while it was being unpacked.")
         await reach("unpacked", self.archive)
         several = asyncio.Semaphore(STORING)
 
@@ -60,16 +74,26 @@ class Intake:
         await reach("accepted", self.archive)
 
     async def _extract(self, members: Sequence[Member], place: Path) -> list[Unpacked]:
-        """Unpack members in a child. Where that takes the child down or takes too long, one by one: then it is one member's fault."""
+        """Unpack members in a child. Where that takes the child down or takes too long, one by one: then it is one member's fault.
+
+        A wait is nobody's fault before the last try.
+        """
         if not members:
             return []
         try:
             made = await self.sandbox.run(unpack_members, self.file, members, str(place), self.limits)
             refuse_strange(made, members)
         except (ParseError, TimeoutError) as error:
+            waited = isinstance(error, TimeoutError)
+            if waited and not self.last_try:
+                raise
             if len(members) == 1:
+                self.waits = self.waits + 1 if waited else 0
+                if self.waits == WAITS:
+                    raise
                 return [Unpacked(members[0].path, reason=f"unpacking it failed: {str(error).rstrip('.')}")]
             return [result for member in members for result in await self._extract([member], place)]
+        self.waits = 0
         return made
 
     def _store(self, result: Unpacked, place: Path) -> EntryRow | StoredUpload:

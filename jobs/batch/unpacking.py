@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psycopg
 from loguru import logger
@@ -20,7 +20,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs.adapters.archives import ArchiveLimits, Listing, list_archive, remove_leftovers, workspace
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
-from jobs.batch.acceptance import Acceptance, BatchHeld, Superseded
+from jobs.batch.acceptance import LOCK_MS, Acceptance, BatchHeld, Superseded
 from jobs.batch.archive import Archive, in_groups
 from jobs.batch.intake import Intake, reach
 from jobs.logs import bound
@@ -108,12 +108,13 @@ class Unpacker:
                 return await self._unpack_into(folder, archive, StoredFile(path), sandbox)
 
     async def _unpack_into(self, folder: Path, archive: Archive, file: StoredFile, sandbox: Sandbox) -> bool:
+        stamp = await asyncio.to_thread(self._storage.stamp, archive.file_path)  # there, and a regular file: in words for people
         listing = await self._list(archive, file, sandbox)
         await reach("listed", archive)
         await self._count_and_settle(archive)
         acceptance = Acceptance(self._pool, archive)
         await acceptance.look(listing.members)
-        intake = Intake(archive, file, sandbox, self._limits, self._storage, acceptance, self._pool)
+        intake = Intake(archive, file, sandbox, self._limits, self._storage, acceptance, self._pool, stamp, self._is_last_try(archive))
         left = [member for member in listing.members if member.path not in acceptance.done]
         for number, group in enumerate(in_groups(left)):
             if self._stopping():
@@ -130,11 +131,15 @@ class Unpacker:
         return acceptance.held == 0
 
     async def _list(self, archive: Archive, file: StoredFile, sandbox: Sandbox) -> Listing:
-        """Open the archive and note what it holds. PermanentError if it is bad, or breaks a limit, as a whole."""
+        """Open the archive and note what it holds.
+
+        PermanentError if it is bad, or breaks a limit, as a whole. Superseded, BatchHeld: it was replaced since its unpacking began.
+        """
         sha256 = archive.content_sha256
-        if sha256 is None:
+        if archive.may_be_replaced:
             sha256 = (await asyncio.to_thread(self._storage.fingerprint, archive.file_path)).sha256
-        await asyncio.to_thread(self._storage.size, archive.file_path)  # there, and a regular file: in words for people
+            if archive.content_sha256 not in (None, sha256):
+                await self._begin_anew(archive)
         listing: Listing = await sandbox.run(list_archive, file, self._limits)
         found = await self._one(
             "record_listing",
@@ -157,6 +162,20 @@ class Unpacker:
             )
         return listing
 
+    async def _begin_anew(self, archive: Archive) -> NoReturn:
+        """Have a zip that was replaced unpacked by a new run, as one that is submitted again: this one would hold entries of both.
+
+        Raises Superseded, or BatchHeld: the file is looked at again later.
+        """
+        try:
+            await self._one(
+                "submit_zip_again", batch_id=archive.batch_id, run_id=archive.run_id, priority=archive.priority, lock_timeout_ms=LOCK_MS
+            )
+        except psycopg.errors.LockNotAvailable as error:
+            raise BatchHeld from error
+        logger.warning("{}: its file was replaced since its unpacking began", archive.name)
+        raise Superseded
+
     async def _count_and_settle(self, archive: Archive) -> None:
         """Bring the batch's numbers up to date, and end it if nothing is left. A submitter that holds the batch is not waited for."""
         try:
@@ -174,8 +193,11 @@ class Unpacker:
     async def _put_off(self, archive: Archive, delay: float, reason: str | None = None) -> None:
         await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason)
 
+    def _is_last_try(self, archive: Archive) -> bool:
+        return archive.retry_count >= self._settings.max_retry_attempts
+
     async def _try_later(self, archive: Archive, error: DocmillError) -> None:
-        if archive.retry_count >= self._settings.max_retry_attempts:
+        if self._is_last_try(archive):
             await self._fail(archive, error)
             return
         delay = calculate_backoff(archive.retry_count, self._settings.retry_base_delay_seconds, self._settings.retry_max_delay_seconds)

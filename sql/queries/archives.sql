@@ -7,6 +7,19 @@ FROM submit_zip(
     %(lock_timeout_ms)s
 ) AS s;
 
+-- name: submit_zip_again
+-- A zip that is another by now than the one that a run began with; nothing happens if the run is over.
+SELECT s.run_id
+FROM (
+    SELECT b.batch_id, b.user_id, b.source_path, b.zip_path, b.metadata, b.correlation_id
+    FROM processing_jobs AS b
+    WHERE b.batch_id = %(batch_id)s AND b.run_id = %(run_id)s AND b.status <> 'cancelled'
+    FOR UPDATE NOWAIT
+) AS b
+CROSS JOIN LATERAL submit_zip(
+    b.batch_id, b.user_id, b.source_path, b.zip_path, NULL, b.metadata, %(priority)s, b.correlation_id, %(lock_timeout_ms)s
+) AS s;
+
 -- name: add_archive
 SELECT add_archive(
     %(batch_id)s, %(run_id)s, %(user_id)s, %(entry_path)s, %(source_prefix)s, %(file_path)s, %(content_sha256)s, %(priority)s,

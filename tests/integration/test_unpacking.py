@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -15,7 +16,7 @@ import pytest
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import cancel_document, delete_batch, delete_document, submit_batch
+from jobs import cancel_batch, cancel_document, delete_batch, delete_document, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
@@ -27,7 +28,7 @@ from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
 from jobs.pipeline.claims import Connection
 from jobs.reconcile import Reconciler
-from models.errors import DocmillError, ParseError, RetryableError
+from models.errors import DocmillError, ParseError, RetryableError, TimeoutError
 from models.settings import Settings, load_settings
 from tests.archives import Raw, raw_zip, write_zip, zip_bytes
 from tests.running import wait_for
@@ -50,6 +51,7 @@ class Bench:
     folder: Path
     stopping: bool = False
     before_call: Callable[[str], None] = lambda _: None
+    after_call: Callable[[str], None] = lambda _: None
     calls: list[str] = field(default_factory=list)
 
     def unpacker(self, **changes: Any) -> Unpacker:
@@ -119,7 +121,9 @@ class Noted(ProcessSandbox):
     async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.bench.calls.append(function.__name__)
         self.bench.before_call(function.__name__)
-        return await super().run(function, *args, **kwargs)
+        made = await super().run(function, *args, **kwargs)
+        self.bench.after_call(function.__name__)
+        return made
 
 
 @pytest.fixture
@@ -165,6 +169,23 @@ async def test_a_zip_becomes_a_batch_of_its_files_and_ends_with_them(bench: Benc
     assert list((storage.base / "temp").iterdir()) == []
     bench.finish()
     assert bench.settle(batch) == "completed"
+
+
+async def test_entries_are_called_as_the_same_files_in_a_folder_are(bench: Bench) -> None:
+    folder = bench.folder / "in"
+    folder.mkdir()
+    names = [
+        "議事録\u30002024.txt", "Screenshot at 3.45.12\u202fPM.txt", "Facture\u00a0: 7.txt", "می\u200cخواهم.txt", "👨\u200d👩.txt",
+        "tab\tand\x1b.txt", "plain.txt",
+    ]  # fmt: skip
+    for name in names:
+        (folder / name).write_text("text")
+    submit_batch(folder, batch_id="folder")
+    submit_batch(bench.zip(raw_zip(Raw(f"d/{name}".encode(), crc=1 if name == names[0] else None) for name in names)), batch_id="zip")
+    await bench.unpack()
+    called = "SELECT file_name FROM file_extractions WHERE batch_id = %s ORDER BY file_name"
+    assert bench.all(called, "zip") == bench.all(called, "folder")
+    assert (names[0],) in bench.all(called, "zip")
 
 
 async def test_the_same_zip_again_writes_nothing(bench: Bench) -> None:
@@ -419,6 +440,68 @@ async def test_a_failing_storage_is_waited_for_and_then_given_up(bench: Bench) -
     assert bench.one("SELECT state, error_message FROM batch_archives") == ("failed", "batch.zip: The storage is full.")
 
 
+def waiting_on(bench: Bench, monkeypatch: pytest.MonkeyPatch, *slow: str) -> list[int]:
+    """Have the disk keep these entries waiting until the time is up; return the sizes of the groups that it did so with."""
+    met: list[int] = []
+    run = Noted.run
+
+    async def wait(self: Noted, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        group = args[1] if function.__name__ == "unpack_members" else ()
+        if any(member.path in slow for member in group):  # type: ignore[attr-defined]
+            met.append(len(group))  # type: ignore[arg-type]
+            raise TimeoutError("Parsing was stopped at the time limit of 300 s.")
+        return await run(self, function, *args, **kwargs)
+
+    monkeypatch.setattr(Noted, "run", wait)
+    return met
+
+
+async def test_a_wait_for_the_disk_is_no_fault_of_the_entries(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    with monkeypatch.context() as patched:
+        met = waiting_on(bench, patched, *FILES)
+        await bench.unpacker().run(archive)
+    assert met == [3]
+    assert bench.documents() == {}
+    state, retries, message = bench.one("SELECT state, retry_count, error_message FROM batch_archives")
+    assert (state, retries) == ("unpacking", 1)
+    assert message == "batch.zip: Parsing was stopped at the time limit of 300 s."
+    assert bench.one("SELECT scheduled_at > now() FROM procrastinate_jobs WHERE task_name = 'unpack' AND status = 'todo'") == (True,)
+    await bench.unpack()
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
+
+
+async def test_an_entry_that_waits_each_time_is_failed_alone_in_the_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    met = waiting_on(bench, monkeypatch, "d1/f04.txt")
+    await bench.unpack()
+    retries = bench.settings.max_retry_attempts
+    assert met == [3] * (retries + 1) + [1]
+    assert bench.documents() == {**dict.fromkeys(FILES, "queued"), "d1/f04.txt": "failed"}
+    assert "time limit of 300 s" in bench.one("SELECT error_message FROM dead_letters")[0]
+    assert bench.one("SELECT state FROM batch_archives") == ("unpacked",)
+
+
+async def test_an_archive_is_failed_and_not_its_entries_where_all_wait_until_the_last_try(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+    with monkeypatch.context() as patched:
+        met = waiting_on(bench, patched, *FILES)
+        await bench.unpack()
+    assert len(met) <= bench.settings.max_retry_attempts + 1 + 3
+    assert bench.documents() == {}
+    assert bench.one("SELECT state, error_message FROM batch_archives") == (
+        "failed", "batch.zip: Parsing was stopped at the time limit of 300 s.",
+    )  # fmt: skip
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    await bench.unpack()
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
+
+
 @pytest.mark.parametrize(
     ("content", "fault", "changes"),
     [
@@ -626,6 +709,113 @@ async def test_what_was_stored_while_the_batch_was_being_deleted_goes_too(bench:
         return not any(path.exists() for path in files)
 
     wait_for(gone, "the files to be removed; transactions of other tests on the same server are waited for")
+
+
+OLD: dict[str, bytes | str] = {**FILES, "in.zip": zip_bytes({"x.txt": "x"}), "only before.txt": "old"}
+NEW: dict[str, bytes | str] = {
+    "first.txt": "new",
+    **{name: f"{text!r} and more" for name, text in FILES.items()},
+    "in.zip": zip_bytes({"x.txt": "changed"}),
+}
+
+
+def in_storage(bench: Bench, files: Mapping[str, bytes | str]) -> Path:
+    """Put a zip to where it is submitted from by its path, as a rename does: there is always one, old or new."""
+    path = bench.settings.storage_base_path / "inbox" / "x.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_zip(path.with_name("coming"), files).replace(path)
+    return path
+
+
+@pytest.mark.parametrize("when", ["between groups", "while it is read", "while it waits for a worker"])
+async def test_a_zip_that_is_replaced_in_mid_unpack_becomes_a_batch_of_what_it_holds_now(when: str, bench: Bench) -> None:
+    in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b', metadata => '{\"year\": 2026}', priority => 4)")
+    (first,) = bench.one("SELECT run_id FROM processing_jobs")
+
+    def disturb(_: str) -> None:
+        if len(bench.calls) == 3 and when == "while it waits for a worker":
+            bench.stopping = True
+        elif len(bench.calls) == 3:
+            in_storage(bench, NEW)
+
+    if when == "while it is read":
+        bench.after_call = disturb
+    else:
+        bench.before_call = disturb
+    await bench.unpacker().run(bench.jobs()[0])
+    assert bench.one("SELECT state, retry_count FROM batch_archives WHERE entry_path = ''") == ("unpacking", int(not bench.stopping))
+    assert set(bench.documents().values()) == {"queued"}, "no entry is failed for a zip that is not its own"
+    bench.stopping, bench.before_call, bench.after_call = False, lambda _: None, lambda _: None
+    in_storage(bench, NEW)
+    await bench.unpack()
+    batch = bench.one(
+        "SELECT metadata, priority, total_files, zip_path FROM processing_jobs JOIN batch_archives a USING (run_id) WHERE a.depth = 1"
+    )
+    assert batch == ({"year": 2026}, 4, 12, "inbox/x.zip")
+    now = bench.all("SELECT d.source_path, d.content_sha256, d.state::text FROM file_extractions d JOIN processing_jobs USING (run_id)")
+    texts = {**NEW, "in.zip/x.txt": "changed"}
+    del texts["in.zip"]
+    assert sorted(now) == sorted((path, hashlib.sha256(str(text).encode()).hexdigest(), "queued") for path, text in texts.items())
+    assert bench.one("SELECT count(*) = count(DISTINCT source_path) FROM file_extractions") == (True,)
+    assert bench.all("SELECT DISTINCT run_id, state FROM batch_archives WHERE run_id <> %s", first) == [
+        (*bench.one("SELECT run_id FROM processing_jobs"), "unpacked")
+    ]
+    assert bench.one("SELECT count(*) FROM dead_letters") == (0,)
+    bench.finish()
+    assert bench.settle("b") == "completed"
+
+
+async def test_a_zip_that_was_only_touched_is_gone_on_with(bench: Bench) -> None:
+    path = in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b')")
+    before = bench.one("SELECT run_id FROM processing_jobs")
+
+    def touch(_: str) -> None:
+        if len(bench.calls) == 3:
+            path.touch()
+
+    bench.before_call = touch
+    await bench.unpack()
+    assert bench.one("SELECT run_id FROM processing_jobs") == before
+    assert bench.one("SELECT count(*), max(version) FROM file_extractions WHERE state = 'queued'") == (12, 1)
+    assert bench.all("SELECT DISTINCT state FROM batch_archives") == [("unpacked",)]
+
+
+async def test_a_zip_that_was_replaced_revives_no_batch_that_was_cancelled_meanwhile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b')")
+    bench.stopping = True
+    await bench.unpacker().run(bench.jobs()[0])
+    in_storage(bench, NEW)
+
+    async def cancel(point: str, _: str) -> None:
+        if point == "unpack_begun":
+            await asyncio.to_thread(cancel_batch, "b")
+
+    monkeypatch.setattr("jobs.faults.at", cancel)
+    bench.stopping = False
+    await bench.unpack()
+    assert bench.one("SELECT status FROM processing_jobs") == ("cancelled",)
+    assert bench.all("SELECT state FROM batch_archives") == [("cancelled",)]
+    assert bench.documents() == {}
+
+
+async def test_a_zip_that_was_replaced_waits_for_whoever_holds_its_batch(bench: Bench, database: str) -> None:
+    in_storage(bench, OLD)
+    bench.conn.execute("SELECT submit_batch('inbox/x.zip', 'b')")
+    bench.stopping = True
+    await bench.unpacker().run(bench.jobs()[0])
+    in_storage(bench, NEW)
+    bench.stopping = False
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM processing_jobs FOR UPDATE")
+        await bench.unpacker().run(bench.jobs()[0])
+        holder.rollback()
+    assert bench.one("SELECT state, retry_count FROM batch_archives") == ("unpacking", 0)
+    await bench.unpack()
+    assert set(bench.documents().values()) == {"queued"}
+    assert len(bench.documents()) == 12
 
 
 async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_entries(bench: Bench) -> None:

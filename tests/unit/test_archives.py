@@ -129,7 +129,7 @@ def test_compressed_data_that_is_damaged_fails_its_entry_alone(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "name", [b"../up.txt", b"a/../../up.txt", b"..\\up.txt", b"/etc/up.txt", b"\\\\host\\share\\up.txt", b"C:\\up.txt", b"c:up.txt", b".."]
+    "name", [b"../up.txt", b"a/../../up.txt", b"..\\up.txt", b"/etc/up.txt", b"\\\\host\\share\\up.txt", b"C:\\up.txt", b"c:/up.txt", b".."]
 )
 def test_a_name_that_leads_outside_is_refused_and_writes_nothing_there(name: bytes, tmp_path: Path) -> None:
     found = reasons(tmp_path, Raw(name), Raw(b"good.txt"))
@@ -137,10 +137,34 @@ def test_a_name_that_leads_outside_is_refused_and_writes_nothing_there(name: byt
     assert [path.name for path in tmp_path.rglob("up.txt")] == []
 
 
+def test_a_colon_in_a_name_is_no_drive(tmp_path: Path) -> None:
+    assert reasons(tmp_path, Raw(b"Q: what.txt"), Raw(b"a:b/c.txt")) == {"Q: what.txt": None, "a:b/c.txt": None}
+
+
+def test_paths_that_are_cut_stay_apart(tmp_path: Path) -> None:
+    given = [f"{'p/' * 60}{middle * 300}{'q/' * 60}same.txt".encode() for middle in ("aaaa/", "bbbb/")]
+    found = reasons(tmp_path, Raw(given[0], b"same"), Raw(given[1], b"same"), Raw(given[1], b"same"), Raw(b"ok.txt"))
+    assert len(found) == 4
+    assert found.pop("ok.txt") is None
+    assert all(path.endswith("same.txt") or path.endswith("same (2).txt") for path in found)
+
+
 def test_folders_hidden_and_system_files_are_skipped_and_counted(tmp_path: Path) -> None:
     skipped = [b"d/", b"__MACOSX/._x.txt", b"d/.DS_Store", b"d/Thumbs.db", b"desktop.ini", b".git/config", b"d/~$x.docx"]
     listing = listed(tmp_path, raw_zip([Raw(b"d/x.txt"), *(Raw(name) for name in skipped), Raw(b"e", mode=stat.S_IFDIR | 0o755)]))
     assert ([member.path for member in listing.members], listing.skipped) == (["d/x.txt"], 8)
+
+
+def test_an_empty_entry_that_is_a_folder_by_its_attributes_alone_is_one(tmp_path: Path) -> None:
+    entries = [Raw(b"folder", b"", 0), Raw(b"folder/a.txt"), Raw(b"full", b"text", 0)]
+    content = bytearray(raw_zip(entries))
+    at = 0
+    for name in (b"folder", b"folder/a.txt", b"full"):
+        at = content.index(b"PK\x01\x02", at + 1)
+        content[at + 5] = 0  # made by DOS or Windows
+        content[at + 38 : at + 42] = struct.pack("<L", 0x20 if name == b"folder/a.txt" else 0x10)
+    listing = listed(tmp_path, bytes(content))
+    assert ([member.path for member in listing.members], listing.skipped) == (["folder/a.txt", "full"], 1)
 
 
 def test_entries_of_one_name_are_all_kept_and_told_apart(tmp_path: Path) -> None:
@@ -262,6 +286,14 @@ def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
     assert unpacked(tmp_path, content[:at] + end64 + locator + end)["a.txt"].reason is None
 
 
+def test_a_signature_behind_the_directory_ends_it(tmp_path: Path) -> None:
+    at = GOOD.rfind(b"PK\x05\x06")
+    (size,) = struct.unpack_from("<L", GOOD, at + 12)
+    signature = b"PK\x05\x05" + struct.pack("<H", 4) + b"sign"
+    end = GOOD[at : at + 12] + struct.pack("<L", size + len(signature)) + GOOD[at + 16 :]
+    assert list(unpacked(tmp_path, GOOD[:at] + signature + end)) == ["a.txt", "b/c.txt"]
+
+
 def test_whatever_the_corpus_holds_ends_in_files_or_words(corpus: Path, tmp_path: Path) -> None:
     seen = 0
     for number, path in enumerate([*(corpus / "hostile" / "zip").iterdir(), *(corpus / "hostile" / "gen" / "zip").iterdir()]):
@@ -285,6 +317,21 @@ def test_a_workspace_is_removed_by_its_owner_or_after_his_death_but_not_while_he
         assert remove_leftovers(storage) == 1
         assert (mine.exists(), abandoned.exists()) == (True, False)
     assert list((storage.base / "temp").iterdir()) == []
+
+
+def test_a_workspace_is_made_also_where_somebody_cleans_up_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.ensure_directory(storage.temp_dir)
+    make, removed = Path.mkdir, list[int]()
+
+    def make_and_lose_the_first(self: Path, mode: int = 0o777) -> None:
+        make(self, mode)
+        if not removed:
+            removed.append(remove_leftovers(storage))
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose_the_first)
+    with workspace(storage) as mine:
+        assert (removed, mine.is_dir()) == ([1], True)
 
 
 @pytest.mark.parametrize(

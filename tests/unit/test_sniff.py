@@ -162,6 +162,18 @@ def test_an_office_file_inside_another_does_not_decide(tmp_path: Path) -> None:
     assert sniffed(tmp_path, "a.docx", package(parts)).file_type is FileType.WORD
 
 
+@pytest.mark.parametrize("part", ["visio/document.xml", "3D/3dmodel.model", "FixedDocSeq.fdseq", "package.nuspec"])
+def test_a_package_of_another_kind_is_no_archive_of_documents(tmp_path: Path, part: str) -> None:
+    types = '<Types><Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/></Types>'
+    found = sniffed(tmp_path, "a", package({"[Content_Types].xml": types, "_rels/.rels": "<Relationships/>", part: "<x/>"}))
+    assert (found.file_type, found.mime_type) == (FileType.UNKNOWN, "application/vnd.openxmlformats-package")
+
+
+def test_an_office_file_whose_part_list_is_cut_is_known_by_its_main_part(tmp_path: Path) -> None:
+    found = sniffed(tmp_path, "a", package({"[Content_Types].xml": "<Types>", "word/document.xml": "<x/>"}))
+    assert found.file_type is FileType.WORD
+
+
 def test_an_ole_directory_that_loops_ends(tmp_path: Path) -> None:
     data = bytearray(ole(WordDocument=b""))
     data[512 + 4 : 512 + 8] = (1).to_bytes(4, "little")  # the directory's sector is its own successor

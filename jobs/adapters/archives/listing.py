@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from collections.abc import Sequence
 from itertools import pairwise
@@ -61,15 +62,15 @@ def _list(archive: StoredFile, limits: ArchiveLimits) -> Listing:
 
 
 def stands_for_folder(name: str, entry: DirectoryEntry) -> bool:
-    """Say whether an entry is a folder, by its name or its mode."""
-    return is_folder(name) or stat.S_ISDIR(entry.unix_mode)
+    """Say whether an entry is a folder, by its name, its mode or, where it holds nothing, its DOS attribute."""
+    return is_folder(name) or stat.S_ISDIR(entry.unix_mode) or (entry.dos_folder and entry.size == 0)
 
 
 def _member(path: str, name: str, entry: DirectoryEntry, directory: Directory, limits: ArchiveLimits) -> Member:
     reason = why_not(name, entry, directory, limits)
     if len(path.encode()) > LONGEST_PATH:
         # Cut, but still its own: the end of a path tells most.
-        path = f"{path[:80]}...{entry.crc:08x}...{path[-80:]}"
+        path = f"{path[:80]}...{hashlib.sha256(path.encode()).hexdigest()[:32]}...{path[-80:]}"
         reason = f"its path is longer than {LONGEST_PATH:,} bytes"
     return Member(path, entry.offset, entry.compressed, entry.size, entry.crc, entry.method, reason)
 

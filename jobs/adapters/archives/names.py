@@ -17,7 +17,7 @@ LONGEST_PATH = 1200
 _EAST_ASIAN = ("cp932", "gb18030", "big5", "cp949", "euc_jp")
 _CYRILLIC = ("cp866", "cp1251", "koi8_r")
 _WESTERN = ("cp437", "cp850", "cp1252", "cp1250")
-_DRIVE = re.compile(r"[A-Za-z]:")
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
 
 def decode_names(entries: Sequence[DirectoryEntry]) -> list[str]:

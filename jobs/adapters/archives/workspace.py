@@ -53,12 +53,15 @@ def _make(temp: Path) -> tuple[Path, int]:
     while True:
         folder = temp / f"{_PREFIX}{uuid4().hex}"
         folder.mkdir(0o770)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # somebody who cleans up came before it was opened
         with suppress(OSError):  # a network file system without locks: its age protects it
             fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return folder, lock
-        os.close(lock)  # somebody who cleans up came between the making and the lock
+        os.close(lock)  # or before it was locked
 
 
 def _is_abandoned(lock: int) -> bool:

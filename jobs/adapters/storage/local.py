@@ -70,6 +70,12 @@ class LocalStorage:
         with storage_faults(self.base, relative):
             return regular(self.resolve(relative).stat()).st_size
 
+    def stamp(self, relative: str) -> tuple[int, int]:
+        """Return what another content of a stored file changes: its size in bytes and the time of its last change in ns."""
+        with storage_faults(self.base, relative):
+            status = regular(self.resolve(relative).stat())
+        return status.st_size, status.st_mtime_ns
+
     @contextmanager
     def open(self, relative: str) -> Iterator[BinaryIO]:
         """Open a stored file for reading; errors inside of the block are the storage's too."""

@@ -14,6 +14,7 @@ _SEPARATORS = re.compile(r"[/\\]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 """Control characters, line and paragraph separators, bidirectional controls, byte order mark."""
+_ESCAPE = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[nrt])")
 
 
 def safe_display_name(name: str) -> str:
@@ -41,3 +42,8 @@ def storable_text(text: str) -> str:
     """Do as `storable_path` does, for text that is no path of this system."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def restored_text(text: str) -> str:
+    """Undo `storable_text`, for text whose own backslashes, if it had any, are gone."""
+    return _ESCAPE.sub(lambda escape: escape[0].encode().decode("unicode_escape"), text)
