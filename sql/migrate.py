@@ -101,6 +101,7 @@ def migrate(conn: psycopg.Connection) -> list[str]:
     """
     _lock(conn)
     try:
+        conn.execute(query("load_vector"))
         act_as_owner(conn)
         conn.execute(query("create_migrations_table"))
         done = _make_procrastinate(conn)
