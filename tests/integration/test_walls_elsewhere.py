@@ -12,6 +12,7 @@ from psycopg import errors
 
 import sql.migrate
 from jobs.roles import ROLES, RoleError, create_roles, grant_to_person
+from models.errors import ConfigurationError
 from sql import query
 from sql.migrate import migrate
 from tests.walls import OF_USERS, PEOPLE, Walls, contents, fill, rows
@@ -136,6 +137,20 @@ def test_functions_and_types_are_the_owners_whether_by_command_or_by_sql(new: Wa
     assert_walls_stand(new)
 
 
+def test_who_makes_roles_before_migrating_is_told_to_migrate(new: Walls, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = sql.migrate._own()
+    monkeypatch.setattr(sql.migrate, "_own", lambda: own[:30])
+    with new.as_login("dba") as conn:
+        migrate(conn)
+    with pytest.raises(ConfigurationError, match="docmill migrate"):
+        create_roles(new.settings("dba"))
+    monkeypatch.setattr(sql.migrate, "_own", lambda: own)
+    with new.as_login("dba") as conn:
+        migrate(conn)
+    create_roles(new.settings("dba"))
+    assert_walls_stand(new)
+
+
 def test_each_migration_applies_in_a_connection_of_its_own_without_a_superuser(new: Walls, monkeypatch: pytest.MonkeyPatch) -> None:
     own = sql.migrate._own()
     for count in range(1, len(own) + 1):
@@ -162,6 +177,10 @@ def test_nobody_may_put_functions_beside_those_that_run_as_the_owner(elsewhere: 
     assert_walls_stand(elsewhere)
     with elsewhere.as_login("alice") as conn, pytest.raises(errors.InsufficientPrivilege):
         conn.execute(PLANTED.encode())
+    with elsewhere.as_login("postgres") as conn, elsewhere.as_login("alice") as alice:
+        conn.execute(PLANTED.encode())
+        assert rows(alice, "SELECT doc_id FROM search_by_text('secret')") == [("alice-doc",)]
+        assert rows(conn, "SELECT user_id FROM user_logins WHERE login = 'alice'") == [("alice",)], "not even one that was there is called"
 
 
 @pytest.mark.parametrize(
