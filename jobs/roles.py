@@ -20,7 +20,7 @@ from jobs.database import connect_options, conninfo_of, unreachable
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from sql import query
-from sql.securing import secure
+from sql.securing import secure, secure_schema
 
 ROLES = {
     "owner": ("docmill_owner", "docmill: owns the tables and runs migrations; not bound by row-level security."),
@@ -63,7 +63,7 @@ def _administration(settings: Settings) -> Iterator[psycopg.Connection]:
                 f'The role "{conn.info.user}" may not do this: {error.diag.message_primary}. It takes a superuser, or the owner of '
                 "docmill's tables with CREATEROLE; docs/row-security.md has the SQL for administrators."
             ) from error
-        except psycopg.errors.UndefinedTable as error:
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction) as error:
             raise ConfigurationError("The database lacks docmill's present tables: run `docmill migrate` first.") from error
 
 
@@ -79,10 +79,20 @@ def _do(conn: psycopg.Connection, name: str, **names: str) -> None:
     conn.execute(composing.SQL(query(name)).format(**{key: composing.Identifier(value) for key, value in names.items()}))
 
 
+def _refuse_strangers(conn: psycopg.Connection) -> None:
+    """Raise a RoleError where others have put functions into docmill's schema, or may: one could be called as docmill_owner."""
+    if strangers := [name for (name,) in conn.execute(query("strangers_in_schema"))]:
+        raise RoleError(
+            f"These may put functions into the schema of docmill's tables, or have: {', '.join(strangers)}. Such a function could be "
+            "called with the rights of docmill_owner. REVOKE CREATE ON SCHEMA from them, drop what is theirs there, and run this again."
+        )
+
+
 def create_roles(settings: Settings) -> tuple[list[str], list[str]]:
     """Make the roles that are missing, then give docmill's tables to docmill_owner with policies and rights; return what of both was new.
 
-    Whoever has owned the tables becomes a member of docmill_owner, so that nothing that logs in as that role loses its rights.
+    Whoever has owned the tables becomes a member of docmill_owner, so that nothing that logs in as that role loses its rights. RoleError
+    where others have put functions into docmill's schema, or may.
     """
     with _administration(settings) as conn:
         oneself = _one(conn, "about_oneself")
@@ -108,7 +118,9 @@ def create_roles(settings: Settings) -> tuple[list[str], list[str]]:
             if not oneself["owner_is_superuser"] and oneself["owner"] not in (oneself["name"], _NAMES[0]):
                 # Workers may still log in as the role that has owned the tables: they go on.
                 _do(conn, "grant_role", role=_NAMES[0], login=oneself["owner"])
-        return missing, secure(conn)
+        secured = secure_schema(conn)
+        _refuse_strangers(conn)
+        return missing, [*secured, *secure(conn)]
 
 
 def _roles_of(conn: psycopg.Connection, login: str) -> dict[str, Any]:
@@ -124,6 +136,11 @@ def grant_to_person(settings: Settings, login: str, user_id: str) -> None:
         if known["sees_all"] or others:
             why = "is a superuser or has BYPASSRLS" if known["sees_all"] else f"has {', '.join(others)}"
             raise RoleError(f'"{login}" {why} and would see more than the rows of "{user_id}". Give the person a login of their own.')
+        if known["may_create"]:
+            raise RoleError(
+                f'"{login}" may create functions in the schema of docmill\'s tables, and such a function could be called with the rights '
+                "of docmill_owner. REVOKE CREATE ON SCHEMA from it first."
+            )
         _do(conn, "grant_role", role=ROLES["reader"][0], login=login)
         conn.execute(query("map_login"), {"login": login, "user_id": user_id})
 

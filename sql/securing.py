@@ -9,15 +9,28 @@ from sql import query
 _TRIES = 6  # for a table that somebody holds for longer than the lock is waited for
 
 
+def secure_schema(conn: psycopg.Connection) -> list[str]:
+    """Secure the schema with the functions and types in it over an autocommit connection and return how many of these changed, in words.
+
+    The roles must be there. Functions of Postgres that an older docmill gave away go back, if a superuser is connected: nobody else could
+    give them away. What belongs to a role that whoever is connected is no member of stays with it. Raises what Postgres says.
+    """
+    conn.execute(query("grant_schema"))
+    with conn.transaction():
+        conn.execute(query("lock_roles"))
+        statements = conn.execute(query("routines_to_secure"), {}).fetchall()
+        for (statement,) in statements:
+            conn.execute(statement.encode())
+    return [f"{len(statements)} functions and types"] if statements else []
+
+
 def secure(conn: psycopg.Connection) -> list[str]:
-    """Secure every table, view and function over an autocommit connection and return the names of what was changed.
+    """Secure every table and view over an autocommit connection and return the names of what was changed. The schema comes before.
 
     A transaction for each, so that no worker is kept from more than one table. The roles must be there, and whoever is connected must be a
     superuser, or own what is not docmill_owner's yet and be a member of that role. Raises what Postgres says.
     """
-    conn.execute(query("grant_schema"))
-    row = conn.execute(query("secure_routines")).fetchone()
-    changed = [f"{row[0]} functions and types"] if row is not None and row[0] else []
+    changed = []
     for (relation,) in conn.execute(query("relations_to_secure")).fetchall():
         row = _secure_relation(conn, relation)
         if row is not None and row[0]:

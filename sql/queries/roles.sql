@@ -19,24 +19,66 @@ WHERE c.oid = to_regclass('file_extractions') AND r.rolname = 'docmill_owner' AN
 RESET ROLE;
 
 -- name: grant_schema
+-- Also the schema of vector, where that is another one and whoever is connected may.
 DO $$
 DECLARE
+    here CONSTANT regnamespace := (SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = 'relation_rights'::regclass);
+    of_vector CONSTANT regnamespace := (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = 'vector');
     wanted record;
 BEGIN
+    IF EXISTS (
+        SELECT FROM pg_namespace AS n CROSS JOIN aclexplode(n.nspacl) AS g
+        WHERE n.oid = here AND g.grantee = 0 AND g.privilege_type = 'CREATE'
+    ) THEN
+        -- Until then somebody may have put a `format` of their own there.
+        EXECUTE pg_catalog.format('REVOKE CREATE ON SCHEMA %s FROM PUBLIC', here);
+    END IF;
     FOR wanted IN
-        SELECT r.role, p.privilege
+        SELECT r.role, p.privilege, p.schema
         FROM unnest(ARRAY['docmill_owner', 'docmill_worker', 'docmill_operator', 'docmill_reader', 'docmill_app']) AS r (role)
-        CROSS JOIN unnest(ARRAY['USAGE', 'CREATE']) AS p (privilege)
+        CROSS JOIN (VALUES (here, 'USAGE'), (here, 'CREATE'), (of_vector, 'USAGE')) AS p (schema, privilege)
         WHERE (p.privilege = 'USAGE' OR r.role = 'docmill_owner')
-            AND NOT has_schema_privilege(r.role, current_schema()::regnamespace, p.privilege)
+            AND (p.schema = here OR has_schema_privilege(p.schema, 'USAGE WITH GRANT OPTION'))
+            AND NOT has_schema_privilege(r.role, p.schema, p.privilege)
     LOOP
-        EXECUTE format('GRANT %s ON SCHEMA %I TO %I', wanted.privilege, current_schema(), wanted.role);
+        EXECUTE pg_catalog.format('GRANT %s ON SCHEMA %s TO %I', wanted.privilege, wanted.schema, wanted.role);
     END LOOP;
 END;
 $$;
 
--- name: secure_routines
-SELECT secure_routines();
+-- name: routines_to_secure
+-- What secure_routines() does, as statements: a database that an older docmill has secured has one that does something else.
+WITH former AS (
+    SELECT r.oid
+    FROM pg_roles AS r
+    WHERE r.rolname <> 'docmill_owner' AND pg_has_role(r.oid, 'USAGE')
+        AND (r.rolname = current_user OR r.oid = (SELECT p.proowner FROM pg_proc AS p WHERE p.oid = 'acting_user()'::regprocedure))
+), ours AS (
+    SELECT CASE p.prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END AS kind, p.oid::regprocedure::text AS name, 'docmill_owner' AS owner
+    FROM pg_class AS c
+    JOIN pg_proc AS p ON p.pronamespace = c.relnamespace
+    WHERE c.oid = 'relation_rights'::regclass AND p.prokind IN ('f', 'p') AND p.proowner IN (SELECT f.oid FROM former AS f)
+        AND p.prolang IN (SELECT l.oid FROM pg_language AS l WHERE l.lanname IN ('sql', 'plpgsql'))
+        -- Somebody else's that runs as its owner, such as a pooler's, which looks passwords up, would no longer do so.
+        AND (NOT p.prosecdef OR array_to_string(p.proconfig, ',') LIKE '%%search_path=pg_catalog, %%, pg_temp%%')
+        AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = p.oid AND d.deptype = 'e')
+    UNION ALL
+    SELECT 'TYPE', t.oid::regtype::text, 'docmill_owner'
+    FROM pg_class AS c
+    JOIN pg_type AS t ON t.typnamespace = c.relnamespace
+    WHERE c.oid = 'relation_rights'::regclass AND t.typowner IN (SELECT f.oid FROM former AS f)
+        AND (t.typtype = 'e' OR t.typtype = 'c' AND EXISTS (SELECT FROM pg_class AS k WHERE k.oid = t.typrelid AND k.relkind = 'c'))
+        AND NOT EXISTS (SELECT FROM pg_depend AS d WHERE d.objid = t.oid AND d.deptype = 'e')
+    UNION ALL
+    SELECT 'FUNCTION', p.oid::regprocedure::text, pg_get_userbyid(10)
+    FROM pg_proc AS p
+    WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.proowner = 'docmill_owner'::regrole
+        AND EXISTS (SELECT FROM pg_roles AS r WHERE r.rolname = current_user AND r.rolsuper)
+)
+SELECT pg_catalog.format('ALTER %%s %%s OWNER TO %%I', o.kind, o.name, o.owner) FROM ours AS o;
+
+-- name: strangers_in_schema
+SELECT s.name FROM strangers_in_schema() AS s (name);
 
 -- name: relations_to_secure
 SELECT r.relation FROM relation_rights AS r WHERE to_regclass(quote_ident(r.relation)) IS NOT NULL ORDER BY r.relation;
@@ -82,7 +124,8 @@ SELECT r.rolname AS name, r.rolcanlogin AS can_login, r.rolsuper OR r.rolbypassr
         WHERE g.rolname = ANY(%(roles)s::text[]) AND g.oid <> r.oid AND NOT r.rolsuper AND pg_has_role(r.oid, g.oid, 'MEMBER')
         ORDER BY g.rolname
     ) AS roles,
-    (SELECT l.user_id FROM user_logins AS l WHERE l.login = r.rolname) AS user_id
+    (SELECT l.user_id FROM user_logins AS l WHERE l.login = r.rolname) AS user_id,
+    has_schema_privilege(r.oid, (SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = 'user_logins'::regclass), 'CREATE') AS may_create
 FROM pg_roles AS r
 WHERE r.rolname = %(login)s;
 

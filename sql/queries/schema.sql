@@ -24,6 +24,16 @@ BEGIN
 END;
 $$;
 
+-- name: load_vector
+-- The settings of an extension can be stored with a function once a session has loaded it; before that, only by a superuser.
+DO $$
+BEGIN
+    IF to_regtype('vector') IS NOT NULL THEN
+        PERFORM '[1]'::vector;
+    END IF;
+END;
+$$;
+
 -- name: applied_migrations
 SELECT m.name FROM docmill_migrations AS m WHERE m.component = %(component)s;
 

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
+from jobs.roles import grant_as
 from tests.walls import Walls, digest, rows
 
 REFUSED = {
@@ -216,3 +217,24 @@ def test_a_temporary_table_does_not_stand_for_one_that_a_function_reads_as_its_o
     assert rows(alice, "SELECT acting_user(), confined_to()") == [("alice", "alice")]
     assert rows(alice, "SELECT count(*) FROM matching_chunks('secret', NULL, NULL, NULL, NULL, 10, NULL)") == [(1,)]
     assert rows(alice, "SELECT DISTINCT user_id FROM public.file_extractions") == [("alice",)]
+
+
+def test_a_login_that_may_take_on_the_owner_becomes_no_superuser(walls: Walls) -> None:
+    """Functions that run as their owner run as docmill_owner, which is less than whoever made them."""
+    grant_as(walls.settings(), walls.new_login("builder"), "worker", indexes=True)
+    is_superuser = "SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = 'builder'"
+    with walls.as_login("builder") as conn:
+        with pytest.raises(errors.InsufficientPrivilege), conn.transaction():
+            conn.execute("SET ROLE docmill_owner")
+            climb = "BEGIN EXECUTE 'ALTER ROLE builder SUPERUSER'; RETURN NEW; END"
+            conn.execute(f"CREATE FUNCTION climb() RETURNS trigger LANGUAGE plpgsql AS $${climb}$$".encode())
+            conn.execute("CREATE TRIGGER climb BEFORE INSERT ON alerts FOR EACH ROW EXECUTE FUNCTION climb()")
+            conn.execute("RESET ROLE")
+            conn.execute(
+                "INSERT INTO dead_letters (doc_id, version, user_id, stage, error_type, error_message, correlation_id) "
+                "VALUES ('bob-doc', 1, 'bob', 'parse', 'PERMANENT', 'x', 'c')"
+            )
+        with pytest.raises(errors.InsufficientPrivilege), conn.transaction():
+            conn.execute("SET ROLE docmill_owner")
+            conn.execute("ALTER FUNCTION pg_catalog.lpad(text, integer) SECURITY DEFINER")
+        assert rows(conn, is_superuser) == [(False,)]
