@@ -324,7 +324,7 @@ async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf:
     assert row == (18, 1, 1, "a text is too long", "running")
     assert shelf.one("SELECT switch_reembedding()") == "running"
     shelf.one("SELECT resume_reembedding()")  # tries it again at once
-    await shelf.step(slice)
+    await shelf.step(shelf.slice(find=lambda *_: picky))
     assert shelf.one("SELECT attempts FROM embeddings_to_make") == 2
     shelf.conn.execute("UPDATE reembeddings SET dimensions = 24")
     assert shelf.one("SELECT switch_reembedding(despite_lacking => TRUE)") == "switched"
