@@ -120,9 +120,10 @@ class Filling:
         if got_on:
             self._failures.clear()
         refused = {row["doc_id"]: making.refused[text_of(row)] for row in passages if text_of(row) in making.refused}
+        unread = batch[-1]["doc_id"] if len(batch) == PASSAGES and got_on else None  # may have more that can be embedded
         for name, error in refused.items():
             logger.warning("A passage cannot be embedded with {}: {}", embedder.model, describe(error))
-            await self._put_off(embedder.model, [name], error, FAILED_SECONDS)
+            await self._put_off(embedder.model, [name], error, 0.0 if name == unread else FAILED_SECONDS)
         if not got_on:
             self._failures[ErrorType.PERMANENT] += len(refused)
         return got_on

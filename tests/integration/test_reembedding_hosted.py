@@ -155,7 +155,7 @@ async def test_a_text_that_the_service_refuses_keeps_no_other_document_waiting(p
 async def test_passages_that_a_service_refuses_keep_nothing_else_waiting_and_multiply_no_requests(paid: Paid) -> None:
     for number in range(20):
         paid.shelf.put(f"a{number:02}", f"pump poison {number}")
-    paid.shelf.put("large", *(f"pump {index}" for index in range(600)), "pump poison")
+    paid.shelf.put("large", "pump poison", *(f"pump {index}" for index in range(600)))
     fill(paid.shelf, 20, 1)
     paid.server.poison = "poison"
     paid.shelf.start(MODEL, switch="manual")
