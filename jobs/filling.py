@@ -6,8 +6,9 @@ A hosted model is paid a request at a time, and each finished request is kept be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import psycopg
 from loguru import logger
@@ -15,25 +16,16 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
 from jobs.adapters.embedders import HostedEmbedder
-from jobs.adapters.usage import in_thread
+from jobs.making import MOST_REFUSED, Making, Row, Text, Vectors, text_of
 from jobs.outages import outlive
 from jobs.pipeline.claims import Connection, rows
 from jobs.pipeline.company import Company
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
 from jobs.stages import Embedder
-from jobs.stages.embed import refuse_vectors
-from models.calls import CallShare
-from models.errors import ErrorType, RateLimitError, ServiceUnavailable
+from models.errors import CostLimitReached, ErrorType, RateLimitError, ServiceUnavailable
 from models.settings import Settings
 from sql import query
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Vectors = dict[tuple[str, str], NDArray[np.float32]]
-    """Of a Text."""
 
 PASSAGES = 256
 """Passages of one batch: embedded together, then kept in one transaction."""
@@ -50,9 +42,8 @@ _KEEP_SECONDS = (0.2, 0.5, 1.0)
 _OF_THE_DOCUMENT = frozenset({ErrorType.PERMANENT, ErrorType.UNKNOWN})
 """Errors that may be about one text; all others are about the service or the database."""
 
-Row = dict[str, Any]
-Text = tuple[str, str]
-"""A user and the content_sha256 of a text of theirs."""
+_MOST_IN_A_ROW = {ErrorType.UNKNOWN: 3, ErrorType.PERMANENT: MOST_REFUSED}
+"""Documents that fail, and none is got on with, before it is not taken for their fault."""
 
 
 class Filling:
@@ -64,7 +55,7 @@ class Filling:
         self._settings, self._pool, self._worker, self._stopping, self._company = settings, pool, worker, stopping, company
         self._after: dict[str, str] = {}
         self._got_on: set[str] = set()
-        self._failures = 0
+        self._failures: Counter[ErrorType] = Counter()
 
     async def batch(self, embedder: Embedder, *, only_urgent: bool) -> float | None:
         """Embed one batch and keep it; return None to go on, or seconds to wait. `only_urgent`: not of what a run listed."""
@@ -83,59 +74,69 @@ class Filling:
         held = {row["doc_id"] for row in await self._rows("held_documents", doc_ids=names)}
         names, batch = [name for name in names if name not in held], [row for row in batch if row["doc_id"] not in held]
         try:
-            got_on = bool(names) and await self._embed(embedder, names, batch)
+            got_on = await self._embed_affordable(embedder, names, batch)
         except Exception as error:
             return await self._failed(embedder, names, batch, error)
         if got_on:
             self._got_on.add(model)
         if whole or not got_on:
             self._after[model] = whole[-1] if whole else last
-        self._failures = 0
-        return None
+        return self._pause()
+
+    def _pause(self) -> float | None:
+        """Return how long to wait where one document after the other has failed."""
+        return FAILED_SECONDS if any(self._failures[kind] >= most for kind, most in _MOST_IN_A_ROW.items()) else None
+
+    async def _embed_affordable(self, embedder: Embedder, names: list[str], batch: list[Row]) -> bool:
+        """Embed the documents of a batch that may cost it, and let the others wait; say whether anything was got on with."""
+        while names:
+            try:
+                return await self._embed(embedder, names, batch)
+            except CostLimitReached as error:
+                over = [name for name in names if name in error.over]
+                if not over:
+                    raise
+                for name in over:
+                    await self._put_off(embedder.model, [name], CostLimitReached({name: error.over[name]}), FAILED_SECONDS)
+                names, batch = [name for name in names if name not in over], [row for row in batch if row["doc_id"] not in over]
+        return False
 
     async def _embed(self, embedder: Embedder, names: list[str], batch: list[Row]) -> bool:
         """Embed passages, each text once a user, and keep their vectors; say whether anything was got on with."""
         passages = [row for row in batch if row["id"] is not None]
-        texts: dict[Text, str] = {_text(row): row["content"] for row in passages}
+        texts: dict[Text, str] = {text_of(row): row["content"] for row in passages}
         known = await self._known(embedder.model, texts)
         waiting = {key: content for key, content in texts.items() if key not in known}
-        unfinished = {row["doc_id"] for row in passages if _text(row) in waiting}
+        unfinished = {row["doc_id"] for row in passages if text_of(row) in waiting}
         # What is known already, and documents that lack nothing, wait for no service.
         got_on = await self._keep(embedder, passages, known, [name for name in names if name not in unfinished])
-        async for made in self._make(embedder, passages, waiting):
+        making = Making(embedder, passages, waiting, seconds=self._settings.stage_timeout_seconds, company=self._company)
+        async for made in making.run():
             await faults.at("reembed:embedded", names[0])
             kept = await self._keep(embedder, passages, made, [])
             got_on = got_on or kept
             await faults.at("reembed:stored", names[0])
             if not kept or self._stopping():
                 break  # the run was cancelled, or its documents are held: nothing more is paid for them now
+        if got_on:
+            self._failures.clear()
+        refused = {row["doc_id"]: making.refused[text_of(row)] for row in passages if text_of(row) in making.refused}
+        unread = batch[-1]["doc_id"] if len(batch) == PASSAGES and got_on else None  # may have more that can be embedded
+        for name, error in refused.items():
+            logger.warning("A passage cannot be embedded with {}: {}", embedder.model, describe(error))
+            await self._put_off(embedder.model, [name], error, 0.0 if name == unread else FAILED_SECONDS)
+        if not got_on:
+            self._failures[ErrorType.PERMANENT] += len(refused)
         return got_on
-
-    async def _make(self, embedder: Embedder, passages: list[Row], texts: dict[Text, str]) -> AsyncIterator[Vectors]:
-        """Yield vectors until there is one a text: those of a request at a time where each one is paid for."""
-        keys, contents = list(texts), list(texts.values())
-        if not keys:
-            return
-        # A document that must be alone in this worker waits for what is computed here, but for nothing that waits for others' transactions.
-        async with self._company.shared():
-            sized = await in_thread(embedder.size, contents) if isinstance(embedder, HostedEmbedder) else []
-        for part in embedder.plan(sized) if isinstance(embedder, HostedEmbedder) else [slice(0, len(keys))]:
-            async with self._company.shared(), asyncio.timeout(self._settings.stage_timeout_seconds):
-                if isinstance(embedder, HostedEmbedder):
-                    made = (await embedder.embed_sized(sized[part], shares=_shares(passages, set(keys[part])))).value
-                else:
-                    made = await embedder.embed(contents[part])
-            refuse_vectors(f"Re-embedding with {embedder.model}", made, len(keys[part]), embedder.dimensions)
-            yield dict(zip(keys[part], made, strict=True))
 
     async def _keep(self, embedder: Embedder, passages: list[Row], vectors: Vectors, whole: list[str]) -> bool:
         """Store the vectors of the passages that have one now; say whether anything was got on with. `whole`: documents that lack none."""
-        kept = [row for row in passages if _text(row) in vectors]
+        kept = [row for row in passages if text_of(row) in vectors]
         names = list(dict.fromkeys([*whole, *(row["doc_id"] for row in kept)]))
         if not names:
             return False
         params = {"embedding_model": embedder.model, "doc_ids": names, "chunk_ids": [row["id"] for row in kept]}
-        embeddings = [vectors[_text(row)] for row in kept]
+        embeddings = [vectors[text_of(row)] for row in kept]
         stored = settled = got_on = 0
         for pause in (*_KEEP_SECONDS, None) if isinstance(embedder, HostedEmbedder) else (None,):
             found = await self._store(embedder, **params, embeddings=embeddings)
@@ -179,19 +180,17 @@ class Filling:
             return calculate_backoff(attempts, self._settings.retry_base_delay_seconds, self._settings.retry_max_delay_seconds)
         if len(names) == 1:
             await self._put_off(embedder.model, names, error, FAILED_SECONDS)
-            self._failures += 1
-            # When one after the other fails alone it is not the documents.
-            return FAILED_SECONDS if self._failures >= 3 else None
+            self._failures[classify_error(error)] += 1
+            return self._pause()
         for name in names:
             part = [row for row in batch if row["doc_id"] == name]
             try:
-                await self._embed(embedder, [name], part)
-                self._failures = 0
+                await self._embed_affordable(embedder, [name], part)
             except Exception as own:
                 pause = await self._failed(embedder, [name], part, own)
                 if pause is not None:
                     return pause
-        return None
+        return self._pause()
 
     async def _put_off(self, model: str, names: list[str], error: Exception, delay: float) -> int:
         message = describe(error)[:1000]
@@ -206,22 +205,3 @@ class Filling:
     async def _do(self, name: str, **params: Any) -> None:
         async with self._pool.connection() as conn:
             await conn.execute(query(name), params)
-
-
-def _text(row: Row) -> Text:
-    return row["user_id"], row["content_sha256"]
-
-
-def _shares(passages: Iterable[Row], texts: Collection[Text]) -> tuple[CallShare, ...]:
-    """Return whom the ledger names for a request with these texts, by length; a text that several documents have is the first one's.
-
-    A re-embedding is no cost of the batch that a document once came with, so none is named.
-    """
-    left, lengths, users = set(texts), dict[str, int](), dict[str, str]()
-    for row in passages:
-        if _text(row) in left:
-            left.remove(_text(row))
-            lengths[row["doc_id"]] = lengths.get(row["doc_id"], 0) + len(row["content"])
-            users[row["doc_id"]] = row["user_id"]
-    total = sum(lengths.values())
-    return tuple(CallShare(name, users[name], share=length / total) for name, length in lengths.items())

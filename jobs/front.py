@@ -90,9 +90,7 @@ def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -
     """Yield the caller's connection as it stands, or one of ours that commits each statement. TypeError for an async one."""
     if given is not None:
         if not isinstance(given, psycopg.Connection):
-            raise TypeError(
-                f"connection must be a psycopg.Connection, not {type(given).__name__}; an async one is for the _async twin."
-            )
+            raise TypeError(f"connection must be a psycopg.Connection, not {type(given).__name__}; an async one is for the _async twin.")
         yield given
         return
     with _sync_pool(settings).connection() as conn:

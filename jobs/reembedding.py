@@ -15,8 +15,9 @@ from procrastinate import JobContext
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
-from jobs.filling import AGAIN_SECONDS, FAILED_SECONDS, Filling, Row
+from jobs.filling import AGAIN_SECONDS, FAILED_SECONDS, Filling
 from jobs.maintenance import NOT_ALLOWED, Table, drop_index, look_after_index
+from jobs.making import Row
 from jobs.pipeline.claims import Connection, one, rows
 from jobs.pipeline.company import Company
 from jobs.redaction import describe

@@ -214,7 +214,10 @@ def prune(
 
 @app.command(epilog=EXIT_CODES)
 def index() -> None:
-    """Build the vector index of the model that serves searches, if it pays, where workers may not: as the owner of the tables."""
+    """Build the vector index of the model that serves searches, if it pays, where workers may not: as the owner of the tables.
+
+    An open re-embedding gets what it waits for as well: the index of its vectors built, or one that it leaves behind dropped.
+    """
     from jobs.cli.index import run  # noqa: PLC0415
 
     raise typer.Exit(run())

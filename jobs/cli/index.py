@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, say
-from jobs.cli.session import quiet_logs, rows, run_async
-from jobs.maintenance import MOST_DIMENSIONS, look_after_index
+from jobs.cli.session import Row, quiet_logs, rows, run_async
+from jobs.maintenance import MOST_DIMENSIONS, Table, drop_index, look_after_index
 from models.settings import Settings, load_settings
 
 _SAID = {
@@ -17,10 +17,38 @@ _SAID = {
 
 
 def run() -> ExitCode:
-    """Build the index and say what was found or done."""
+    """Build or drop what is due and say what was found or done."""
     settings = load_settings()
     quiet_logs(settings)
-    return run_async(_build(settings))
+    return run_async(_look_after(settings))
+
+
+async def _look_after(settings: Settings) -> ExitCode:
+    """Do first what an open re-embedding waits for: it decides where the serving model's index is to be."""
+    for due in await rows(settings, "reembedding_steps"):
+        for run in await rows(settings, "find_reembedding", reembedding_id=due["reembedding_id"]):
+            done = await _do_for(settings, due["step"], run)
+            if done:
+                say("The open re-embedding has the index work done that it waited for; workers go on within a minute.")
+            elif done is False:
+                complain("Only the owner of the tables may do what the re-embedding waits for, unless a worker is doing it at this moment.")
+                return ExitCode.FAILED
+    return await _build(settings)
+
+
+async def _do_for(settings: Settings, step: str, run: Row) -> bool | None:
+    """Build or drop the index for a step of a re-embedding; say whether that could be done, None where none is due. Workers do the rest."""
+    model, dimensions = run["to_model"], run["dimensions"]
+    match step:
+        case "list" if run["switched_at"] is not None:
+            return await drop_index(settings, run["from_model"], run["from_dimensions"], "document_chunks")
+        case "finish" | "forget" if dimensions is not None:
+            return await drop_index(settings, model, dimensions, "chunk_embeddings")
+        case "index" | "settle" if dimensions is not None:
+            table: Table = "chunk_embeddings" if step == "index" else "document_chunks"
+            outcome = await look_after_index(settings, model, dimensions, table=table, even_under_load=True)
+            return outcome not in ("not allowed", "busy elsewhere")
+    return None
 
 
 async def _build(settings: Settings) -> ExitCode:

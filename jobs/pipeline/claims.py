@@ -145,7 +145,10 @@ def _work(row: DictRow, job_id: int) -> Work:
 
 
 async def load_document(conn: Connection, document: Document) -> Document:
-    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it."""
+    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it.
+
+    Vectors of two models stay out: those of one were being replaced.
+    """
     order = list(Milestone)
     reached = order.index(document.milestone)
     params = {"doc_id": document.doc_id, "version": document.version}
@@ -164,8 +167,11 @@ async def load_document(conn: Connection, document: Document) -> Document:
         import numpy as np  # noqa: PLC0415 - an idle worker does without
 
         stored = await rows(conn, "load_vectors", params)
-        vectors = np.stack([row["embedding"].to_numpy() for row in stored]).astype(np.float32) if stored else np.empty((0, 0), np.float32)
-        document = replace(document, vectors=vectors, embedding_model=stored[0]["embedding_model"] if stored else None)
+        models = {row["embedding_model"] for row in stored}
+        if len(models) < 2:
+            found = [row["embedding"].to_numpy() for row in stored]
+            vectors = np.stack(found).astype(np.float32) if found else np.empty((0, 0), np.float32)
+            document = replace(document, vectors=vectors, embedding_model=next(iter(models), None))
     if reached >= order.index(Milestone.EXTRACTED) and (row := await one(conn, "load_extraction", params)):
         document = replace(document, raw_extraction=row["raw_extraction"])
     return document

@@ -190,7 +190,7 @@ class Runner:
                 await self._endings.leave(work, lease, stage)
                 return
             async with self._place(work):
-                await self._load(work)
+                await self._load(work, lease, stage)
                 while stage is not None:
                     self._sharing.expect(work.job_id, stage.name in _UNTIL_EMBED)
                     if stage.name == "parse" and await self._needs_no_parse(work, lease, stage, fresh=claimed_for is stage):
@@ -221,11 +221,13 @@ class Runner:
             return False
         return True
 
-    async def _load(self, work: Work) -> None:
+    async def _load(self, work: Work, lease: Lease, stage: Stage | None) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
         async with self._pool.connection() as conn:
             work.document = work.saved = await load_document(conn, work.document)
         work.buffered = work.document.chunks is not None
+        if stage is not None and stage.name not in _UNTIL_EMBED and work.document.vectors is None:
+            await self._runs.embed_once_more(work, lease)
 
     @asynccontextmanager
     async def _place(self, work: Work) -> AsyncIterator[None]:
@@ -264,7 +266,7 @@ class Runner:
             await self._endings.complete(work, lease)
         except StaleVectors:
             lease.on_lost = on_lost
-            await self._runs.embed_again(work)
+            await self._runs.embed_again(work, lease)
             await self._endings.complete(work, lease)
 
     @staticmethod

@@ -35,19 +35,10 @@ STAGE_FUNCTIONS: dict[str, StageFunction] = {
 async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, tools: Tools, *, limit: float) -> float:
     """Run one stage for at most `limit` seconds, note its event, and return how long it took in seconds."""
     started = work.stage_began_at = clock.seconds()
-    lease.deadline = started + limit
     attempt = work.attempt_at(stage.due_at)
     with span(stage.name, doc_id=work.document.doc_id, stage=stage.name, attempt=attempt) as note, measured() as usage:
         work.used = usage
-        try:
-            async with asyncio.timeout(limit) as deadline:
-                await faults.at(f"stage_started:{stage.name}", work.document.doc_id)
-                document = await run(work.document, tools)
-                await faults.at(f"stage_done:{stage.name}", work.document.doc_id)
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise StageTimeout(f"{work.document.file_name}: {stage.name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
+        document = await run_within(stage.name, work, lease, run, tools, limit=limit)
         note(cpu_ms=usage.cpu_ms, peak_memory_mb=usage.peak_memory_mb, file_type=document.file_type, file_size=document.file_size)
     elapsed = clock.seconds() - started
     work.document = replace(document, milestone=stage.reaches)
@@ -64,3 +55,18 @@ async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, 
         )
     )
     return elapsed
+
+
+async def run_within(name: str, work: Work, lease: Lease, run: StageFunction, tools: Tools, *, limit: float) -> Document:
+    """Return what a stage makes of the document in at most `limit` seconds; the work stays as it is. A TimeoutError after that."""
+    lease.deadline = clock.seconds() + limit
+    try:
+        async with asyncio.timeout(limit) as deadline:
+            await faults.at(f"stage_started:{name}", work.document.doc_id)
+            document = await run(work.document, tools)
+            await faults.at(f"stage_done:{name}", work.document.doc_id)
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise StageTimeout(f"{work.document.file_name}: {name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
+    return document

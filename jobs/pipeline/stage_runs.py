@@ -17,7 +17,7 @@ from jobs.pipeline.durable import CheckpointFailed
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.failure import describe_failure
 from jobs.pipeline.keeping import Keeping
-from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage
+from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage, run_within
 from jobs.pipeline.shared_tools import shared
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.work import StageEvent, Work
@@ -26,7 +26,7 @@ from jobs.retry import StageRetry
 from jobs.stages import Tools, extract
 from models.documents import Document
 from models.settings import Settings
-from models.stages import Stage
+from models.stages import Milestone, Stage
 
 
 async def _none(document: Document) -> None:
@@ -99,12 +99,25 @@ class StageRuns:
             return replace(tools, paid=keeping, find_original=_none, original_text=_none)
         return replace(tools, paid=keeping)
 
-    async def embed_again(self, work: Work) -> None:
+    async def embed_once_more(self, work: Work, lease: Lease) -> None:
+        """Give a document that is past embed vectors of one model. It stays at its milestone, and the audit trail has embed already."""
+        limit = self._settings.stage_timeout_seconds
+        work.document = await run_within("embed", work, lease, self._stages["embed"], self._tools_for(work, lease), limit=limit)
+
+    async def embed_again(self, work: Work, lease: Lease) -> None:
         """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards."""
         work.takes_any_model = True
         choose = self._tools.choose_embedder
+        finished, completed = work.document, work.events.pop()
+        # What is paid for is kept on the way, and nothing is complete until it is swapped in.
+        work.document = replace(finished, milestone=Milestone.EXTRACTED)
+        work.part()
         try:
-            if choose is not None and (await choose(fresh=True)).model != work.document.embedding_model:
-                work.document = await self._stages["embed"](work.document, self._tools)
+            if choose is not None and (await choose(fresh=True)).model != finished.embedding_model:
+                await self.embed_once_more(work, lease)
+        except (FencedOff, CheckpointFailed):
+            raise
         except Exception as error:
-            logger.warning("{} keeps its vectors of {}: {}", work.document.file_name, work.document.embedding_model, describe(error))
+            logger.warning("{} keeps its vectors of {}: {}", finished.file_name, finished.embedding_model, describe(error))
+        work.document = replace(work.document, milestone=finished.milestone)
+        work.events.append(completed)

@@ -437,7 +437,7 @@ async def test_a_document_that_cannot_be_embedded_waits_alone_and_visibly(shelf:
     assert row == (18, 1, 1, "a text is too long", "running")
     assert shelf.one("SELECT switch_reembedding()") == "running"
     shelf.one("SELECT resume_reembedding()")  # tries it again at once
-    await shelf.step(slice)
+    await shelf.step(shelf.slice(find=lambda *_: picky))
     assert shelf.one("SELECT attempts FROM embeddings_to_make") == 2
     shelf.conn.execute("UPDATE reembeddings SET dimensions = 24")
     assert shelf.one("SELECT switch_reembedding(despite_lacking => TRUE)") == "switched"
@@ -478,7 +478,7 @@ async def test_what_a_late_document_has_is_served_after_the_move_though_one_of_i
     assert shelf.all("SELECT passages, is_urgent, error_message FROM embeddings_to_make") == [(258 - found, True, "a text is refused")]
     picky.on = "nothing"
     shelf.conn.execute("UPDATE embeddings_to_make SET not_before = NULL")
-    await shelf.step(slice)
+    await shelf.step(shelf.slice(find=lambda *_: picky))
     assert len(shelf.found(NEW)) == len(picky.made) == 258
     shelf.check_vectors()
 

@@ -152,6 +152,47 @@ async def test_a_text_that_the_service_refuses_keeps_no_other_document_waiting(p
     assert paid.shelf.state() == "running"
 
 
+async def test_passages_that_a_service_refuses_keep_nothing_else_waiting_and_multiply_no_requests(paid: Paid) -> None:
+    for number in range(20):
+        paid.shelf.put(f"a{number:02}", f"pump poison {number}")
+    paid.shelf.put("large", "pump poison", *(f"pump {index}" for index in range(600)))
+    fill(paid.shelf, 20, 1)
+    paid.server.poison = "poison"
+    paid.shelf.start(MODEL, switch="manual")
+    made = paid.slice(embedding_max_texts=256)
+    waited = 0.0
+    while paid.shelf.one("SELECT count(*) FROM chunk_embeddings") < 620 and waited < 120:
+        waited += await made.run(0) or 0
+    assert waited < 60
+    assert paid.server.tally.requests < 100
+    assert paid.server.tally.paid_twice() == 0
+    assert paid.shelf.one("SELECT count(*), sum(passages) FROM embeddings_to_make WHERE attempts > 0") == (21, 21)
+
+
+async def test_a_service_that_refuses_everything_is_left_alone_for_a_while(paid: Paid) -> None:
+    fill(paid.shelf, 100, 2)
+    paid.server.poison = "pump"
+    paid.shelf.start(MODEL, switch="manual")
+    made = paid.slice(embedding_max_texts=256)
+    while not await made.run(0):
+        assert paid.server.tally.requests < 100
+    assert paid.server.tally.requests < 100
+
+
+@pytest.mark.parametrize("over", [1, 12])
+async def test_documents_that_may_not_cost_so_much_leave_the_others_their_one_request(paid: Paid, over: int) -> None:
+    for number in range(30):
+        paid.shelf.put(f"d{number:02}", ("pump " * 400 if number < over else "pump ") + str(number))
+    paid.shelf.start(MODEL, switch="manual")
+    made = paid.slice(embedding_max_texts=256, embedding_price_per_million_tokens=1000.0, max_cost_per_document=0.05)
+    while paid.shelf.one("SELECT count(*) FROM chunk_embeddings") == 0:
+        assert not await made.run(0)
+    assert paid.shelf.one("SELECT count(*) FROM chunk_embeddings") == 30 - over
+    assert paid.server.tally.requests == 1
+    listed = paid.shelf.all("SELECT doc_id, error_message LIKE '%%MAX_COST_PER_DOCUMENT%%' FROM embeddings_to_make ORDER BY doc_id")
+    assert listed == [(f"d{number:02}", True) for number in range(over)]
+
+
 async def test_from_a_hosted_model_back_to_one_of_ones_own_nothing_is_paid(paid: Paid) -> None:
     fill(paid.shelf)
     paid.shelf.start(MODEL)

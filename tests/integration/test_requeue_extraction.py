@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psycopg
@@ -18,11 +18,12 @@ from jobs.adapters.sandbox_child import Limits
 from jobs.cli import main
 from jobs.pipeline.runner import Runner
 from jobs.reconcile import Reconciler
-from jobs.stages import extract
+from jobs.stages import embed, extract
 from models.errors import OperationRefused
 from models.settings import load_settings
 from tests.integration.conftest import Bench
 from tests.integration.outside import Outside
+from tests.reembedding import NEW, OLD, Shelf, vector
 from tests.servers import OpenAIServer, faults
 
 
@@ -182,3 +183,42 @@ async def test_a_skipped_duplicate_stays_one_while_its_originals_extraction_is_t
     assert retry_extraction("a") == "extract"
     assert "requeued" not in await Reconciler(bench.settings, bench.pool).pass_once()
     assert bench.one("SELECT state::text FROM file_extractions WHERE doc_id = 'b'") == ("duplicate",)
+
+
+class Mirrored:
+    """A model as wide as the old one, with vectors that point the other way."""
+
+    model, dimensions, quick = "mirrored@1", OLD.dimensions, True
+
+    async def embed(self, texts: Sequence[str], kind: Literal["passage", "query"] = "passage") -> Any:
+        return -np.stack([vector(text, OLD) for text in texts])
+
+
+@pytest.mark.parametrize("to", [Mirrored(), NEW], ids=["as-wide", "wider"])
+async def test_one_that_is_half_moved_to_another_model_comes_back_with_that_models_vectors_alone(
+    outside: Outside, worker: Runner, endpoint: OpenAIServer, to: Any
+) -> None:
+    bench, made = outside.bench, {OLD.model: OLD, to.model: to}
+    shelf = Shelf(bench.conn, bench.pool, bench.settings)
+    shelf.put("before", "pump")
+
+    async def choose(*, fresh: bool = False) -> Any:
+        return made[shelf.one("SELECT serving_model()")]
+
+    worker._runs._tools = replace(worker._runs._tools, choose_embedder=choose)
+    worker._runs._stages["embed"] = embed.run
+    outside.passages = 300  # more than one step moves
+    await failed(outside, worker, "a")
+    shelf.start(to.model)
+    moving = shelf.slice(find=lambda _, model: made[model])
+    while shelf.one("SELECT count(DISTINCT embedding_model) FROM document_chunks WHERE doc_id = 'a'") == 1:
+        await shelf.step(moving)
+    endpoint.script(faults.never)
+    assert retry_extraction("a") == "embed"
+    await outside.work(worker)
+    assert outside.state("a") == ("complete", "complete", 0)
+    assert bench.all("SELECT embedding_model, count(*) FROM document_chunks WHERE doc_id = 'a' GROUP BY 1") == [(to.model, 300)]
+    stored = bench.all("SELECT content, embedding FROM document_chunks WHERE doc_id = 'a'")
+    own = await to.embed([content for content, _ in stored])
+    assert all((found.to_numpy() == right).all() for (_, found), right in zip(stored, own, strict=True))
+    assert bench.all("SELECT detail ->> 'embedded' FROM document_events WHERE doc_id = 'a' AND version = 2 AND stage = 'embed'") == [("0",)]

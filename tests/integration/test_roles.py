@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from psycopg.rows import dict_row
 
 import sql.migrate
 from jobs.cli import main
+from jobs.database import make_pool
 from jobs.maintenance import index_name, look_after_index
 from jobs.roles import RoleError, create_roles, grant_as, grant_to_person, list_logins, revoke
 from models.errors import ConfigurationError, SubmitError
@@ -23,6 +25,7 @@ from sql import query
 from sql.migrate import migrate
 from sql.securing import secure
 from tests.acceptance.test_backup import run, tool
+from tests.reembedding import NEW, Shelf
 from tests.walls import MODEL, Walls, fill, rows
 
 
@@ -288,6 +291,42 @@ async def test_a_vector_index_is_built_by_whoever_may_and_by_nobody_else(clean: 
     assert await look_after_index(clean.settings("plain", **limits), MODEL, 3) == "not allowed"
     assert await look_after_index(clean.settings("builder", **limits), MODEL, 3) == "built"
     assert await look_after_index(clean.settings("plain", **limits), MODEL, 3) == "ready"
+
+
+@pytest.mark.usefixtures("settings_anew")
+async def test_a_re_embedding_by_workers_that_may_build_no_index_goes_on_where_the_owner_does_it(
+    clean: Walls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean.new_database()
+    create_roles(clean.settings())
+    grant_as(clean.settings(), clean.new_login("plain"), "worker")
+    monkeypatch.setenv("DATABASE_URL", clean.url("postgres"))
+    monkeypatch.setenv("VECTOR_INDEX_THRESHOLD", "5")
+
+    def index() -> object:
+        with pytest.raises(SystemExit) as end:
+            main(["index"])
+        return end.value.code
+
+    settings = clean.settings("plain", vector_index_threshold=5)
+    async with make_pool(settings, clean.url("plain")) as pool:
+        shelf = Shelf(clean.as_login("postgres"), pool, settings)
+        for number in range(10):
+            shelf.put(f"d{number}", f"pump {number}")
+        assert await asyncio.to_thread(index) == 0
+        shelf.start()
+        made, asked = shelf.slice(), set()
+        while await shelf.step(made) is not None:
+            state, why = shelf.one("SELECT state, coalesce(error_message, '') FROM reembeddings")
+            if "`docmill index`" in why:
+                assert (state, shelf.one("SELECT string_agg(step, ' ') FROM reembedding_steps()")) not in asked, "it did not help"
+                asked.add((state, shelf.one("SELECT string_agg(step, ' ') FROM reembedding_steps()")))
+                assert await asyncio.to_thread(index) == 0
+                shelf.conn.execute("UPDATE reembeddings SET error_message = NULL")
+        assert shelf.state() == "complete"
+        assert {("running", "index"), ("switched", "list"), ("switched", "finish")} <= asked
+        assert shelf.all("SELECT indexname FROM pg_indexes WHERE indexname LIKE '%%hnsw%%'") == [index_name(NEW.model, NEW.dimensions)]
+        shelf.conn.close()
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5])

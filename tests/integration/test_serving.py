@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+from jobs import faults
 from jobs.cli import main
 from jobs.cli.reembed import Provider
 from jobs.pipeline.runner import Runner
-from jobs.serving import ServingEmbedder, own_embedder
+from jobs.services import OwnServices
+from jobs.serving import ServingEmbedder, embedder_of, own_embedder
 from jobs.stages import embed
 from models.documents import Document
 from models.settings import Settings, allowed_values, load_settings
 from tests.integration.conftest import Bench
 from tests.reembedding import NEW, OLD, Shelf
+from tests.servers import OpenAIServer
 
 
 @pytest.fixture
@@ -84,6 +89,49 @@ async def test_a_document_that_is_embedded_before_the_switch_and_complete_after_
     assert [stage for (stage,) in stages] == ["validate", "parse", "check", "chunk", "embed", "extract", "finalize"]
     await shelf.until("complete")
     shelf.check()
+
+
+async def test_what_is_embedded_again_at_the_end_stands_in_the_ledger_and_a_worker_that_stops_meanwhile_leaves_nothing_mixed(
+    bench: Bench, shelf: Shelf, endpoint: OpenAIServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    endpoint.dimensions = 16
+    settings = bench.settings.model_copy(
+        update={
+            "embedding_provider": "openai", "embedding_base_url": endpoint.url, "embedding_model": "m", "embedding_dimensions": 16,
+            "embedding_max_texts": 2, "embedding_price_per_million_tokens": 2.0,
+        }
+    )  # fmt: skip
+    at_close: list[Any] = []
+    services = OwnServices(settings, pool=lambda: shelf.pool, worker="test:1", stopping=lambda: False, at_close=at_close)
+    caller = services.caller("embedding")
+    worker = runner(bench)
+    worker._runs._tools = replace(worker._runs._tools, choose_embedder=ServingEmbedder(settings, bench.pool, caller).choose)
+    shelf.put("before", "pump")
+
+    async def switch(document: Document) -> None:
+        if shelf.all("SELECT FROM reembeddings"):
+            return
+        shelf.start("m@16")
+        made = shelf.slice(find=lambda _, model: embedder_of(settings, model, caller))
+        while shelf.state() != "switched":
+            await shelf.step(made)
+        monkeypatch.setattr(faults, "_FAULTS", faults.parse(f"sleep:60@kept;doc=a;once={tmp_path}/kept"))
+
+    bench.also["finalize"] = switch
+    bench.submit("a")
+    running = asyncio.create_task(work(bench, worker))
+    while not running.done() and shelf.one("SELECT count(DISTINCT embedding_model) FROM vector_buffer") < 2:  # noqa: ASYNC110 - nothing announces it
+        await asyncio.sleep(0.01)
+    running.cancel()
+    await running
+    assert bench.one("SELECT count(*) FROM document_events WHERE event = 'completed'") == (1,)
+    assert bench.one("SELECT milestone::text, state::text FROM file_extractions WHERE doc_id = 'a'") == ("complete", "complete")
+    assert bench.all("SELECT DISTINCT embedding_model FROM document_chunks WHERE doc_id = 'a'") == [("m@16",)]
+    shares = bench.all("SELECT doc_ids, user_ids, shares FROM provider_usage WHERE outcome = 'ok' AND NOT 'before' = ANY(doc_ids)")
+    assert shares == [(["a"], ["default"], [1.0])] * 3
+    assert endpoint.tally.paid_twice() == 0
+    for close in at_close:
+        await close()
 
 
 async def test_a_worker_that_cannot_make_the_serving_model_completes_with_its_own_and_others_add_the_rest(
