@@ -30,6 +30,8 @@ def derive_doc_id(user_id: str, what: str) -> str:
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
     """Return a path from the root on, without `..`, links left as they are; SubmitError for what no path can be."""
+    if not os.fspath(path):
+        raise SubmitError("A path must not be empty.")
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:

@@ -31,6 +31,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else 
 User = Annotated[str, typer.Option("--user", metavar="USER", help="Whose documents they are.")]
 
 
+def _path(word: str) -> Path:
+    """Return the path that a word is; an empty one would be the working directory."""
+    if not word:
+        raise typer.BadParameter("a path must not be empty.")
+    return Path(word)
+
+
 class Mode(StrEnum):
     """How to search."""
 
@@ -41,7 +48,9 @@ class Mode(StrEnum):
 
 @app.command(epilog=EXIT_CODES)
 def ingest(
-    path: Annotated[list[Path], typer.Argument(metavar="PATH", help="Files, folders and zip archives. A folder or zip is one batch.")],
+    path: Annotated[
+        list[Path], typer.Argument(metavar="PATH", parser=_path, help="Files, folders and zip archives. A folder or zip is one batch.")
+    ],
     *,
     user: User = "default",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,
@@ -62,7 +71,7 @@ def ingest(
 
 @app.command(epilog=EXIT_CODES)
 def sync(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help="The folder.")],
     *,
     user: User = "default",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,

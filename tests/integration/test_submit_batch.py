@@ -80,7 +80,21 @@ def test_a_list_tells_what_it_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["missing", "text", "word", "pipe", "empty folder", "empty list", "bytes", "number", "all missing", "too large", "long name", "NUL"],
+    [
+        "missing",
+        "text",
+        "word",
+        "pipe",
+        "empty folder",
+        "empty list",
+        "bytes",
+        "number",
+        "all missing",
+        "too large",
+        "long name",
+        "NUL",
+        "empty name",
+    ],
 )
 def test_what_is_no_batch_is_refused_by_name_and_nothing_is_stored(
     case: str, tmp_path: Path, batch: Path, conn: psycopg.Connection, settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -99,6 +113,7 @@ def test_what_is_no_batch_is_refused_by_name_and_nothing_is_stored(
         "pipe": (tmp_path / "pipe.zip", "pipe"), "empty folder": (tmp_path / "empty", "no file"), "empty list": ([], "several paths"),
         "bytes": (b"PK", "several paths"), "number": (7, "several paths"), "all missing": ([tmp_path / "x", tmp_path / "y"], "no file"),
         "too large": (tmp_path / "large.zip", "MAX_ARCHIVE_MB"), "long name": ("x" * 5000, "too long a name"), "NUL": ("a\0b", "NUL"),
+        "empty name": ("", "must not be empty"),
     }  # fmt: skip
     source: Any = cases[case][0]
     with pytest.raises(SubmitError) as caught:
