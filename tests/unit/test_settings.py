@@ -181,7 +181,7 @@ def test_a_password_that_would_pass_for_something_else_is_refused_without_showin
         "postgresql://ann:pw@/docs?host=/var/run/postgresql&port=5433",
         "postgresql://ann:pw@/docs?host=@abstract",
         "postgresql://ann:pw@db/a%40b",
-        "host=db port=5432 user=ann@corp password=p@ss dbname=a@b",
+        "host=db port=5432 user=ann@corp password=p://@ss@/@ dbname=a@b",
     ],
 )
 def test_every_form_that_postgres_clients_read_is_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
