@@ -61,7 +61,7 @@ class _Ears:
         self._root, self._leave_out, self._bell = root, (leave_out, leave_out.resolve()), bell
         self._identity: tuple[int, int] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._complained = False
+        self._complaints: set[str] = set()
 
     async def attach(self) -> None:
         """See to it that the folder that is there now is listened to before it is listed; without a folder there is nothing to hear."""
@@ -94,9 +94,16 @@ class _Ears:
                 self._bell.set()
         except (OSError, RuntimeError) as error:
             # Most often the limit of watches (fs.inotify.max_user_watches).
-            if not self._complained:
-                logger.warning("Folder {} sends no events, so it is only looked at now and then: {}", self._root, describe(error))
-            self._complained = True
+            self._complain("Folder {} sends no events, so it is only looked at now and then: {}", error)
+        except ExceptionGroup as group:
+            # Most often a file whose name is not UTF-8. Listening begins anew before the next look, which finds what the events were about.
+            self._complain("An event of folder {} cannot be read, so all of it is looked at: {}", group.exceptions[0])
+            self._bell.set()
+
+    def _complain(self, message: str, error: Exception) -> None:
+        if message not in self._complaints:
+            logger.warning(message, self._root, describe(error))
+        self._complaints.add(message)
 
     def _matters(self, _: object, path: str) -> bool:
         """Say whether an event is about a file that a sync could take: not a hidden one, and not docmill's own storage."""

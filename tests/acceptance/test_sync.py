@@ -207,6 +207,17 @@ def test_a_share_without_events_is_looked_at_again_and_again(folder: Path, conn:
         wait_for(lambda: "new.md" in states(conn, folder), "the new file", 60, process)
 
 
+def test_a_name_that_is_not_utf_8_does_not_end_the_watch(folder: Path, conn: psycopg.Connection, tmp_path: Path) -> None:
+    log = tmp_path / "watch.log"
+    with watching(folder, log) as process:
+        wait_for(lambda: len(states(conn, folder)) == 3, "the first pass", 60, process)
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.md")).write_text("# Coffee\n\nIts name is Latin-1.\n")
+        wait_for(lambda: len(states(conn, folder)) == 4, "the file of this name", 60, process)
+        put(folder / "new.md", 3)
+        wait_for(lambda: "new.md" in states(conn, folder), "an event after that", 60, process)
+    assert log.read_text().count("cannot be read") == 1
+
+
 def archive(path: Path, **entries: int) -> None:
     with zipfile.ZipFile(path, "w") as made:
         for name, number in entries.items():
