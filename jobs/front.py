@@ -1,13 +1,17 @@
-"""The connections behind the front door: one small pool a process for threads, one an event loop for coroutines, opened on first use."""
+"""The connections behind the front door: one small pool a process for threads, one an event loop for coroutines, opened on first use.
+
+Whoever asks while a pool is being opened waits for that attempt: while the database hangs, all hear of it at once, not one after the other.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -17,45 +21,59 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from jobs.database import connect_options, make_pool, prepare_database
 from models.settings import Settings
 
-_sync_pools: dict[Settings, ConnectionPool[psycopg.Connection[Any]]] = {}
-_sync_lock = threading.Lock()
+_SyncPool = ConnectionPool[psycopg.Connection[Any]]
 _AsyncPool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
-_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, tuple[_AsyncPool, asyncio.Task[None]]]]
+_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, asyncio.Task[tuple[_AsyncPool, asyncio.Task[None]]]]]
+_sync_pools: dict[Settings, Future[_SyncPool]] = {}
+_sync_lock = threading.Lock()
 _async_pools: _Loops = weakref.WeakKeyDictionary()
-_async_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+_inherited: list[object] = []
 
 
-def _sync_pool(settings: Settings) -> ConnectionPool[psycopg.Connection[Any]]:
+def _sync_pool(settings: Settings) -> _SyncPool:
     with _sync_lock:
-        pool = _sync_pools.get(settings)
-        if pool is None:
+        opening = _sync_pools.get(settings)
+        if opening is None or _has_failed(opening):
             # In a thread, because the caller may itself be inside of an event loop, as in a notebook.
-            with ThreadPoolExecutor(1) as thread:
-                conninfo = thread.submit(asyncio.run, prepare_database(settings)).result()
-            pool = ConnectionPool(
-                conninfo,
-                kwargs={**connect_options(settings), "autocommit": True},
-                min_size=0,
-                max_size=settings.database_max_connections,
-                timeout=settings.database_timeout,
-                max_idle=60,
-                open=True,
-                name="docmill-front",
-            )
-            atexit.register(pool.close)
-            _sync_pools[settings] = pool
-        return pool
+            thread = ThreadPoolExecutor(1)
+            opening = _sync_pools[settings] = thread.submit(_open_sync, settings)
+            thread.shutdown(wait=False)
+    return opening.result()
+
+
+def _open_sync(settings: Settings) -> _SyncPool:
+    conninfo = asyncio.run(prepare_database(settings))
+    pool: _SyncPool = ConnectionPool(
+        conninfo,
+        kwargs={**connect_options(settings), "autocommit": True},
+        min_size=0,
+        max_size=settings.database_max_connections,
+        timeout=settings.database_timeout,
+        max_idle=60,
+        open=True,
+        name="docmill-front",
+    )
+    atexit.register(close_sync)  # here, so that it comes before the end of the embedded server
+    return pool
 
 
 async def _async_pool(settings: Settings) -> _AsyncPool:
-    loop = asyncio.get_running_loop()
-    async with _async_locks.setdefault(loop, asyncio.Lock()):
-        pools = _async_pools.setdefault(loop, {})
-        if settings not in pools:
-            pool = make_pool(settings, await prepare_database(settings))
-            await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
-            pools[settings] = pool, loop.create_task(_close_with_loop(pool))
-        return pools[settings][0]
+    pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
+    opening = pools.get(settings)
+    if opening is None or _has_failed(opening):
+        opening = pools[settings] = asyncio.create_task(_open_async(settings))
+    pool, _ = await asyncio.shield(opening)  # others may be waiting for it too
+    return pool
+
+
+async def _open_async(settings: Settings) -> tuple[_AsyncPool, asyncio.Task[None]]:
+    pool = make_pool(settings, await prepare_database(settings))
+    await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
+    return pool, asyncio.create_task(_close_with_loop(pool))
+
+
+def _has_failed(opening: Future[Any] | asyncio.Task[Any]) -> bool:
+    return opening.done() and (opening.cancelled() or opening.exception() is not None)
 
 
 async def _close_with_loop(pool: _AsyncPool) -> None:
@@ -68,21 +86,41 @@ async def _close_with_loop(pool: _AsyncPool) -> None:
             await pool.close()
 
 
+def _begin_anew() -> None:
+    """Let a child of fork open connections of its own: over those of its parent each would read the other's answers.
+
+    What the parent has opened is kept as it is, because to close it would close it for the parent. The lock may be held by a thread of the
+    parent, and those are not here.
+    """
+    global _sync_pools, _sync_lock, _async_pools
+    _inherited.append((_sync_pools, dict(_async_pools)))
+    _sync_pools, _sync_lock, _async_pools = {}, threading.Lock(), weakref.WeakKeyDictionary()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
 def close_sync() -> None:
     """Close the pools that threads use; they open again on the next use."""
     with _sync_lock:
-        for pool in _sync_pools.values():
-            pool.close()
-            atexit.unregister(pool.close)
+        openings = [*_sync_pools.values()]
         _sync_pools.clear()
+    for opening in openings:
+        if opening.exception() is None:
+            opening.result().close()
+    atexit.unregister(close_sync)
 
 
 async def close_async() -> None:
     """Close the pools of the running event loop; they open again on the next use."""
-    for pool, closing in _async_pools.pop(asyncio.get_running_loop(), {}).values():
-        await pool.close()
-        closing.cancel()
-        await asyncio.wait([closing])
+    for opening in _async_pools.pop(asyncio.get_running_loop(), {}).values():
+        opening.cancel()
+        await asyncio.wait([opening])
+        if not _has_failed(opening):
+            pool, closing = opening.result()
+            await pool.close()
+            closing.cancel()
+            await asyncio.wait([closing])
 
 
 @contextmanager

@@ -9,11 +9,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from jobs.process_ids import process_id
 from models.errors import ConfigurationError
 
 ABANDONED_SECONDS = 86_400
 """A log file that nobody wrote to for so long belongs to a process that has ended; should it not have, it opens a new one."""
-_PARTS = {"{role}": "[a-z_]+", "{host}": r"[\w.-]+", "{pid}": r"\d+"}
+_PARTS = {"{role}": "[a-z_]+", "{host}": r"[\w.-]+", "{pid}": r"\d+(?:-\d+)?"}
 _ROTATED = r"(?:\.\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}(?:\.\d+)?)?"
 """What loguru puts before the suffix of a rotated file."""
 
@@ -21,7 +22,7 @@ _ROTATED = r"(?:\.\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}(?:\.\d+)?)?"
 def own_log_file(path: Path, role: str) -> Path:
     """Return this process's log file for a LOG_FILE_PATH, its folder made. ConfigurationError if it cannot be written."""
     name = _template(path)
-    for part, value in {"{role}": role, "{host}": socket.gethostname(), "{pid}": str(os.getpid())}.items():
+    for part, value in {"{role}": role, "{host}": socket.gethostname(), "{pid}": process_id("-")}.items():
         name = name.replace(part, value)
     own = path.with_name(name)
     try:

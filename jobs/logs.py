@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import AbstractContextManager
 from datetime import UTC
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def configure_logging(settings: Settings, *, role: str, worker: str | None = Non
     `role` says what the process is (`worker`, `cli`); `worker` names it in every line. ConfigurationError if the file cannot be written.
     Handlers that others have put on the root logger, such as procrastinate's command, are taken off: no line appears twice.
     """
+    if sys.stderr is None:  # it was closed by whoever started this process
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process runs
     register_secrets_of(settings)
     as_json = settings.log_format == "json"
     # A function, because to a plain format loguru would add the traceback once more.
@@ -60,7 +63,8 @@ def configure_logging(settings: Settings, *, role: str, worker: str | None = Non
         remove_abandoned(folder / settings.log_file_path, settings.log_retention_files)
         size, keep = int(settings.log_rotation_mb * 1_000_000), settings.log_retention_files
         # Watched and opened late: it comes back when somebody moves it away, and a command that logs nothing leaves no file.
-        logger.add(str(path), rotation=size, retention=keep, encoding="utf-8", errors="backslashreplace", watch=True, delay=True, **shape)
+        name = str(path).replace("{", "{{").replace("}", "}}")  # loguru fills in what stands in braces
+        logger.add(name, rotation=size, retention=keep, encoding="utf-8", errors="backslashreplace", watch=True, delay=True, **shape)
     level = logger.level(settings.log_level).no
     logging.root.handlers[:] = [_Intercept()]
     logging.root.setLevel(level)

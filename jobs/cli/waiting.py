@@ -56,7 +56,7 @@ class OwnWorker:
 
         quiet_logs(self._settings)  # importing the app has set up a worker's logging
         if self._settings.log_file_path is None and not shows_details(self._settings):
-            logger.disable("jobs.pipeline.runner")  # one line for each failure, which the table at the end says again
+            logger.disable("jobs.pipeline.endings")  # one line for each failure, which the table at the end says again
         return app
 
     async def stop(self) -> None:

@@ -61,7 +61,7 @@ class _Ears:
         self._root, self._leave_out, self._bell = root, (leave_out, leave_out.resolve()), bell
         self._identity: tuple[int, int] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._complained = False
+        self._complaints: set[str] = set()
 
     async def attach(self) -> None:
         """See to it that the folder that is there now is listened to before it is listed; without a folder there is nothing to hear."""
@@ -92,14 +92,18 @@ class _Ears:
         try:
             async for _ in awatch(self._root, watch_filter=self._matters, ignore_permission_denied=True, force_polling=False):
                 self._bell.set()
-        except (OSError, RuntimeError, ExceptionGroup) as error:
-            # Most often the limit of watches (fs.inotify.max_user_watches), or a name that is no UTF-8, which the library cannot tell of.
-            if not self._complained:
-                cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
-                logger.warning("Folder {} sends no events, so it is only looked at now and then: {}", self._root, describe(cause))
-            self._complained = True
-            if isinstance(error, ExceptionGroup):
-                self._bell.set()  # what it could not tell of is looked for, and it listens again
+        except (OSError, RuntimeError) as error:
+            # Most often the limit of watches (fs.inotify.max_user_watches).
+            self._complain("Folder {} sends no events, so it is only looked at now and then: {}", error)
+        except ExceptionGroup as group:
+            # Most often a file whose name is not UTF-8. Listening begins anew before the next look, which finds what the events were about.
+            self._complain("An event of folder {} cannot be read, so all of it is looked at: {}", group.exceptions[0])
+            self._bell.set()
+
+    def _complain(self, message: str, error: Exception) -> None:
+        if message not in self._complaints:
+            logger.warning(message, self._root, describe(error))
+        self._complaints.add(message)
 
     def _matters(self, _: object, path: str) -> bool:
         """Say whether an event is about a file that a sync could take: not a hidden one, and not docmill's own storage."""

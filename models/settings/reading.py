@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import ValidationError
 
 from models.errors import ConfigurationError
@@ -29,6 +31,7 @@ def load_settings() -> Settings:
     PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there.
     """
     try:
+        _refuse_unreadable_lines()
         settings = Settings()
         for name, value in dotenv_values(".env").items():
             if name.startswith("PG") and value:
@@ -37,12 +40,33 @@ def load_settings() -> Settings:
         problems = [_describe(detail) for detail in error.errors(include_url=False)]
     except UnicodeDecodeError:
         problems = [".env is not UTF-8 text"]
+    except _UnreadableLines as error:
+        problems = [str(error)]
     except OSError as error:
         problems = [f".env cannot be read: {error.strerror}"]
     else:
         return settings
     # Raised out here so that no chained exception carries a secret into a traceback.
     raise ConfigurationError("The configuration is wrong:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class _UnreadableLines(Exception):
+    """Lines of `.env` that are no NAME=value."""
+
+
+def _refuse_unreadable_lines() -> None:
+    """Raise _UnreadableLines, by numbers alone, where dotenv would pass over a line, and work would go on without what that line sets."""
+    if not (path := Path(".env")).is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        # What is read as one line may begin with empty ones.
+        bad = [str(read.original.line + _empty_lines(read.original.string)) for read in parse_stream(file) if read.error]
+    if bad:
+        raise _UnreadableLines(f".env has no NAME=value in line{'s' * (len(bad) > 1)} {', '.join(bad)}: is a quote missing?")
+
+
+def _empty_lines(text: str) -> int:
+    return len(text[: -len(text.lstrip()) or None].splitlines())
 
 
 def _describe(detail: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def _read(path: Path) -> str:
     if len(content) > LARGEST_SECRET:
         raise ValueError(f"larger than {LARGEST_SECRET} bytes")
     try:
-        secret = content.decode().strip()
+        secret = content.decode("utf-8-sig").strip()  # some editors begin a file with a mark
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
     if not secret:

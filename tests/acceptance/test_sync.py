@@ -148,19 +148,6 @@ def test_a_watched_folder_is_followed_by_events_alone_and_a_signal_ends_it_well(
     assert log.read_text().count("1 moved") >= 1
 
 
-def test_a_name_that_is_no_unicode_makes_no_watch_deaf(folder: Path, conn: psycopg.Connection, tmp_path: Path) -> None:
-    log = tmp_path / "watch.log"
-    with worker(tmp_path / "worker.log"), watching(folder, log) as process:
-        wait_for(lambda: states(conn, folder) == complete("a.md", "b.md", "sub/c.md"), f"the first pass; see {log}", 60, process)
-        put(folder / "caf\udce9.md", 7)
-        complete_ones = "SELECT count(*) FROM file_extractions WHERE state = 'complete'"
-        wait_for(lambda: conn.execute(complete_ones).fetchone() == (4,), f"a file whose name is no UTF-8; see {log}", 60, process)
-        put(folder / "later.md", 8)
-        wait_for(lambda: conn.execute(complete_ones).fetchone() == (5,), f"a later file; see {log}", 60, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
-
-
 def test_a_file_that_is_being_written_is_taken_when_it_is_whole(folder: Path, conn: psycopg.Connection, tmp_path: Path) -> None:
     log = tmp_path / "watch.log"
     with worker(tmp_path / "worker.log"), watching(folder, log) as process:
@@ -218,6 +205,17 @@ def test_a_share_without_events_is_looked_at_again_and_again(folder: Path, conn:
         wait_for(lambda: len(states(conn, folder)) == 3, "the first pass", 60, process)
         put(folder / "new.md", 3)
         wait_for(lambda: "new.md" in states(conn, folder), "the new file", 60, process)
+
+
+def test_a_name_that_is_not_utf_8_does_not_end_the_watch(folder: Path, conn: psycopg.Connection, tmp_path: Path) -> None:
+    log = tmp_path / "watch.log"
+    with watching(folder, log) as process:
+        wait_for(lambda: len(states(conn, folder)) == 3, "the first pass", 60, process)
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.md")).write_text("# Coffee\n\nIts name is Latin-1.\n")
+        wait_for(lambda: len(states(conn, folder)) == 4, "the file of this name", 60, process)
+        put(folder / "new.md", 3)
+        wait_for(lambda: "new.md" in states(conn, folder), "an event after that", 60, process)
+    assert log.read_text().count("cannot be read") == 1
 
 
 def archive(path: Path, **entries: int) -> None:

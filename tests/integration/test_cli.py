@@ -138,13 +138,6 @@ def test_a_folder_without_a_file_to_take_is_said_to_be_one(tmp_path: Path) -> No
     assert done.stdout.strip() == "0 documents: there is no file that docmill takes, 1 hidden, system or linked files skipped"
 
 
-@pytest.mark.parametrize("command", [("ingest", "--no-wait"), ("sync", "--dry-run")])
-def test_an_empty_word_is_not_the_working_directory(command: tuple[str, ...], conn: psycopg.Connection) -> None:
-    done = docmill(*command, "")
-    assert (done.returncode, "must not be empty" in done.stderr) == (2, True)
-    assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (0,)
-
-
 def test_without_waiting_documents_are_left_to_a_worker(folder: Path, conn: psycopg.Connection) -> None:
     queued = docmill("ingest", folder / "sub", "--no-wait", "--priority", "7", "--json")
     assert queued.returncode == 0
@@ -217,6 +210,28 @@ def test_a_setting_out_of_range_and_a_wrong_command_line_are_usage_errors(folder
         done = docmill(*arguments)
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert "Traceback" not in done.stderr
+
+
+def test_an_empty_path_is_not_the_working_directory(folder: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for arguments in (("ingest", "--no-wait", ""), ("ingest", "--no-wait", "pumps.md", ""), ("sync", "--dry-run", "")):
+        done = docmill(*arguments)
+        assert (done.returncode, done.stdout, "must not be empty" in done.stderr) == (2, "", True), arguments
+    assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (0,)
+
+
+def test_a_failure_inside_is_told_once(folder: Path) -> None:
+    done = docmill("ingest", folder / "empty.txt")
+    assert done.returncode == 1
+    assert "empty" in done.stdout
+    assert "ERROR" not in done.stderr
+
+
+def test_a_command_whose_stderr_is_closed_does_its_work(conn: psycopg.Connection) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" "$@" 2>&-', *COMMAND, "status", "--json"], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, answer(done)["documents"]) == (0, [])
 
 
 def test_migrating_says_what_was_applied_and_the_second_time_that_nothing_was(empty_database: str) -> None:

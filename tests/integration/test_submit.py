@@ -7,18 +7,25 @@ import errno
 import io
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from jobs import submit_document, submit_document_async
+from jobs import get_document, get_document_async, submit_document, submit_document_async
 from jobs.adapters.storage import local
 from jobs.front import async_connection, close_async
 from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
+from tests.running import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("front_door")
 
@@ -304,3 +311,65 @@ def test_a_program_ends_while_a_connection_is_still_being_made(settings: Setting
 
 async def test_the_sync_front_door_opens_inside_of_an_event_loop(conn: psycopg.Connection) -> None:
     assert submit_document(b"from a notebook").outcome == "accepted"
+
+
+def test_processes_that_fork_do_not_share_connections(conn: psycopg.Connection) -> None:
+    """As gunicorn with --preload and Celery do."""
+    code = """
+import asyncio, os, sys
+import jobs
+
+jobs.get_document("warm-up")
+child = os.fork()
+who = "parent" if child else "child"
+for number in range(40):
+    doc_id = jobs.submit_document(b"%d" % number, doc_id=f"{who}-{number}").doc_id
+    assert doc_id == jobs.get_document(doc_id).doc_id == f"{who}-{number}", doc_id
+assert asyncio.run(jobs.get_document_async(doc_id)).doc_id == doc_id
+sys.exit(bool(child and os.waitpid(child, 0)[1]))
+"""
+    given = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert count(conn, "file_extractions") == 80
+
+
+@pytest.fixture
+def hanging(front_door: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A database that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://u@127.0.0.1:{server.getsockname()[1]}/x")
+        monkeypatch.setenv("DATABASE_TIMEOUT", "2")
+        load_settings.cache_clear()
+        yield server
+
+
+def connections(server: socket.socket) -> int:
+    server.setblocking(False)
+    made = 0
+    with suppress(BlockingIOError):
+        while True:
+            server.accept()[0].close()
+            made += 1
+    return made
+
+
+def test_threads_that_ask_first_while_the_database_hangs_hear_of_it_together(hanging: socket.socket) -> None:
+    def ask(_: int) -> None:
+        with pytest.raises(ConfigurationError):
+            get_document("a")
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(ask, range(6)))
+    assert connections(hanging) == 1
+    ask(7)
+    assert connections(hanging) == 1, "the next one tries again"
+
+
+async def test_coroutines_that_ask_first_while_the_database_hangs_hear_of_it_together(hanging: socket.socket) -> None:
+    asked = await asyncio.gather(*(get_document_async("a") for _ in range(6)), return_exceptions=True)
+    assert {type(answer) for answer in asked} == {ConfigurationError}
+    assert connections(hanging) == 1
+    with pytest.raises(ConfigurationError):
+        await get_document_async("a")
+    assert connections(hanging) == 1, "the next one tries again"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +96,16 @@ def test_imports_go_one_way(rule: Rule) -> None:
         or (rule.allowed is not None and is_ours(target) and not any(below(target, name) for name in rule.allowed))
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["models", "sql"])
+def test_an_application_with_a_module_of_our_name_is_told_which_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").touch()
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from jobs import submit_document"]  # finds what lies in its working directory first
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=False)
+    told = done.stderr.splitlines()[-1]
+    assert (done.returncode, told.startswith("ImportError: "), f"{tmp_path}/{name}.py hides docmill's" in told) == (1, True, True), told
 
 
 def test_stages_never_import_each_other() -> None:

@@ -4,12 +4,14 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import psycopg
 import pytest
@@ -191,6 +193,35 @@ def test_each_process_rotates_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_
     log_files.remove_abandoned(folder / "docmill.log", keep=1)
     assert len([file for file in folder.iterdir() if file.name != "other.log"]) == 1
     assert (folder / "other.log").exists()
+
+
+def test_braces_in_the_storage_path_are_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STORAGE_BASE_PATH", str(tmp_path / "a{time} {b} }"))
+    monkeypatch.setenv("LOG_FILE_PATH", "docmill.log")
+    monkeypatch.setenv("LOG_ROTATION_MB", "0.001")
+    monkeypatch.setenv("LOG_RETENTION_FILES", "2")
+    configure_logging(load_settings(), role="worker")
+    for number in range(40):
+        logger.info("{} {}", number, "x" * 200)
+    assert len([*(tmp_path / "a{time} {b} }" / "logs").iterdir()]) == 3
+
+
+def test_containers_with_one_host_name_have_log_files_of_different_names(tmp_path: Path) -> None:
+    ask = "from pathlib import Path; from jobs.log_files import own_log_file; print(own_log_file(Path('x.log'), 'worker'), flush=True)"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", f"{ask}; input()"]
+    if os.getuid() != 0:
+        command[1:1] = ["--user", "--map-root-user"]
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, cwd=tmp_path, env=given) for _ in range(2)]
+    names = [process.stdout.readline().strip() for process in running if process.stdout is not None]
+    left = [process.communicate("\n") for process in running]
+    if not all(names):
+        pytest.skip(f"no namespaces here: {left[0][1].strip()[-200:]}")
+    assert names[0] != names[1]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / f"x.worker-{socket.gethostname()}-7.log").touch()
+    assert len(log_files.log_files(tmp_path / "x.log")) == 3
 
 
 def test_a_log_file_that_cannot_be_written_is_named_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -151,6 +151,44 @@ def test_a_bad_secret_is_never_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hush" not in str(raw.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ann:pre@hush@db/docs",
+        "postgresql://ann:12/hush@db:5432/docs",
+        "postgresql://ann:pre/hush@db/docs",
+        "postgresql://ann@corp:hush@db/docs",
+        "postgres://ann:pre@hush@db1,db2:5433/docs",
+    ],
+)
+def test_a_password_that_would_pass_for_something_else_is_refused_without_showing_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    with pytest.raises(ConfigurationError, match="DATABASE_URL") as caught:
+        load_settings()
+    assert "percent-encoded" in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql:///docs",
+        "postgresql://ann:p%40ss%2Fw:o?r#d@db:5432/docs?sslmode=require",
+        "postgresql://ann@corp.example/docs",
+        "postgresql://ann:pw@db1:5432,db2:5433,db3/docs?application_name=a@b",
+        "postgresql://ann:pw@[2001:db8::1]:5432/docs",
+        "postgresql://ann:pw@%2Fvar%2Frun%2Fpostgresql/docs",
+        "postgresql://ann:pw@/docs?host=/var/run/postgresql&port=5433",
+        "postgresql://ann:pw@/docs?host=@abstract",
+        "postgresql://ann:pw@db/a%40b",
+        "host=db port=5432 user=ann@corp password=p://@ss@/@ dbname=a@b",
+    ],
+)
+def test_every_form_that_postgres_clients_read_is_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    assert load_settings().database_conninfo == url
+
+
 @pytest.mark.parametrize("variable", ["EMBEDDING_API_KEY", "EXTRACTION_API_KEY", "LLAMAPARSE_API_KEY"])
 def test_a_key_that_no_service_can_have_given_is_refused_without_showing_it(
     variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -198,6 +236,12 @@ def test_a_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
         load_settings()
 
 
+def test_a_secret_file_may_begin_with_the_mark_that_editors_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(URL, encoding="utf-8-sig")
+    monkeypatch.setenv("DATABASE_URL_FILE", str(tmp_path / "secret"))
+    assert load_settings().database_conninfo == URL
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"x" * 100_000])
 def test_a_file_that_holds_no_secret_is_refused(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(content)
@@ -233,6 +277,21 @@ def test_an_env_file_that_cannot_be_read_is_a_configuration_error(tmp_path: Path
     (tmp_path / ".env").write_bytes(b"MAX_PAGES=\xff\xfe")
     with pytest.raises(ConfigurationError, match=r"\.env is not UTF-8"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("LOG_LEVEL=INFO\nDATABASE_URL='postgresql://ann:hush@db/docs\nMAX_PAGES=7\n", "line 2"),
+        ("\n\n# no setting\nMAX_PAGES='7' hush\n\nCHUNK_SIZE=500\n=hush\n", "lines 4, 7"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_refused_by_its_number(content: str, lines: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(content)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert str(caught.value).endswith(f".env has no NAME=value in {lines}: is a quote missing?")
+    assert "hush" not in str(caught.value)
 
 
 def test_words_may_be_written_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
