@@ -9,12 +9,14 @@ import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from jobs.database import connect_options, make_pool, prepare_database
+from jobs.database import make_pool, prepare_database
+from jobs.sessions import connect_options, pin_session
 from models.settings import Settings
 
 _sync_pools: dict[Settings, ConnectionPool[psycopg.Connection[Any]]] = {}
@@ -40,6 +42,7 @@ def _sync_pool(settings: Settings) -> ConnectionPool[psycopg.Connection[Any]]:
                 timeout=settings.database_timeout,
                 max_idle=60,
                 open=True,
+                configure=partial(pin_session, settings=settings),
                 name="docmill-front",
             )
             atexit.register(pool.close)
