@@ -93,8 +93,8 @@ def test_whatever_defaults_a_database_has_documents_are_worked_on_and_shown(
         assert conn.execute("SELECT state, count(*) FROM file_extractions GROUP BY state").fetchall() == [("complete", 8)]
         assert conn.execute("SELECT count(*) FROM document_events WHERE event = 'retry_scheduled'").fetchone() == (0,)
         (doc_id,) = conn.execute("SELECT doc_id FROM file_extractions LIMIT 1").fetchone() or ("",)
-        for command in ("explain", "logs"):
-            assert "complete" in docmill(command, doc_id)
+        for look in ("explain", "logs"):
+            assert "complete" in docmill(look, doc_id)
 
 
 def docmill(*arguments: str) -> str:
