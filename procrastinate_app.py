@@ -1,7 +1,7 @@
 """The procrastinate App of docmill: settings, logging, connector, worker defaults, import paths. No tasks, no SQL."""
 
-from jobs.database import process_name
 from jobs.logs import configure_logging
+from jobs.sessions import process_name
 from jobs.worker import DocmillApp
 from models.settings import load_settings
 

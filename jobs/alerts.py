@@ -16,10 +16,11 @@ from loguru import logger
 from psycopg.rows import DictRow, dict_row
 
 from jobs.adapters.webhook import Webhook
-from jobs.database import connect_options, conninfo_of
+from jobs.database import conninfo_of
 from jobs.outages import end_if_cancelled, outlive
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff
+from jobs.sessions import connect_async
 from models.errors import DocmillError, ErrorType, RateLimitError
 from models.settings import Settings
 from sql import query
@@ -75,9 +76,7 @@ class AlertForwarder:
     async def _serve(self, webhook: Webhook) -> None:
         """Forward over one connection until it breaks; return at once if another session forwards."""
         conninfo = await asyncio.to_thread(conninfo_of, self._settings, direct=True)
-        async with await psycopg.AsyncConnection.connect(
-            conninfo, **connect_options(self._settings), autocommit=True, row_factory=dict_row
-        ) as conn:
+        async with await connect_async(self._settings, conninfo, row_factory=dict_row) as conn:
             leading = await (await conn.execute(query("lead_forwarding"), {"key": _LOCK})).fetchone()
             if leading is None or not leading["leads"]:
                 return

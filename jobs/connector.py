@@ -14,8 +14,9 @@ from procrastinate import PsycopgConnector
 from procrastinate.connector import Notify
 from psycopg_pool import AsyncConnectionPool
 
-from jobs.database import connect_options, conninfo_of, make_pool, prepare_database
+from jobs.database import conninfo_of, make_pool, prepare_database
 from jobs.outages import outlive, outlive_start
+from jobs.sessions import connect_async
 from models.settings import Settings
 
 
@@ -49,7 +50,7 @@ class DocmillConnector(PsycopgConnector):
     @asynccontextmanager
     async def _get_standalone_connection(self) -> AsyncGenerator[psycopg.AsyncConnection[Any]]:
         conninfo = await asyncio.to_thread(conninfo_of, self._settings, direct=True)
-        async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(self._settings), autocommit=True) as connection:
+        async with await connect_async(self._settings, conninfo) as connection:
             yield connection
 
     async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:

@@ -7,24 +7,20 @@ import hashlib
 import logging
 import os
 import re
-import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from pgvector.psycopg import register_vector_async
-from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from jobs.process_ids import process_id
 from jobs.redaction import describe
+from jobs.sessions import PooledConnection, behind_pooler, connect, connect_async, connect_options, pin_async_session
 from jobs.transport import warn_of_clear_text
 from models.errors import ConfigurationError
 from models.settings import Settings
@@ -95,61 +91,16 @@ def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
     return _start_embedded(settings.storage_base_path) if conninfo is None else conninfo
 
 
-def process_name(longest_host: int | None = None) -> str:
-    """Return what this process is called: host:pid, in a container host:pid:namespace."""
-    return f"{socket.gethostname()[:longest_host]}:{process_id(':')}"
-
-
-def application_name() -> str:
-    """Return what this process' connections are called in pg_stat_activity: `docmill` and its name, in the 63 bytes that Postgres keeps."""
-    return f"docmill {process_name(34)}"
-
-
-def connect_options(settings: Settings) -> dict[str, Any]:
-    """Return the keyword arguments that every connection is made with: a silently cut connection is noticed within a minute."""
-    return {
-        "connect_timeout": max(2, int(settings.database_timeout)),
-        "keepalives": 1,
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 30_000,
-        "application_name": application_name(),
-        # A pooler may give the next transaction another connection of the server, which knows nothing of what was prepared.
-        "prepare_threshold": None if behind_pooler(settings) else 5,
-    }
-
-
-def behind_pooler(settings: Settings) -> bool:
-    """Say whether DATABASE_URL leads through a transaction pooler: then, and only then, there is a way around it."""
-    return settings.database_url_direct is not None
-
-
-class PooledConnection(psycopg.AsyncConnection[Any]):
-    """A connection to a transaction pooler. What a session is told stays with whichever connection of the server it used, so limits
-    are set anew in each transaction: a round trip more."""
-
-    limits: dict[str, Any] | None = None
-
-    @asynccontextmanager
-    async def transaction(
-        self, savepoint_name: str | None = None, force_rollback: bool = False
-    ) -> AsyncGenerator[psycopg.AsyncTransaction]:
-        """Do as psycopg does, within the limits."""
-        outermost = self.info.transaction_status == TransactionStatus.IDLE
-        async with super().transaction(savepoint_name, force_rollback) as transaction:
-            if outermost and self.limits is not None:
-                await self.execute(query("limit_transactions"), self.limits)
-            yield transaction
-
-
 async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> None:
     # A process that is paused or cut off in mid-transaction must not keep its documents locked, or nobody could rescue them.
     limits = {"idle_ms": f"{settings.lease_seconds * 1000:.0f}", "transaction_ms": f"{settings.stage_timeout_seconds * 1000:.0f}"}
     if isinstance(conn, PooledConnection):
         conn.limits = {**limits, "local": True}
+        await pin_async_session(conn, settings)
     else:
-        await conn.execute(query("limit_transactions"), {**limits, "local": False})
+        async with conn.pipeline():  # one round trip
+            await conn.execute(query("limit_transactions"), {**limits, "local": False})
+            await pin_async_session(conn, settings)
     try:
         await register_vector_async(conn)
     except psycopg.ProgrammingError as error:
@@ -176,6 +127,10 @@ def _check_facts(facts: dict[str, Any]) -> None:
     where = f'database "{facts["database"]}"'
     if facts["version_number"] < MIN_POSTGRES:
         raise ConfigurationError(f"{where} runs on Postgres {facts['version']}; docmill needs 17 or newer.")
+    if facts["encoding"] != "UTF8":
+        raise ConfigurationError(
+            f"{where} keeps its text in {facts['encoding']}; docmill needs UTF8: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0."
+        )
     installed, available = facts["vector_installed"], facts["vector_available"]
     if installed is None and available is None:
         raise ConfigurationError(f"{where}: the extension pgvector is not installed on this server; docmill needs 0.8 or newer.")
@@ -200,7 +155,7 @@ def run_migrations(settings: Settings) -> list[str]:
     """Check the server, bring it to the present schema and return what was applied; every complaint is a ConfigurationError."""
     conninfo = conninfo_of(settings, direct=True)
     try:
-        conn = psycopg.connect(conninfo, **connect_options(settings), autocommit=True)
+        conn = connect(settings, conninfo)
     except psycopg.Error as error:
         raise unreachable(error) from error
     with conn:
@@ -214,7 +169,7 @@ def run_migrations(settings: Settings) -> list[str]:
 async def check_database(settings: Settings, conninfo: str) -> None:
     """Raise a ConfigurationError in plain words unless the database can be reached and holds the present schema."""
     try:
-        conn = await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row)
+        conn = await connect_async(settings, conninfo, row_factory=dict_row)
     except psycopg.Error as error:
         raise unreachable(error) from error
     async with conn:

@@ -13,12 +13,14 @@ import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from jobs.database import connect_options, make_pool, prepare_database
+from jobs.database import make_pool, prepare_database
+from jobs.sessions import connect_options, pin_session
 from models.settings import Settings
 
 _SyncPool = ConnectionPool[psycopg.Connection[Any]]
@@ -51,6 +53,7 @@ def _open_sync(settings: Settings) -> _SyncPool:
         timeout=settings.database_timeout,
         max_idle=60,
         open=True,
+        configure=partial(pin_session, settings=settings),
         name="docmill-front",
     )
     atexit.register(close_sync)  # here, so that it comes before the end of the embedded server

@@ -19,8 +19,9 @@ import psycopg
 from psycopg.rows import dict_row
 
 from jobs.adapters.storage import LocalStorage
-from jobs.database import connect_options, conninfo_of
+from jobs.database import conninfo_of
 from jobs.redaction import describe
+from jobs.sessions import connect_async
 from jobs.transport import clear_text_of
 from models.errors import DocmillError
 from models.settings import Settings
@@ -84,8 +85,8 @@ async def _of_database(settings: Settings, host: str | None) -> list[Component]:
     try:
         async with asyncio.timeout(LIMIT):
             conninfo = await asyncio.to_thread(conninfo_of, settings)
-            options = {**connect_options(settings), "connect_timeout": max(2, int(min(settings.database_timeout, LIMIT / 2)))}
-            conn = await psycopg.AsyncConnection.connect(conninfo, **options, autocommit=True, row_factory=dict_row)
+            patience = max(2, int(min(settings.database_timeout, LIMIT / 2)))
+            conn = await connect_async(settings, conninfo, connect_timeout=patience, row_factory=dict_row)
     except (TimeoutError, psycopg.Error, DocmillError) as error:
         message = f"gave no answer within {LIMIT:g} s" if isinstance(error, TimeoutError) else describe(error).strip()
         others = [Component(name, "unknown", "the database is away") for name in COMPONENTS if name not in ("database", "storage")]

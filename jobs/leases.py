@@ -18,8 +18,8 @@ import psycopg
 from loguru import logger
 
 from jobs import clock
-from jobs.database import connect_options
 from jobs.redaction import describe
+from jobs.sessions import connect_options, pin_session
 from models.settings import Settings
 from sql import query
 
@@ -67,6 +67,7 @@ class LeaseKeeper:
         self.seconds = settings.lease_seconds
         """How long a claim holds without renewal."""
         self._tick_seconds = min(settings.lease_seconds / 4, 5.0)
+        self._settings = settings
         self._conninfo, self._options = conninfo, connect_options(settings)
         self._on_tick = on_tick
         self._leases: dict[tuple[str, int], Lease] = {}
@@ -138,6 +139,8 @@ class LeaseKeeper:
     def _connection(self) -> psycopg.Connection:
         if self._conn is None or self._conn.closed:
             self._conn = psycopg.connect(self._conninfo, **self._options, autocommit=True)
+            with cut_off(self._conn, after=self.seconds / 2):
+                pin_session(self._conn, self._settings)
         return self._conn
 
     def _drop_connection(self) -> None:

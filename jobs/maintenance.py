@@ -15,11 +15,12 @@ from loguru import logger
 from psycopg import sql as composing
 from psycopg.rows import dict_row
 
-from jobs.database import connect_options, conninfo_of
+from jobs.database import conninfo_of
 from jobs.leftovers import remove_noted_files as remove_files
 from jobs.orphans import PARTS, find_orphans
 from jobs.pipeline.claims import one
 from jobs.retention import SomebodyElsePrunes, prune_rows
+from jobs.sessions import connect, connect_async
 from models.settings import Settings
 from procrastinate_app import app
 from sql import query
@@ -59,7 +60,7 @@ async def look_after_index(
     threshold = max(1, settings.vector_index_threshold)
     facts_wanted = {"model": model, "name": name, "table": table, "threshold": threshold, "busy": BUSY}
     conninfo = conninfo_of(settings, direct=True)
-    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
+    async with await connect_async(settings, conninfo, row_factory=dict_row) as conn:
         asked = composing.SQL(query("vector_index_facts")).format(table=composing.Identifier(table))
         facts = await (await conn.execute(asked, facts_wanted)).fetchone()
         assert facts is not None
@@ -106,7 +107,7 @@ async def drop_index(settings: Settings, model: str, dimensions: int, table: Tab
     """Drop the model's index on a table if there is one; nobody who searches waits for it. Return False where this role may not."""
     name = index_name(model, dimensions, table)
     conninfo = conninfo_of(settings, direct=True)
-    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True, row_factory=dict_row) as conn:
+    async with await connect_async(settings, conninfo, row_factory=dict_row) as conn:
         if not (await _one(conn, "vector_index_exists", {"name": name}))["exists"]:
             return True
         if await (await conn.execute(query("act_as_owner_of"), {"table": table})).fetchone() is None:
@@ -146,8 +147,7 @@ async def remove_noted_files(timestamp: int) -> int:
     """Remove the files of deleted documents and batches that nobody can need any more; return how many."""
 
     def remove() -> int:
-        conninfo = conninfo_of(app.settings)
-        with psycopg.connect(conninfo, **connect_options(app.settings), autocommit=True) as conn:
+        with connect(app.settings, conninfo_of(app.settings)) as conn:
             return sum(iter(lambda: remove_files(app.settings, conn), 0))
 
     return await asyncio.to_thread(remove)
@@ -159,7 +159,7 @@ async def prune(timestamp: int) -> dict[str, int]:
     """Remove what the settings let go, and look for orphans in the part of the storage whose hour it is; return how many of what."""
 
     def work() -> dict[str, int]:
-        with psycopg.connect(conninfo_of(app.settings), **connect_options(app.settings), autocommit=True) as conn:
+        with connect(app.settings, conninfo_of(app.settings)) as conn:
             try:
                 removed = prune_rows(app.settings, conn, stop=app.stopping)
             except SomebodyElsePrunes:

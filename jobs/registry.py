@@ -20,7 +20,7 @@ from pathlib import Path
 import psycopg
 from loguru import logger
 
-from jobs.database import application_name
+from jobs.sessions import application_name
 from models.settings import Settings
 from sql import query
 

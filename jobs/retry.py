@@ -86,6 +86,11 @@ def is_away(error: BaseException) -> bool:
     return error.sqlstate is None or error.sqlstate[:2] == "08" or error.sqlstate in {"57P01", "57P02", "57P03", "57P05"}
 
 
+def _gave_way(error: BaseException) -> bool:
+    """Say whether a transaction met another and was the one to end: that says nothing of what it was for."""
+    return isinstance(error, psycopg.Error) and error.sqlstate in {"40001", "40P01"}
+
+
 def _of_http_error(error: BaseException) -> ErrorType:
     # httpx and the SDKs built on it carry the answer that made them fail, or its bare status, or there was none.
     status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status_code", None))
@@ -111,7 +116,7 @@ def should_retry(error_type: ErrorType, attempt: int, max_attempts: int) -> bool
 
 
 def _never_counts(error: BaseException) -> bool:
-    return isinstance(error, RateLimitError | ServiceUnavailable) or is_away(error)
+    return isinstance(error, RateLimitError | ServiceUnavailable) or is_away(error) or _gave_way(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class StageRetry(BaseRetryStrategy):
         error_type = classify_error(error)
         if isinstance(error, WaitedTooLong):
             return None
-        if is_away(error):
+        if is_away(error) or _gave_way(error):
             # A checkpoint outlives any number of outages, and so does a stage that is met by them in the middle of a question.
             # Each wait is a quarter of all before it: it may be this very document that the server dies of.
             return RetryPlan(calculate_backoff(0, max(self.base, waited / 4), self.max_delay), counts=False)

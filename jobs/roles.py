@@ -16,7 +16,8 @@ from psycopg import sql as composing
 from psycopg.rows import dict_row
 
 from jobs.arguments import check_name
-from jobs.database import connect_options, conninfo_of, unreachable
+from jobs.database import conninfo_of, unreachable
+from jobs.sessions import connect
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from sql import query
@@ -52,7 +53,7 @@ class Login:
 def _administration(settings: Settings) -> Iterator[psycopg.Connection]:
     """Yield an autocommit connection; what Postgres refuses for want of rights is a RoleError that says who may."""
     try:
-        conn = psycopg.connect(conninfo_of(settings, direct=True), **connect_options(settings), autocommit=True)
+        conn = connect(settings, conninfo_of(settings, direct=True))
     except psycopg.Error as error:
         raise unreachable(error) from error
     with conn:

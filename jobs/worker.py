@@ -24,7 +24,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import faults
 from jobs.alerts import AlertForwarder
 from jobs.connector import DocmillConnector
-from jobs.database import conninfo_of, process_name
+from jobs.database import conninfo_of
 from jobs.fetching import DocmillJobManager
 from jobs.leases import LeaseKeeper
 from jobs.outages import DATABASE_ERRORS, outlive
@@ -32,6 +32,7 @@ from jobs.places import Places
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
+from jobs.sessions import process_name
 from jobs.tracing import start_tracing
 from jobs.transport import warn_of_exposures
 from models.settings import Settings

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -13,8 +14,9 @@ from loguru import logger
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
-from jobs.database import connect_options, conninfo_of, run_migrations
+from jobs.database import conninfo_of, run_migrations
 from jobs.redaction import describe
+from jobs.sessions import connect_options, pin_async_session
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from sql import query
@@ -85,6 +87,7 @@ class Database:
                 max_idle=60,
                 reconnect_timeout=5,  # who asks later begins anew, rather than wait with a backoff of minutes
                 open=False,
+                configure=partial(pin_async_session, settings=self._settings),
                 name="docmill-serve",
             )
             await pool.open()
@@ -128,7 +131,7 @@ class Database:
             return await (await conn.execute(query(name), params)).fetchall()
 
     @asynccontextmanager
-    async def _connection(self, isolation: psycopg.IsolationLevel | None = None) -> AsyncIterator[_Connection]:
+    async def _connection(self, isolation: psycopg.IsolationLevel = psycopg.IsolationLevel.READ_COMMITTED) -> AsyncIterator[_Connection]:
         try:
             if self._pool is None:
                 await self.open()

@@ -15,8 +15,9 @@ from psycopg.rows import dict_row
 
 from jobs.adapters.storage import storable_path, storable_text
 from jobs.arguments import derive_doc_id, path_doc_id
-from jobs.database import connect_options, conninfo_of
+from jobs.database import conninfo_of
 from jobs.front import async_connection
+from jobs.sessions import connect_async
 from jobs.submit import refused
 from jobs.sync.plan import Archive, Move, Stored
 from models.errors import SubmitConflict
@@ -195,7 +196,7 @@ def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> 
 async def folder_lock(settings: Settings, batch_id: str, folder: Path) -> AsyncIterator[None]:
     """Hold the lock of a folder's sync, on a connection of its own: it ends with this process. SubmitConflict: another sync holds it."""
     conninfo = await asyncio.to_thread(conninfo_of, settings, direct=True)
-    async with await psycopg.AsyncConnection.connect(conninfo, **connect_options(settings), autocommit=True) as conn:
+    async with await connect_async(settings, conninfo) as conn:
         row = await (await conn.execute(query("try_lock_folder"), {"batch_id": batch_id})).fetchone()
         if row is None or not row[0]:
             raise SubmitConflict(f"Folder {str(folder)!r} is being synced by another process; one at a time. Try again when it has ended.")

@@ -88,8 +88,16 @@ SELECT current_setting('server_version_num')::integer AS version_number,
     has_database_privilege(current_database(), 'CREATE') AS may_create,
     (SELECT r.rolsuper FROM pg_roles AS r WHERE r.rolname = current_user) AS superuser,
     (SELECT e.trusted FROM pg_available_extension_versions AS e WHERE e.name = 'vector' ORDER BY e.version DESC LIMIT 1) AS vector_trusted,
+    current_setting('server_encoding') AS encoding,
     current_user AS role,
     current_database() AS database;
+
+-- name: pin_session
+-- What a database or role may have other defaults for, and docmill takes for granted: how times and spans are written, that a backslash is a
+-- backslash, and that a transaction that meets another goes on. A pooler would leave the last two with a connection of the server.
+SELECT set_config('datestyle', 'ISO', FALSE), set_config('standard_conforming_strings', 'on', FALSE),
+    CASE WHEN NOT %(pooled)s THEN set_config('intervalstyle', 'postgres', FALSE) END,
+    CASE WHEN NOT %(pooled)s THEN set_config('default_transaction_isolation', 'read committed', FALSE) END;
 
 -- name: limit_transactions
 -- Ends a session, and with it its locks, when its process falls silent in mid-transaction; local: for this transaction alone.

@@ -88,3 +88,23 @@ async def test_limits_hold_in_each_transaction_and_stay_with_no_connection_of_th
         async with await psycopg.AsyncConnection.connect(pooler.transaction(), autocommit=True, prepare_threshold=None) as other:
             found = await (await other.execute("SELECT current_setting(name) FROM unnest(%s::text[]) AS name", [list(wanted)])).fetchall()
             assert [row[0] for row in found] == ["0", "0"]
+
+
+async def test_other_defaults_of_the_database_hold_in_no_transaction_and_stay_for_others(
+    pooler: pgbouncer.PgBouncer, conn: psycopg.Connection
+) -> None:
+    for name, value in {
+        "datestyle": "German, DMY",
+        "standard_conforming_strings": "off",
+        "default_transaction_isolation": "serializable",
+    }.items():
+        conn.execute(f"ALTER DATABASE {conn.info.dbname} SET {name} = '{value}'")
+    asked = "SELECT now(), current_setting('standard_conforming_strings'), current_setting('transaction_isolation')"
+    async with make_pool(Settings(), pooler.transaction()) as pool:
+        for _ in range(3):
+            async with pool.connection() as pooled, pooled.transaction():
+                found = await (await pooled.execute(asked)).fetchone()
+                assert found is not None
+                assert found[1:] == ("on", "read committed")
+    async with await psycopg.AsyncConnection.connect(pooler.transaction(), autocommit=True, prepare_threshold=None) as other:
+        assert await (await other.execute("SHOW default_transaction_isolation")).fetchone() == ("serializable",)

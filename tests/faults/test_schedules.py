@@ -26,7 +26,8 @@ from tests.faults.invariant import DOUBLED, LEFT, LOST
 from tests.integration.conftest import STAGE_NAMES, Bench
 
 DOCUMENTS = ["a", "b", "c"]
-EMPTY = """TRUNCATE file_extractions, processing_jobs, document_markdown, document_chunks, chunk_buffer, vector_buffer,
+EMPTY = """SET docmill.prune = 'on';
+TRUNCATE file_extractions, processing_jobs, document_markdown, document_chunks, chunk_buffer, vector_buffer,
     extraction_buffer, extraction_answers, hosted_jobs, document_events, dead_letters, run_summaries, alerts, worker_registry,
     files_to_remove,
     procrastinate_jobs, procrastinate_events, procrastinate_periodic_defers CASCADE"""

@@ -191,7 +191,11 @@ async def test_documents_that_wait_too_long_are_found_by_queue_and_whether_anybo
 async def test_a_document_that_waits_for_an_equal_one_is_not_due(bench: Bench) -> None:
     for doc_id in ("first", "second"):
         bench.submit(doc_id, content="1")
-    bench.conn.execute("UPDATE file_extractions SET milestone = 'upload_validated', updated_at = now() - interval '2 hours'")
+    bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now()")
+    bench.conn.execute(
+        """UPDATE file_extractions SET milestone = 'upload_validated', state = 'queued', lease_until = NULL,
+        updated_at = now() - interval '2 hours'"""
+    )
     bench.conn.execute("UPDATE file_extractions SET owns_content = TRUE, not_before = now() + interval '1 hour' WHERE doc_id = 'first'")
     worker_row(bench.conn, "h:1", queues=["cpu"])
     assert findings(bench.conn) == []

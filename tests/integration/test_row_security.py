@@ -37,8 +37,8 @@ def test_every_relation_has_rights_and_every_function_that_runs_as_its_owner_is_
         assert sorted(listed) == sorted(there)
         as_owner = rows(conn, "SELECT proname FROM pg_proc WHERE prosecdef AND pronamespace = 'public'::regnamespace")
         assert {name for (name,) in as_owner} == {
-            "acting_user", "alert_of_dead_letter", "confined_to", "embedding_table", "event_id_since", "list_lacking_embeddings",
-            "matching_chunks", "may_select", "share_embeddings_with_readers", "weigh_words", "workers_seen",
+            "acting_user", "adopt_job", "alert_of_dead_letter", "confined_to", "embedding_table", "event_id_since",
+            "list_lacking_embeddings", "matching_chunks", "may_select", "share_embeddings_with_readers", "weigh_words", "workers_seen",
         }  # fmt: skip
         # A temporary table of the caller's must not stand for one of ours.
         unpinned = rows(
@@ -207,6 +207,45 @@ def test_an_application_takes_no_batch_of_another_user(walls: Walls) -> None:
             with pytest.raises(errors.InsufficientPrivilege), web.transaction():
                 web.execute("SET LOCAL docmill.user_id = 'alice'")
                 web.execute(statement.encode())
+        for statement in ("SELECT accept_document('x','alice','f','p',NULL,1,NULL,'{}',0,'c','bob-batch',NULL,1000)",
+                          "UPDATE file_extractions SET batch_id = 'bob-batch'",
+                          "UPDATE batch_archives SET batch_id = 'bob-batch'",
+                          "UPDATE run_summaries SET batch_id = 'bob-batch'"):  # fmt: skip
+            with pytest.raises(errors.ForeignKeyViolation), web.transaction():
+                web.execute("SET LOCAL docmill.user_id = 'alice'")
+                web.execute(statement.encode())
+
+
+@pytest.mark.parametrize("column", ["id", "at"])
+def test_an_application_writes_events_under_no_time_or_number_of_its_choice(walls: Walls, column: str) -> None:
+    value = {"id": "1000000", "at": "'2001-01-01'"}[column]
+    names = "doc_id, user_id, correlation_id, event"
+    with walls.as_login("web") as web:
+        with pytest.raises(errors.InsufficientPrivilege), web.transaction():
+            web.execute("SET LOCAL docmill.user_id = 'alice'")
+            web.execute(f"INSERT INTO document_events ({column}, {names}) OVERRIDING SYSTEM VALUE VALUES ({value}, 'x', 'alice', 'c', 'x')")
+        with web.transaction(force_rollback=True):
+            web.execute("SET LOCAL docmill.user_id = 'alice'")
+            web.execute(f"INSERT INTO document_events ({names}) VALUES ('x', 'alice', 'c', 'x')")
+            assert rows(web, "SELECT event FROM document_events WHERE doc_id = 'x'") == [("x",)]
+
+
+def test_a_job_that_was_there_before_its_document_serves_the_application_that_submits_it(walls: Walls) -> None:
+    try:
+        with walls.as_login("worker") as worker, walls.as_login("web") as web:
+            worker.execute("SELECT defer_stage('early', 'validate', 0)")
+            web.execute("SET statement_timeout = '10s'")
+            with web.transaction(force_rollback=True):
+                web.execute("SET LOCAL docmill.user_id = 'alice'")
+                web.execute("SELECT submit_document('uploads/early', doc_id => 'early', user_id => 'alice')")
+                seen = rows(web, "SELECT status, docmill_user FROM procrastinate_jobs WHERE queueing_lock = 'validate:early'")
+                assert seen == [("todo", "alice")]
+            with web.transaction(force_rollback=True):
+                web.execute("SET LOCAL docmill.user_id = 'bob'")
+                web.execute("SELECT adopt_job('early', 'validate'), adopt_job('alice-doc', 'validate')")
+                assert rows(web, "SELECT DISTINCT docmill_user FROM procrastinate_jobs") == [("bob",)]
+    finally:
+        walls.admin.execute("DELETE FROM procrastinate_jobs WHERE queueing_lock = 'validate:early'")
 
 
 def test_an_operator_sees_everything_and_changes_nothing(walls: Walls) -> None:

@@ -143,20 +143,83 @@ def test_an_invalid_state_is_refused(conn: psycopg.Connection, change: str) -> N
         conn.execute(f"UPDATE file_extractions SET {change}")
 
 
-def test_events_cannot_be_changed(conn: psycopg.Connection) -> None:
+@pytest.mark.parametrize(
+    ("state", "change"),
+    [
+        ("queued", "state = 'working', lease_until = now()"),  # under the claim of whoever had it before
+        ("queued", "milestone = 'extracted'"),  # with nobody working on it
+        ("failed", "milestone = 'embeddings_stored'"),
+        ("working", "state = 'duplicate', lease_until = NULL"),  # of nothing
+        ("working", "version = version + 5, claim = claim + 1, state = 'queued', lease_until = NULL"),
+        ("working", "doc_id = 'b'"),
+        ("working", "user_id = 'bob'"),
+    ],
+)
+def test_a_document_changes_hands_content_and_place_only_as_it_may(conn: psycopg.Connection, state: str, change: str) -> None:
     submit(conn)
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        conn.execute("UPDATE document_events SET event = 'x'")
+    if state == "failed":
+        conn.execute("SELECT fail_document(d, 'PERMANENT', 'm', '{}') FROM file_extractions AS d")
+    elif state == "working":
+        work_to(conn, "uploaded")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        conn.execute(f"UPDATE file_extractions SET {change}")
+
+
+def test_a_batch_takes_in_documents_of_its_own_user_alone(conn: psycopg.Connection) -> None:
+    conn.execute("SELECT begin_batch('b', 'bob', '/folder', 'c')")
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        conn.execute("SELECT accept_document('a','ann','f','p',NULL,1,NULL,'{}',0,'c','b',NULL,50)")
+    conn.execute("SELECT accept_document('a','bob','f','p',NULL,1,NULL,'{}',0,'c','b',NULL,50)")
+    assert one(conn, "SELECT delete_batch('b')") == (1,)
+
+
+def test_who_begins_a_batch_at_the_same_moment_as_another_begins_a_run_of_it(database: str) -> None:
+    failures: list[Exception] = []
+    together = threading.Barrier(4)
+
+    def begin() -> None:
+        with psycopg.connect(database, autocommit=True) as conn:
+            for number in range(100):
+                together.wait(10)
+                try:
+                    conn.execute("SELECT begin_batch(%s, 'ann', '/folder', 'c')", [f"b{number}"])
+                except psycopg.Error as error:
+                    failures.append(error)
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("change", ["UPDATE document_events SET event = 'x'", "TRUNCATE document_events"])
+def test_events_cannot_be_changed(conn: psycopg.Connection, change: str) -> None:
+    submit(conn)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
+        conn.execute(change.encode())
+
+
+@pytest.mark.parametrize("forged", [2**63 - 1, -(2**63)])
+def test_an_event_with_an_odd_number_breaks_no_view(conn: psycopg.Connection, forged: int) -> None:
+    for doc_id in ("a", "b", "c"):
+        submit(conn, doc_id)
+    conn.execute(
+        """INSERT INTO document_events (id, at, doc_id, user_id, correlation_id, event) OVERRIDING SYSTEM VALUE
+        VALUES (%s, now() - interval '9 years', 'a', 'ann', 'c', 'x')""",
+        [forged],
+    )
+    for ago in ("0", "1 hour", "10 years"):
+        one(conn, "SELECT event_id_since(now() - %s::interval)", ago)
+    assert one(conn, "SELECT sum(submitted) FROM throughput") == (3,)
 
 
 def test_a_status_word_for_every_milestone_and_state(conn: psycopg.Connection) -> None:
     submit(conn)
     seen = []
     for milestone in list(Milestone)[:-1]:
-        conn.execute(
-            "UPDATE file_extractions SET state = 'working', milestone = %s, claim = claim + 1, lease_until = now() + interval '1 min'",
-            [milestone],
-        )
+        work_to(conn, milestone)
         working = one(conn, "SELECT status FROM document_status")[0]
         conn.execute("UPDATE file_extractions SET state = 'queued', lease_until = NULL")
         seen += [one(conn, "SELECT status FROM document_status")[0], working]

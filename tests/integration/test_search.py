@@ -54,7 +54,7 @@ def add(
 ) -> None:
     """Store a complete document as finalize would."""
     if batch_id is not None:
-        conn.execute("INSERT INTO processing_jobs (batch_id, correlation_id) VALUES (%s, 'c') ON CONFLICT DO NOTHING", [batch_id])
+        conn.execute("INSERT INTO processing_jobs (batch_id, user_id, correlation_id) VALUES (%s, %s, 'c')", [batch_id, user_id])
     conn.execute(
         "INSERT INTO file_extractions (doc_id, user_id, batch_id, file_name, file_path, file_type, metadata, correlation_id) "
         "VALUES (%s, %s, %s, %s, 'p', %s, %s, 'c')",
@@ -155,7 +155,7 @@ def test_both_ways_together_rank_first_what_both_find(found: psycopg.Connection)
 def test_filters_hold_alone_and_together(found: psycopg.Connection, mode: str) -> None:
     add(found, "a", "valve", user_id="anna", batch_id="one", file_type="pdf", metadata={"year": 2025, "tags": ["x", "y"]})
     add(found, "b", "valve", user_id="anna", batch_id="two", file_type="pdf", metadata={"year": 2026})
-    add(found, "c", "valve", user_id="bob", batch_id="one", file_type="word", metadata={"year": 2026, "note": "it's \\ %s"})
+    add(found, "c", "valve", user_id="bob", batch_id="three", file_type="word", metadata={"year": 2026, "note": "it's \\ %s"})
     add(found, "d", "valve", user_id="bob", file_type="text")
 
     def ask(**filters: Any) -> set[str]:
@@ -163,7 +163,8 @@ def test_filters_hold_alone_and_together(found: psycopg.Connection, mode: str) -
 
     assert ask() == {"a", "b", "c", "d"}
     assert ask(user_id="anna") == {"a", "b"}
-    assert ask(batch_id="one") == {"a", "c"}
+    assert ask(batch_id="one") == {"a"}
+    assert ask(batch_id="three") == {"c"}
     assert ask(file_type="pdf") == {"a", "b"}
     assert ask(metadata=Jsonb({"year": 2026})) == {"b", "c"}
     assert ask(metadata=Jsonb({"tags": ["y"]})) == {"a"}

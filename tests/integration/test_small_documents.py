@@ -210,7 +210,8 @@ async def test_a_document_that_somebodys_transaction_holds_keeps_no_other_from_b
 
 
 UNLIKE = {
-    "another user's document under a job of this one's": "UPDATE file_extractions SET user_id = 'bob' WHERE doc_id = 'd05'",
+    "another user's document under a job of this one's": "SET session_replication_role = replica; "
+    "UPDATE file_extractions SET user_id = 'bob' WHERE doc_id = 'd05'; RESET session_replication_role",
     "another user's": "UPDATE procrastinate_jobs SET docmill_user = 'bob' WHERE args->>'doc_id' = 'd05'",
     "of another priority": "UPDATE procrastinate_jobs SET priority = 5 WHERE args->>'doc_id' = 'd05'",
     "begun": "UPDATE procrastinate_jobs SET docmill_begun = TRUE WHERE args->>'doc_id' = 'd05'",

@@ -132,10 +132,8 @@ def test_a_document_that_waits_for_an_equal_one_says_for_which(conn: psycopg.Con
     submit(conn, "second")
     beat(conn)
     event(conn, "stage_completed", 2, "h:1")
-    conn.execute(
-        """UPDATE file_extractions SET state = 'working', claim = claim + 1, milestone = 'upload_validated',
-            lease_until = now() + interval '1 min'"""
-    )
+    conn.execute("UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() + interval '1 min'")
+    conn.execute("UPDATE file_extractions SET milestone = 'upload_validated'")
     conn.execute("UPDATE file_extractions SET owns_content = TRUE WHERE doc_id = 'first'")
     conn.execute("UPDATE file_extractions SET state = 'queued', lease_until = NULL WHERE doc_id = 'second'")
     conn.execute("UPDATE procrastinate_jobs SET task_name = 'parse', queueing_lock = replace(queueing_lock, 'validate', 'parse')")

@@ -309,6 +309,18 @@ def test_a_program_ends_while_a_connection_is_still_being_made(settings: Setting
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("defer", ["defer_stage('new', 'validate', 0)", "defer_unpacking(1)"])
+def test_a_job_that_has_come_since_the_transactions_snapshot_is_not_looked_for_without_an_end(database: str, defer: str) -> None:
+    asked = f"SELECT {defer}".encode()
+    with psycopg.connect(database) as conn, psycopg.connect(database, autocommit=True) as other:
+        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        conn.execute("SET statement_timeout = '10s'")
+        conn.execute("SELECT FROM file_extractions")
+        other.execute(asked)
+        with pytest.raises(psycopg.errors.SerializationFailure, match="try again"):
+            conn.execute(asked)
+
+
 async def test_the_sync_front_door_opens_inside_of_an_event_loop(conn: psycopg.Connection) -> None:
     assert submit_document(b"from a notebook").outcome == "accepted"
 

@@ -42,7 +42,7 @@ RULES = (
     Rule("jobs.pipeline", forbidden=("jobs.cli", "jobs.worker", "procrastinate_app")),
     Rule("jobs.submit", forbidden=("jobs.cli", "jobs.worker", "jobs.stages", "procrastinate_app")),
     Rule("jobs.worker", forbidden=("jobs.cli", "jobs.stages", "procrastinate_app")),
-    Rule("procrastinate_app", allowed=("jobs.worker", "jobs.logs", "jobs.registry", "jobs.database", "models")),
+    Rule("procrastinate_app", allowed=("jobs.worker", "jobs.logs", "jobs.registry", "jobs.sessions", "models")),
 )
 
 

@@ -12,8 +12,8 @@ from subprocess import PIPE
 
 import pytest
 
-from jobs.database import process_name
 from jobs.registry import give_back_memory, resident_mb
+from jobs.sessions import process_name
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps memory so, and gives it back when asked")
@@ -56,7 +56,7 @@ def test_large_blocks_go_back_at_once() -> None:
 
 
 def test_containers_with_one_host_name_have_workers_of_different_names() -> None:
-    ask = "from jobs.database import application_name, process_name; print(process_name(), len(application_name()), flush=True); input()"
+    ask = "from jobs.sessions import application_name, process_name; print(process_name(), len(application_name()), flush=True); input()"
     command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", ask]
     if os.getuid() != 0:
         command[1:1] = ["--user", "--map-root-user"]

@@ -118,9 +118,16 @@ def test_only_what_can_be_helped_is_tried_again_and_only_so_often() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [PoolTimeout("no connection"), psycopg.OperationalError("the connection is closed"), psycopg.errors.AdminShutdown("stopped")]
+    "error",
+    [
+        PoolTimeout("no connection"),
+        psycopg.OperationalError("the connection is closed"),
+        psycopg.errors.AdminShutdown("stopped"),
+        psycopg.errors.DeadlockDetected("x"),
+        psycopg.errors.SerializationFailure("x"),
+    ],
 )
-def test_a_database_that_is_away_never_counts(error: Exception) -> None:
+def test_a_database_that_is_away_or_has_others_go_first_never_counts(error: Exception) -> None:
     plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 7)
     assert plan is not None
     assert (plan.counts, 2 <= plan.delay <= 3) == (False, True)
@@ -140,7 +147,7 @@ def test_waiting_for_a_database_becomes_rarer_and_ends() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [psycopg.errors.QueryCanceled("x"), psycopg.errors.DeadlockDetected("x"), psycopg.errors.DiskFull("x"), psycopg.DataError("NUL")],
+    [psycopg.errors.QueryCanceled("x"), psycopg.errors.DiskFull("x"), psycopg.DataError("NUL")],
 )
 def test_what_a_database_answers_counts(error: Exception) -> None:
     plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 0)
