@@ -43,7 +43,7 @@ class FolderRun:
         self._looked = looked or Looked()
         self._whole = whole
         self.tell = on_file or (lambda _: None)
-        self._storage = LocalStorage.from_settings(settings)
+        self._storage = LocalStorage.prepared(settings)
         self.made = BatchSubmission(whole.batch_id)
 
     def submit(self, entries: Sequence[Entry]) -> Steps[BatchSubmission]:

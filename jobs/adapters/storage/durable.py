@@ -22,12 +22,15 @@ def regular(status: os.stat_result) -> os.stat_result:
     return status
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, each made durable in the one that holds it."""
+def make_folder(path: Path, base: Path | None = None) -> None:
+    """Create a folder and its missing parents, each made durable in the one that holds it; FileNotFoundError if `base` is one of these."""
+    if path == base:
+        path.stat()  # where a storage is not mounted, files would be stored in its place that nobody finds afterwards
+        return
     try:
         path.mkdir(FOLDER_MODE)
     except FileNotFoundError:
-        make_folder(path.parent)
+        make_folder(path.parent, base)
         path.mkdir(FOLDER_MODE, exist_ok=True)
     except FileExistsError:
         if not path.is_dir():

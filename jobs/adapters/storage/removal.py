@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 from uuid import uuid4
 
 from jobs.adapters.storage.durable import regular
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import storage_fault, storage_faults
 from jobs.adapters.storage.local import LocalStorage
+from models.errors import StorageAway
 
 
 def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bool:
@@ -25,7 +26,11 @@ def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bo
                 return False
             aside = storage.ensure_directory(storage.temp_dir) / f"{uuid4().hex}.part"
             path.rename(aside)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            fault = storage_fault(error, storage.base, relative)
+            # A folder of somebody's own, from which SQL submits, may have gone for good.
+            if isinstance(fault, StorageAway) and not (storage.base / storage.uploads_dir).exists():
+                raise fault from error
             return True
         if time.time() - aside.stat().st_mtime < untouched_for:
             aside.replace(path)
