@@ -143,3 +143,16 @@ async def test_deleting_and_submitting_the_same_at_once_never_loses_a_file_that_
             thread.join()
     jobs.submit_document(b"one", doc_id="a")
     assert storage.fingerprint(bench.one("SELECT file_path FROM file_extractions")[0]).size == 3
+
+
+ALIASES = ("inbox//a.txt", "./inbox/a.txt", "inbox/./a.txt", "inbox/a.txt/", "inbox/a.txt/.", "inbox/x/../a.txt", "/inbox/a.txt")
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_file_is_submitted_by_one_name_so_that_nobody_deletes_it_by_another(bench: Bench, alias: str) -> None:
+    for statement in ("SELECT submit_document(%s, 'two')", "SELECT submit_batch(%s, 'b')"):
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="must be relative to the storage base path, without empty parts"):
+            bench.conn.execute(statement.encode(), [alias])
+    for name in ("inbox/a.txt", "a", ".a/..b/c..", "inbox/.a.txt"):
+        bench.conn.execute("SELECT submit_document(%s)", [name])
+        bench.conn.execute("SELECT submit_batch(%s)", [name])
