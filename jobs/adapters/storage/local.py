@@ -132,6 +132,16 @@ class LocalStorage:
                 sync(path.parent)
         return path
 
+    def touch(self, relative: str) -> bool:
+        """Have `discard` take a stored file for one that has just been stored; tell whether it is there."""
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative):
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return False
+        return True
+
     def delete(self, relative: str) -> bool:
         """Remove a stored file; tell whether there was one."""
         path = self.resolve(relative)
