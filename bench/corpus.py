@@ -22,6 +22,7 @@ from jobs.adapters.parsing import parse_isolated
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.sniff import sniff
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType
 from models.errors import DocmillError
 
@@ -71,7 +72,7 @@ async def try_file(sandbox: ProcessSandbox, row: dict[str, str], folder: Path) -
             elif found.encrypted:
                 result, detail = "PermanentError", "encrypted (sniffed)"
             else:
-                parsed = await parse_isolated(sandbox, path, path.name, found.file_type, found.mime_type)
+                parsed = await parse_isolated(sandbox, StoredFile(path), path.name, found.file_type, found.mime_type)
                 text = "\n".join(page.markdown for page in parsed.pages)
                 trouble = {key: parsed.metadata[key] for key in ("failed_parsers", "crashes") if key in parsed.metadata}
                 detail = f"{parsed.parser}, {len(parsed.pages)} pages, {len(text):,} characters {trouble or ''}"

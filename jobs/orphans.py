@@ -27,6 +27,8 @@ from sql import query
 PARTS = 24
 """A look at one part is a look at every so-many-th folder; one an hour goes through all of them in a day."""
 AT_A_TIME = 200  # folders that one statement asks for
+TEMPORARY_DAYS = 7
+"""How old half-written files must be where ORPHAN_FILE_DAYS says nothing."""
 FEW = 10
 SUSPICIOUS_SHARE = 0.2
 """More orphans than this share of the folders, and more than FEW, are no orphans: these files belong to another database."""
@@ -61,13 +63,15 @@ def find_orphans(
     """Note the orphans among the uploads for removal, remove temporary files of the dead, and return what was found.
 
     `part`: look at one of PARTS only. `believe`: also where suspiciously many are orphans. `conn` commits each statement.
-    Nothing happens with ORPHAN_FILE_DAYS=0, and nothing younger than that is touched. `now`: for tests, in seconds since the epoch.
+    Nothing younger than ORPHAN_FILE_DAYS is touched; with 0 no upload is, and no half-written file younger than TEMPORARY_DAYS.
+    `now`: for tests, in seconds since the epoch.
     """
     found = Orphans()
+    storage = LocalStorage.from_settings(settings)
+    before = (time.time() if now is None else now) - (settings.orphan_file_days or TEMPORARY_DAYS) * 86_400
+    found.temporary = _remove_temporary(storage, before, dry_run=dry_run)
     if settings.orphan_file_days == 0:
         return found
-    storage = LocalStorage.from_settings(settings)
-    before = (time.time() if now is None else now) - settings.orphan_file_days * 86_400
     orphans: list[str] = []
     names = _folders(storage, part)
     while folders := list(islice(names, AT_A_TIME)):
@@ -85,7 +89,6 @@ def find_orphans(
     if not dry_run:
         for path in orphans:
             conn.execute(query("note_unneeded_file"), {"path": path, "doc_id": None})
-    found.temporary = _remove_temporary(storage, before, dry_run=dry_run)
     return found
 
 

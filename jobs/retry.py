@@ -13,7 +13,7 @@ import psycopg
 from procrastinate import BaseRetryStrategy, RetryDecision
 from procrastinate.jobs import Job
 
-from models.errors import DocmillError, ErrorType, PermanentError, RateLimitError, ServiceUnavailable, WaitedTooLong
+from models.errors import DocmillError, ErrorType, PermanentError, RateLimitError, ServiceUnavailable, StorageAway, WaitedTooLong
 
 _RETRYABLE_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "25006", "25P03", "25P04"})
 _RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resources (disk full, out of memory), system error
@@ -116,7 +116,7 @@ def should_retry(error_type: ErrorType, attempt: int, max_attempts: int) -> bool
 
 
 def _never_counts(error: BaseException) -> bool:
-    return isinstance(error, RateLimitError | ServiceUnavailable) or is_away(error) or _gave_way(error)
+    return isinstance(error, RateLimitError | ServiceUnavailable | StorageAway) or is_away(error) or _gave_way(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,8 @@ class StageRetry(BaseRetryStrategy):
         error_type = classify_error(error)
         if isinstance(error, WaitedTooLong):
             return None
-        if is_away(error) or _gave_way(error):
-            # A checkpoint outlives any number of outages, and so does a stage that is met by them in the middle of a question.
+        if is_away(error) or _gave_way(error) or isinstance(error, StorageAway):
+            # A checkpoint outlives any number of outages, and so does a stage that is met by them in the middle of a question or a file.
             # Each wait is a quarter of all before it: it may be this very document that the server dies of.
             return RetryPlan(calculate_backoff(0, max(self.base, waited / 4), self.max_delay), counts=False)
         if isinstance(error, RateLimitError | ServiceUnavailable):

@@ -88,7 +88,7 @@ def prepare_together(settings: Settings, files: Sequence[tuple[File, Options]]) 
         else:
             uploads.append(upload)
             prepared.append(params)
-    stored = iter(LocalStorage.from_settings(settings).store_uploads(uploads))
+    stored = iter(LocalStorage.prepared(settings).store_uploads(uploads))
     return [params if isinstance(params, DocmillError) else _with_stored(params, next(stored)) for params in prepared]
 
 

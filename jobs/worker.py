@@ -35,6 +35,7 @@ from jobs.registry import Pulse, Registry
 from jobs.sessions import process_name
 from jobs.tracing import start_tracing
 from jobs.transport import warn_of_exposures
+from models.errors import DocmillError
 from models.settings import Settings
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
@@ -219,6 +220,14 @@ class DocmillApp(App):
 
         check_providers(self.settings)
 
+    def _prepare_storage(self) -> None:
+        from jobs.adapters.storage import LocalStorage  # noqa: PLC0415 - only a worker needs it
+
+        try:
+            LocalStorage.prepared(self.settings)
+        except DocmillError as error:  # documents wait for it
+            logger.warning("{}", describe(error))
+
     async def run_worker_async(self, **kwargs: Any) -> None:
         """Run a worker until it is asked to stop, then close what its tasks opened.
 
@@ -226,6 +235,7 @@ class DocmillApp(App):
         """
         conninfo = await asyncio.to_thread(conninfo_of, self.settings)
         self._check_providers()
+        await asyncio.to_thread(self._prepare_storage)
         warn_of_exposures(self.settings)
         import_tasks: Callable[[], None] = self.perform_import_paths
         import_tasks()

@@ -44,7 +44,7 @@ class Turn:
     """What a document waits for that is to call an outside service; hangs on the error as `error.turn`."""
 
     service: str
-    """As jobs.services names it."""
+    """As jobs.services names it, or `storage`."""
     revision: int | None = None
     """Of the service's breaker, when a place was given; None: it waits for the budget."""
     place: int | None = None
@@ -132,6 +132,12 @@ class CredentialRefused(ServiceUnavailable):
     ) -> None:
         super().__init__(message, retry_after)
         self.reason = reason
+
+
+class StorageAway(RetryableError):
+    """The storage as a whole is not there, full or read-only: no document's fault, so waiting for it does not count as an attempt."""
+
+    turn = Turn("storage")
 
 
 class BadAnswer(RetryableError):

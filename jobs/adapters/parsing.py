@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from jobs.adapters.parsers import parse_file, parser_count
@@ -29,7 +28,7 @@ class Runner(Protocol):
 
 async def parse_isolated(
     sandbox: Runner,
-    path: Path,
+    file: StoredFile,
     file_name: str,
     file_type: FileType,
     mime_type: str,
@@ -48,7 +47,7 @@ async def parse_isolated(
     for skip in range(max(1, parser_count(file_type, mime_type))):
         try:
             parsed = await sandbox.run(
-                parse_file, StoredFile(path), file_name, file_type, mime_type, page_limit, skip=skip, partial=partial, output_mb=output_mb
+                parse_file, file, file_name, file_type, mime_type, page_limit, skip=skip, partial=partial, output_mb=output_mb
             )
         except (Crashed, Exhausted, TimeoutError) as limit:
             kept = max(kept, limit.kept, key=len)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import stored_file_faults
 from jobs.adapters.stored_file import StoredFile
 
 
@@ -28,7 +28,7 @@ async def open_all(files: Sequence[StoredFile], opened: ExitStack) -> list[int]:
 
 
 def _open(file: StoredFile, opened: ExitStack) -> int:
-    with storage_faults(file.path.parent, file.path.name):
+    with stored_file_faults(file):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     opened.callback(os.close, fd)
     return fd

@@ -15,6 +15,8 @@ class StoredFile:
     path: Path
     """For messages; in a child nothing can be opened by it."""
     fd: int | None = None
+    base: Path | None = None
+    """The base of the storage that it lies in, for those who must tell a file that is gone from a storage that is."""
 
     def open(self) -> BinaryIO:
         """Return it open for reading, at its beginning. In a child there is one position for all who have it open. Raises OSError."""

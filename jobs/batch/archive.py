@@ -34,6 +34,8 @@ class Archive:
     depth: int
     priority: int
     retry_count: int
+    waited_seconds: float
+    """For how long it has waited for the storage, which counts as no attempt."""
     source_path: str | None
     correlation_id: str
 

@@ -43,7 +43,6 @@ class FolderRun:
         self._looked = looked or Looked()
         self._whole = whole
         self.tell = on_file or (lambda _: None)
-        self._storage = LocalStorage.from_settings(settings)
         self.made = BatchSubmission(whole.batch_id)
 
     def submit(self, entries: Sequence[Entry]) -> Steps[BatchSubmission]:
@@ -196,24 +195,38 @@ class FolderRun:
         return run_id
 
     def _store_archives(self, archives: Mapping[str, tuple[Entry, str]]) -> Steps[dict[str, tuple[Entry, StoredUpload]]]:
-        """Store archives; one that cannot be read any more keeps no other file from going on."""
+        """Store archives and return those that could be."""
         stored: dict[str, tuple[Entry, StoredUpload]] = {}
-        most = self._settings.max_archive_mb * 1_000_000
         for name, (entry, _) in archives.items():
-            upload_id = archive_upload_id(self._whole.batch_id, f"{name}/")
-            try:
-                made = yield partial(self._storage.store_upload, upload_id, entry.path, most, str(entry.path), "MAX_ARCHIVE_MB")
-            except ConfigurationError:
-                raise
-            except DocmillError as error:
-                self._note(FileResult(entry.name, error=error))
-            else:
+            made = yield from self._store_archive(name, entry)
+            if made is not None:
                 stored[name] = entry, made
         return stored
 
+    def _store_archive(self, name: str, entry: Entry) -> Steps[StoredUpload | None]:
+        """Store an archive; None for one that cannot be read any more, which keeps no other file from going on."""
+        storage: LocalStorage = yield partial(LocalStorage.prepared, self._settings)
+        upload_id, most = archive_upload_id(self._whole.batch_id, f"{name}/"), self._settings.max_archive_mb * 1_000_000
+        try:
+            made: StoredUpload = yield partial(storage.store_upload, upload_id, entry.path, most, str(entry.path), "MAX_ARCHIVE_MB")
+        except ConfigurationError:
+            raise
+        except DocmillError as error:
+            self._note(FileResult(entry.name, error=error))
+            return None
+        return made
+
     def _add_archives(self, archives: Mapping[str, tuple[Entry, StoredUpload]]) -> Steps[None]:
         whole = self._whole
-        for name, (entry, stored) in archives.items():
+        storage = LocalStorage.from_settings(self._settings)
+        for name, (entry, first) in archives.items():
+            stored: StoredUpload | None = first
+            # Copying those behind it may have taken so long that it was removed again, as a file that no row needs.
+            if not (yield partial(storage.touch, first.file_path)):
+                stored = yield from self._store_archive(name, entry)
+            if stored is None:
+                self.made.archives.remove(name)
+                continue
             params = {
                 "batch_id": whole.batch_id, "run_id": self.made.run_id, "user_id": whole.user_id, "entry_path": f"{name}/",
                 "source_prefix": f"{entry.source_path}/", "file_path": stored.file_path, "content_sha256": stored.sha256,

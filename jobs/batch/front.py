@@ -133,7 +133,7 @@ def submit_zip(settings: Settings, path: Path, whole: Whole) -> Steps[SubmittedB
     batch = yield from look_at_batch(whole.batch_id, whole.user_id)
     if batch is not None and batch["content_sha256"] == sha256 and batch["whole"] and batch["status"] not in {"failed", "cancelled"}:
         return SubmittedBatch(whole.batch_id, "unchanged", batch["run_id"], archives=1)
-    storage = LocalStorage.from_settings(settings)
+    storage = yield lambda: LocalStorage.prepared(settings)
     stored = yield lambda: storage.store_upload(archive_upload_id(whole.batch_id, ""), path, most, str(path), "MAX_ARCHIVE_MB")
     params = {
         "batch_id": whole.batch_id, "user_id": whole.user_id, "source_path": whole.source_path, "zip_path": stored.file_path,

@@ -19,13 +19,14 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs.adapters.archives import ArchiveLimits, Listing, list_archive, remove_leftovers, workspace
 from jobs.adapters.storage import LocalStorage
+from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
 from jobs.batch.acceptance import LOCK_MS, Acceptance, BatchHeld, Superseded
 from jobs.batch.archive import Archive, in_groups
 from jobs.batch.intake import Intake, reach
 from jobs.logs import bound
 from jobs.pipeline.claims import Connection, one
-from jobs.retry import calculate_backoff
+from jobs.retry import StageRetry
 from jobs.stages import Sandbox
 from models.errors import DocmillError, PermanentError, RetryableError, TimeoutError
 from models.settings import Settings
@@ -62,6 +63,12 @@ class Unpacker:
         self._stopping = stopping
         self._storage = LocalStorage.from_settings(settings)
         self._limits = ArchiveLimits.from_settings(settings)
+        self._retry = StageRetry(
+            max_attempts=settings.max_retry_attempts,
+            base=settings.retry_base_delay_seconds,
+            max_delay=settings.retry_max_delay_seconds,
+            max_wait_hours=settings.max_wait_hours,
+        )
 
     async def run(self, archive_id: int) -> None:
         """Unpack an archive, or go on with one. Returns well however it fares; only the database's errors and a cancellation come out."""
@@ -102,10 +109,10 @@ class Unpacker:
     async def _unpack(self, archive: Archive) -> bool:
         """Do what is left to do; False if the rest has been put off."""
         await asyncio.to_thread(remove_leftovers, self._storage)
-        path = self._storage.resolve(archive.file_path)
+        file = self._storage.file(archive.file_path)
         with workspace(self._storage) as folder:
             async with aclosing(self._sandbox(folder)) as sandbox:
-                return await self._unpack_into(folder, archive, StoredFile(path), sandbox)
+                return await self._unpack_into(folder, archive, file, sandbox)
 
     async def _unpack_into(self, folder: Path, archive: Archive, file: StoredFile, sandbox: Sandbox) -> bool:
         stamp = await asyncio.to_thread(self._storage.stamp, archive.file_path)  # there, and a regular file: in words for people
@@ -122,7 +129,8 @@ class Unpacker:
                 logger.info("{}: the worker stops; unpacking goes on elsewhere", archive.name)
                 return False
             place = folder / str(number)
-            place.mkdir()
+            with storage_faults(self._storage.base, f"{self._storage.temp_dir}/{folder.name}"):
+                place.mkdir()
             await intake.take(group, place)
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         if acceptance.held:
@@ -186,23 +194,25 @@ class Unpacker:
             logger.info("Somebody's transaction holds the batch; its number of files is brought up to date later")
         await self._one("settle_batch", batch_id=archive.batch_id)
 
-    async def _fail(self, archive: Archive, error: DocmillError) -> None:
+    async def _fail(self, archive: Archive, error: Exception) -> None:
         await self._one("end_archive", archive_id=archive.id, state="failed", error_message=f"{archive.name}: {error}")
         logger.error("{} cannot be unpacked: {}", archive.name, error)
 
-    async def _put_off(self, archive: Archive, delay: float, reason: str | None = None) -> None:
-        await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason)
+    async def _put_off(self, archive: Archive, delay: float, reason: str | None = None, *, waits: bool = False) -> None:
+        await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason, waits=waits)
 
     def _is_last_try(self, archive: Archive) -> bool:
         return archive.retry_count >= self._settings.max_retry_attempts
 
     async def _try_later(self, archive: Archive, error: DocmillError) -> None:
-        if self._is_last_try(archive):
-            await self._fail(archive, error)
+        judged = self._retry.judge(error, archive.waited_seconds)
+        plan = self._retry.plan(judged, archive.retry_count, archive.waited_seconds)
+        if plan is None:
+            await self._fail(archive, judged)
             return
-        delay = calculate_backoff(archive.retry_count, self._settings.retry_base_delay_seconds, self._settings.retry_max_delay_seconds)
-        await self._put_off(archive, delay, f"{archive.name}: {error}")
-        logger.warning("{}: trying again in {:.1f} s: {}", archive.name, delay, error)
+        plan = self._retry.within_wait(plan, archive.waited_seconds)
+        await self._put_off(archive, plan.delay, f"{archive.name}: {error}", waits=not plan.counts)
+        logger.warning("{}: trying again in {:.1f} s: {}", archive.name, plan.delay, error)
 
     async def _one(self, name: str, **params: Any) -> dict[str, Any] | None:
         async with self._pool.connection() as conn:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, ParamSpec, Protocol, TypeVar
 
+from jobs.adapters.stored_file import StoredFile
 from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallShare
 from models.documents import Document, OriginalExtraction, OriginalText
@@ -89,6 +90,10 @@ class Storage(Protocol):
 
     def resolve(self, relative: str) -> Path:
         """Return the absolute path; a path that leaves the base is a PermanentError."""
+        ...
+
+    def file(self, relative: str) -> StoredFile:
+        """Return a stored file for a sandbox's child to read; a path that leaves the base is a PermanentError."""
         ...
 
     def open(self, relative: str) -> AbstractContextManager[BinaryIO]:

@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 from jobs.adapters.archives import ArchiveLimits, check_package
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
 from jobs.adapters.storage import Fingerprint, fingerprint
-from jobs.adapters.stored_file import StoredFile
 from jobs.stages import Tools
 from models.documents import Document, FileType
 from models.errors import PermanentError
@@ -79,6 +78,6 @@ async def run(document: Document, tools: Tools) -> Document:
     refuse_type(document.file_name, sniffed)
     refuse_size(document.file_name, found.size, sniffed.file_type, tools.settings.file_size_limit_mb(sniffed.file_type))
     if is_package(sniffed.mime_type):
-        stored = StoredFile(tools.storage.resolve(document.file_path))
+        stored = tools.storage.file(document.file_path)
         await tools.sandbox.run(check_package, stored, document.file_name, ArchiveLimits.of_document(tools.settings))
     return replace(document, file_size=found.size, content_sha256=found.sha256, file_type=sniffed.file_type, mime_type=sniffed.mime_type)

@@ -31,7 +31,7 @@ SELECT begin_unpacking(%(archive_id)s, %(max_attempts)s) AS outcome;
 
 -- name: look_at_archive
 SELECT a.id, a.batch_id, a.run_id, a.user_id, a.entry_path, a.source_prefix, a.file_path, a.content_sha256, a.depth, a.priority,
-    a.retry_count, b.source_path, b.correlation_id
+    a.retry_count, coalesce(extract(epoch FROM now() - a.waiting_since)::float8, 0) AS waited_seconds, b.source_path, b.correlation_id
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.id = %(archive_id)s;
@@ -64,7 +64,7 @@ SELECT accept_entries(%(archive_id)s, %(entries)s, %(unpacked_count)s, %(lock_ti
 SELECT end_archive(%(archive_id)s, %(state)s, %(error_message)s);
 
 -- name: put_off_archive
-SELECT put_off_archive(%(archive_id)s, %(delay)s, %(reason)s);
+SELECT put_off_archive(%(archive_id)s, %(delay)s, %(reason)s, %(waits)s);
 
 -- name: archives_of_batches
 -- Of the last runs of batches, for those who wait for them.

@@ -163,7 +163,7 @@ WITH working AS (
     UNION
     SELECT a.run_id
     FROM batch_archives AS a
-    WHERE a.state = 'unpacking' AND a.updated_at < now() - make_interval(secs => %(timeout_seconds)s)
+    WHERE a.state = 'unpacking' AND a.updated_at < now() - make_interval(secs => %(timeout_seconds)s) AND NOT waits_to_be_unpacked(a.id)
 )
 SELECT b.batch_id
 FROM processing_jobs AS b

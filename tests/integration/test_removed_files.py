@@ -7,13 +7,15 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
 import jobs
-from jobs.adapters.storage import LocalStorage
+from jobs.adapters.storage import LocalStorage, StoredUpload
 from jobs.leftovers import remove_noted_files
+from tests.archives import write_zip
 from tests.integration.conftest import Bench
 from tests.running import wait_for
 
@@ -143,3 +145,45 @@ async def test_deleting_and_submitting_the_same_at_once_never_loses_a_file_that_
             thread.join()
     jobs.submit_document(b"one", doc_id="a")
     assert storage.fingerprint(bench.one("SELECT file_path FROM file_extractions")[0]).size == 3
+
+
+ALIASES = ("inbox//a.txt", "./inbox/a.txt", "inbox/./a.txt", "inbox/a.txt/", "inbox/a.txt/.", "inbox/x/../a.txt", "/inbox/a.txt")
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_file_is_submitted_by_one_name_so_that_nobody_deletes_it_by_another(bench: Bench, alias: str) -> None:
+    for statement in ("SELECT submit_document(%s, 'two')", "SELECT submit_batch(%s, 'b')"):
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match="must be relative to the storage base path, without empty parts"):
+            bench.conn.execute(statement.encode(), [alias])
+    for name in ("inbox/a.txt", "a", ".a/..b/c..", "inbox/.a.txt"):
+        bench.conn.execute("SELECT submit_document(%s)", [name])
+        bench.conn.execute("SELECT submit_batch(%s)", [name])
+
+
+def test_an_archive_of_a_folder_that_takes_long_to_store_is_there_when_it_is_submitted(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of an earlier run have just been noted for removal, and more than UNTOUCHED_SECONDS pass until the last one is stored."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("1.zip", "2.zip"):
+        write_zip(folder / name, {f"{name}.txt": name})
+    jobs.submit_batch(folder, batch_id="b")
+    jobs.delete_batch("b")
+    removed: list[Path] = []
+    store = LocalStorage.store_upload
+
+    def slowly(storage: LocalStorage, doc_id: str, source: Path, *rest: Any) -> StoredUpload:
+        made = store(storage, doc_id, source, *rest)
+        if source.name == "1.zip" and not removed:
+            removed.append(storage.base / made.file_path)
+            grow_old(removed[0])
+            sweep(bench, removed[0])
+        return made
+
+    monkeypatch.setattr(LocalStorage, "store_upload", slowly)
+    made = jobs.submit_batch(folder, batch_id="b")
+    assert (made.archives, len(removed)) == (2, 1)
+    storage = LocalStorage.from_settings(bench.settings)
+    for path, sha256 in bench.all("SELECT file_path, content_sha256 FROM batch_archives"):
+        assert storage.fingerprint(path).sha256 == sha256

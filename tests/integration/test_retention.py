@@ -284,7 +284,7 @@ def test_a_summary_goes_with_its_batch(bench: Bench) -> None:
 
 
 def storage_of(bench: Bench) -> LocalStorage:
-    return LocalStorage.from_settings(bench.settings)
+    return LocalStorage.prepared(bench.settings)
 
 
 def look(bench: Bench, days: float = 8, **more: Any) -> Orphans:
@@ -345,10 +345,9 @@ def test_all_parts_together_look_at_each_folder_once(bench: Bench) -> None:
 def test_what_is_not_ours_among_the_files_stays(bench: Bench, tmp_path: Path) -> None:
     base = storage_of(bench).base
     outside = tmp_path / "outside"
-    outside.mkdir()
+    outside.mkdir(exist_ok=True)
     (outside / ("a" * 64)).write_text("not ours")
     uploads = base / "uploads"
-    uploads.mkdir(parents=True)
     (uploads / ("b" * 64)).symlink_to(outside)
     (uploads / ("c" * 64)).write_text("a file, not a folder")
     (uploads / "notes").mkdir()
@@ -367,6 +366,21 @@ def test_half_written_files_of_the_dead_go(bench: Bench) -> None:
     assert look(bench, days=6).temporary == 1, "the folder, whose owner is dead"
     assert look(bench).temporary == 1
     assert [path.name for path in temp.iterdir()] == ["other.part"]
+
+
+@pytest.mark.parametrize("why", ["too many orphans", "orphans are kept"])
+def test_half_written_files_of_the_dead_go_where_no_orphan_does(bench: Bench, why: str) -> None:
+    storage = storage_of(bench)
+    for number in range(FEW + 1):
+        storage.store_upload(f"d{number}", b"x", 100)
+    (storage.base / "temp" / ("0" * 32 + ".part")).write_text("half")
+    (storage.base / "temp" / "unpack-dead").mkdir()
+    if why == "orphans are kept":
+        bench.settings = bench.settings.model_copy(update={"orphan_file_days": 0})
+    assert look(bench, days=6).temporary == 1, "the folder, whose owner is dead"
+    found = look(bench)
+    assert (found.noted, found.suspicious, found.temporary) == (0, FEW + 1 if why == "too many orphans" else 0, 1)
+    assert list((storage.base / "temp").iterdir()) == []
 
 
 def test_a_worker_prunes_every_hour_and_the_command_at_once(bench: Bench) -> None:

@@ -78,6 +78,13 @@ async def test_an_archive_that_waits_is_no_stall_and_one_that_is_unpacked_withou
     let_time_pass(bench)
     assert await repairs(bench) == []
     bench.conn.execute("UPDATE batch_archives SET state = 'unpacking'")
+    assert await repairs(bench) == [], "it was put off, or its job was lost: it waits for a worker again"
+    assert bench.one("SELECT fail_stalled_batch('b', 1)") == (None,)
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    bench.conn.execute(
+        """INSERT INTO worker_registry (worker, host, pid, concurrency, version, heartbeat_at, active_jobs)
+            SELECT 'h:1', 'h', 1, 1, 'x', now() + interval '1 hour', array_agg(j.id) FROM procrastinate_jobs AS j"""
+    )
     (said,) = await repairs(bench)
     assert said.endswith("while 1 of its archives was being worked on")
     summary(bench)

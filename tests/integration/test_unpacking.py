@@ -831,3 +831,48 @@ async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_ent
     assert set(bench.documents().values()) == {"queued"}
     state, message = bench.one("SELECT state, error_message FROM batch_archives")
     assert (state, "does not exist" in message) == ("failed", True)
+
+
+def away(bench: Bench, gone: bool) -> None:
+    base = bench.settings.storage_base_path
+    elsewhere = base.with_name("elsewhere")
+    (base if gone else elsewhere).rename(elsewhere if gone else base)
+
+
+async def unpack_next(bench: Bench, **changes: Any) -> None:
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE task_name = 'unpack' AND status = 'todo'")
+    await bench.unpacker(retry_base_delay_seconds=0.01, **changes).run(archive)
+
+
+@pytest.mark.parametrize("moment", ["before", "in mid-work"])
+async def test_an_archive_outlives_a_storage_that_is_not_mounted(bench: Bench, moment: str) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    if moment == "before":
+        away(bench, gone=True)
+    else:
+        bench.before_call = lambda _: away(bench, gone=True) if len(bench.calls) == 3 else None
+    for _ in range(bench.settings.max_retry_attempts + 2):
+        await unpack_next(bench)
+        bench.before_call = lambda _: None
+        state, attempts, message, waits = bench.one(
+            "SELECT state, retry_count, error_message, waiting_since IS NOT NULL FROM batch_archives"
+        )
+        assert (state, attempts, waits) == ("unpacking", 0, True)
+        assert "is not there: is it mounted?" in message
+    assert not bench.settings.storage_base_path.exists(), "nothing is made in its place"
+    away(bench, gone=False)
+    await unpack_next(bench)
+    assert bench.one("SELECT state, retry_count, waiting_since FROM batch_archives") == ("unpacked", 0, None)
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
+
+
+async def test_an_archive_waits_for_the_storage_no_longer_than_a_document_does(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    away(bench, gone=True)
+    await unpack_next(bench)
+    bench.conn.execute("UPDATE batch_archives SET waiting_since = now() - interval '73 hours'")
+    await unpack_next(bench)
+    state, message = bench.one("SELECT state, error_message FROM batch_archives")
+    assert state == "failed"
+    assert "longer than MAX_WAIT_HOURS=72. Last: The storage at" in message

@@ -27,6 +27,7 @@ from jobs.adapters.archives import (
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
 from models.errors import ParseError, PermanentError
+from models.settings import Settings
 from tests.archives import Raw, raw_zip, zip_bytes
 
 LIMITS = ArchiveLimits(entries=50, archive_bytes=10_000_000, unpacked_bytes=5_000_000, file_bytes=2_000_000, ratio=250)
@@ -308,7 +309,7 @@ def test_whatever_the_corpus_holds_ends_in_files_or_words(corpus: Path, tmp_path
 
 
 def test_a_workspace_is_removed_by_its_owner_or_after_his_death_but_not_while_he_lives(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
+    storage = LocalStorage.prepared(Settings(storage_base_path=tmp_path))
     with workspace(storage) as mine:
         (mine / "file").write_text("x")
         abandoned = storage.base / "temp" / "unpack-dead"
@@ -320,7 +321,7 @@ def test_a_workspace_is_removed_by_its_owner_or_after_his_death_but_not_while_he
 
 
 def test_a_workspace_is_made_also_where_somebody_cleans_up_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = LocalStorage(tmp_path)
+    storage = LocalStorage.prepared(Settings(storage_base_path=tmp_path))
     storage.ensure_directory(storage.temp_dir)
     make, removed = Path.mkdir, list[int]()
 

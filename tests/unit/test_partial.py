@@ -64,7 +64,7 @@ async def test_pages_before_an_endless_one_are_kept_and_without_them_the_limit_i
     sandbox = ProcessSandbox(children=1, limits=Limits(timeout=120, cpu_seconds=4))
     path = tmp_path / "stored"
     path.write_bytes(pdf(*(f"page {number}" for number in range(PART_PAGES + 1)), bomb=True))
-    given = (sandbox, path, "a.pdf", FileType.PDF, "application/pdf")
+    given = (sandbox, StoredFile(path), "a.pdf", FileType.PDF, "application/pdf")
     parsed = await parse_isolated(*given, partial=True)
     assert [page.markdown.strip() for page in parsed.pages] == [f"page {number}" for number in range(PART_PAGES)]
     assert "CPU limit" in parsed.metadata["cut_by"]

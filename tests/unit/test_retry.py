@@ -24,6 +24,7 @@ from models.errors import (
     RateLimitError,
     RetryableError,
     ServiceUnavailable,
+    StorageAway,
     UnknownError,
 )
 from models.errors import TimeoutError as StageTimeout
@@ -56,6 +57,7 @@ def http_error(status: int) -> Exception:
         (LLMError("x"), "LLM_ERROR"),
         (UnknownError("x"), "UNKNOWN"),
         (ServiceUnavailable("x"), "RETRYABLE"),
+        (StorageAway("x"), "RETRYABLE"),
         (DocmillError("x"), "UNKNOWN"),
         (TimeoutError(), "TIMEOUT"),
         (psycopg.errors.DeadlockDetected(), "RETRYABLE"),
@@ -125,16 +127,17 @@ def test_only_what_can_be_helped_is_tried_again_and_only_so_often() -> None:
         psycopg.errors.AdminShutdown("stopped"),
         psycopg.errors.DeadlockDetected("x"),
         psycopg.errors.SerializationFailure("x"),
+        StorageAway("full"),
     ],
 )
-def test_a_database_that_is_away_or_has_others_go_first_never_counts(error: Exception) -> None:
+def test_a_database_or_storage_that_is_away_or_has_others_go_first_never_counts(error: Exception) -> None:
     plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 7)
     assert plan is not None
     assert (plan.counts, 2 <= plan.delay <= 3) == (False, True)
 
 
-def test_waiting_for_a_database_becomes_rarer_and_ends() -> None:
-    away = psycopg.OperationalError("server closed the connection")
+@pytest.mark.parametrize("away", [psycopg.OperationalError("server closed the connection"), StorageAway("full")])
+def test_waiting_for_a_database_or_a_storage_becomes_rarer_and_ends(away: Exception) -> None:
     strategy = StageRetry(max_attempts=3, base=2, max_delay=300, max_wait_hours=72)
     plan = strategy.plan(away, 0, 400)
     assert plan is not None

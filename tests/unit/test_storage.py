@@ -14,9 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage, StoredUpload, Upload, discard, safe_display_name
 from jobs.adapters.storage.faults import source_faults, storage_faults
-from models.errors import PermanentError, RetryableError, SubmitError
+from jobs.adapters.stored_file import StoredFile
+from models.errors import PermanentError, RetryableError, StorageAway, SubmitError
+from models.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 10_000_000
@@ -24,6 +27,7 @@ LIMIT = 10_000_000
 
 @pytest.fixture
 def storage(tmp_path: Path) -> LocalStorage:
+    (tmp_path / "base" / "uploads").mkdir(parents=True)
     return LocalStorage(tmp_path / "base")
 
 
@@ -332,7 +336,7 @@ def _in_small_mount(options: str, tmp_path: Path, then: str = "") -> str:
         "print('left:', [str(p) for p in Path(sys.argv[1]).rglob('*') if p.is_file()])\n"
     )
     (tmp_path / "mount").mkdir()
-    script = f'mount -t tmpfs -o {options} none "$1" || exit 77; {then} exec "$2" -c "$3" "$1"'
+    script = f'mount -t tmpfs -o {options} none "$1" || exit 77; mkdir "$1/uploads"; {then} exec "$2" -c "$3" "$1"'
     command = ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path / "mount"), sys.executable, code]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=60)
     if not done.stdout:
@@ -342,27 +346,85 @@ def _in_small_mount(options: str, tmp_path: Path, then: str = "") -> str:
 
 def test_a_full_storage_is_retryable_and_keeps_nothing(tmp_path: Path) -> None:
     said = _in_small_mount("size=256k", tmp_path)
-    assert said.startswith("RetryableError") and "STORAGE_BASE_PATH) is full" in said and "left: []" in said
+    assert said.startswith("StorageAway") and "STORAGE_BASE_PATH) is full" in said and "left: []" in said
 
 
 def test_a_read_only_storage_is_retryable_and_says_so(tmp_path: Path) -> None:
     said = _in_small_mount("size=8m", tmp_path, 'mount -o remount,ro "$1";')
-    assert said.startswith("RetryableError") and "is read-only" in said
+    assert said.startswith("StorageAway") and "is read-only" in said
 
 
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [
-        (errno.EDQUOT, RetryableError, "disk quota"),
+        (errno.ENOSPC, StorageAway, "is full"),
+        (errno.EDQUOT, StorageAway, "disk quota"),
+        (errno.EROFS, StorageAway, "read-only"),
+        (errno.ESTALE, StorageAway, "file server"),
         (errno.EACCES, RetryableError, "does not let this user in"),
         (errno.EIO, RetryableError, "failed"),
         (errno.EXDEV, RetryableError, "must lie on one"),
         (errno.ENOENT, PermanentError, "does not exist"),
     ],
 )
-def test_trouble_with_the_storage_itself_is_nobodys_fault(code: int, kind: type[Exception], words: str) -> None:
-    with pytest.raises(kind, match=words), storage_faults(Path("/base"), "name"):
+def test_trouble_with_the_storage_itself_is_nobodys_fault(storage: LocalStorage, code: int, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words) as raised, storage_faults(storage.base, "name"):
         raise OSError(code, os.strerror(code))
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+async def test_a_file_of_a_storage_that_is_not_mounted_is_no_file_that_is_gone(storage: LocalStorage, tmp_path: Path, left: str) -> None:
+    """Where nothing is mounted there may still be the empty folder to mount it on."""
+    name = storage.store_upload("d", b"content", LIMIT).file_path
+    folder = Path(name).parent.name
+    storage.base.rename(tmp_path / "elsewhere")
+    if left != "nothing":
+        storage.base.mkdir()
+    uses = (storage.size, storage.fingerprint, storage.detect_type, lambda name: storage.read(name, LIMIT))
+    for use in uses:
+        with pytest.raises(StorageAway, match=r"STORAGE_BASE_PATH\) is not there: is it mounted\?"):
+            use(name)
+    sandbox = ProcessSandbox(children=1)
+    with pytest.raises(StorageAway, match="is it mounted"):
+        await sandbox.run(StoredFile.read_bytes, storage.file(name))
+    with pytest.raises(StorageAway, match="is it mounted"):
+        discard(storage, name, untouched_for=0)
+    with pytest.raises(StorageAway, match="is it mounted"):
+        storage.store_upload("d", b"more", LIMIT)
+    (tmp_path / "elsewhere").rename(storage.base)  # which would fail if anything had been stored in its place
+    assert storage.read(name, LIMIT) == b"content"
+    for missing in (f"uploads/{folder}/other", "uploads/other/file", "other", "inbox/file"):
+        with pytest.raises(PermanentError, match="does not exist"):
+            storage.size(missing)
+    with pytest.raises(PermanentError, match="does not exist"):
+        await sandbox.run(StoredFile.read_bytes, storage.file("uploads/other/file"))
+    assert discard(storage, "inbox/file", untouched_for=0), "a folder of somebody's own has gone"
+    await sandbox.aclose()
+
+
+def test_nothing_is_stored_in_the_place_of_a_storage_that_is_not_there(tmp_path: Path) -> None:
+    settings = Settings(storage_base_path=tmp_path / "new" / "base")
+    (tmp_path / "finished").write_bytes(b"x")
+    storage = LocalStorage.from_settings(settings)
+    uses = (
+        lambda: storage.store_upload("d", b"x", LIMIT),
+        lambda: storage.take_upload("d", tmp_path / "finished", 1, hashlib.sha256(b"x").hexdigest()),
+        lambda: storage.write("a/b", b"x"),
+        lambda: storage.write("a", b"x"),
+        lambda: storage.ensure_directory("temp"),
+    )
+    for parent in (tmp_path, storage.base.parent):
+        parent.mkdir(exist_ok=True)
+        for use in uses:
+            with pytest.raises(StorageAway, match="is it mounted"):
+                use()
+        assert not storage.base.exists()
+    assert LocalStorage.prepared(settings).store_upload("d", b"x", LIMIT).size == 1, "whoever comes first makes it"
+    storage.base.rename(tmp_path / "unmounted")
+    with pytest.raises(StorageAway, match="is it mounted"):
+        LocalStorage.prepared(settings).store_upload("d", b"x", LIMIT)
+    assert not storage.base.exists()
 
 
 @pytest.mark.parametrize(("code", "kind"), [(errno.EACCES, SubmitError), (errno.EIO, RetryableError), (errno.ESTALE, RetryableError)])
@@ -402,33 +464,30 @@ def test_any_name_becomes_one_that_postgres_can_hold(name: str) -> None:
     assert safe_display_name(shown) == shown
 
 
-def test_a_file_is_discarded_with_its_empty_folder_unless_it_was_stored_lately(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
+def test_a_file_is_discarded_with_its_empty_folder_unless_it_was_stored_lately(storage: LocalStorage) -> None:
     one, two = (storage.store_upload("a", content, 100).file_path for content in (b"one", b"two"))
     assert not discard(storage, one, untouched_for=60)
     assert discard(storage, one, untouched_for=0)
     assert discard(storage, one, untouched_for=60), "what is gone is gone"
     assert storage.read(two, 10) == b"two"
     assert discard(storage, two, untouched_for=0)
-    assert list((tmp_path / "uploads").iterdir()) == []
+    assert list((storage.base / "uploads").iterdir()) == []
 
 
-def test_storing_the_same_again_touches_the_file_that_is_kept(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
-    path = tmp_path / storage.store_upload("a", b"one", 100).file_path
+def test_storing_the_same_again_touches_the_file_that_is_kept(storage: LocalStorage) -> None:
+    path = storage.base / storage.store_upload("a", b"one", 100).file_path
     os.utime(path, (1, 1))
     number = path.stat().st_ino
     storage.store_upload("a", b"one", 100)
     assert path.stat().st_ino == number
-    assert not discard(storage, str(path.relative_to(tmp_path)), untouched_for=60)
+    assert not discard(storage, str(path.relative_to(storage.base)), untouched_for=60)
 
 
 def test_a_file_that_is_stored_between_the_look_and_the_removal_is_there_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = LocalStorage(tmp_path)
     name = storage.store_upload("a", b"one", 100).file_path
-    os.utime(tmp_path / name, (1, 1))
+    os.utime(storage.base / name, (1, 1))
     rename = Path.rename
     for moment in ("before", "after"):
 
@@ -444,4 +503,4 @@ def test_a_file_that_is_stored_between_the_look_and_the_removal_is_there_afterwa
         discard(storage, name, untouched_for=60)
         monkeypatch.undo()
         assert storage.read(name, 10) == b"one"
-        os.utime(tmp_path / name, (1, 1))
+        os.utime(storage.base / name, (1, 1))

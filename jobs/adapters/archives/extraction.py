@@ -11,7 +11,7 @@ from typing import BinaryIO
 from jobs.adapters.archives.members import ArchiveLimits, Member, Unpacked
 from jobs.adapters.archives.recognition import is_archive
 from jobs.adapters.storage.durable import FILE_MODE
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import storage_faults, stored_file_faults
 from jobs.adapters.stored_file import StoredFile
 from jobs.adapters.zip_content import entry_blocks
 from models.errors import PermanentError
@@ -24,7 +24,7 @@ def unpack_members(archive: StoredFile, members: Sequence[Member], folder: str, 
     full. PermanentError: the archive has gone.
     """
     made = []
-    with storage_faults(archive.path.parent, archive.path.name), archive.open() as file:
+    with stored_file_faults(archive), archive.open() as file:
         for member in members:
             target = Path(folder) / str(member.offset)
             try:

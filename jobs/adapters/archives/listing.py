@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from jobs.adapters.archives.members import ArchiveLimits, Listing, Member
 from jobs.adapters.archives.names import LONGEST_PATH, decode_names, escapes, is_folder, is_system_file, shown_path, tell_apart
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import stored_file_faults
 from jobs.adapters.stored_file import StoredFile
 from jobs.adapters.zip_content import METHODS
 from jobs.adapters.zip_directory import Directory, DirectoryEntry, read_directory
@@ -25,7 +25,7 @@ def list_archive(archive: StoredFile, limits: ArchiveLimits) -> Listing:
 
     PermanentError, to be read after the archive's name, if it is bad or over a limit as a whole; RetryableError if the storage fails.
     """
-    with storage_faults(archive.path.parent, archive.path.name):
+    with stored_file_faults(archive):
         try:
             return _list(archive, limits)
         except PermanentError as error:

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 from jobs.adapters.archives.listing import lies_inside, refuse_overlaps, stands_for_folder, why_not
 from jobs.adapters.archives.members import ArchiveLimits
 from jobs.adapters.archives.names import decode_names, shown_path, split_path
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import stored_file_faults
 from jobs.adapters.stored_file import StoredFile
 from jobs.adapters.zip_content import Damaged, entry_blocks
 from jobs.adapters.zip_directory import Directory, DirectoryEntry, read_directory
@@ -38,7 +38,7 @@ def check_package(package: StoredFile, name: str, limits: ArchiveLimits) -> None
     PermanentError: a part's name leads out of the package or stands twice, parts share data, there are too many, they unpack to more than
     they declare, too much or too densely, or one declares XML entities. RetryableError: the storage fails.
     """
-    with storage_faults(package.path.parent, package.path.name), package.open() as file:
+    with stored_file_faults(package), package.open() as file:
         try:
             directory, entries = read_directory(file, limits.entries)
             named = (_Part(entry, part) for part, entry in zip(decode_names(entries), entries, strict=True))

@@ -22,12 +22,20 @@ def regular(status: os.stat_result) -> os.stat_result:
     return status
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, each made durable in the one that holds it."""
+def is_empty(base: Path) -> bool:
+    """Say whether a storage's base is not there or holds nothing, as where it is not mounted: one in use has a folder of uploads."""
+    return not base.exists() or next(base.iterdir(), None) is None
+
+
+def make_folder(path: Path, base: Path | None = None) -> None:
+    """Create a folder and its missing parents, each made durable in the one that holds it; FileNotFoundError in a `base` that is empty."""
+    if base in (path, path.parent) and is_empty(base):
+        # Where a storage is not mounted, files would be stored in its place that nobody finds afterwards.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(base))
     try:
         path.mkdir(FOLDER_MODE)
     except FileNotFoundError:
-        make_folder(path.parent)
+        make_folder(path.parent, base)
         path.mkdir(FOLDER_MODE, exist_ok=True)
     except FileExistsError:
         if not path.is_dir():

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from models.errors import DocmillError, PermanentError, RetryableError, SubmitError
+from jobs.adapters.storage.durable import is_empty
+from jobs.adapters.stored_file import StoredFile
+from models.errors import DocmillError, PermanentError, RetryableError, StorageAway, SubmitError
 
 _STORAGE_FAULTS = {
     errno.ENOSPC: "is full: free some space",
     errno.EDQUOT: "has used up its disk quota: free some space",
     errno.EROFS: "is read-only: mount it writable",
+    errno.ESTALE: "has lost its file server: mount it again",
     errno.EACCES: "does not let this user in: give it the right to read and write there",
     errno.EPERM: "does not let this user in: give it the right to read and write there",
     errno.EXDEV: "spans several file systems: its folders must lie on one",
 }
+_OF_THE_WHOLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE})
+"""What holds for every file; the others may be one file's."""
 _NAME_FAULTS = {
     errno.ENOENT: "does not exist",
     errno.EISDIR: "is a folder, not a file",
@@ -31,7 +36,8 @@ _SOURCE_FAULTS = {**_NAME_FAULTS, errno.EACCES: "may not be read by this user", 
 
 @contextmanager
 def storage_faults(base: Path, name: str) -> Iterator[None]:
-    """Turn an OSError about the stored file `name` into a PermanentError if the name is at fault, else into a RetryableError."""
+    """Turn an OSError about the stored file `name` into a PermanentError if the name is at fault, else into a RetryableError, which is a
+    StorageAway if no file could be had or stored now."""
     try:
         yield
     except OSError as error:
@@ -42,13 +48,29 @@ def storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
     """Return what an OSError about the stored file `name` is for us."""
     code = error.errno or 0
     ours: DocmillError
-    if code in _NAME_FAULTS:
+    if code == errno.ENOENT and _is_away(base):
+        ours = StorageAway(f"The storage at {base} (STORAGE_BASE_PATH) is not there: is it mounted? It happened at {name!r}.")
+    elif code in _NAME_FAULTS:
         ours = PermanentError(f"Stored file {name!r} in {base} {_NAME_FAULTS[code]}.")
     else:
         fault = _STORAGE_FAULTS.get(code, f"failed: {error.strerror or type(error).__name__}")
-        ours = RetryableError(f"The storage at {base} (STORAGE_BASE_PATH) {fault}. It happened at {name!r}.")
+        kind = StorageAway if code in _OF_THE_WHOLE else RetryableError
+        ours = kind(f"The storage at {base} (STORAGE_BASE_PATH) {fault}. It happened at {name!r}.")
     ours.__cause__ = error
     return ours
+
+
+def stored_file_faults(file: StoredFile) -> AbstractContextManager[None]:
+    """Do as `storage_faults` does for a file that is handed on."""
+    base = file.base or file.path.parent
+    return storage_faults(base, file.path.relative_to(base).as_posix())
+
+
+def _is_away(base: Path) -> bool:
+    try:
+        return is_empty(base)
+    except OSError:
+        return True
 
 
 @contextmanager

@@ -16,16 +16,20 @@ from jobs.adapters.storage.faults import storage_fault, storage_faults
 from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
 from jobs.adapters.storage.sources import read_blocks
 from jobs.adapters.storage.uploads import Copy, StoredUpload, Upload, place_uploads
+from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType
 from models.errors import DocmillError, PermanentError
 from models.settings import Settings
+
+_prepared: set[Path] = set()
+"""Bases that this process has made, or found there."""
 
 
 class LocalStorage:
     """Files below one base path, named relative to it with `/` between the parts. Safe with any number of threads, processes and hosts.
 
-    A name that leaves the base, or is at fault otherwise, is a PermanentError; trouble with the storage itself (full, read-only, failing)
-    a RetryableError.
+    A name that leaves the base, or is at fault otherwise, is a PermanentError; trouble with the storage itself (failing) a RetryableError,
+    and a StorageAway if it holds for every file (not there, full, read-only).
     """
 
     def __init__(
@@ -45,6 +49,19 @@ class LocalStorage:
             settings.storage_logs_dir,
         )
 
+    @classmethod
+    def prepared(cls, settings: Settings) -> Self:
+        """Return the storage, with its base and the folder of uploads made where they are not there.
+
+        Once in a process: a base that is gone or empty later has been unmounted.
+        """
+        storage = cls.from_settings(settings)
+        if storage.base not in _prepared:
+            with storage_faults(storage.base, ""):
+                make_folder(storage.base / storage.uploads_dir)
+            _prepared.add(storage.base)
+        return storage
+
     def resolve(self, relative: str) -> Path:
         """Return the absolute path, symbolic links followed. PermanentError if it leaves the base."""
         name = PurePosixPath(relative)
@@ -58,11 +75,15 @@ class LocalStorage:
             raise PermanentError(f"Stored file {relative!r} leads out of the storage at {self.base} through a symbolic link.")
         return path
 
+    def file(self, relative: str) -> StoredFile:
+        """Return a stored file for a sandbox's child to read. PermanentError if it would lie outside of the base."""
+        return StoredFile(self.resolve(relative), base=self.base)
+
     def ensure_directory(self, relative: str) -> Path:
         """Create a folder with its parents unless it exists, durably; return its path."""
         path = self.resolve(relative)
         with storage_faults(self.base, relative):
-            make_folder(path)
+            make_folder(path, self.base)
         return path
 
     def size(self, relative: str) -> int:
@@ -111,7 +132,7 @@ class LocalStorage:
         with storage_faults(self.base, relative):
             temporary, _, _ = self._write_temporary([data], durable=durable)
             try:
-                make_folder(path.parent)
+                make_folder(path.parent, self.base)
                 temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -119,6 +140,16 @@ class LocalStorage:
             if durable:
                 sync(path.parent)
         return path
+
+    def touch(self, relative: str) -> bool:
+        """Have `discard` take a stored file for one that has just been stored; tell whether it is there."""
+        path = self.resolve(relative)
+        with storage_faults(self.base, relative):
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return False
+        return True
 
     def delete(self, relative: str) -> bool:
         """Remove a stored file; tell whether there was one."""
@@ -156,7 +187,7 @@ class LocalStorage:
 
         The same content is kept once. An open file is read from where it stands. `name` is what errors call it, `limit_name` what sets
         `max_bytes`. SubmitError: missing, not a regular file, unreadable, larger than `max_bytes`. RetryableError: it changed meanwhile, or
-        the storage is full, read-only or failing. After an error nothing is left behind.
+        the storage is failing, or, as a StorageAway, not there, full or read-only. After an error nothing is left behind.
         """
         (stored,) = self.store_uploads([Upload(doc_id, source, max_bytes, name, limit_name)])
         if isinstance(stored, DocmillError):
@@ -178,7 +209,7 @@ class LocalStorage:
         """Move a finished file of known content from the temp folder to where `store_upload` would have copied it, durably."""
         folder = self._folder_of(doc_id)
         with storage_faults(self.base, folder):
-            copy = Copy(finished, self.resolve(folder) / sha256, size)
+            copy = Copy(self.base, finished, self.resolve(folder) / sha256, size)
         (stored,) = self._placed([(folder, copy)])
         if isinstance(stored, DocmillError):
             raise stored
@@ -199,7 +230,7 @@ class LocalStorage:
                 temporary, size, digest = self._write_temporary(blocks, durable=False)
         except DocmillError as error:
             return error
-        return folder, Copy(temporary, path / digest, size)
+        return folder, Copy(self.base, temporary, path / digest, size)
 
     def _placed(self, copied: Sequence[tuple[str, Copy] | DocmillError]) -> list[StoredUpload | DocmillError]:
         faults = iter(place_uploads([copy[1] for copy in copied if not isinstance(copy, DocmillError)]))
@@ -226,7 +257,7 @@ class LocalStorage:
         try:
             descriptor = os.open(path, flags, FILE_MODE)
         except FileNotFoundError:
-            make_folder(folder)
+            make_folder(folder, self.base)
             descriptor = os.open(path, flags, FILE_MODE)
         size, digest = 0, hashlib.sha256()
         try:

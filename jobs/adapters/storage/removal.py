@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 from uuid import uuid4
 
 from jobs.adapters.storage.durable import regular
-from jobs.adapters.storage.faults import storage_faults
+from jobs.adapters.storage.faults import storage_fault, storage_faults
 from jobs.adapters.storage.local import LocalStorage
+from models.errors import StorageAway
 
 
 def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bool:
@@ -25,7 +26,10 @@ def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bo
                 return False
             aside = storage.ensure_directory(storage.temp_dir) / f"{uuid4().hex}.part"
             path.rename(aside)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            fault = storage_fault(error, storage.base, relative)
+            if isinstance(fault, StorageAway):
+                raise fault from error
             return True
         if time.time() - aside.stat().st_mtime < untouched_for:
             aside.replace(path)

@@ -43,6 +43,8 @@ class StoredUpload:
 class Copy:
     """A finished file on its way to the folder of its document, where its name is its SHA-256."""
 
+    base: Path
+    """The storage's, which must be there."""
     temporary: Path
     target: Path
     size: int
@@ -83,7 +85,7 @@ def _is_there(copy: Copy) -> bool:
 
 
 def _move(copy: Copy) -> None:
-    make_folder(copy.target.parent.parent)
+    make_folder(copy.target.parent.parent, copy.base)
     with suppress(FileExistsError):
         copy.target.parent.mkdir(FOLDER_MODE)
     copy.temporary.replace(copy.target)

@@ -47,12 +47,12 @@ async def run(document: Document, tools: Tools) -> Document:
         raise PermanentError(f"{document.file_name}: parse needs the file type that validate finds out.")
     if tools.settings.duplicate_policy == "reuse" and (original := await tools.original_text(document)) is not None:
         return copied(document, original)
-    path = tools.storage.resolve(document.file_path)
-    found = await parse_hosted(document, path, tools)
+    file = tools.storage.file(document.file_path)
+    found = await parse_hosted(document, file, tools)
     if isinstance(found, str):
         parsed = await parse_isolated(
             tools.sandbox,
-            path,
+            file,
             document.file_name,
             document.file_type,
             document.mime_type,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 
 from jobs.adapters.llamaparse import HostedPages, JobLost, JobOverdue, LlamaParse, count_pages, guess_pages, refusal, to_parsed_file
 from jobs.adapters.stored_file import StoredFile
@@ -17,7 +16,7 @@ _WORTH_ASKING = 2.0
 """How many times LLAMAPARSE_DEADLINE_SECONDS a job may be old before it is given up and paid for again."""
 
 
-async def parse_hosted(document: Document, path: Path, tools: Tools) -> ParsedFile | str:
+async def parse_hosted(document: Document, file: StoredFile, tools: Tools) -> ParsedFile | str:
     """Return what the service made of a file, or why the local parser is to read it, in words; "" where no service is set.
 
     ParseError with PARTIAL_PARSE=fail where some pages failed twice. Otherwise what LlamaParse.start and wait raise, except where the
@@ -31,7 +30,7 @@ async def parse_hosted(document: Document, path: Path, tools: Tools) -> ParsedFi
     most = tools.settings.llamaparse_max_file_mb * 1_000_000
     if reason := refusal(document.file_type, document.mime_type, document.file_size or 0, max_bytes=most):
         return reason
-    jobs = _Jobs(document, path, parser, tools)
+    jobs = _Jobs(document, file, parser, tools)
     try:
         pages = await jobs.pages("file")
         if pages.failed:
@@ -53,8 +52,8 @@ async def parse_hosted(document: Document, path: Path, tools: Tools) -> ParsedFi
 class _Jobs:
     """The jobs for one document."""
 
-    def __init__(self, document: Document, path: Path, parser: LlamaParse, tools: Tools) -> None:
-        self._document, self._path, self._parser, self._paid = document, path, parser, tools.paid
+    def __init__(self, document: Document, file: StoredFile, parser: LlamaParse, tools: Tools) -> None:
+        self._document, self._file, self._parser, self._paid = document, file, parser, tools.paid
         self._sandbox, self._most_pages = tools.sandbox, tools.settings.max_pages
         self._deadline = tools.settings.llamaparse_deadline_seconds
         self._shares = () if tools.paid is None else tools.paid.shares
@@ -69,7 +68,7 @@ class _Jobs:
         if job is None:
             assert self._document.mime_type is not None
             job_id = await self._parser.start(
-                self._path,
+                self._file.path,
                 self._document.mime_type,
                 pages=numbers or (),
                 page_estimate=0 if numbers else await self._page_estimate(),
@@ -98,7 +97,7 @@ class _Jobs:
         assert document.file_type is not None
         counted: int | None = None
         with suppress(ParseError, CallTimeout):  # a file that takes its reader down may still be one that the service can read
-            counted = await self._sandbox.run(count_pages, StoredFile(self._path), document.file_type, limit)
+            counted = await self._sandbox.run(count_pages, self._file, document.file_type, limit)
         return counted or guess_pages(document.file_size or 0, limit)
 
     async def failed_again(self, pages: HostedPages) -> HostedPages:
