@@ -39,6 +39,7 @@ PARAMETERS = {
     "/": ["x"], "/queues": ["span"], "/batches": ["after"], "/batch": ["id", "state", "after"], "/documents": ["state", "after"],
     "/document": ["id", "after", "before"], "/dead-letters": ["error_type", "stage", "after", "requeued"], "/dead-letter": ["id"],
     "/workers": ["x"], "/providers": ["x"], "/search": ["q"], "/login": ["next"], "/readyz": ["only"],
+    "/logout": ["x"], "/dead-letters/resolve": ["id"],
 }  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def test_no_text_of_others_becomes_markup_on_any_page(site: httpx2.Client, conn:
         "/metrics",
     }
     assert there_are == set(PARAMETERS), "a new page is tried here too"
-    assert there_are - {"/readyz"} <= {path.partition("?")[0] for path in every_page(conn)}
+    assert there_are - {"/readyz", "/logout", "/dead-letters/resolve"} <= {path.partition("?")[0] for path in every_page(conn)}
     shown = []
     for path in every_page(conn):
         answer = site.get(path)
