@@ -100,7 +100,7 @@ async def _reopen_batches(database: Database, since: datetime) -> None:
         # The batch row is never locked in a document's transaction.
         await database.act("reopen_batches", since=since)
     except (DatabaseAway, TooSlow, psycopg.Error) as error:
-        logger.warning("The batches of what was requeued could not be set right now, which the workers do: {}", describe(error))
+        logger.warning("The batches of what was requeued stay as they are until one of their documents ends: {}", describe(error))
 
 
 ROUTES = [
