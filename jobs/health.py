@@ -1,7 +1,7 @@
 """Whether each component is well: database, migrations, storage, workers, queues, outside services, indexes. Asks, and changes nothing.
 
 The command `docmill health` prints it and containers and load balancers ask it every few seconds, so everything here is answered by indexes
-and small tables, nothing waits for longer than LIMIT, and whatever goes wrong is an answer, not an exception.
+and small tables, all of it takes no longer than LIMIT, and whatever goes wrong is an answer, not an exception.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from psycopg.rows import dict_row
 
 from jobs.adapters.storage import LocalStorage
 from jobs.database import conninfo_of
+from jobs.patience import ImpatientConnection
 from jobs.redaction import describe
-from jobs.sessions import connect_async
+from jobs.sessions import connect_options, pinned
 from jobs.transport import clear_text_of
 from models.errors import DocmillError
 from models.settings import Settings
@@ -33,14 +34,13 @@ Health = Literal["ok", "degraded", "down", "unknown"]
 COMPONENTS = ("database", "migrations", "storage", "workers", "queues", "services", "indexes")
 NEEDED = frozenset({"database", "migrations", "storage"})
 """Without these nothing can be submitted or searched."""
-LIMIT = 10.0  # seconds for each component
+LIMIT = 10.0  # seconds for all of them
 SCARCE = 0.05  # of the disk: what is left when storage is degraded
 SCARCE_MB = 1000  # or so many MB of 1,000,000 bytes
 CROWDED = 0.9  # of max_connections
 _storage_asked_at: dict[Path, float] = {}
 """Since when an answer of a storage is waited for, by the monotonic clock."""
 _Row = dict[str, Any]
-_Connection = psycopg.AsyncConnection[_Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +58,70 @@ def is_ready(components: Sequence[Component]) -> bool:
     return all(component.health in ("ok", "degraded") for component in components if component.name in NEEDED)
 
 
-async def check_health(settings: Settings, *, host: str | None = None) -> list[Component]:
-    """Return all components in the order of COMPONENTS. `host`: only its workers count."""
-    storage = asyncio.create_task(_in_time("storage", lambda: _storage(settings)))
-    by_name = {found.name: found for found in await _of_database(settings, host)}
+async def check_health(settings: Settings, *, host: str | None = None, limit: float | None = None) -> list[Component]:
+    """Return all components in the order of COMPONENTS, after `limit` seconds at most (LIMIT). `host`: only its workers count."""
+    limit = LIMIT if limit is None else limit
+    storage = asyncio.create_task(_told("storage", lambda: asyncio.wait_for(_storage(settings, limit), limit), limit))
+    by_name = {found.name: found for found in await _of_database(settings, host, limit)}
     by_name["storage"] = await storage
     return [by_name[name] for name in COMPONENTS]
 
 
-async def _in_time(name: str, check: Callable[[], Awaitable[Component]]) -> Component:
-    """Run a check; what it raises, or that it takes too long, is what is wrong with the component."""
+async def _told(name: str, check: Callable[[], Awaitable[Component]], seconds: float) -> Component:
+    """Run a check; what it raises, or that it took longer than these seconds, is what is wrong with the component."""
     try:
-        async with asyncio.timeout(LIMIT):
-            return await check()
-    except TimeoutError:
-        return Component(name, "down", f"gave no answer within {LIMIT:g} s")
+        return await check()
+    except (TimeoutError, psycopg.errors.QueryCanceled):
+        return Component(name, "down", f"gave no answer within {seconds:.3g} s")
     except psycopg.errors.InsufficientPrivilege:
         return Component(name, "unknown", "the role of DATABASE_URL may not see it")
     except (psycopg.Error, OSError, DocmillError) as error:
         return Component(name, "down", describe(error).strip() or type(error).__name__)
 
 
-async def _of_database(settings: Settings, host: str | None) -> list[Component]:
+async def _of_database(settings: Settings, host: str | None, limit: float) -> list[Component]:
     """Check everything that the database can be asked about."""
-    started = time.perf_counter()
+    started = time.monotonic()
     try:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(limit):
             conninfo = await asyncio.to_thread(conninfo_of, settings)
-            patience = max(2, int(min(settings.database_timeout, LIMIT / 2)))
-            conn = await connect_async(settings, conninfo, connect_timeout=patience, row_factory=dict_row)
+            options = {**connect_options(settings), "connect_timeout": max(2, int(min(settings.database_timeout, limit / 2)))}
+            new = await ImpatientConnection.connect(conninfo, **options, autocommit=True, row_factory=dict_row)
+            conn = await pinned(new, settings)
     except (TimeoutError, psycopg.Error, DocmillError) as error:
-        message = f"gave no answer within {LIMIT:g} s" if isinstance(error, TimeoutError) else describe(error).strip()
+        message = f"gave no answer within {limit:g} s" if isinstance(error, TimeoutError) else describe(error).strip()
         others = [Component(name, "unknown", "the database is away") for name in COMPONENTS if name not in ("database", "storage")]
         return [Component("database", "down", message), *others]
+    connected = time.monotonic() - started
+
+    async def ask(name: str) -> Component:
+        # Each has half of the time that is left: one that hangs leaves some for the others.
+        conn.patience = max(0.1, (started + limit - time.monotonic()) / 2)
+        return await _told(name, checks[name], conn.patience)
+
     async with conn:
         checks: dict[str, Callable[[], Awaitable[Component]]] = {
-            "database": lambda: _database(conn, time.perf_counter() - started, to_read=settings.serve_read_only),
+            "database": lambda: _database(conn, connected, to_read=settings.serve_read_only),
             "migrations": lambda: _migrations(conn),
             "workers": lambda: _workers(conn, host),
             "queues": lambda: _queues(conn),
             "services": lambda: _services(conn),
             "indexes": lambda: _indexes(conn),
         }
-        found = [await _in_time(name, checks.pop(name)) for name in ("database", "migrations")]
+        found = [await ask(name) for name in ("database", "migrations")]
+        rest = list(checks)[len(found) :]
         if found[-1].health == "down":
-            return [*found, *(Component(name, "unknown", "the schema is not the present one") for name in checks)]
-        return [*found, *[await _in_time(name, check) for name, check in checks.items()]]
+            return [*found, *(Component(name, "unknown", "the schema is not the present one") for name in rest)]
+        return [*found, *[await ask(name) for name in rest]]
 
 
-async def _rows(conn: _Connection, name: str, **params: Any) -> list[_Row]:
-    return await (await conn.execute(query(name), params)).fetchall()
+async def _rows(conn: ImpatientConnection, name: str, **params: Any) -> list[_Row]:
+    async with conn.transaction():
+        await conn.execute(query("limit_check"), {"statement_ms": f"{conn.patience * 1000:.0f}"})
+        return await (await conn.execute(query(name), params)).fetchall()
 
 
-async def _database(conn: _Connection, connected_seconds: float, *, to_read: bool) -> Component:
+async def _database(conn: ImpatientConnection, connected_seconds: float, *, to_read: bool) -> Component:
     """`to_read`: nobody wants to write, so that a replica will do."""
     facts = (await _rows(conn, "database_facts"))[0]
     facts["connected_ms"] = round(connected_seconds * 1000, 1)
@@ -126,7 +137,7 @@ async def _database(conn: _Connection, connected_seconds: float, *, to_read: boo
     return Component("database", "degraded" if crowded or exposed else "ok", f"{said}; {exposed}" if exposed else said, facts)
 
 
-async def _migrations(conn: _Connection) -> Component:
+async def _migrations(conn: ImpatientConnection) -> Component:
     known = await _rows(conn, "migrations_table_exists")
     applied = (
         {row["name"] for row in await _rows(conn, "applied_migrations", component="docmill")}
@@ -139,7 +150,7 @@ async def _migrations(conn: _Connection) -> Component:
     return Component("migrations", "ok", f"all {len(applied)} are there", {"missing": []})
 
 
-async def _workers(conn: _Connection, host: str | None) -> Component:
+async def _workers(conn: ImpatientConnection, host: str | None) -> Component:
     workers = [row for row in await _rows(conn, "workers_by_health") if host is None or row["host"] == host]
     counts = {word: sum(row["health"] == word for row in workers) for word in ("alive", "stopping", "silent", "dead")}
     where = "" if host is None else f" on {host}"
@@ -149,14 +160,14 @@ async def _workers(conn: _Connection, host: str | None) -> Component:
     return Component("workers", "degraded" if counts["silent"] else "ok", said, counts)
 
 
-async def _queues(conn: _Connection) -> Component:
+async def _queues(conn: ImpatientConnection) -> Component:
     unheard = [row["queue"] for row in await _rows(conn, "unheard_queues")]
     if unheard:
         return Component("queues", "down", f"jobs wait in {', '.join(unheard)} and no worker listens", {"unheard": unheard})
     return Component("queues", "ok", "every queue with jobs has a worker", {"unheard": []})
 
 
-async def _services(conn: _Connection) -> Component:
+async def _services(conn: ImpatientConnection) -> Component:
     troubled = await _rows(conn, "troubled_services")
     if not troubled:
         return Component("services", "ok", "no outside service is in trouble", {"troubled": []})
@@ -165,7 +176,7 @@ async def _services(conn: _Connection) -> Component:
     return Component("services", "down" if down else "degraded", said, {"troubled": troubled})
 
 
-async def _indexes(conn: _Connection) -> Component:
+async def _indexes(conn: ImpatientConnection) -> Component:
     invalid = await _rows(conn, "troubled_indexes")
     failing = await _rows(conn, "failing_embeddings")
     said = [f"{row['index_name']} is invalid: {row['what_to_do']}" for row in invalid]
@@ -176,11 +187,11 @@ async def _indexes(conn: _Connection) -> Component:
     return Component("indexes", "degraded" if said else "ok", "; ".join(said) or "all can be used", detail)
 
 
-async def _storage(settings: Settings) -> Component:
+async def _storage(settings: Settings, limit: float = LIMIT) -> Component:
     """Write and remove a small file. In a thread of its own that nobody waits for at the end: a dead network share hangs for ever."""
     base = settings.storage_base_path
     hung_since = _storage_asked_at.get(base)
-    if hung_since is not None and time.monotonic() - hung_since > LIMIT:
+    if hung_since is not None and time.monotonic() - hung_since > limit:
         # A server that is asked every few seconds would have thousands of threads after a day.
         return Component("storage", "down", f"{base} has not answered for {time.monotonic() - hung_since:.0f} s")
     _storage_asked_at[base] = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import IsolationLevel
@@ -14,6 +14,8 @@ from psycopg.pq import TransactionStatus
 from jobs.process_ids import process_id
 from models.settings import Settings
 from sql import query
+
+AsyncKind = TypeVar("AsyncKind", bound=psycopg.AsyncConnection[Any])
 
 
 def process_name(longest_host: int | None = None) -> str:
@@ -95,7 +97,11 @@ def connect(settings: Settings, conninfo: str) -> psycopg.Connection[Any]:
 
 async def connect_async(settings: Settings, conninfo: str, **more: Any) -> psycopg.AsyncConnection[Any]:
     """Do as `connect` does; `more` goes to psycopg."""
-    conn = await psycopg.AsyncConnection.connect(conninfo, **{**connect_options(settings), **more}, autocommit=True)
+    return await pinned(await psycopg.AsyncConnection.connect(conninfo, **{**connect_options(settings), **more}, autocommit=True), settings)
+
+
+async def pinned(conn: AsyncKind, settings: Settings) -> AsyncKind:
+    """Return a new connection whose session is pinned. psycopg.Error, after which it is closed."""
     try:
         await pin_async_session(conn, settings)
     except BaseException:

@@ -24,7 +24,7 @@ from jobs.serve import batches, documents, letters, overview, search, signing, w
 from jobs.serve.alarms import keep_watch
 from jobs.serve.examining import Doctor, all_work
 from jobs.serve.guard import Guard, host_names
-from jobs.serve.metrics import Meter
+from jobs.serve.metrics import SCRAPE_SECONDS, Meter
 from jobs.serve.reading import Database, DatabaseAway, TooSlow
 from jobs.serve.rendering import Rendering, rendering_of, visitor_of
 from jobs.serve.sessions import Sessions, Slowdown
@@ -32,6 +32,7 @@ from models.settings import Settings
 
 _COUNT_SECONDS = 15.0  # between two looks for new events while nobody scrapes
 _LARGEST_FORM = 65_536  # bytes
+_LONGEST_SCRAPE = 60.0  # seconds
 
 
 @dataclass(slots=True)
@@ -102,6 +103,9 @@ async def _lifespan(parts: Parts) -> AsyncIterator[None]:
 
 async def _keep_counting(parts: Parts) -> None:
     await parts.database.keep_trying()
+    for found in await parts.doctor.examine():
+        if found.name == "migrations" and found.health == "down":
+            logger.warning("The schema is not the present one, so the pages show nothing yet: {}", found.message)
     while True:
         try:
             await parts.meter.catch_up()
@@ -134,8 +138,12 @@ async def readyz(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Return Prometheus' text."""
-    text = await request.app.state.parts.meter.text()
+    """Return Prometheus' text a second before the scraper gives up."""
+    try:
+        within = max(1.0, float(request.headers.get("x-prometheus-scrape-timeout-seconds", "")) - 1)
+    except ValueError:
+        within = SCRAPE_SECONDS
+    text = await request.app.state.parts.meter.text(within=min(within, _LONGEST_SCRAPE))
     return Response(text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -145,20 +153,28 @@ async def _not_shown(request: Request, error: Exception) -> Response:
     return rendering_of(request).trouble(request, error.status_code, titles.get(error.status_code, "That did not work"), error.detail)
 
 
+def _can_be_repeated(request: Request) -> bool:
+    """Say whether a browser may ask again by itself: for a form it would ask for a page that is not there."""
+    return request.method == "GET"
+
+
 async def _database_away(request: Request, error: Exception) -> Response:
+    what_now = "This page tries again by itself." if _can_be_repeated(request) else "Go back, reload the page and see what was done."
     return rendering_of(request).trouble(
-        request, 503, "The database is away", f"{describe(error)} This page tries again by itself.", again=True
+        request, 503, "The database is away", f"{describe(error)} {what_now}", again=_can_be_repeated(request)
     )
 
 
 async def _too_slow(request: Request, error: Exception) -> Response:
-    return rendering_of(request).trouble(request, 504, "The database is slow", describe(error))
+    return rendering_of(request).trouble(request, 504, "The database is slow", describe(error), again=_can_be_repeated(request))
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     logger.error("The database refused what {} asked: {}", request.url.path, describe(error))
     if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn | psycopg.errors.UndefinedFunction):
-        return rendering_of(request).trouble(request, 503, "The schema is not current", "Run `docmill migrate`.", again=True)
+        return rendering_of(request).trouble(
+            request, 503, "The schema is not current", "Run `docmill migrate`.", again=_can_be_repeated(request)
+        )
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return rendering_of(request).trouble(request, 403, "The database does not allow this", describe(error))
     return rendering_of(request).trouble(request, 500, "The database refused", describe(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import parse_qs
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from jobs.serve.rendering import visitor_of
 
@@ -19,6 +19,8 @@ async def form_of(request: Request) -> dict[str, list[str]]:
     try:
         body = (await request.body()).decode("ascii")
         fields = parse_qs(body, keep_blank_values=True, max_num_fields=_MOST_FIELDS)
+    except ClientDisconnect:
+        raise HTTPException(400, "The form did not come whole.") from None
     except ValueError:
         raise HTTPException(400, "This is not a form.") from None
     given = fields.get("csrf", [""])[0]

@@ -140,6 +140,8 @@ class Guard:
             return PlainTextResponse("A token is needed: Authorization: Bearer SERVE_TOKEN\n", 401, {"WWW-Authenticate": "Bearer"})
         if request.headers.get("x-fragment"):
             return PlainTextResponse("Signed out.\n", 401)
+        if request.method not in ("GET", "HEAD"):
+            return RedirectResponse("/login", 303)  # whoever has signed in asks for pages, and a form's address is none
         target = path + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(f"/login?next={quote(target, safe='')}" if path != "/" else "/login", 303)
 

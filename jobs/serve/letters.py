@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import psycopg
 from loguru import logger
 from starlette.exceptions import HTTPException
@@ -13,7 +15,7 @@ from jobs.redaction import describe
 from jobs.serve.forms import form_of
 from jobs.serve.guard import address_of, our_own
 from jobs.serve.paging import ROWS, key_of, paged, text_of
-from jobs.serve.reading import Database, TooSlow
+from jobs.serve.reading import Database, DatabaseAway, TooSlow
 from jobs.serve.rendering import link, rendering_of
 from models.errors import ErrorType
 from models.stages import STAGE_BY_NAME
@@ -49,7 +51,12 @@ async def letter(request: Request) -> Response:
 
 
 async def resolve(request: Request) -> Response:
-    """Requeue or discard the letters that a form names, each in a transaction of its own; say which could not be."""
+    """Requeue or discard the letters that a form names, each in a transaction of its own; say which could not be.
+
+    Who only asks for the page, as after signing in anew, is led to the list.
+    """
+    if request.method != "POST":
+        return RedirectResponse("/dead-letters", 303)
     parts = request.app.state.parts
     if parts.settings.serve_read_only:
         raise HTTPException(403, "This server only shows (SERVE_READ_ONLY).")
@@ -73,21 +80,31 @@ async def _resolve(database: Database, action: str, ids: list[int]) -> tuple[lis
     refused, done = [], 0
     [start] = await database.act("look_at_dead_letters")
     try:
-        for number in ids:
+        for place, number in enumerate(ids):
             try:
                 await database.act(_ACTIONS[action], id=number)
                 done += 1
             except _REFUSALS as error:
                 refused.append((number, describe(error)))
+            except DatabaseAway as error:
+                refused += [(left, describe(error)) for left in ids[place:]]
+                break
     finally:
         if action == "requeue" and done:
-            # The batch row is never locked in a document's transaction.
-            await database.act("reopen_batches", since=start["at"])
+            await _reopen_batches(database, start["at"])
     return refused, done
+
+
+async def _reopen_batches(database: Database, since: datetime) -> None:
+    try:
+        # The batch row is never locked in a document's transaction.
+        await database.act("reopen_batches", since=since)
+    except (DatabaseAway, TooSlow, psycopg.Error) as error:
+        logger.warning("The batches of what was requeued stay as they are until one of their documents ends: {}", describe(error))
 
 
 ROUTES = [
     Route("/dead-letters", letters),
     Route("/dead-letter", letter),
-    Route("/dead-letters/resolve", resolve, methods=["POST"]),
+    Route("/dead-letters/resolve", resolve, methods=["GET", "POST"]),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from jobs.serve.measures import PARTS, counters
 from jobs.serve.reading import Database, DatabaseAway, Look, TooSlow
 from jobs.serve.tally import Tally
 
+SCRAPE_SECONDS = 8.0  # of the 10 that Prometheus waits where it is told nothing else
 Part = Callable[[Look], Awaitable[list[Metric]]]
 _LEVEL = {"ok": 1.0, "degraded": 0.5, "down": 0.0, "unknown": 0.0}
 
@@ -30,51 +32,73 @@ class Meter:
         self._doctor = doctor
         self.tally = Tally()
 
-    async def catch_up(self) -> None:
-        """Count the events since the last time; called often enough that there are never many."""
+    async def catch_up(self, *, within: float | None = None) -> None:
+        """Count the events since the last time; called often enough that there are never many. `within`: seconds after which it is left
+        to who counts next."""
         try:
-            async with self._database.look() as look:
+            await asyncio.wait_for(self.tally.lock.acquire(), within)
+        except TimeoutError:
+            return
+        try:
+            async with self._database.look(within=within) as look:
                 await self.tally.catch_up(look)
         except DatabaseAway:
             return
         except (TooSlow, psycopg.Error) as error:
+            if within is not None and isinstance(error, TooSlow):
+                return
             # Asked again for ever more, it would never come to an end.
             logger.warning("Some events are not counted in /metrics: {}", describe(error))
             self.tally.forget()
+        finally:
+            self.tally.lock.release()
 
-    async def text(self) -> bytes:
-        """Return everything as Prometheus' text; where the database is away, what can be told without it."""
+    async def text(self, *, within: float = SCRAPE_SECONDS) -> bytes:
+        """Return everything as Prometheus' text, without what could not be read within so many seconds."""
         started = time.monotonic()
+
+        def half() -> float:
+            # Each takes so much of the time that is left at most: one that hangs leaves some for the others.
+            return (started + within - time.monotonic()) / 2
+
         components = await self._doctor.examine()
-        await self.catch_up()
         failed = GaugeMetricFamily("docmill_scrape_failed", "1 for a part that could not be measured this time.", labels=["part"])
-        metrics = [*_health(components), *counters(self.tally)]
+        metrics = list(_health(components))
         try:
-            async with self._database.look() as look:
+            if _is_away(components):
+                raise DatabaseAway("It was not asked: it is down.")
+            await self.catch_up(within=half())
+            async with self._database.look(within=2 * half()) as look:
                 for name, part in PARTS.items():
-                    metrics += await self._measured(look, name, part, failed)
+                    metrics += await self._measured(look, name, part, failed, half())
         except (DatabaseAway, TooSlow) as error:
             failed.add_metric(["database"], 1)
             logger.debug("Only part of /metrics could be told: {}", describe(error))
+        metrics += counters(self.tally)
         took = time.monotonic() - started
         metrics += [failed, GaugeMetricFamily("docmill_scrape_duration_seconds", "How long it took to measure all this.", value=took)]
         return _text(metrics)
 
-    async def _measured(self, look: Look, name: str, part: Part, failed: GaugeMetricFamily) -> list[Metric]:
+    async def _measured(self, look: Look, name: str, part: Part, failed: GaugeMetricFamily, within: float) -> list[Metric]:
         try:
-            async with look.apart():
+            async with look.apart(within=within):
                 found = await part(look)
-        except psycopg.OperationalError as error:
-            if not isinstance(error, psycopg.errors.QueryCanceled):
-                raise
+        except (TooSlow, psycopg.errors.QueryCanceled):
             failed.add_metric([name], 1)
             return []
+        except psycopg.OperationalError:
+            raise
         except psycopg.Error as error:
             logger.warning("The metrics of {} could not be read: {}", name, describe(error))
             failed.add_metric([name], 1)
             return []
         failed.add_metric([name], 0)
         return found
+
+
+def _is_away(components: Sequence[Component]) -> bool:
+    """Say whether nothing can be read. A database that takes no writes is down too, but has told facts of itself."""
+    return any(found.name == "database" and found.health == "down" and not found.detail for found in components)
 
 
 def _health(components: Sequence[Component]) -> Iterator[Metric]:

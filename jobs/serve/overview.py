@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,9 +13,9 @@ from starlette.routing import Route
 
 from jobs.serve.charts import lines, stacked_bars
 from jobs.serve.examining import all_work
-from jobs.serve.reading import Database, Row
+from jobs.serve.reading import Database, Row, TooSlow
 from jobs.serve.rendering import rendering_of
-from models.stages import STAGES
+from models.stages import STAGES, State
 
 SPANS = {
     "10m": ("10 minutes", "10 seconds", "%H:%M:%S"),
@@ -24,41 +25,60 @@ SPANS = {
 }
 """What a person can look at: the span, its slices, and how a slice is written."""
 _ENDS = ("complete", "duplicate", "failed", "cancelled")
+_OPEN = ("queued", "working", "retrying")
 
 
 async def overview(request: Request) -> Response:
-    """Show how everything stands."""
+    """Show how everything stands; what could not be read in time is said to be so."""
     parts = request.app.state.parts
     database: Database = parts.database
     health = await parts.doctor.examine()
     if not all_work(health, ("database", "migrations")):
         return rendering_of(request).page(request, "overview.html", 503, health=health, figures=None)
-    states = {row["state"]: row["documents"] for row in await database.shared("metric_documents", seconds=10)}
-    slices = await database.shared("page_throughput", span="1 hour", bucket="1 minute", seconds=5)
+    ask = _asker(database, time.monotonic() + 2 * parts.settings.serve_query_seconds)
+    states, slices = await ask("metric_documents", seconds=10), await ask("page_throughput", span="1 hour", bucket="1 minute", seconds=5)
+    counts = None if states is None else {row["state"]: row["documents"] for row in states}
+    unfinished = None if slices is None or counts is None else _unfinished(slices, counts)
+    rate, letter_count = await ask("metric_rate", seconds=5), await ask("page_letter_count")
     figures = {
-        "states": states,
+        "states": dict.fromkeys(State) if counts is None else counts,
+        "unfinished": None if counts is None else sum(counts.get(state, 0) for state in _OPEN),
         "slices": slices,
-        "ended_hour": sum(row[end] for row in slices for end in _ENDS),
-        "per_minute": (await database.shared("metric_rate", seconds=5))[0]["per_minute"],
-        "stages": await database.shared("page_stages"),
-        "queues": await database.shared("page_queues"),
-        "stuck": await database.shared("page_stuck", limit=8, seconds=10),
-        "letters": await database.shared("page_newest_letters", limit=5),
-        "letter_count": (await database.shared("page_letter_count"))[0]["letters"],
-        "batches": await database.shared("page_newest_batches", limit=5, seconds=5),
-        "workers": await database.shared("page_worker_healths"),
-        "alerts": await _alerts(database),
+        "ended_hour": None if slices is None else sum(row[end] for row in slices for end in _ENDS),
+        "per_minute": rate and rate[0]["per_minute"],
+        "stages": await ask("page_stages"),
+        "stuck": await ask("page_stuck", limit=8, seconds=10),
+        "letters": await ask("page_newest_letters", limit=5),
+        "letter_count": letter_count and letter_count[0]["letters"],
+        "batches": await ask("page_newest_batches", limit=5, seconds=5),
+        "workers": await ask("page_worker_healths"),
+        "alerts": await _alerts(ask),
     }
-    unfinished = _unfinished(slices, states)
     return rendering_of(request).page(
         request,
         "overview.html",
         health=health,
         figures=figures,
-        chart=_ends(slices, "%H:%M"),
-        backlog=_backlog(slices, unfinished, "%H:%M"),
+        chart=None if slices is None else _ends(slices, "%H:%M"),
+        backlog=None if slices is None or unfinished is None else _backlog(slices, unfinished, "%H:%M"),
         unfinished_over_time=unfinished,
     )
+
+
+_Ask = Callable[..., Awaitable[list[Row] | None]]
+
+
+def _asker(database: Database, until: float) -> _Ask:
+    """Return what asks one question after the other, until a moment of the monotonic clock; None for what was not answered in time."""
+
+    async def ask(name: str, **params: Any) -> list[Row] | None:
+        try:
+            # Half of the time that is left: one question that hangs leaves some for the others.
+            return await database.shared(name, within=(until - time.monotonic()) / 2, **params)
+        except TooSlow:
+            return None
+
+    return ask
 
 
 async def queues(request: Request) -> Response:
@@ -89,8 +109,11 @@ async def queues(request: Request) -> Response:
     )
 
 
-async def _alerts(database: Database) -> list[Row]:
-    return await database.shared("page_alerts", limit=10) if (await database.shared("page_knows_alerts", seconds=60))[0]["known"] else []
+async def _alerts(ask: _Ask) -> list[Row] | None:
+    known = await ask("page_knows_alerts", seconds=60)
+    if known is None:
+        return None
+    return await ask("page_alerts", limit=10) if known[0]["known"] else []
 
 
 def _labels(slices: Sequence[Row], form: str) -> list[str]:
@@ -104,7 +127,7 @@ def _ends(slices: Sequence[Row], form: str) -> Any:
 
 def _unfinished(slices: Sequence[Row], states: Mapping[str, int]) -> list[int]:
     """Return how many documents were unfinished: from how many are now, back over what came in and went out."""
-    left = sum(states.get(state, 0) for state in ("queued", "working", "retrying"))
+    left = sum(states.get(state, 0) for state in _OPEN)
     values = []
     for row in reversed(slices):
         values.append(max(0, left))

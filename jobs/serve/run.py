@@ -9,6 +9,7 @@ import uvicorn
 from loguru import logger
 
 from jobs.serve.app import make_app
+from jobs.serve.punctual import PunctualProtocol
 from jobs.transport import is_loopback, warn_of_exposures
 from models.errors import ConfigurationError
 from models.settings import Settings
@@ -30,6 +31,7 @@ def serve(settings: Settings) -> None:
     listening = _listen(settings.serve_host, settings.serve_port)
     config = uvicorn.Config(
         make_app(settings),
+        http=PunctualProtocol,
         log_config=None,  # what it logs goes where all logs go
         log_level="warning",
         access_log=False,

@@ -56,35 +56,35 @@ class Tally:
     """Those above it that are counted, as an int8multirange."""
     _marks: list[tuple[int, int]] = field(default_factory=list)
     """For looks whose transactions may still run: the first transaction id after them, and the highest id that they saw."""
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """To be held from before a look begins: an older one that came second would be taken for a database that was set back."""
 
     async def catch_up(self, look: Look) -> None:
         """Count what has become visible since the last look. All questions of `look` must see the same."""
-        async with self._lock:
-            horizon = await look.row("tally_horizon")
-            assert horizon is not None
-            last = horizon["last_id"]
-            if self._marks and last < self._marks[-1][1]:
-                self.forget()
-            self._marks.append((horizon["next_transaction"], last))
-            if self._low is None:
-                start = await look.row("tally_start") or {}
-                self._low, self._counted = start["low"], start["counted"]
-                return
-            found = await look.rows(
-                "tally_events",
-                low=self._low,
-                counted=self._counted,
-                stage_bounds=list(STAGE_BOUNDS),
-                document_bounds=list(DOCUMENT_BOUNDS),
-            )
-            settled = [mark for mark in self._marks if mark[0] <= horizon["oldest_transaction"]]
-            low = max([self._low, *(highest for _, highest in settled)])
-            counted = await look.row("tally_counted", low=self._low, new_low=low, counted=self._counted) or {}
-            self._low, self._counted = low, counted["counted"]
-            self._marks = [mark for mark in self._marks if mark not in settled] or self._marks[-1:]
-            for row in found:
-                self._add(row)
+        horizon = await look.row("tally_horizon")
+        assert horizon is not None
+        last = horizon["last_id"]
+        if self._marks and last < self._marks[-1][1]:
+            self.forget()
+        self._marks.append((horizon["next_transaction"], last))
+        if self._low is None:
+            start = await look.row("tally_start") or {}
+            self._low, self._counted = start["low"], start["counted"]
+            return
+        found = await look.rows(
+            "tally_events",
+            low=self._low,
+            counted=self._counted,
+            stage_bounds=list(STAGE_BOUNDS),
+            document_bounds=list(DOCUMENT_BOUNDS),
+        )
+        settled = [mark for mark in self._marks if mark[0] <= horizon["oldest_transaction"]]
+        low = max([self._low, *(highest for _, highest in settled)])
+        counted = await look.row("tally_counted", low=self._low, new_low=low, counted=self._counted) or {}
+        self._low, self._counted = low, counted["counted"]
+        self._marks = [mark for mark in self._marks if mark not in settled] or self._marks[-1:]
+        for row in found:
+            self._add(row)
 
     def forget(self) -> None:
         """Begin anew with the next look; what has happened in between is not counted."""

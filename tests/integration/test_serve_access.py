@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -148,7 +150,9 @@ def test_a_form_that_was_made_elsewhere_changes_nothing(open_site: httpx2.Client
             somebody_else.post("/dead-letters/resolve", data=good),
         ]
     assert [attempt.status_code for attempt in attempts] == [403] * 6
-    assert open_site.get("/dead-letters/resolve", params=good).status_code == 405
+    for path, page in (("/dead-letters/resolve", "/dead-letters"), ("/logout", "/")):
+        asked = open_site.get(path, params=good)
+        assert (asked.status_code, asked.headers["location"]) == (303, page), "asking for a page acts on nothing"
     assert state_of(conn, "a") == ("failed", None)
     origin = {"Origin": str(open_site.base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
     assert open_site.post("/dead-letters/resolve", data=good, headers=origin).status_code == 303
@@ -173,6 +177,56 @@ def test_chosen_dead_letters_are_requeued_and_what_cannot_be_is_told(open_site: 
     wrongs: list[dict[str, str | list[str]]] = [{"action": "drop"}, {"id": "x"}, {"id": []}, {"id": [str(n) for n in range(501)]}]
     for wrong in wrongs:
         assert open_site.post("/dead-letters/resolve", data={**form, "id": "1", **wrong}).status_code == 400
+
+
+def test_a_session_that_has_ended_leads_back_to_a_page_and_not_to_a_form(closed_site: httpx2.Client) -> None:
+    for path in ("/dead-letters/resolve", "/logout"):
+        answer = closed_site.post(path, data={"csrf": "of an older session", "action": "requeue", "id": "1"})
+        assert (answer.status_code, answer.headers["location"]) == (303, "/login"), path
+        sign_in(closed_site, following=path)  # as one that was asked for it earlier
+        there = closed_site.get(path)
+        assert closed_site.get(there.headers["location"]).status_code == 200
+        closed_site.cookies.clear()
+
+
+def test_a_connection_that_breaks_between_dead_letters_leaves_a_list_of_what_was_not_done(
+    open_site: httpx2.Client, conn: psycopg.Connection
+) -> None:
+    numbers = [failed_document(conn, doc_id) for doc_id in ("a", "b", "c")]
+    conn.execute(
+        f"""CREATE FUNCTION break_off() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$;
+        CREATE TRIGGER breaks BEFORE UPDATE ON dead_letters FOR EACH ROW
+            WHEN (NEW.id = {numbers[1]}) EXECUTE FUNCTION break_off()""".encode()
+    )
+    form = {"action": "requeue", "csrf": form_token(open_site.get("/dead-letters").text), "id": [str(n) for n in numbers]}
+    answer = open_site.post("/dead-letters/resolve", data=form)
+    assert answer.status_code == 409
+    assert "1 done, 2 refused" in answer.text
+    assert [state_of(conn, doc_id)[1] for doc_id in ("a", "b", "c")] == ["requeued", None, None]
+
+
+def test_batches_that_cannot_be_reopened_now_hide_nothing_of_what_was_requeued(
+    open_site: httpx2.Client, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    number = failed_document(conn, "a")
+    conn.execute("ALTER FUNCTION reopen_batches RENAME TO not_there")
+    form = {"action": "requeue", "csrf": form_token(open_site.get("/dead-letters").text), "id": str(number)}
+    done = open_site.post("/dead-letters/resolve", data=form)
+    assert (done.status_code, done.headers["location"]) == (303, "/dead-letters?requeued=1")
+    assert "reopen_batches" in (tmp_path / "serve.log").read_text()
+
+
+def test_connections_that_ask_for_nothing_do_not_keep_others_out(closed_site: httpx2.Client) -> None:
+    address = (str(closed_site.base_url.host), int(closed_site.base_url.port or 0))
+    form = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 9\r\n\r\ncsrf="
+    with ExitStack() as held:
+        for beginning in (form, b"", b"GET /healthz HTTP/1.1\r\nHost: "):
+            for _ in range(70):
+                held.enter_context(socket.create_connection(address)).sendall(beginning)
+            closed_site.get("/healthz")  # all of these are accepted by now
+        wait_for(lambda: closed_site.get("/healthz").status_code == 503, "all places to be taken")
+        wait_for(lambda: closed_site.get("/healthz").status_code == 200, "places to be free", 30)
 
 
 def test_another_sites_page_cannot_reach_it_by_giving_it_another_name(open_site: httpx2.Client) -> None:

@@ -118,6 +118,21 @@ def test_a_page_renews_itself_unless_it_is_paused(settings: Settings, conn: psyc
         wait_for(lambda: "second.txt" in text(driver), "updates to go on")
 
 
+def test_an_alert_that_opens_later_shows_by_itself_and_goes_when_it_is_over(
+    settings: Settings, conn: psycopg.Connection, tmp_path: Path, driver: Any
+) -> None:
+    with served(tmp_path / "serve.log", SERVE_READ_ONLY="true") as address:
+        driver.get(address + "/")
+        assert text(driver, "#alerts") == ""
+        conn.execute(
+            """INSERT INTO alert_conditions (rule, subject, message, first_seen_at, last_seen_at, opened_at)
+            SELECT rule, '', 'the pumps stand still', now(), now(), now() FROM alert_rules WHERE rule = 'no_worker'"""
+        )
+        wait_for(lambda: "the pumps stand still" in text(driver, "#alerts"), "the alert to show by itself")
+        conn.execute("DELETE FROM alert_conditions")
+        wait_for(lambda: text(driver, "#alerts") == "", "the alert to go")
+
+
 def test_a_page_says_so_when_its_server_is_lost(settings: Settings, conn: psycopg.Connection, tmp_path: Path, driver: Any) -> None:
     with served(tmp_path / "serve.log") as address:
         driver.get(address + "/documents")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -17,11 +18,12 @@ import pytest
 from jobs import submit_document
 from jobs.front import close_sync
 from jobs.health import COMPONENTS
+from jobs.serve.reading import Database, DatabaseAway
 from models.settings import load_settings
 from tests.faults.cluster import Cluster
 from tests.running import docmill, served, wait_for, worker
 from tests.servers import OpenAIServer, faults
-from tests.sites import client
+from tests.sites import client, form_token
 
 KEY = "sk-health-7f3a91"
 
@@ -208,6 +210,54 @@ def test_a_database_that_stops_is_told_on_every_page_and_all_comes_back_with_it(
     assert installation.visitor.get("/documents").status_code == 200
 
 
+def test_a_database_that_hangs_is_told_like_one_that_is_away_and_keeps_nobody_waiting(installation: Installation) -> None:
+    for _ in range(3):
+        for path in ("/documents", "/queues", "/metrics"):
+            assert installation.visitor.get(path).status_code == 200
+    installation.cluster.freeze()
+    try:
+        installation.turns("database", 503, "down")
+        for path in ("/documents", "/queues", "/dead-letters"):
+            assert installation.visitor.get(path, timeout=30).status_code == 503, path
+        scraped = installation.visitor.get("/metrics", timeout=30)
+        assert 'docmill_component_up{component="database"} 0.0' in scraped.text
+        assert installation.visitor.get("/healthz").status_code == 200
+    finally:
+        installation.cluster.thaw()
+    installation.turns("database", 200, "ok")
+    wait_for(lambda: installation.visitor.get("/documents").status_code == 200, "the page to come back")
+
+
+async def test_a_database_that_hangs_in_mid_transaction_ends_the_question_and_the_connection(installation: Installation) -> None:
+    database = Database(load_settings().model_copy(update={"serve_query_seconds": 0.5}))
+    try:
+        async with asyncio.timeout(30):
+            with pytest.raises(DatabaseAway):
+                async with database.look() as look:
+                    await look.rows("metric_batches")
+                    installation.cluster.freeze()
+                    await look.rows("metric_batches")
+            installation.cluster.thaw()
+            async with database.look() as look:
+                assert await look.rows("metric_batches") == []
+    finally:
+        installation.cluster.thaw()
+        await database.close()
+
+
+def test_a_form_that_meets_no_database_is_not_sent_again_by_itself(installation: Installation) -> None:
+    installation.run(
+        """INSERT INTO dead_letters (doc_id, version, user_id, correlation_id, stage, error_type, error_message)
+        VALUES ('a', 1, 'u', 'c', 'parse', 'PERMANENT', 'cannot be read')"""
+    )
+    token = form_token(installation.visitor.get("/dead-letters").text)
+    installation.cluster.stop("immediate")
+    answer = installation.visitor.post("/dead-letters/resolve", data={"action": "requeue", "id": "1", "csrf": token})
+    assert answer.status_code == 503
+    assert 'http-equiv="refresh"' not in answer.text and "by itself" not in answer.text
+    installation.cluster.start()
+
+
 def test_a_server_that_starts_before_its_database_serves_when_that_comes(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +271,18 @@ def test_a_server_that_starts_before_its_database_serves_when_that_comes(
         assert visitor.get("/documents").status_code == 503
         cluster.start()
         wait_for(lambda: visitor.get("/documents").status_code == 200, "the page to come back")
+
+
+def test_a_server_that_only_shows_makes_no_schema_and_says_in_its_log_that_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    log = tmp_path / "serve.log"
+    with served(log, STORAGE_BASE_PATH=str(tmp_path / "base"), SERVE_READ_ONLY="true") as address, client(address) as visitor:
+        wait_for(lambda: "run `docmill migrate`" in log.read_text(), f"a line in {log}")
+        answer = visitor.get("/documents")
+        assert (answer.status_code, "docmill migrate" in answer.text) == (503, True)
 
 
 def test_a_killed_worker_turns_workers_red_until_another_one_runs(installation: Installation, tmp_path: Path) -> None:

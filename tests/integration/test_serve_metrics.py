@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jobs.adapters.storage import LocalStorage
 from jobs.serve.examining import Doctor
 from jobs.serve.metrics import Meter
-from jobs.serve.reading import Database, DatabaseAway, TooSlow
+from jobs.serve.reading import Database, DatabaseAway, Look, TooSlow
 from models.settings import Settings
 from tests.running import served
 from tests.sites import client, failed_document
@@ -58,6 +63,7 @@ def tell(conn: psycopg.Connection, event: str, stage: str | None = None, seconds
 def test_the_text_is_prometheus_and_its_figures_are_those_of_the_tables(
     settings: Settings, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
+    LocalStorage.prepared(settings)
     conn.execute("SELECT submit_document('uploads/x', doc_id => 'waits')")
     failed_document(conn, "fails")
     conn.execute(
@@ -121,6 +127,43 @@ async def test_each_event_is_counted_once_however_late_its_transaction_commits(
     assert meter.tally.missed == 0
 
 
+class Held(Database):
+    """Holds the first look back once it has its snapshot."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.begun, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def look(self, **given: Any) -> AsyncIterator[Look]:
+        async with super().look(**given) as look:
+            if not self.begun.is_set():
+                self.begun.set()
+                await self.may_go_on.wait()
+            yield look
+
+
+async def test_two_who_count_at_once_count_no_event_twice_and_see_no_database_set_back(
+    settings: Settings, conn: psycopg.Connection, database: str
+) -> None:
+    held = Held(settings)
+    meter = Meter(held, Doctor(settings))
+    held.begun.set()
+    await meter.catch_up()
+    held.begun.clear()
+    tell(conn, "submitted")
+    first = asyncio.create_task(meter.catch_up())
+    await held.begun.wait()
+    tell(conn, "completed", "finalize", 0.1)
+    second = asyncio.create_task(meter.catch_up())
+    await asyncio.wait([second], timeout=1)
+    held.may_go_on.set()
+    await asyncio.gather(first, second)
+    assert dict(meter.tally.events) == {("submitted", ""): 1, ("completed", "finalize"): 1}
+    assert meter.tally.missed == 0
+    await held.close()
+
+
 async def test_what_was_written_but_not_committed_when_it_began_is_counted(meter: Meter, conn: psycopg.Connection, database: str) -> None:
     with psycopg.connect(database) as late:
         tell(late, "failed", "parse")
@@ -177,6 +220,45 @@ async def test_a_question_behind_a_lock_is_given_up_and_the_connection_is_good_a
     async with impatient.look() as look:
         assert await look.rows("metric_batches") == []
     await impatient.close()
+
+
+async def test_a_failure_is_shared_by_all_who_waited_for_it_and_by_nobody_who_comes_later(
+    settings: Settings, conn: psycopg.Connection, database: str
+) -> None:
+    asked: list[Look] = []
+
+    class Counted(Database):
+        @asynccontextmanager
+        async def look(self, **given: Any) -> AsyncIterator[Look]:
+            async with super().look(**given) as look:
+                asked.append(look)
+                yield look
+
+    counted = Counted(settings.model_copy(update={"serve_query_seconds": 0.5}))
+    with psycopg.connect(database) as other:
+        other.execute("LOCK TABLE processing_jobs IN ACCESS EXCLUSIVE MODE")
+        found = await asyncio.gather(*[counted.shared("metric_batches") for _ in range(6)], return_exceptions=True)
+        assert [type(error) for error in found] == [TooSlow] * 6
+        assert len(asked) == 1
+        with pytest.raises(TooSlow):
+            await counted.shared("metric_batches")
+        assert len(asked) == 2
+    assert await counted.shared("metric_batches") == []
+    await counted.close()
+
+
+def test_a_scraper_is_answered_while_it_waits_with_all_that_can_be_read(
+    settings: Settings, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    failed_document(conn, "fails")
+    with served(tmp_path / "serve.log") as address, psycopg.connect(str(settings.database_conninfo)) as other:
+        other.execute("LOCK TABLE file_extractions, provider_usage, document_chunks IN ACCESS EXCLUSIVE MODE")
+        scraped = httpx2.get(f"{address}/metrics", headers={"X-Prometheus-Scrape-Timeout-Seconds": "10"}, timeout=10, trust_env=False)
+    found = read(scraped.text)
+    parts = {dict(labels)["part"]: failed for (name, labels), failed in found.items() if name == "docmill_scrape_failed"}
+    assert {part for part, failed in parts.items() if failed} >= {"documents", "providers", "database_facts"}
+    assert (parts["batches"], parts["dead_letters"], parts["alerts"]) == (0, 0, 0)
+    assert value(found, "docmill_dead_letters_open", stage="validate", error_type="PERMANENT") == 1
 
 
 async def test_more_visitors_than_connections_wait_for_their_turn_or_are_told(settings: Settings, database: str) -> None:

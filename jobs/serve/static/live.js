@@ -3,9 +3,11 @@
   "use strict";
   var main = document.querySelector("main[data-live]");
   var lost = document.querySelector(".lost");
-  var paused = false;
+  var paused = false, asking = false;
 
   function renew(fresh) {
+    // An answer that tells of trouble may have parts too; one that has none changes nothing.
+    if (!fresh.querySelector("[data-part]")) return;
     fresh.querySelectorAll("[data-part]").forEach(function (part) {
       var shown = document.getElementById(part.id);
       // What somebody reads with the keyboard, or has selected, stays until they go on.
@@ -16,6 +18,7 @@
       });
       var scrolled = Array.prototype.map.call(shown.querySelectorAll(".scroll"), function (e) { return [e.scrollLeft, e.scrollTop]; });
       shown.replaceChildren.apply(shown, Array.from(part.childNodes));
+      shown.hidden = part.hidden;
       shown.querySelectorAll(".scroll").forEach(function (e, i) {
         if (scrolled[i]) { e.scrollLeft = scrolled[i][0]; e.scrollTop = scrolled[i][1]; }
       });
@@ -29,16 +32,23 @@
     return selection && !selection.isCollapsed && element.contains(selection.anchorNode);
   }
 
+  function say(words) {
+    lost.textContent = words && words + " What you see is from when it last did.";
+    lost.hidden = !words;
+  }
+
   function look() {
-    if (paused || document.hidden) return;
-    fetch(window.location.href, { headers: { "X-Fragment": "1", Accept: "text/html" }, credentials: "same-origin" })
+    if (paused || asking || document.hidden) return;
+    asking = true;
+    fetch(window.location.href, { headers: { "X-Fragment": "1", Accept: "text/html" }, credentials: "same-origin", signal: AbortSignal.timeout(30000) })
       .then(function (answer) {
-        if (answer.status === 401) { window.location.reload(); return null; }
-        lost.hidden = answer.ok;
-        return answer.ok ? answer.text() : null;
+        if (answer.status === 401) window.location.reload();
+        say(answer.ok ? "" : "The server could not show all of this now.");
+        return answer.text();
       })
-      .then(function (text) { if (text !== null) renew(new DOMParser().parseFromString(text, "text/html")); })
-      .catch(function () { lost.hidden = false; });
+      .then(function (text) { renew(new DOMParser().parseFromString(text, "text/html")); })
+      .catch(function () { say("The server does not answer."); })
+      .then(function () { asking = false; });
   }
 
   if (main) {
