@@ -30,17 +30,26 @@ _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 def storable(words: str) -> str:
-    """Return words as Postgres takes them, to look for something by: NUL and what is no Unicode become U+FFFD, as in names of files."""
+    """Return words as Postgres takes them: NUL and what is no Unicode become U+FFFD, as in the names of files."""
     return _UNSTORABLE.sub("\ufffd", words)
 
 
+def as_key(word: str) -> str:
+    """Return a word to look for an id by. One that no id can be finds none: what Postgres does not take becomes a control character, and no
+    id has one."""
+    return _UNSTORABLE.sub("\x01", word)
+
+
 def lookup(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what something is looked up by, words as Postgres takes them. OperationRefused for an id or reason that is no string: asking
-    with it would end the transaction of a caller who gave a connection."""
+    """Return what something is looked up by as Postgres takes it.
+
+    OperationRefused for an id or reason that is no string: asking with it would end the transaction of a caller who gave a connection.
+    """
     for name, value in params.items():
         if name in _WORDS and value is not None and not isinstance(value, str):
             raise OperationRefused(f"{name} must be a string, not {type(value).__name__}.")
-    return {name: storable(value) if isinstance(value, str) else value for name, value in params.items()}
+    plain = {name: as_key(value) if isinstance(value, str) else value for name, value in params.items()}
+    return plain | ({"reason": storable(params["reason"])} if params.get("reason") else {})
 
 
 def derive_doc_id(user_id: str, what: str) -> str:

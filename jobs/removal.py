@@ -129,7 +129,7 @@ def _translated() -> Iterator[None]:
         yield
     except psycopg.errors.NoDataFound as error:
         raise NotFound(f"{describe(error)}.") from error
-    except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure) as error:
         raise SubmitConflict(
             "Another transaction holds this document or batch. Try again once it has ended "
             "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."

@@ -85,7 +85,8 @@ def _refuse_strangers(conn: psycopg.Connection) -> None:
     if strangers := [name for (name,) in conn.execute(query("strangers_in_schema"))]:
         raise RoleError(
             f"These may put functions into the schema of docmill's tables, or have: {', '.join(strangers)}. Such a function could be "
-            "called with the rights of docmill_owner. REVOKE CREATE ON SCHEMA from them, drop what is theirs there, and run this again."
+            "called with the rights of docmill_owner. REVOKE CREATE ON SCHEMA from them, drop what is theirs there, and run this again. "
+            "Who owns the database has it by pg_database_owner: give the schema, or the database, another owner."
         )
 
 

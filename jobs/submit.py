@@ -163,7 +163,7 @@ def refused(error: psycopg.Error, doc_id: str) -> Exception:
 
 def taken_or_held(error: psycopg.Error, name: str, held: str) -> Exception:
     """Translate what Postgres said where another user or another transaction was first; any other error is returned as it is."""
-    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected):
+    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
         return SubmitConflict(
             f"{name}: another transaction holds {held}; nothing was submitted. Try again once it has ended "
             "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."

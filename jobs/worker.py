@@ -32,11 +32,12 @@ from jobs.places import Places
 from jobs.reconcile import Reconciler
 from jobs.redaction import describe
 from jobs.registry import Pulse, Registry
-from jobs.sessions import process_name
+from jobs.sessions import connect, process_name
 from jobs.tracing import start_tracing
 from jobs.transport import warn_of_exposures
 from models.errors import DocmillError
 from models.settings import Settings
+from sql import query
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
 _LENDABLE = 4
@@ -220,13 +221,22 @@ class DocmillApp(App):
 
         check_providers(self.settings)
 
-    def _prepare_storage(self) -> None:
+    def _prepare_storage(self, conninfo: str) -> None:
+        """Make the storage where there is none yet; one whose files documents need has been unmounted, and they wait for it."""
         from jobs.adapters.storage import LocalStorage  # noqa: PLC0415 - only a worker needs it
 
         try:
-            LocalStorage.prepared(self.settings)
-        except DocmillError as error:  # documents wait for it
+            if LocalStorage.from_settings(self.settings).is_away() and self._has_documents(conninfo):
+                logger.warning("The storage at {} (STORAGE_BASE_PATH) is not there: is it mounted?", self.settings.storage_base_path)
+            else:
+                LocalStorage.prepared(self.settings)
+        except (DocmillError, OSError, psycopg.Error) as error:  # documents wait for it
             logger.warning("{}", describe(error))
+
+    def _has_documents(self, conninfo: str) -> bool:
+        with connect(self.settings, conninfo) as conn:
+            found = conn.execute(query("has_documents")).fetchone()
+        return found is not None and bool(found[0])
 
     async def run_worker_async(self, **kwargs: Any) -> None:
         """Run a worker until it is asked to stop, then close what its tasks opened.
@@ -235,7 +245,7 @@ class DocmillApp(App):
         """
         conninfo = await asyncio.to_thread(conninfo_of, self.settings)
         self._check_providers()
-        await asyncio.to_thread(self._prepare_storage)
+        await asyncio.to_thread(self._prepare_storage, conninfo)
         warn_of_exposures(self.settings)
         import_tasks: Callable[[], None] = self.perform_import_paths
         import_tasks()

@@ -22,7 +22,7 @@ LOCK_MS = 1000
 LOCK_ONE_MS = 200
 _ENOUGH_HELD = 3  # entries in a row, none of which got through: it is the batch that is held, not they
 _LOOK_AT = 5000  # documents that are asked for at a time
-_HELD = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+_HELD = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 
 
 class Superseded(Exception):

@@ -129,8 +129,11 @@ class Unpacker:
                 logger.info("{}: the worker stops; unpacking goes on elsewhere", archive.name)
                 return False
             place = folder / str(number)
-            with storage_faults(self._storage.base, f"{self._storage.temp_dir}/{folder.name}"):
-                place.mkdir()
+            try:
+                with storage_faults(self._storage.base, f"{self._storage.temp_dir}/{folder.name}"):
+                    place.mkdir()
+            except PermanentError as error:
+                raise RetryableError(f"its workspace is gone: {error}") from error
             await intake.take(group, place)
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         if acceptance.held:

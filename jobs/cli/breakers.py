@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.arguments import storable
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, duration, moment, print_json, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
@@ -65,7 +64,7 @@ def _use(row: Row) -> str:
 async def _reset(settings: Settings, services: Sequence[str], *, json: bool) -> ExitCode:
     unknown = []
     for service in services:
-        answer = await rows(settings, "reset_breaker", service=storable(service))
+        answer = await rows(settings, "reset_breaker", service=service)
         if not answer[0]["known"]:
             unknown.append(service)
     if json:

@@ -8,7 +8,6 @@ from typing import Any
 
 import psycopg
 
-from jobs.arguments import storable
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, moment, print_json, say, table
 from jobs.cli.session import Row, quiet_logs, rows, run_async
@@ -94,7 +93,7 @@ async def _list(settings: Settings, filters: Filters, limit: int, *, json: bool)
 async def _find(settings: Settings, word: str) -> int:
     """Return the number of the dead letter that a word names. Raises NotOneLetter."""
     is_number = word.isascii() and word.isdigit() and int(word) < 2**63
-    found = await rows(settings, "find_dead_letters", word=storable(word), number=int(word) if is_number else None)
+    found = await rows(settings, "find_dead_letters", word=word, number=int(word) if is_number else None)
     if not found:
         raise NotOneLetter(f'There is no dead letter "{word}": neither a number nor a doc_id.')
     if len(found) > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.arguments import storable
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, print_json, say
 from jobs.cli.session import quiet_logs, rows, run_async
@@ -34,7 +33,7 @@ async def _some(doc_ids: Sequence[str], *, json: bool) -> ExitCode:
     done, refused = [], []
     for doc_id in dict.fromkeys(doc_ids):
         try:
-            stage = await retry_extraction_async(storable(doc_id))
+            stage = await retry_extraction_async(doc_id)
         except (OperationRefused, SubmitConflict) as error:
             refused.append({"doc_id": doc_id, "error": str(error)})
             complain(str(error))

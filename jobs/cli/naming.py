@@ -13,10 +13,14 @@ SHOWN = 10
 """How many candidates are listed where a word could be several."""
 
 
+async def documents_named(settings: Settings, word: str, limit: int) -> list[Row]:
+    """Return the documents that a word may mean."""
+    return await rows(settings, "find_documents", word=word, file_name=storable(word), limit=limit)
+
+
 async def find_document(settings: Settings, word: str) -> str | None:
     """Return the doc_id of the one document that a word names, also of one that is gone; None after a complaint."""
-    word = storable(word)
-    documents = await rows(settings, "find_documents", word=word, limit=SHOWN + 1)
+    documents = await documents_named(settings, word, SHOWN + 1)
     exact = [row for row in documents if row["doc_id"] == word]
     if exact or len(documents) == 1:
         return str((exact or documents)[0]["doc_id"])

@@ -10,8 +10,8 @@ from typing import Literal
 import typer
 
 from jobs import cancel_batch, cancel_document, delete_batch, delete_document
-from jobs.arguments import storable
 from jobs.cli.errors import ExitCode
+from jobs.cli.naming import documents_named
 from jobs.cli.output import aside, complain, print_json, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from jobs.front import close_sync
@@ -99,11 +99,10 @@ def _resolve(settings: Settings, words: Iterable[str], *, exactly: bool) -> tupl
 
 async def _named(settings: Settings, word: str, *, exactly: bool) -> list[Target]:
     """Return what a word may mean: what has it for an id, else the files of that name and what begins with it."""
-    plain = storable(word)
-    documents = [row["doc_id"] for row in await rows(settings, "find_documents", word=plain, limit=11)]
-    batches = [row["batch_id"] for row in await rows(settings, "find_batches", word=plain, limit=11)]
+    documents = [row["doc_id"] for row in await documents_named(settings, word, 11)]
+    batches = [row["batch_id"] for row in await rows(settings, "find_batches", word=word, limit=11)]
     found = [Target("document", it, word) for it in documents] + [Target("batch", it, word) for it in batches]
-    exact = [target for target in found if target.id == plain]
+    exact = [target for target in found if target.id == word]
     return exact if exactly or exact else found
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from psycopg.rows import dict_row
 
-from jobs.arguments import storable
+from jobs.arguments import as_key
 from jobs.front import async_connection, close_async
 from jobs.logs import configure_logging
 from models.settings import Settings
@@ -33,7 +33,7 @@ def quiet_logs(settings: Settings) -> None:
 
 async def rows(settings: Settings, name: str, **params: Any) -> list[Row]:
     """Run a named query and return its rows as dictionaries. Its words may be any that a command line can hold."""
-    plain = {key: storable(value) if isinstance(value, str) else value for key, value in params.items()}
+    plain = {key: as_key(value) if isinstance(value, str) else value for key, value in params.items()}
     async with async_connection(settings, None) as conn, conn.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(query(name), plain)
         return await cursor.fetchall()

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from json import dumps
 from typing import Any
 
-from jobs.arguments import storable
 from jobs.cli.errors import ExitCode
-from jobs.cli.naming import complain_of
+from jobs.cli.naming import complain_of, documents_named
 from jobs.cli.output import duration, moment, print_json, say, table
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from models.settings import Settings, load_settings
@@ -73,8 +72,7 @@ def _print_overview(found: Mapping[str, Any]) -> None:
 
 async def _named(settings: Settings, word: str, *, json: bool) -> ExitCode:
     """Show the one document or batch that a word names; several, or none, are an error that lists what there is."""
-    word = storable(word)
-    documents = await rows(settings, "find_documents", word=word, limit=LATEST + 1)
+    documents = await documents_named(settings, word, LATEST + 1)
     batches = await rows(settings, "find_batches", word=word, limit=LATEST + 1)
     exact = [row for row in documents if row["doc_id"] == word]
     if exact or (len(documents) == 1 and not any(row["batch_id"] == word for row in batches)):
@@ -87,7 +85,6 @@ async def _named(settings: Settings, word: str, *, json: bool) -> ExitCode:
 
 async def _named_batch(settings: Settings, word: str, *, json: bool) -> ExitCode:
     """Show the one batch that a word names."""
-    word = storable(word)
     batches = await rows(settings, "find_batches", word=word, limit=LATEST + 1)
     if len(batches) == 1:
         return await _batch(settings, batches[0]["batch_id"], json=json)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from jobs.arguments import storable
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import aside, complain, duration, moment, print_json, say, table
 from jobs.cli.session import quiet_logs, rows, run_async
@@ -24,7 +23,7 @@ def run(word: str, *, nested: bool, json: bool) -> ExitCode:
     """Show the summary of the batch or run that the word names; of a batch that has not ended, as it stands now."""
     settings = load_settings()
     quiet_logs(settings)
-    return run_async(_show(settings, storable(word), nested=nested, json=json))
+    return run_async(_show(settings, word, nested=nested, json=json))
 
 
 async def _show(settings: Settings, word: str, *, nested: bool, json: bool) -> ExitCode:

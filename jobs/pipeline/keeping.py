@@ -51,11 +51,14 @@ class Keeping:
         stopping: Callable[[], bool],
         sharing: Sharing,
         lent_place: Callable[[], AbstractContextManager[None]],
+        keeps_vectors: bool = True,
     ) -> None:
-        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's; `lent_place` as in Runner."""
+        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's; `lent_place` as in Runner. Without
+        `keeps_vectors` those that are kept already, of another model, stay as they are."""
         self._pool, self._work, self._lease, self._sharing = pool, work, lease, sharing
         self._margin = _MARGIN * lease_seconds
         self._checkpoint, self._stopping, self._lent_place = checkpoint, stopping, lent_place
+        self._keeps_vectors = keeps_vectors
 
     @property
     def shares(self) -> tuple[CallShare, ...]:
@@ -95,6 +98,8 @@ class Keeping:
 
     async def kept_vectors(self, model: str) -> dict[int, NDArray[np.float32]]:
         """Return what is durable of this version's vectors of a model: number of the passage -> vector."""
+        if not self._keeps_vectors:
+            return {}
         document = self._work.document
         params = {"doc_id": document.doc_id, "version": document.version, "embedding_model": model}
         async with self._pool.connection() as conn:
@@ -104,6 +109,8 @@ class Keeping:
 
     async def keep_vectors(self, model: str, vectors: Mapping[int, NDArray[np.float32]]) -> None:
         """Store vectors of passages, named by their numbers, or raise FencedOff."""
+        if not self._keeps_vectors:
+            return
         document = self._work.document
         params = {"doc_id": document.doc_id, "version": document.version}
 

@@ -83,7 +83,7 @@ class StageRuns:
     async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
         return await run_stage(stage, work, lease, run, self._tools_for(work, lease), limit=self._settings.stage_timeout_seconds)
 
-    def _tools_for(self, work: Work, lease: Lease) -> Tools:
+    def _tools_for(self, work: Work, lease: Lease, *, keeps_vectors: bool = True) -> Tools:
         keeping = Keeping(
             self._pool,
             work,
@@ -93,28 +93,32 @@ class StageRuns:
             stopping=self._stopping,
             sharing=self._sharing,
             lent_place=nullcontext if work.shares_place else self._lent_place,
+            keeps_vectors=keeps_vectors,
         )
         tools = self._tools if work.together is None else shared(self._tools, work.together)
         if work.is_sole:  # the claim has said so already
             return replace(tools, paid=keeping, find_original=_none, original_text=_none)
         return replace(tools, paid=keeping)
 
-    async def embed_once_more(self, work: Work, lease: Lease) -> None:
+    async def embed_once_more(self, work: Work, lease: Lease, *, keeps_vectors: bool = True) -> None:
         """Give a document that is past embed vectors of one model. It stays at its milestone, and the audit trail has embed already."""
-        limit = self._settings.stage_timeout_seconds
-        work.document = await run_within("embed", work, lease, self._stages["embed"], self._tools_for(work, lease), limit=limit)
+        tools, limit = self._tools_for(work, lease, keeps_vectors=keeps_vectors), self._settings.stage_timeout_seconds
+        work.document = await run_within("embed", work, lease, self._stages["embed"], tools, limit=limit)
 
     async def embed_again(self, work: Work, lease: Lease) -> None:
-        """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards."""
+        """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards.
+
+        Until all are there the old ones stay, so that a document whose worker stops, or which the new model refuses, has them still.
+        """
         work.takes_any_model = True
         choose = self._tools.choose_embedder
         finished, completed = work.document, work.events.pop()
-        # What is paid for is kept on the way, and nothing is complete until it is swapped in.
+        # A checkpoint comes before what is paid for, and nothing is complete until it is swapped in.
         work.document = replace(finished, milestone=Milestone.EXTRACTED)
         work.part()
         try:
             if choose is not None and (await choose(fresh=True)).model != finished.embedding_model:
-                await self.embed_once_more(work, lease)
+                await self.embed_once_more(work, lease, keeps_vectors=False)
         except (FencedOff, CheckpointFailed):
             raise
         except Exception as error:

@@ -166,7 +166,7 @@ async def _database_away(request: Request, error: Exception) -> Response:
 
 
 async def _too_slow(request: Request, error: Exception) -> Response:
-    return rendering_of(request).trouble(request, 504, "The database is slow", describe(error), again=_can_be_repeated(request))
+    return rendering_of(request).trouble(request, 504, "The database is slow", describe(error))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

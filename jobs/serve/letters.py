@@ -51,12 +51,7 @@ async def letter(request: Request) -> Response:
 
 
 async def resolve(request: Request) -> Response:
-    """Requeue or discard the letters that a form names, each in a transaction of its own; say which could not be.
-
-    Who only asks for the page, as after signing in anew, is led to the list.
-    """
-    if request.method != "POST":
-        return RedirectResponse("/dead-letters", 303)
+    """Requeue or discard the letters that a form names, each in a transaction of its own; say which could not be."""
     parts = request.app.state.parts
     if parts.settings.serve_read_only:
         raise HTTPException(403, "This server only shows (SERVE_READ_ONLY).")
@@ -106,5 +101,5 @@ async def _reopen_batches(database: Database, since: datetime) -> None:
 ROUTES = [
     Route("/dead-letters", letters),
     Route("/dead-letter", letter),
-    Route("/dead-letters/resolve", resolve, methods=["GET", "POST"]),
+    Route("/dead-letters/resolve", resolve, methods=["POST"]),
 ]

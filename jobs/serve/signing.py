@@ -43,9 +43,7 @@ async def login(request: Request) -> Response:
 
 
 async def logout(request: Request) -> Response:
-    """End the session. Who only asks for the page, as after signing in anew, is led to the first one."""
-    if request.method != "POST":
-        return RedirectResponse("/", 303)
+    """End the session."""
     await form_of(request)
     request.app.state.parts.sessions.end(visitor_of(request).id)
     answer = RedirectResponse("/login", 303)
@@ -53,4 +51,4 @@ async def logout(request: Request) -> Response:
     return answer
 
 
-ROUTES = [Route("/login", login, methods=["GET", "POST"]), Route("/logout", logout, methods=["GET", "POST"])]
+ROUTES = [Route("/login", login, methods=["GET", "POST"]), Route("/logout", logout, methods=["POST"])]

@@ -71,7 +71,7 @@ def _conninfo(value: SecretStr | None) -> SecretStr | None:
     # An @ or / in a password cuts it in two, and the rest passes for host, port or database, which libpq's errors quote.
     address = text.partition("://")[2] if text.startswith(("postgresql://", "postgres://")) else ""
     place, _, path = address.partition("?")[0].partition("/")
-    if "@" in path or "@" in place.partition("@")[2][1:] or not all(port.strip().isdigit() for port in ports if port):
+    if "@" in path or "@" in place.partition("@")[2] or not all(port.strip().isdigit() for port in ports if port):
         raise ValueError("has a port that is no number, or a user or password in which @ : / ? # are not percent-encoded")
     return value
 

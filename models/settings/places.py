@@ -53,8 +53,8 @@ class PlaceSettings(BaseSettings):
     log_format: Annotated[Literal["text", "json"], AnyCase] = "text"
     """text for people; json, one object a line, for machines."""
     log_file_path: LogFile = None
-    """Log to this file too, one file a process: role, host name and process id are put before its suffix unless the name places
-    them itself. A relative name lies in STORAGE_LOGS_DIR. Unset: console only."""
+    """Log to this file too, one file a process: role, host name and process id (in a container with its namespace) are put before its
+    suffix unless the name places them itself. A relative name lies in STORAGE_LOGS_DIR. Unset: console only."""
     log_rotation_mb: Annotated[float, Interval(ge=0.001, le=10_000)] = 50
     """Size at which a log file is rotated, in MB of 1,000,000 bytes."""
     log_retention_files: Annotated[int, Interval(ge=1, le=10_000)] = 10

@@ -60,7 +60,11 @@ def _refuse_unreadable_lines() -> None:
         return
     with path.open(encoding="utf-8") as file:
         # What is read as one line may begin with empty ones.
-        bad = [str(read.original.line + _empty_lines(read.original.string)) for read in parse_stream(file) if read.error]
+        bad = [
+            str(read.original.line + _empty_lines(read.original.string))
+            for read in parse_stream(file)
+            if read.error or (read.key is not None and read.value is None)
+        ]
     if bad:
         raise _UnreadableLines(f".env has no NAME=value in line{'s' * (len(bad) > 1)} {', '.join(bad)}: is a quote missing?")
 

@@ -60,7 +60,7 @@ class ServingSettings(BaseSettings):
     ] = None
     """What people type to sign in, and what `Authorization: Bearer` of a metrics scraper holds. Unset: no sign-in, on this machine only."""
     serve_read_only: Annotated[bool, Words(allowed="true or false")] = False
-    """true: the dashboard only shows; nothing can be requeued or discarded."""
+    """true: the dashboard only shows; nothing can be requeued or discarded, and an embedded server is not migrated."""
     serve_allowed_hosts: Annotated[
         str | None, AfterValidator(_host_names), Words(allowed="host names separated by commas", default="unset")
     ] = None

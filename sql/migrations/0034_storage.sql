@@ -395,7 +395,7 @@ CROSS JOIN LATERAL (
         (8, t.waits AND l.waiting_for = 'storage' AND t.since < now() - interval '10 minutes', 'storage', t.since,
             format('it waits for the storage: %s', l.error_message),
             'it goes on by itself when the storage is back: mount it, or free some space; docmill health on the worker''s host says how it is'),
-        (9, t.waits AND t.since < now() - interval '10 minutes', 'service', t.since,
+        (9, t.waits AND l.waiting_for IS NOT NULL AND t.since < now() - interval '10 minutes', 'service', t.since,
             format('it waits for an outside service: %s', l.error_message),
             'it goes on by itself when the service is back; look at provider_health, SELECT reset_breaker(service) tries at once'),
         (10, l.state = 'retrying' AND t.since < now() - interval '10 minutes', 'failing', t.since,

@@ -131,7 +131,13 @@ BEGIN
             SELECT coalesce(string_agg(g.privilege_type, ', ' ORDER BY array_position(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'USAGE'], g.privilege_type)), '')
             FROM aclexplode(c.relacl) AS g WHERE g.grantee = wanted.role::regrole
         ) <> (CASE WHEN c.relkind = 'v' AND wanted.rights <> '' THEN 'SELECT' WHEN wanted.rights LIKE '%(%' THEN '' ELSE wanted.rights END)
-            OR wanted.rights LIKE '%(%' AND NOT has_any_column_privilege(wanted.role, here, 'SELECT')
+            -- Of columns it must have each right itself: what it may read as somebody's member, or as anybody, may be taken away from those.
+            OR wanted.rights LIKE '%(%' AND regexp_count(wanted.rights, '\(') <> (
+                SELECT count(DISTINCT g.privilege_type)
+                FROM pg_attribute AS a
+                CROSS JOIN aclexplode(a.attacl) AS g
+                WHERE a.attrelid = here AND g.grantee = wanted.role::regrole
+            )
         THEN
             EXECUTE format('REVOKE ALL ON %s %s FROM %I', kind, here, wanted.role);
             IF wanted.rights <> '' THEN
@@ -166,10 +172,11 @@ DECLARE
     owner CONSTANT oid := 'docmill_owner'::regrole;
     here CONSTANT oid := (SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = 'relation_rights'::regclass);
     -- Whoever made docmill's functions owned its tables too: what else of theirs lies in the schema, types and procrastinate's parts, belongs to
-    -- it. Some may be the caller's, who has helped with a migration.
-    former CONSTANT oid[] := (SELECT array_agg(r.oid) FROM pg_roles AS r WHERE r.oid <> owner AND pg_has_role(r.oid, 'USAGE') AND (
-        r.rolname = current_user OR r.oid = (SELECT p.proowner FROM pg_proc AS p WHERE p.oid = 'acting_user()'::regprocedure)
-    ));
+    -- it. Some may be the caller's, who has helped with a migration. Once all is docmill_owner's, what anybody makes there stays theirs.
+    maker CONSTANT oid := (SELECT p.proowner FROM pg_proc AS p WHERE p.oid = 'acting_user()'::regprocedure);
+    has_all CONSTANT boolean := maker = owner AND (SELECT c.relowner FROM pg_class AS c WHERE c.oid = 'file_extractions'::regclass) = owner;
+    former CONSTANT oid[] := (SELECT array_agg(r.oid) FROM pg_roles AS r
+        WHERE NOT has_all AND r.oid <> owner AND pg_has_role(r.oid, 'USAGE') AND (r.rolname = current_user OR r.oid = maker));
 BEGIN
     FOR ours IN
         SELECT CASE p.prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END AS kind, p.oid::regprocedure::text AS name, 'docmill_owner' AS owner

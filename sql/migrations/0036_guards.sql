@@ -65,7 +65,7 @@ CREATE OR REPLACE TRIGGER file_extractions_transition
     BEFORE INSERT OR UPDATE OF milestone, state, version, claim, doc_id, user_id ON file_extractions
     FOR EACH ROW EXECUTE FUNCTION refuse_invalid_transition();
 
--- Holds for what is written from now on. To look through what is there would keep writers waiting.
+-- Not validated, because to look through what is there would keep writers waiting; nothing has ever written such a row.
 ALTER TABLE file_extractions ADD CONSTRAINT file_extractions_duplicate_check
     CHECK (state <> 'duplicate' OR duplicate_of IS NOT NULL) NOT VALID;
 
@@ -130,6 +130,7 @@ BEGIN
     RETURN coalesce(low, 0);
 END;
 $$;
+
 -- Jobs that wait already.
 
 CREATE FUNCTION adopt_job(doc_id text, stage text) RETURNS void LANGUAGE sql SECURITY DEFINER AS $$

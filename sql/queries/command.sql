@@ -119,9 +119,9 @@ WITH whole AS MATERIALIZED (
 ), found AS (
     SELECT w.doc_id, w.file_name, w.state, w.created_at, w.kind FROM whole AS w
     UNION ALL
-    SELECT d.doc_id, d.file_name, d.state, d.created_at, CASE WHEN d.file_name = %(word)s THEN 2 ELSE 3 END
+    SELECT d.doc_id, d.file_name, d.state, d.created_at, CASE WHEN d.file_name = %(file_name)s THEN 2 ELSE 3 END
     FROM file_extractions AS d
-    WHERE NOT EXISTS (SELECT FROM whole) AND (d.file_name = %(word)s OR starts_with(d.doc_id, %(word)s))
+    WHERE NOT EXISTS (SELECT FROM whole) AND (d.file_name = %(file_name)s OR starts_with(d.doc_id, %(word)s))
 )
 SELECT f.doc_id, f.file_name, f.state, f.created_at
 FROM found AS f

@@ -117,3 +117,6 @@ WHERE a.doc_id = %(doc_id)s AND a.version = %(version)s;
 INSERT INTO vector_buffer (doc_id, version, chunk_index, embedding_model, embedding)
 SELECT %(doc_id)s, %(version)s, v.chunk_index, %(embedding_model)s, v.embedding
 FROM unnest(%(indexes)b::integer[], %(embeddings)b::vector[]) AS v (chunk_index, embedding);
+
+-- name: has_documents
+SELECT EXISTS (SELECT FROM file_extractions);

@@ -62,7 +62,7 @@ FROM store_embeddings(%(embedding_model)s, %(doc_ids)s, %(chunk_ids)s, %(embeddi
 -- Of its own, after what it tells of: a crash in between costs the count something, and nothing else. A set that has grown since it was ready
 -- may be large enough for an index now: it is called ready again once that has been looked at.
 UPDATE reembeddings AS r
-SET state = CASE r.state WHEN 'ready' THEN 'running' ELSE r.state END,
+SET state = CASE r.state WHEN 'ready' THEN 'running' ELSE r.state END, ready_at = CASE r.state WHEN 'ready' THEN NULL ELSE r.ready_at END,
     done = CASE WHEN r.switched_at IS NULL THEN r.done + %(got_on)s ELSE r.done END, error_message = NULL, worker = %(worker)s,
     updated_at = clock_timestamp(), dimensions = coalesce(r.dimensions, %(dimensions)s)
 WHERE r.to_model = %(embedding_model)s AND r.state IN ('running', 'paused', 'ready', 'switched');

@@ -51,8 +51,11 @@ $$;
 WITH former AS (
     SELECT r.oid
     FROM pg_roles AS r
-    WHERE r.rolname <> 'docmill_owner' AND pg_has_role(r.oid, 'USAGE')
-        AND (r.rolname = current_user OR r.oid = (SELECT p.proowner FROM pg_proc AS p WHERE p.oid = 'acting_user()'::regprocedure))
+    JOIN pg_proc AS p ON p.oid = 'acting_user()'::regprocedure
+    JOIN pg_class AS c ON c.oid = 'file_extractions'::regclass
+    -- Once all is docmill_owner's, what anybody makes there stays theirs.
+    WHERE NOT (p.proowner = 'docmill_owner'::regrole AND c.relowner = 'docmill_owner'::regrole) AND r.rolname <> 'docmill_owner'
+        AND pg_has_role(r.oid, 'USAGE') AND (r.rolname = current_user OR r.oid = p.proowner)
 ), ours AS (
     SELECT CASE p.prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END AS kind, p.oid::regprocedure::text AS name, 'docmill_owner' AS owner
     FROM pg_class AS c

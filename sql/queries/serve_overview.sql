@@ -5,11 +5,15 @@
 WITH since AS (
     SELECT date_bin(%(bucket)s::interval, now() - %(span)s::interval, 'epoch') AS at
 ), told AS (
-    SELECT date_bin(%(bucket)s::interval, e.at, 'epoch') AS bucket_at, count(*) FILTER (WHERE e.event = 'requeued_by_operator') AS requeued,
+    SELECT date_bin(%(bucket)s::interval, e.at, 'epoch') AS bucket_at, count(*) FILTER (WHERE e.event <> 'deleted') AS requeued,
         count(*) FILTER (WHERE e.event = 'deleted') AS dropped
     FROM document_events AS e
     WHERE e.id >= event_id_since((SELECT at FROM since) - interval '1 minute') AND e.at >= (SELECT at FROM since)
-        AND (e.event = 'requeued_by_operator' OR e.event = 'deleted' AND e.detail ->> 'was' IN ('queued', 'working', 'retrying'))
+        AND (
+            e.event = 'requeued_by_operator' OR e.event = 'deleted' AND e.detail ->> 'was' IN ('queued', 'working', 'retrying')
+            -- A duplicate whose original is gone.
+            OR e.event = 'requeued' AND e.detail ? 'duplicate_of'
+        )
     GROUP BY 1
 )
 SELECT t.bucket_at, t.submitted, t.complete, t.duplicate, t.failed, t.cancelled, t.retries, t.rescues, coalesce(o.requeued, 0) AS requeued,

@@ -150,9 +150,8 @@ def test_a_form_that_was_made_elsewhere_changes_nothing(open_site: httpx2.Client
             somebody_else.post("/dead-letters/resolve", data=good),
         ]
     assert [attempt.status_code for attempt in attempts] == [403] * 6
-    for path, page in (("/dead-letters/resolve", "/dead-letters"), ("/logout", "/")):
-        asked = open_site.get(path, params=good)
-        assert (asked.status_code, asked.headers["location"]) == (303, page), "asking for a page acts on nothing"
+    for path in ("/dead-letters/resolve", "/logout"):
+        assert open_site.get(path, params=good).status_code == 405
     assert state_of(conn, "a") == ("failed", None)
     origin = {"Origin": str(open_site.base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin"}
     assert open_site.post("/dead-letters/resolve", data=good, headers=origin).status_code == 303
@@ -183,10 +182,6 @@ def test_a_session_that_has_ended_leads_back_to_a_page_and_not_to_a_form(closed_
     for path in ("/dead-letters/resolve", "/logout"):
         answer = closed_site.post(path, data={"csrf": "of an older session", "action": "requeue", "id": "1"})
         assert (answer.status_code, answer.headers["location"]) == (303, "/login"), path
-        sign_in(closed_site, following=path)  # as one that was asked for it earlier
-        there = closed_site.get(path)
-        assert closed_site.get(there.headers["location"]).status_code == 200
-        closed_site.cookies.clear()
 
 
 def test_a_connection_that_breaks_between_dead_letters_leaves_a_list_of_what_was_not_done(

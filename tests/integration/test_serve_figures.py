@@ -33,6 +33,18 @@ def test_requeued_and_deleted_documents_change_no_minute_before(settings: Settin
     assert (found[0], found[-1]) == (3, 0)
 
 
+def test_a_duplicate_whose_original_is_deleted_was_not_there_before(settings: Settings, conn: psycopg.Connection, tmp_path: Path) -> None:
+    conn.execute("SELECT submit_document('uploads/x', doc_id => 'duplicate')")
+    conn.execute(
+        """INSERT INTO document_events (doc_id, user_id, correlation_id, event, detail)
+        VALUES ('duplicate', 'default', 'c', 'duplicate', '{}'),
+            ('duplicate', 'default', 'c', 'requeued', '{"duplicate_of": "original"}')"""
+    )
+    with served(tmp_path / "serve.log") as address, client(address) as visitor:
+        found = minutes(visitor.get("/").text)
+    assert (found[0], found[-1]) == (1, 0)
+
+
 def test_a_document_whose_data_no_reader_of_json_takes_has_a_page(settings: Settings, conn: psycopg.Connection, tmp_path: Path) -> None:
     conn.execute("SELECT submit_document('uploads/x', doc_id => 'deep')")
     conn.execute("ALTER TABLE file_extractions DISABLE TRIGGER file_extractions_metadata")

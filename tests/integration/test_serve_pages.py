@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -42,7 +41,6 @@ PARAMETERS = {
     "/": ["x"], "/queues": ["span"], "/batches": ["after"], "/batch": ["id", "state", "after"], "/documents": ["state", "after"],
     "/document": ["id", "after", "before"], "/dead-letters": ["error_type", "stage", "after", "requeued"], "/dead-letter": ["id"],
     "/workers": ["x"], "/providers": ["x"], "/search": ["q"], "/login": ["next"], "/readyz": ["only"],
-    "/logout": ["x"], "/dead-letters/resolve": ["id"],
 }  # fmt: skip
 
 
@@ -80,7 +78,7 @@ def test_no_text_of_others_becomes_markup_on_any_page(site: httpx2.Client, conn:
         "/metrics",
     }
     assert there_are == set(PARAMETERS), "a new page is tried here too"
-    assert there_are - {"/readyz", "/logout", "/dead-letters/resolve"} <= {path.partition("?")[0] for path in every_page(conn)}
+    assert there_are - {"/readyz"} <= {path.partition("?")[0] for path in every_page(conn)}
     shown = []
     for path in every_page(conn):
         answer = site.get(path)
@@ -190,7 +188,7 @@ def test_a_question_that_takes_too_long_is_given_up_and_other_pages_go_on(site: 
         other.execute("LOCK TABLE dead_letters IN ACCESS EXCLUSIVE MODE")
         slow = site.get("/dead-letters")
         assert slow.status_code == 504
-        assert 'http-equiv="refresh"' in slow.text
+        assert 'http-equiv="refresh"' not in slow.text, "it would be asked for again and again in tabs that nobody looks at"
         assert "SERVE_QUERY_SECONDS" in slow.text
         assert site.get("/documents").status_code == 200
         assert site.get("/healthz").text == "ok\n"
@@ -200,18 +198,19 @@ def test_a_question_that_takes_too_long_is_given_up_and_other_pages_go_on(site: 
     assert site.get("/dead-letters").status_code == 200
 
 
-def test_one_question_that_takes_too_long_leaves_the_rest_of_the_overview(site: httpx2.Client, filled: str) -> None:
+def test_one_question_that_takes_too_long_leaves_the_rest_of_the_overview(site: httpx2.Client, filled: str, tmp_path: Path) -> None:
     whole = Page(site.get("/").text)
     for tables in ("dead_letters", "file_extractions, dead_letters, processing_jobs, alert_conditions"):
-        time.sleep(10.1)  # what was read before is shown for so long
-        with psycopg.connect(filled) as other:
-            other.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE".encode())
-            answer = site.get("/")
-        assert answer.status_code == 200, tables
-        shown = Page(answer.text)
-        assert "could not be read in time" in shown.text and "database" in shown.text, tables
-        assert [a["id"] for _, a in shown.elements if "data-part" in a] == [a["id"] for _, a in whole.elements if "data-part" in a]
-    assert "could not be read in time" not in site.get("/").text
+        # A server of its own: what one has read before it shows for some seconds.
+        with served(tmp_path / "serve.log", DATABASE_URL=filled) as address, client(address) as visitor:
+            with psycopg.connect(filled) as other:
+                other.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE".encode())
+                answer = visitor.get("/")
+            assert answer.status_code == 200, tables
+            shown = Page(answer.text)
+            assert "could not be read in time" in shown.text and "database" in shown.text, tables
+            assert [a["id"] for _, a in shown.elements if "data-part" in a] == [a["id"] for _, a in whole.elements if "data-part" in a]
+            assert "could not be read in time" not in visitor.get("/").text
 
 
 def test_a_part_that_has_nothing_to_show_yet_is_there_to_be_filled(settings: Settings, database: str, tmp_path: Path) -> None:

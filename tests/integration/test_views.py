@@ -336,7 +336,7 @@ def test_a_whole_doc_id_is_found_alone_and_without_reading_all_documents(conn: p
         conn.execute("SELECT submit_document('uploads/x', doc_id => %s, file_name => 'report.txt')", [doc_id])
 
     def found(word: str, explain: str = "") -> list[str]:
-        params = {"word": word, "words": word, "pattern": f"%{word}%", "limit": 10}
+        params = {"word": word, "file_name": word, "words": word, "pattern": f"%{word}%", "limit": 10}
         return [row[0] for row in conn.execute((explain + query(name)).encode(), params).fetchall()]
 
     assert found("a") == ["a"]

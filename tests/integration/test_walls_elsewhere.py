@@ -137,6 +137,31 @@ def test_functions_and_types_are_the_owners_whether_by_command_or_by_sql(new: Wa
     assert_walls_stand(new)
 
 
+def test_what_others_make_in_the_schema_stays_theirs(new: Walls) -> None:
+    with new.as_login("postgres") as conn:
+        migrate(conn)
+        create_roles(new.settings())
+        conn.execute("CREATE FUNCTION theirs() RETURNS integer LANGUAGE sql AS 'SELECT 1'")
+        conn.execute("CREATE TYPE their_type AS ENUM ('a')")
+        migrate(conn)
+        create_roles(new.settings())
+        owners = "SELECT pg_get_userbyid(proowner) FROM pg_proc WHERE proname = 'theirs'"
+        assert rows(conn, owners + " UNION ALL SELECT pg_get_userbyid(typowner) FROM pg_type WHERE typname = 'their_type'") == [
+            ("postgres",),
+            ("postgres",),
+        ]
+
+
+def test_who_reads_by_public_has_the_rights_of_its_columns_too(new: Walls) -> None:
+    with new.as_login("postgres") as conn:
+        migrate(conn)
+        conn.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO PUBLIC")
+        create_roles(new.settings())
+        may = "SELECT has_column_privilege('docmill_app', 'document_events', 'event', 'INSERT')"
+        assert rows(conn, may) == [(True,)]
+        assert create_roles(new.settings()) == ([], [])
+
+
 def test_who_makes_roles_before_migrating_is_told_to_migrate(new: Walls, monkeypatch: pytest.MonkeyPatch) -> None:
     own = sql.migrate._own()
     monkeypatch.setattr(sql.migrate, "_own", lambda: own[:30])

@@ -12,6 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from jobs import health, serve
+from jobs.adapters.storage import LocalStorage
 from jobs.serve.charts import lines, stacked_bars
 from jobs.serve.guard import cookie, host_names, name_of, our_own
 from jobs.serve.rendering import _visible, ago, duration, link, money, number, or_id, size, tidy
@@ -187,6 +188,7 @@ def test_buckets_of_a_histogram_are_cumulative_and_end_with_all() -> None:
 
 async def test_a_storage_that_hangs_is_not_asked_by_one_more_thread_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(storage_base_path=tmp_path / "storage")
+    LocalStorage.prepared(settings)
     monkeypatch.setitem(health._storage_asked_at, settings.storage_base_path, time.monotonic() - 60)
     assert "has not answered for 60 s" in (await health._storage(settings)).message
     health._storage_asked_at.clear()

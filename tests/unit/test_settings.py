@@ -155,6 +155,7 @@ def test_a_bad_secret_is_never_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
     "url",
     [
         "postgresql://ann:pre@hush@db/docs",
+        "postgresql://ann:hush@@db/docs",
         "postgresql://ann:12/hush@db:5432/docs",
         "postgresql://ann:pre/hush@db/docs",
         "postgresql://ann@corp:hush@db/docs",
@@ -284,6 +285,7 @@ def test_an_env_file_that_cannot_be_read_is_a_configuration_error(tmp_path: Path
     [
         ("LOG_LEVEL=INFO\nDATABASE_URL='postgresql://ann:hush@db/docs\nMAX_PAGES=7\n", "line 2"),
         ("\n\n# no setting\nMAX_PAGES='7' hush\n\nCHUNK_SIZE=500\n=hush\n", "lines 4, 7"),
+        ("MAX_PAGES=7\nDATABASE_URL\nexport CHUNK_SIZE\n", "lines 2, 3"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_refused_by_its_number(content: str, lines: str, tmp_path: Path) -> None:

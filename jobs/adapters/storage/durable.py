@@ -11,6 +11,7 @@ from pathlib import Path
 # Owner and group: submitters and workers may be different users of one group; nobody else needs to see documents.
 FILE_MODE = 0o660
 FOLDER_MODE = 0o770
+_NO_FILES = frozenset({"logs", "lost+found"})
 
 
 def regular(status: os.stat_result) -> os.stat_result:
@@ -23,8 +24,11 @@ def regular(status: os.stat_result) -> os.stat_result:
 
 
 def is_empty(base: Path) -> bool:
-    """Say whether a storage's base is not there or holds nothing, as where it is not mounted: one in use has a folder of uploads."""
-    return not base.exists() or next(base.iterdir(), None) is None
+    """Say whether a storage's base is not there or holds nothing, as where it is not mounted: one in use has a folder of uploads.
+
+    A folder of logs is nothing: each process makes its own, whatever it does.
+    """
+    return not base.exists() or all(entry.name in _NO_FILES for entry in base.iterdir())
 
 
 def make_folder(path: Path, base: Path | None = None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
 from uuid import uuid4
 
-from jobs.adapters.storage.durable import FILE_MODE, make_folder, regular, sync, write_all
+from jobs.adapters.storage.durable import FILE_MODE, is_empty, make_folder, regular, sync, write_all
 from jobs.adapters.storage.faults import storage_fault, storage_faults
 from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
 from jobs.adapters.storage.sources import read_blocks
@@ -61,6 +61,10 @@ class LocalStorage:
                 make_folder(storage.base / storage.uploads_dir)
             _prepared.add(storage.base)
         return storage
+
+    def is_away(self) -> bool:
+        """Say whether the base is not there or holds nothing, as where it is not mounted, or has never been in use. OSError."""
+        return is_empty(self.base)
 
     def resolve(self, relative: str) -> Path:
         """Return the absolute path, symbolic links followed. PermanentError if it leaves the base."""

@@ -7,7 +7,7 @@
 
   function renew(fresh) {
     // An answer that tells of trouble may have parts too; one that has none changes nothing.
-    if (!fresh.querySelector("[data-part]")) return;
+    if (!fresh.querySelector("[data-part]")) return false;
     fresh.querySelectorAll("[data-part]").forEach(function (part) {
       var shown = document.getElementById(part.id);
       // What somebody reads with the keyboard, or has selected, stays until they go on.
@@ -25,6 +25,7 @@
     });
     var clock = fresh.querySelector("footer time"), own = document.querySelector("footer time");
     if (clock && own) { own.textContent = clock.textContent; own.dateTime = clock.dateTime; }
+    return true;
   }
 
   function selectedIn(element) {
@@ -32,8 +33,8 @@
     return selection && !selection.isCollapsed && element.contains(selection.anchorNode);
   }
 
-  function say(words) {
-    lost.textContent = words && words + " What you see is from when it last did.";
+  function say(words, renewed) {
+    lost.textContent = words && words + (renewed ? "" : " What you see is from before.");
     lost.hidden = !words;
   }
 
@@ -43,10 +44,11 @@
     fetch(window.location.href, { headers: { "X-Fragment": "1", Accept: "text/html" }, credentials: "same-origin", signal: AbortSignal.timeout(30000) })
       .then(function (answer) {
         if (answer.status === 401) window.location.reload();
-        say(answer.ok ? "" : "The server could not show all of this now.");
-        return answer.text();
+        return answer.text().then(function (text) {
+          var renewed = renew(new DOMParser().parseFromString(text, "text/html"));
+          say(answer.ok ? "" : answer.status < 500 ? "This is not there any more." : "The server could not show all of this now.", renewed);
+        });
       })
-      .then(function (text) { renew(new DOMParser().parseFromString(text, "text/html")); })
       .catch(function () { say("The server does not answer."); })
       .then(function () { asking = false; });
   }
