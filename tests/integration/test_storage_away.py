@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from jobs.adapters.sandbox import ProcessSandbox
@@ -9,6 +10,8 @@ from jobs.adapters.storage import LocalStorage
 from jobs.health import check_health
 from jobs.pipeline.runner import Runner
 from jobs.stages import check, parse, validate
+from jobs.worker import DocmillApp
+from models.settings import Settings
 from tests.integration.conftest import Bench
 from tests.integration.outside import Outside
 
@@ -58,3 +61,11 @@ async def test_a_document_outlives_a_storage_that_is_not_mounted(
     await outside.work(runner)
     assert bench.one("SELECT state::text, retry_count, waiting_since FROM file_extractions") == ("complete", 0, None)
     assert bench.one("SELECT count(*) FROM dead_letters") == (0,)
+
+
+@pytest.mark.parametrize("documents", [0, 1])
+def test_a_worker_makes_a_storage_only_while_there_are_no_documents(settings: Settings, conn: psycopg.Connection, documents: int) -> None:
+    for number in range(documents):
+        conn.execute("SELECT submit_document('uploads/x', doc_id => %s)", [str(number)])
+    DocmillApp(settings, import_paths=[])._prepare_storage(conn.info.dsn)
+    assert settings.storage_base_path.exists() == (documents == 0)
