@@ -106,14 +106,20 @@ def test_a_document_whose_worker_died_is_named_while_it_waits(conn: psycopg.Conn
     assert (cause, reason) == ("crashing", "its worker died or hung 2 times during validate")
 
 
-@pytest.mark.parametrize(("counts", "cause"), [("true", "failing"), ("false", "service")])
-def test_a_document_that_is_tried_again_and_again_is_stuck_since_it_last_got_on(conn: psycopg.Connection, counts: str, cause: str) -> None:
+@pytest.mark.parametrize(
+    ("counts", "waiting_for", "cause"),
+    [("true", None, "failing"), ("false", "embedding http://x", "service"), ("false", "storage", "storage"), ("false", None, "failing")],
+)
+def test_a_document_that_is_tried_again_and_again_is_stuck_since_it_last_got_on(
+    conn: psycopg.Connection, counts: str, waiting_for: str | None, cause: str
+) -> None:
     submit(conn)
     beat(conn)
     work(conn, "1 minute")
     conn.execute(
         """UPDATE file_extractions SET state = 'retrying', lease_until = NULL, not_before = now() + interval '1 min', retry_count = 2,
-        error_type = 'RETRYABLE', error_message = 'HTTP 503'"""
+        error_type = 'RETRYABLE', error_message = 'HTTP 503', waiting_for = %s""",
+        [waiting_for],
     )
     conn.execute("UPDATE procrastinate_jobs SET status = 'todo', scheduled_at = now() + interval '1 min'")
     conn.execute("ALTER TABLE document_events DISABLE TRIGGER document_events_append_only")
