@@ -27,6 +27,7 @@ _SETTLE_SECONDS = 5.0  # that a call waits for its entry before it hands its ans
 _CLOSE_SECONDS = 3.0
 LATEST_SECONDS = 2.0
 """How late a call may be sent: the budget's slots cover 66 s, so that it may arrive up to 5 s late, and the way takes time too."""
+_MOST_PASSED = 3  # times that others are limited while a call waits for its time, before its document goes back to the queue
 _MOST_LATE = 5  # times in a row that a call is ready too late, before its document goes back to the queue
 
 
@@ -77,20 +78,23 @@ class Service:
 
     async def _enter(self, purpose: CallPurpose) -> Entry:
         """Return a call that may be sent now and whose intent is written."""
-        entry, told, late = new_entry(purpose), None, 0
+        entry, told, late, passed = new_entry(purpose), None, 0, 0
         while True:
             asked_at = clock.seconds()
             asked = await self._ledger.begin(entry)
             if asked.hindrance is None:
                 await self._wait_for_time(entry, asked.wait_seconds)
                 if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
-                    why = "The service may no longer be called."
+                    why, passed = "The service may no longer be called.", passed + 1
                 elif self._limited() and clock.seconds() - asked_at - asked.wait_seconds > LATEST_SECONDS:
                     # Sent now, it would be counted in another second than the one it falls into, and a minute could hold too many.
                     why, late = "The call was ready too late for the time that the budget gave it.", late + 1
                 else:
                     return entry
                 await self._settle(self._withdraw(entry, NotSent(why)))
+                if passed == _MOST_PASSED:
+                    # Of many that wait in hand it may be the same few who are let through each time.
+                    raise self._waits(RateLimitError(why, asked.wait_seconds), None)
                 if late == _MOST_LATE:
                     raise self._waits(RateLimitError(f"{why} This worker's machine has too much to do.", LATEST_SECONDS), None)
                 entry = new_entry(purpose)

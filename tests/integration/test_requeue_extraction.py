@@ -222,3 +222,25 @@ async def test_one_that_is_half_moved_to_another_model_comes_back_with_that_mode
     own = await to.embed([content for content, _ in stored])
     assert all((found.to_numpy() == right).all() for (_, found), right in zip(stored, own, strict=True))
     assert bench.all("SELECT detail ->> 'embedded' FROM document_events WHERE doc_id = 'a' AND version = 2 AND stage = 'embed'") == [("0",)]
+
+
+async def test_vectors_of_two_models_that_an_older_version_left_in_the_buffer_are_made_anew(
+    outside: Outside, worker: Runner, endpoint: OpenAIServer
+) -> None:
+    """As the version before migration 0038 copied them."""
+    bench = outside.bench
+    shelf = Shelf(bench.conn, bench.pool, bench.settings)
+    shelf.put("before", "pump")
+
+    async def choose(*, fresh: bool = False) -> Any:
+        return OLD
+
+    worker._runs._tools = replace(worker._runs._tools, choose_embedder=choose)
+    worker._runs._stages["embed"] = embed.run
+    await failed(outside, worker, "a")
+    endpoint.script(faults.never)
+    assert retry_extraction("a") == "extract"
+    bench.conn.execute("UPDATE vector_buffer SET embedding_model = 'other@1' WHERE chunk_index = 0")
+    await outside.work(worker)
+    assert outside.state("a") == ("complete", "complete", 0)
+    assert bench.all("SELECT DISTINCT embedding_model FROM document_chunks WHERE doc_id = 'a'") == [(OLD.model,)]
