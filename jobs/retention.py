@@ -47,6 +47,7 @@ POLICIES = (
     Policy("resolved alert conditions", "alert_retention_days", "prune_alert_conditions"),
     Policy("calls to outside services", "usage_retention_days", "prune_usage", start="-infinity"),
     Policy("costs of what is gone", "usage_retention_days", "prune_cost_totals", start=""),
+    Policy("replaced archives", "archive_retention_days", "prune_archives"),
 )
 
 
@@ -64,19 +65,20 @@ def prune_rows(
 ) -> dict[str, int]:
     """Remove what the settings let go and return how many rows of what; jobs count without their events, which go with them.
 
-    Summaries that still speak of deleted documents are noted, for a reconciler to renew.
+    Summaries that still speak of deleted documents are noted, for a reconciler to renew, and files of archives, to be removed.
 
     `conn` is in autocommit mode. `stop` is asked between two windows. `dry_run`: everything is done and undone, window by window.
     SomebodyElsePrunes: at once, or when another process has come in between.
     """
     removed: dict[str, int] = {}
+    uploads = f"{settings.storage_uploads_dir}/"
     for policy in POLICIES:
         days: int = getattr(settings, policy.setting)
         if days == 0:
             continue
         removed[policy.what] = 0
         for more in _parts(conn, policy):
-            params = {"window": WINDOW, **policy.params, **more, "days": days, "after": policy.start}
+            params = {"window": WINDOW, **policy.params, **more, "days": days, "after": policy.start, "uploads": uploads}
             while not stop():
                 began = time.monotonic()
                 row = _window(conn, policy.query, params, dry_run=dry_run)

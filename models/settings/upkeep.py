@@ -36,5 +36,8 @@ class UpkeepSettings(BaseSettings):
     usage_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 400
     """Days that the ledger of calls to outside services is kept, from which costs are added up; their sums for longer, as long as the
     document or batch is there. 0: for ever."""
+    archive_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 30
+    """Days that a zip archive, its row and its stored file, is kept after another one was unpacked in its place. Its documents stay. 0: as
+    long as the batch."""
     orphan_file_days: Annotated[int, Interval(ge=0, le=36_500)] = 7
     """Days after which a stored file goes that no document, archive or batch refers to, because its submission was cut off. 0: never."""

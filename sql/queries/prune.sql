@@ -115,6 +115,40 @@ WITH free AS MATERIALIZED (
 )
 SELECT count(*) AS removed, 0 AS next, count(*) = %(window)s AS more FROM gone;
 
+-- name: prune_archives
+-- Of earlier runs, once a later one has unpacked what took their place. One that nothing has taken the place of still says what was last found
+-- under its path. Files go that docmill has stored; what an application submitted where it lay is the application's.
+WITH looked AS MATERIALIZED (
+    SELECT a.id, a.batch_id FROM batch_archives AS a WHERE a.id > %(after)s ORDER BY a.id LIMIT %(window)s
+), latest AS MATERIALIZED (
+    SELECT a.batch_id, a.entry_path, max(a.id) AS id
+    FROM batch_archives AS a
+    WHERE a.batch_id IN (SELECT l.batch_id FROM looked AS l)
+        AND a.state = 'unpacked' AND a.ended_at < now() - make_interval(days => %(days)s)
+    GROUP BY a.batch_id, a.entry_path
+), free AS MATERIALIZED (
+    SELECT a.id, a.file_path
+    FROM batch_archives AS a
+    JOIN looked AS l ON l.id = a.id
+    JOIN latest AS n ON n.batch_id = a.batch_id AND n.entry_path = a.entry_path AND n.id > a.id
+    JOIN processing_jobs AS b ON b.batch_id = a.batch_id AND b.run_id <> a.run_id
+    WHERE a.state NOT IN ('waiting', 'unpacking')
+    FOR UPDATE OF a SKIP LOCKED
+), inside AS (
+    SELECT f.id, f.file_path FROM free AS f
+    UNION
+    SELECT a.id, a.file_path
+    FROM free AS f
+    JOIN batch_archives AS p ON p.parent_id = f.id
+    JOIN batch_archives AS a ON a.id = p.id OR a.parent_id = p.id
+), gone AS (
+    DELETE FROM batch_archives AS a USING inside AS i WHERE a.id = i.id RETURNING a.file_path
+)
+SELECT (SELECT count(*) FROM gone) AS removed,
+    (SELECT count(note_file(g.file_path)) FROM (SELECT DISTINCT file_path FROM gone) AS g WHERE starts_with(g.file_path, %(uploads)s)) AS noted,
+    max(l.id) AS next, count(*) = %(window)s AS more
+FROM looked AS l;
+
 -- name: usage_services
 -- From service to service by the index, not from call to call.
 WITH RECURSIVE services (service) AS (

@@ -23,7 +23,9 @@ from jobs.leftovers import remove_noted_files
 from jobs.orphans import FEW, Orphans, find_orphans
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
+from tests.archives import write_zip, zip_bytes
 from tests.integration.conftest import Bench
+from tests.integration.test_cli import docmill
 
 DAY = 86_400
 AS_A_WORKER = """
@@ -289,6 +291,29 @@ def storage_of(bench: Bench) -> LocalStorage:
 
 def look(bench: Bench, days: float = 8, **more: Any) -> Orphans:
     return find_orphans(bench.settings, bench.conn, now=time.time() + days * DAY, **more)
+
+
+def test_an_archive_goes_once_another_was_unpacked_in_its_place_and_its_documents_stay(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_zip(folder / "same.zip", {"c.txt": "A text about belts."})
+    for words in ("pumps", "valves"):
+        inner = zip_bytes({"deep.txt": f"A text about small {words}."})
+        write_zip(folder / "changing.zip", {"a.txt": f"A text about {words}.", "in.zip": inner})
+        assert docmill("ingest", folder).returncode == 0
+    bench.conn.execute("UPDATE batch_archives SET ended_at = ended_at - interval '10 days'")
+    assert prune(bench, archive_retention_days=30) == {}
+    stored = bench.all("SELECT DISTINCT file_path FROM batch_archives")
+    assert prune(bench, archive_retention_days=7, dry_run=True) == {"replaced archives": 3}
+    assert prune(bench, archive_retention_days=7) == {"replaced archives": 3}
+    kept = bench.all("SELECT entry_path FROM batch_archives ORDER BY entry_path")
+    assert kept == [("changing.zip/",), ("changing.zip/in.zip/",), ("same.zip/",)]
+    # What has not changed is the same file for both runs.
+    assert remove_noted_files(bench.settings, bench.conn, untouched_for=0) == 2
+    base = bench.settings.storage_base_path
+    assert sum((base / path).exists() for (path,) in stored) == 3
+    assert "nothing to do" in docmill("ingest", folder).stdout
+    assert prune(bench, archive_retention_days=7) == {}
 
 
 def test_a_file_whose_submission_was_cut_off_goes_and_those_of_documents_stay(bench: Bench) -> None:
