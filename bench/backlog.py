@@ -42,6 +42,8 @@ from sql import query
 
 CHUNK = 10_000
 WARM = 30
+AT_ONCE = 16
+"""Files that go through the front door at the same time."""
 PARTS = ["submitting", "worker", "reconciler", "statements"]
 SUBMIT = """SELECT count(submit_document('backlog/' || n, doc_id => 'backlog ' || n,
     content_sha256 => encode(sha256(convert_to(n::text, 'UTF8')), 'hex'))) FROM generate_series(%s::int8, %s::int8) AS n"""
@@ -83,9 +85,11 @@ def submit_files(settings: Settings, count: int) -> None:
     marks: list[float] = []
 
     async def submit() -> None:
-        for number in range(count):
-            await accept(settings, f"front door {number}".encode(), doc_id=f"front {number}", file_name="front.txt", priority=-1)
-            if number % (count // 5) == count // 5 - 1:
+        for start in range(0, count, AT_ONCE):
+            chunk = range(start, min(start + AT_ONCE, count))
+            names = ((f"front {number}", f"front door {number}".encode()) for number in chunk)
+            await asyncio.gather(*(accept(settings, text, doc_id=name, file_name="front.txt", priority=-1) for name, text in names))
+            if chunk.stop * 5 // count > start * 5 // count:
                 marks.append(memory_mb(os.getpid()))
         await close_async()
 
