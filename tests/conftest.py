@@ -35,8 +35,9 @@ def server() -> PostgresServer:
     """The server, shared by all processes of a parallel run; it stops with the last of them, and its files go with it."""
     # Not below pytest's own folder: another run of pytest would take away the server's right to enter it.
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    base = Path(tempfile.gettempdir())
-    with (base / f"docmill-tests-{os.getuid()}.lock").open("w") as lock:  # one for all runs, as it stays
+    # One for all runs, as it stays, also of those whose TMPDIR is another: they share the memory.
+    base = IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    with (base / f"docmill-{os.getuid()}-tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _remove_what_the_killed_have_left()
         server = get_server(_place(f"docmill-tests-{run}"), cleanup_mode="delete")

@@ -9,8 +9,18 @@ from psycopg.types.json import Jsonb
 
 from jobs import faults
 from jobs.pipeline.claims import Connection, one, rows
-from jobs.pipeline.rows import chunk_params, digest_params, has_new_digest, has_new_text, markdown_params, small_markdown_params, told
+from jobs.pipeline.rows import (
+    chunk_params,
+    digest_params,
+    has_new_digest,
+    has_new_text,
+    markdown_params,
+    parts,
+    small_markdown_params,
+    told,
+)
 from jobs.pipeline.work import Work
+from models.documents import Document
 from sql import query
 
 
@@ -75,13 +85,17 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
         await conn.execute(query("store_markdown"), markdown_params(texts[0]))
     elif texts:
         await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
+    aside: list[tuple[Document, dict[str, Any]]] = []
     for work in works:
         if has_new_digest(work):
             await conn.execute(query("store_digest"), digest_params(work.document))
         if work.served_version is not None:
+            aside += [(work.document, row) for row in await rows(conn, "find_vectors_aside", {"doc_id": work.document.doc_id})]
             await drop_served(conn, work)
     for passages in chunk_params(*(work.document for work in works)):
         await conn.execute(query("store_chunks"), passages)
+    for document, row in aside:
+        await _keep_aside(conn, document, **row)
     # From then on no other model can come to serve until this transaction has ended.
     serving = await one(conn, "serving_model", {})
     for work in works:
@@ -89,6 +103,16 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
             raise StaleVectors
         if work.buffered:
             await conn.execute(query("clear_buffers"), {"doc_id": work.document.doc_id, "version": work.document.version})
+
+
+async def _keep_aside(conn: Connection, document: Document, embedding_model: str, hashes: list[str], embeddings: list[Any]) -> None:
+    """Give passages that an earlier version had too the vectors that a re-embedding has made for it: they may have been paid for."""
+    made = dict(zip(hashes, embeddings, strict=True))
+    kept = [(chunk.id, made[chunk.content_sha256]) for chunk in document.chunks or () if chunk.content_sha256 in made]
+    for part in parts(kept):
+        ids, vectors = [chunk_id for chunk_id, _ in part], [vector for _, vector in part]
+        params = {"embedding_model": embedding_model, "doc_ids": [document.doc_id], "chunk_ids": ids, "embeddings": vectors}
+        await conn.execute(query("store_embeddings"), params)
 
 
 async def drop_served(conn: Connection, work: Work) -> None:

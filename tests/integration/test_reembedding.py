@@ -25,6 +25,7 @@ from models.errors import ConfigurationError, PermanentError, ServiceUnavailable
 from models.settings import Settings
 from sql import migrate as migrations
 from tests.fetching import in_parallel
+from tests.integration.conftest import Bench
 from tests.reembedding import NEW, OLD, Shelf, vector
 
 INDEXES = "SELECT indexname FROM pg_indexes WHERE indexname LIKE '%%hnsw%%' ORDER BY 1"
@@ -113,6 +114,26 @@ async def test_passages_that_have_the_new_model_already_are_not_embedded_again(s
     await shelf.until("complete")
     assert len(shelf.embedded) == 2
     assert shelf.one("SELECT done, total FROM reembedding_status") == (2, 2)
+
+
+async def test_a_new_version_keeps_what_was_made_aside_for_passages_that_it_has_too(bench: Bench) -> None:
+    shelf = Shelf(bench.conn, bench.pool, bench.settings)
+    for doc_id in ("a", "b"):
+        bench.submit(doc_id)
+    await bench.drain()
+    shelf.start(switch="manual")
+    await shelf.until("ready")
+    assert sorted(shelf.embedded) == ["1", "a", "b", "of", "text", "version"]
+    for doc_id in ("a", "b"):
+        bench.submit(doc_id, "c" if doc_id == "a" else "d")
+    await bench.drain(small_documents_together=16)
+    assert shelf.all("SELECT doc_id, passages FROM embeddings_to_make ORDER BY 1") == [("a", 1), ("b", 1)]
+    shelf.embedded.clear()
+    shelf.one("SELECT switch_reembedding()")
+    await shelf.until("complete")
+    assert shelf.embedded == ["2"]
+    assert len(shelf.found(NEW)) == 10
+    shelf.check_vectors()
 
 
 async def test_several_workers_at_once_do_no_harm(shelf: Shelf) -> None:
