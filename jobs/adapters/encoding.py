@@ -20,6 +20,12 @@ _BOMS = (
 )
 _CONTROL_BYTES = bytes(set(range(0x20)) - set(b"\t\n\v\f\r\x1b") | {0x7F})
 _CONTROL_CHARACTERS = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f]")
+_ASCII_RUN = re.compile(rb"[\t\n\r\x20-\x7e]{200}")
+"""Bytes that hardly any text has in a row in UTF-16: a program has written UTF-16 behind ASCII, as Windows PowerShell does."""
+_LETTERS = b"abc\n"
+_GUESSED_BYTES = 16 * 1024
+_WITHIN_A_CHARACTER = bytes(range(0x30, 0x100))
+"""What a character of several bytes is made of in the East Asian encodings."""
 _ISO_2022_JP = re.compile(rb"\x1b\$[@B]|\x1b\([IJ]")
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _NOT_ASCII_BYTES = bytes(range(0x80, 0x100))
@@ -76,7 +82,8 @@ def _behind_the_sample(body: bytes, declared: str | None) -> str:
     first = _NOT_ASCII.search(body, SAMPLE_BYTES)
     if first is None:
         return "utf-8"
-    return guess_encoding(body[first.start() - 100 : first.start() + SAMPLE_BYTES], declared) or "utf-8"
+    found = guess_encoding(body[first.start() - 100 : first.start() + SAMPLE_BYTES], declared) or "utf-8"
+    return found if _LETTERS.decode(found, errors="replace") == "abc\n" else "utf-8"  # in UTF-16 the beginning would be other letters
 
 
 def guess_encoding(data: bytes, declared: str | None = None) -> str | None:
@@ -145,6 +152,8 @@ def _wide_encoding(sample: bytes) -> str | None:
         return "utf-32-le"
     if zeros[0] > 0.95 and zeros[1] > 0.95 and zeros[3] < 0.2 and _decodes(sample[:length], "utf-32-be", whole=True):
         return "utf-32-be"
+    if _ASCII_RUN.search(sample):
+        return None
     even, odd = (zeros[0] + zeros[2]) / 2, (zeros[1] + zeros[3]) / 2
     for encoding, low, high in (("utf-16-le", even, odd), ("utf-16-be", odd, even)):
         if high > 0.005 and low < high / 20 and _plausible_utf16(sample[:length], encoding):
@@ -206,12 +215,43 @@ def _legacy_encoding(sample: bytes) -> str:
     """Name the most plausible one-byte or East Asian encoding; among equals Windows-1252, which most such files are in."""
     from charset_normalizer import from_bytes  # noqa: PLC0415 - 20 ms that plain UTF-8 need not pay
 
-    matches = from_bytes(sample[: 16 * 1024], cp_isolation=_LIKELY, threshold=0.3)
+    sample = part_to_guess_by(sample)
+    matches = from_bytes(sample, cp_isolation=_LIKELY, threshold=0.3)
     best = matches.best()
-    if best is None:
+    if best is None or _reads_as_western(sample, best.encoding):
         return "cp1252"
     equals = (match for match in matches if match.chaos <= best.chaos and match.coherence >= best.coherence)
-    return "cp1252" if any("cp1252" in match.could_be_from_charset for match in equals) else str(best.encoding)
+    if not any("cp1252" in match.could_be_from_charset for match in equals):
+        return str(best.encoding)
+    rivals = (str(match.encoding) for match in matches if match.chaos <= best.chaos)
+    return next((rival for rival in rivals if _reads_as_western(sample, rival) is False), "cp1252")
+
+
+def part_to_guess_by(text: bytes) -> bytes:
+    """Return the beginning of a text in an unknown encoding, cut where no character goes on: half of one rules its own out."""
+    if len(text) <= _GUESSED_BYTES:
+        return text
+    part = text[:_GUESSED_BYTES]
+    whole = part.rstrip(_WITHIN_A_CHARACTER)
+    return whole if len(whole) > _GUESSED_BYTES // 2 else part
+
+
+def _reads_as_western(sample: bytes, encoding: str) -> bool | None:
+    """Tell by where those signs of Windows-1252 stand that another encoding reads differently: True if all stand alone, as in `£950`,
+    False if many stand within words, as in `ma³a`, where the other one has letters; None where they do not tell."""
+    ours, other = sample.decode("cp1252", errors="replace"), sample.decode(encoding, errors="replace")
+    if len(ours) != len(other):
+        return None
+    differing = {at for at, (one, two) in enumerate(zip(ours, other, strict=True)) if one != two}
+    touching = [sum(map(_is_letter, ours[max(0, at - 1) : at + 2])) for at in differing]
+    if differing and not any(touching) and not any(at + 1 in differing for at in differing):
+        return True
+    within = sum(not _is_letter(ours[at]) and other[at].isalpha() and letters == 2 for at, letters in zip(differing, touching, strict=True))
+    return False if within * 5 >= len(differing) > 0 else None
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalpha() or character == "\ufffd"
 
 
 def _ebcdic(sample: bytes) -> str | None:

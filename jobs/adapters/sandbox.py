@@ -19,7 +19,7 @@ from loguru import logger
 
 from jobs.adapters import usage
 from jobs.adapters.sandbox_channel import ANSWER, MOST_FILES, PART, loads_carefully
-from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each
+from jobs.adapters.sandbox_child import MB, Answer, Call, Crashed, Limits, answer_each, holds_words_alone
 from jobs.adapters.sandbox_confinement import Setup, let_others_look
 from jobs.adapters.sandbox_files import open_all
 from jobs.adapters.sandbox_process import Child, Template
@@ -135,7 +135,7 @@ class ProcessSandbox:
             numbers = iter(range(first, len(files)))
             sent.append((function, tuple(replace(v, fd=next(numbers)) if isinstance(v, StoredFile) else v for v in args), kwargs))
         answers = await self._call(len(calls), answer_each, (sent, *files), {})
-        if len(answers) != len(calls) or not all(isinstance(one, Answer) and isinstance(one.error, DocmillError | None) for one in answers):
+        if len(answers) != len(calls) or not all(isinstance(one, Answer) and holds_words_alone(one.error) for one in answers):
             raise ParseError("The parser's answers cannot be read.")
         return [replace(one, cpu_ms=_number(one.cpu_ms), peak_memory_mb=_number(one.peak_memory_mb)) for one in answers]
 
@@ -146,7 +146,8 @@ class ProcessSandbox:
             try:
                 child = self._idle.pop() if self._idle else await self._start()
                 if child.alive:
-                    await child.send(call, files)
+                    async with asyncio.timeout(self._limits.timeout):  # one that has been stopped takes nothing in
+                        await child.send(call, files)
                     return child
             except (OSError, EOFError, builtins.TimeoutError):  # killed from outside, or no room for a process
                 pass
@@ -189,7 +190,7 @@ class ProcessSandbox:
                     parts.append(content)
                 parts.clear()
                 value = await asyncio.to_thread(loads_carefully, content) if len(content) > 16 * MB else loads_carefully(content)
-                if not isinstance(value, Answer) or not isinstance(value.error, DocmillError | None):
+                if not isinstance(value, Answer) or not holds_words_alone(value.error):
                     raise ValueError("no answer")
                 return value
         except builtins.TimeoutError:

@@ -24,7 +24,7 @@ from jobs.adapters.sandbox_confinement import MB, Limits, Setup, confine
 from jobs.adapters.stored_file import StoredFile
 from models.errors import DocmillError, ParseError, RetryableError
 
-__all__ = ["MB", "Answer", "Call", "Crashed", "Limits", "answer", "answer_each", "keep", "serve"]
+__all__ = ["MB", "Answer", "Call", "Crashed", "Limits", "answer", "answer_each", "holds_words_alone", "keep", "serve"]
 
 TRIM_ABOVE_MB = 300
 TRACEBACK_CHARS = 8000
@@ -163,11 +163,23 @@ def _as_docmill_error(caught: BaseException, limits: Limits) -> DocmillError:
     trace = "".join(traceback.format_exception(caught, limit=-20))[-TRACEBACK_CHARS:]
     error.add_note(f"In the sandbox:\n{trace}")
     error.__traceback__ = error.__cause__ = error.__context__ = None
-    try:
-        loads_carefully(pickle.dumps(error))  # to see whether the error survives the trip
-    except Exception:
-        return RetryableError(f"{type(error).__name__}: {error}") if isinstance(error, RetryableError) else ParseError(str(error))
-    return error
+    with suppress(Exception):
+        if holds_words_alone(loads_carefully(pickle.dumps(error))):  # it survives the trip
+            return error
+    return RetryableError(f"{type(error).__name__}: {error}") if isinstance(error, RetryableError) else ParseError(str(error))
+
+
+def holds_words_alone(error: Any) -> bool:
+    """Tell whether an error is none, or one of docmill's with its words and how long to wait: what else a child that was taken over puts
+    into one would be believed by the worker, or grow beyond all measure when it is shown."""
+    if not isinstance(error, DocmillError | None) or error is None:
+        return error is None
+    others = dict(vars(error))
+    notes, wait = others.pop("__notes__", []), others.pop("retry_after", None)
+    linked = error.__cause__ or error.__context__ or error.__traceback__
+    if others or linked or not isinstance(notes, list) or not (wait is None or (isinstance(wait, int | float) and 0 <= wait < 1e9)):
+        return False
+    return all(isinstance(word, str) for word in (*error.args, *notes))
 
 
 def _allow_cpu_seconds(limits: Limits) -> None:

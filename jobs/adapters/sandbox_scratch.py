@@ -36,8 +36,11 @@ class Scratch:
 
     @property
     def littered(self) -> bool:
-        """Whether something lies in it."""
-        return any(os.scandir(self.path))
+        """Whether something lies in it, or it has gone: some systems clear out what is old."""
+        try:
+            return any(os.scandir(self.path))
+        except OSError:
+            return True
 
     def remove(self) -> None:
         """Take it away with all that lies in it. May be called again, but not at the same time."""

@@ -17,6 +17,7 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 """Where they lie in what the kernel shows of a call."""
 _X32 = 0x40000000
 _CLONE_THREAD = 0x10000
+_PR_SET_PDEATHSIG = 1
 _AF_UNIX, _SOCK_STREAM, _SOCKET_TYPE = 1, 1, 0xF
 
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
@@ -55,7 +56,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
 }  # fmt: skip
 """System calls by their numbers on x86_64 and aarch64; None where there is no such call."""
-_CLONE, _CLONE3, _PRLIMIT, _SOCKETPAIR = (56, 220), (435, 435), (302, 261), (53, 199)
+_CLONE, _CLONE3, _PRCTL, _PRLIMIT, _SOCKETPAIR = (56, 220), (435, 435), (157, 167), (302, 261), (53, 199)
 _SIGNALLING = ((62, 129), (234, 131), (129, 138), (297, 240))  # kill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo
 
 
@@ -91,6 +92,8 @@ def assemble(architecture: int, column: int, pid: int) -> bytes:
             _argument(0) + _op(_EQUAL, _AF_UNIX, 1, 0) + refuse
             + _argument(1) + _op(_AND, _SOCKET_TYPE) + _op(_EQUAL, _SOCK_STREAM, 0, 1) + allow + refuse,
         ),
+        # It dies with its parent.
+        _when(_PRCTL[column], _argument(0) + _op(_EQUAL, _PR_SET_PDEATHSIG, 0, 1) + refuse + allow),
         # The limits of other processes are not for it to set.
         _when(_PRLIMIT[column], _argument(0) + _op(_EQUAL, 0, 1, 0) + _op(_EQUAL, pid, 0, 1) + allow + refuse),
         # abort() is a signal to oneself.

@@ -18,7 +18,9 @@ from typing import Any
 
 from jobs.adapters import sandbox_child
 from jobs.adapters.sandbox_channel import ANSWER, HEAD, PART
+from jobs.adapters.sandbox_child import Answer
 from jobs.adapters.stored_file import StoredFile
+from models.errors import ParseError, Turn
 
 
 def attempt(function: Any, *args: Any) -> str:
@@ -201,6 +203,38 @@ def forge_answer(path: str) -> None:
 
 def forge_error_class() -> None:
     _send(ANSWER, b"\x80\x04\x8c\rmodels.errors\x8c$DocmillError.__init__.__globals__.get\x93.")
+
+
+def forge_class() -> None:
+    """Set an attribute of an enumeration, which is one and the same for everything in the worker."""
+    _send(ANSWER, b"\x80\x04\x8c\x10models.documents\x8c\x08FileType\x93(N}\x8c\x07planted\x8c\x03yesstb.")
+
+
+class Forged:
+    """Becomes an error with an attribute of one's choice when it is unpickled."""
+
+    def __init__(self, attribute: str, value: object) -> None:
+        self.state = {attribute: value}
+
+    def __reduce__(self) -> Any:
+        return ParseError, ("bad file",), self.state
+
+
+def forge_error(attribute: str) -> None:
+    """Answer with an error in which something else stands than words."""
+    nested: Any = 1
+    for _ in range(24):
+        nested = (nested, nested)
+    values = {
+        "args": (nested,),
+        "turn": Turn("storage"),
+        "error_type": "no such type",
+        "__notes__": [1],
+        "__cause__": Forged("args", (nested,)),
+        "retry_after": float("nan"),
+    }
+    error: Any = Forged(attribute, values[attribute])
+    _send(ANSWER, pickle.dumps(Answer(error, None, 0.0, 0.0)))
 
 
 def forge_kind() -> None:

@@ -196,6 +196,13 @@ def test_names_in_old_encodings_are_read(encoding: str, given: list[str], tmp_pa
     assert names(tmp_path, *(Raw(name.encode(encoding)) for name in given)) == given
 
 
+@pytest.mark.parametrize("before", ["", "x"])
+def test_many_names_in_an_old_encoding_are_read(before: str, tmp_path: Path) -> None:
+    given = [f"{before}議事録.docx", *(f"{number}号_東京都千代田区の契約書.pdf" for number in range(700))]
+    content = raw_zip([Raw(name.encode("cp932")) for name in given])
+    assert [member.path for member in listed(tmp_path, content, replace(LIMITS, entries=1000)).members] == given
+
+
 def test_a_name_is_what_the_unicode_field_says_only_while_it_belongs_to_it(tmp_path: Path) -> None:
     def field(of: bytes, name: str) -> bytes:
         body = b"\x01" + struct.pack("<L", zlib.crc32(of)) + name.encode()

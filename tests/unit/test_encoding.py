@@ -15,6 +15,11 @@ ENGLISH = "The quick brown fox jumps over the lazy dog.\n" * 4
 GERMAN = "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung.\n" * 3
 RUSSIAN = "Это русский документ, который должен находиться поиском.\n" * 4
 JAPANESE = "これは日本語の文書です。検索できる必要があります。\n" * 4
+REPORT = "The quarterly report lists all items that were delivered to the customer in March. "
+CHINESE = "这是一份中文合同。双方同意按照以下条款履行各自的义务，并在签字之日起生效。\n"
+TAIWANESE = "這是一份中文合約。雙方同意按照以下條款履行各自的義務，並在簽字之日起生效。\n"
+KOREAN = "이것은 한국어 문서입니다. 계약서의 내용에 대하여 설명드리겠습니다.\n"
+POLISH = "Umowa najmu została zawarta w Łodzi między właścicielem a najemcą. Czynsz wynosi tysiąc złotych miesięcznie, płatny z góry.\n"
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.\n" * 3
 
 
@@ -39,6 +44,27 @@ def test_unicode_encodings_are_told_apart_with_and_without_a_mark(text: str, enc
 )
 def test_legacy_encodings_are_guessed(text: str, encoding: str) -> None:
     assert decode(text.encode(encoding)).text.replace("\x85", "\n") == text
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "euc_jp", "gb18030", "big5", "cp949"])
+@pytest.mark.parametrize("before", range(4))
+def test_where_the_sample_ends_within_a_character_is_no_matter(encoding: str, before: int) -> None:
+    sentence = {"gb18030": CHINESE, "big5": TAIWANESE, "cp949": KOREAN}.get(encoding, JAPANESE)
+    text = "x" * before + sentence * 400
+    assert decode(text.encode(encoding)).text == text
+
+
+@pytest.mark.parametrize("text", ["Rent £950 pcm. " * 50, f"{REPORT}We paid £100 and £250 for it. {REPORT * 5}", "§ 5", "100 €"])
+def test_signs_of_western_texts_are_no_letters_of_other_languages(text: str) -> None:
+    assert decode(text.encode("cp1252")).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(POLISH, "cp1250"), ("Наш дом: № 5, § 2.\n" * 3, "cp1251"), (RUSSIAN, "cp866")],
+)
+def test_letters_of_other_languages_are_no_signs_of_western_texts(text: str, encoding: str) -> None:
+    assert decode(text.encode(encoding)).text == text
 
 
 def test_a_declared_encoding_settles_what_bytes_cannot() -> None:
@@ -86,6 +112,13 @@ def test_lines_in_two_encodings_are_both_read() -> None:
 
 def test_the_encoding_behind_a_long_ascii_beginning_is_found() -> None:
     assert decode(b"plain\n" * 20_000 + RUSSIAN.encode("koi8_r")).text.endswith(RUSSIAN)
+
+
+@pytest.mark.parametrize("lines", [10, 100, 20_000])
+def test_utf16_that_was_written_behind_ascii_costs_what_stands_before_nothing(lines: int) -> None:
+    log = "2024-01-01 12:00:00 something happened here\n" * lines
+    added = "Größe überschritten\n"
+    assert decode(log.encode() + (added * (lines // 3)).encode("utf-16-le")).text == log + added * (lines // 3)
 
 
 def test_nul_bytes_in_utf8_vanish_and_do_not_look_like_utf16() -> None:

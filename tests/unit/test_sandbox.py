@@ -187,6 +187,16 @@ async def test_an_idle_child_killed_from_outside_is_replaced(sandbox: ProcessSan
     assert await sandbox.run(work.process_id) != victim
 
 
+async def test_an_idle_child_that_takes_nothing_in_keeps_no_call_beyond_the_time_limit() -> None:
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=2), readable=TESTS)
+    stopped = await sandbox.run(work.process_id)
+    os.kill(stopped, signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        assert len(await sandbox.run(work.echo, "x" * 3_000_000)) == 3_000_000
+        await until(lambda: not alive(stopped))
+        await sandbox.aclose()
+
+
 async def test_children_are_replaced_after_their_share_of_calls() -> None:
     sandbox = ProcessSandbox(children=1, calls_per_child=2, readable=TESTS)
     assert len({await sandbox.run(work.process_id) for _ in range(4)}) == 2

@@ -18,6 +18,7 @@ from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.sandbox_confinement import SPARE_TASKS
 from jobs.adapters.stored_file import StoredFile
+from models.documents import FileType
 from models.errors import ParseError, PermanentError, TimeoutError
 from tests.unit import sandbox_attacks as attacks
 from tests.unit import sandbox_work as work
@@ -175,6 +176,8 @@ async def test_system_calls_that_no_parser_needs_are_refused(sandbox: ProcessSan
         assert number is not None
         assert await sandbox.run(attacks.call_system, number) == "Operation not permitted", name
     assert await sandbox.run(attacks.call_system, 435) == "Function not implemented"  # clone3: libraries then ask for clone
+    assert await sandbox.run(attacks.call_system, 157, 1, 0) == "Operation not permitted"  # prctl, to outlive its parent
+    assert await sandbox.run(attacks.call_system, 157, 3) == "done"  # prctl, to ask whether others may look
     assert await sandbox.run(attacks.call_system, 39 | 0x40000000) == "Operation not permitted"  # getpid by its other number
 
 
@@ -192,6 +195,18 @@ async def test_a_forged_answer_is_refused_and_runs_nothing(sandbox: ProcessSandb
         await sandbox.run(attacks.flood_parts)
     assert not canary.exists()
     assert await sandbox.run(work.echo, {"still": ("works", None)}) == {"still": ("works", None)}
+
+
+async def test_a_forged_answer_changes_nothing_that_others_share(sandbox: ProcessSandbox) -> None:
+    with pytest.raises(ParseError, match="answer cannot be read"):
+        await sandbox.run(attacks.forge_class)
+    assert not hasattr(FileType, "planted")
+
+
+@pytest.mark.parametrize("attribute", ["args", "turn", "error_type", "__notes__", "__cause__", "retry_after"])
+async def test_an_error_that_holds_more_than_words_is_refused(sandbox: ProcessSandbox, attribute: str) -> None:
+    with pytest.raises(ParseError, match="answer cannot be read"):
+        await sandbox.run(attacks.forge_error, attribute)
 
 
 async def test_what_was_handed_over_before_a_limit_struck_is_kept(scratch: Path, sandbox: ProcessSandbox) -> None:

@@ -178,6 +178,18 @@ async def test_where_folders_cannot_be_locked_work_goes_on_and_nothing_stays(mon
     await until(lambda: not list(tmp_path.iterdir()))
 
 
+async def test_a_scratch_folder_that_somebody_cleared_out_costs_no_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sandbox = ProcessSandbox(children=1, readable=TESTS)
+    child = await sandbox.run(work.process_id)
+    (folder,) = folders_in(tmp_path)
+    folder.rmdir()
+    assert await sandbox.run(work.echo, 1) == 1
+    assert await sandbox.run(attacks.use_temporary_file) == "done"
+    await until(lambda: not exists(child))
+    await sandbox.aclose()
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
 async def test_closing_ends_a_call_whose_child_is_still_being_made(seconds: float) -> None:
     sandbox = ProcessSandbox(children=2, limits=Limits(timeout=60), readable=TESTS)

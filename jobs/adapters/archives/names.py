@@ -7,6 +7,7 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+from jobs.adapters.encoding import part_to_guess_by
 from jobs.adapters.folders import is_hidden
 from jobs.adapters.storage import storable_text
 from jobs.adapters.zip_directory import DirectoryEntry
@@ -47,7 +48,7 @@ def guess_legacy(names: Sequence[bytes]) -> str:
     from charset_normalizer import from_bytes  # noqa: PLC0415 - slow to import, and most archives need no guess
 
     text = b"\n".join(names)
-    best = from_bytes(text[: 16 * 1024], cp_isolation=[*_EAST_ASIAN, *_CYRILLIC, *_WESTERN], threshold=0.5).best()
+    best = from_bytes(part_to_guess_by(text), cp_isolation=[*_EAST_ASIAN, *_CYRILLIC, *_WESTERN], threshold=0.5).best()
     found = "cp437" if best is None else best.encoding
     if found == "big5" and _latin_letters(text, "gb2312") is not None:
         return "gb18030"  # of Big5's characters nearly half are none in GB 2312
