@@ -82,7 +82,8 @@ class FolderMemory:
 
     def _is_of_folder(self, row: Row) -> bool:
         """Say whether a document's batch is one that is made of a folder, with the name that such a batch has."""
-        return bool(row["batch_id"] == path_doc_id(self._user_id, Path(unescaped(row["folder"]))))
+        folders = {row["folder"], unescaped(row["folder"])}  # a backslash may be one of the folder's own name
+        return row["batch_id"] in {self.batch_id, *(path_doc_id(self._user_id, Path(folder)) for folder in folders)}
 
     def entry_id(self, path: str) -> str:
         """Return the doc_id of what lies in an archive, by its path in the folder."""

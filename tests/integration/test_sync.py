@@ -496,6 +496,21 @@ async def test_names_that_no_text_can_hold_vanish_and_move_like_others(front: Be
     assert ([move.name for move in result.moved], len(result.deleted), result.kept) == (["moved.txt"], 4, [])
 
 
+@pytest.mark.parametrize("name", ["new\\text", "both\\x41\n"])
+async def test_a_folder_whose_own_name_has_backslashes_is_known_again(front: Bench, tmp_path: Path, name: str) -> None:
+    inner = tmp_path / name / "sub"
+    inner.mkdir(parents=True)
+    for number in (1, 2, 3):
+        put(inner / f"{number}.txt", f"text {number}")
+    await synced(front, inner.parent)
+    (inner / "1.txt").unlink()
+    assert shown(await synced(front, inner.parent))[3] == ["sub/1.txt"]
+    if "\n" not in name:
+        await synced(front, inner, checksum=True)
+        (inner / "2.txt").unlink()
+        assert shown(await sync(front, inner))[3] == ["2.txt"]
+
+
 async def test_a_cancelled_document_stays_cancelled_until_its_content_changes(front: Bench, folder: Path) -> None:
     await synced(front, folder)
     front.conn.execute(
