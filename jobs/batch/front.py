@@ -93,7 +93,7 @@ def _steps(
     if isinstance(source, str | os.PathLike):
         path = absolute_path(source)
         whole = Whole(batch_id or path_doc_id(user_id, path), user_id, storable_path(path), priority, metadata)
-        if not (yield partial(_is_folder, path)):
+        if not (yield partial(is_folder, path)):
             return (yield from submit_zip(settings, path, whole))
         listing = yield lambda: list_folder(path, leave_out=settings.storage_base_path)
         made = yield from submit_listing(FolderRun(settings, whole), user_id, path, listing)
@@ -147,7 +147,8 @@ def submit_zip(settings: Settings, path: Path, whole: Whole) -> Steps[SubmittedB
     return SubmittedBatch(whole.batch_id, row["outcome"], row["run_id"], archives=1)
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Say whether a folder lies at a path; SubmitError, RetryableError: nobody can say."""
     with source_faults(str(path)):
         return path.is_dir()
 
