@@ -85,6 +85,7 @@ class FolderSync:
             plan = make_plan(memory.stored, found, unreadable, memory.archives, unsettled=unsettled, entry_id=self._memory.entry_id)
             result = SyncResult(self.root, self._memory.batch_id, plan, kept=list(plan.kept))
             if self._options.dry_run:
+                await self._doubt(result, seen)
                 return result
             # An archive that a run has is stored anew with every run, so none begins while one is being written.
             archive_is_busy = any(name in memory.archives for name in plan.busy)
@@ -215,6 +216,15 @@ class FolderSync:
                 result.kept.append(Kept(document.shown, str(error)))
         if result.deleted:
             await self._memory.settle()
+
+    async def _doubt(self, result: SyncResult, seen: FolderLook) -> None:
+        """Take out of a plan that is only shown what would be kept, as it is found out right before each deletion."""
+        plan = result.plan
+        gone = [*plan.vanished, *(move.old for move in plan.moved)]
+        kept = {document.doc_id: reason for document in gone if (reason := await self._why_not(seen, document)) is not None}
+        plan.vanished = [document for document in plan.vanished if document.doc_id not in kept]
+        plan.moved = [move for move in plan.moved if move.old.doc_id not in kept]
+        result.kept += [Kept(document.shown, kept[document.doc_id]) for document in gone if document.doc_id in kept]
 
     async def _why_not(self, seen: FolderLook, document: Stored) -> str | None:
         trusted = self._options.allow_empty

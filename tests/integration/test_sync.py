@@ -283,6 +283,10 @@ async def test_a_folder_that_cannot_have_lost_a_file_is_taken_for_one_that_is_no
     await synced(front, folder)
     front.conn.execute("UPDATE file_extractions SET created_at = now() + interval '1 day'")  # came in after the folder last changed
     (folder / "sub" / "c.txt").unlink()
+    (folder / "b.txt").rename(folder / "moved.txt")
+    shows = await sync(front, folder, dry_run=True)
+    assert (sorted(kept.name for kept in shows.kept), shows.plan.vanished, shows.plan.moved) == (["b.txt", "sub/c.txt"], [], [])
+    (folder / "moved.txt").rename(folder / "b.txt")
     held = await sync(front, folder)
     assert held.deleted == []
     assert [kept.name for kept in held.kept] == ["sub/c.txt"]
