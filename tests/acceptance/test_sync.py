@@ -267,6 +267,25 @@ def test_an_entry_that_a_changed_archive_no_longer_has_is_deleted_by_the_same_ca
     assert (code, made["unchanged"], made["deleted"]) == (0, 4, []), said
 
 
+def test_a_folder_that_is_gone_when_its_archives_are_unpacked_costs_nobody_the_report(
+    folder: Path, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    archive(folder / "z.zip", one=1, two=2)
+    assert sync(folder)[0] == 0
+    archive(folder / "z.zip", two=2)
+    command = [*COMMAND, str(folder), "--json", "--no-worker"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: conn.execute("SELECT FROM batch_archives WHERE state = 'waiting'").rowcount == 1, "the archive's turn")
+        folder.rename(tmp_path / "away")
+        with worker(tmp_path / "worker.log"):
+            printed, said = process.communicate(timeout=60)
+    assert (process.returncode, bool(printed)) == (1, True), said
+    made = json.loads(printed)
+    assert {document["file"]: document["state"] for document in made["documents"]}["z.zip/in/two.md"] == "complete"
+    assert [(kept["file"], "does not exist" in kept["reason"]) for kept in made["sync"]["kept"]] == [("z.zip", True)]
+    assert "z.zip/in/one.md" in states(conn, folder)
+
+
 def test_a_file_that_becomes_an_archive_and_a_file_again_leaves_nothing_behind(folder: Path, conn: psycopg.Connection) -> None:
     others = ("a.md", "b.md", "sub/c.md")
     file = folder / "bundle"
