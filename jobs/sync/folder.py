@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import faults
-from jobs.adapters.folders import Listing
+from jobs.adapters.folders import Listing, storage_folders
 from jobs.adapters.storage import storable_text
 from jobs.arguments import absolute_path, check_name, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
@@ -104,7 +104,7 @@ class FolderSync:
 
     async def _look(self) -> tuple[FolderLook, dict[str, str], Memory]:
         """Return what lies in the folder, the doc_id of each file by name, and what is stored."""
-        seen = await asyncio.to_thread(look_at_folder, self.root, self._settings.storage_base_path)
+        seen = await asyncio.to_thread(look_at_folder, self.root, storage_folders(self._settings))
         ids = {name: path_doc_id(self._options.user_id, self.root / name) for name in seen.listing.files}
         return seen, ids, await self._memory.recall(ids)
 

