@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.adapters.storage.faults import source_faults
 from models.errors import DocmillError
+from models.settings import Settings
 
 SYSTEM_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"})
 """Lower case. Names that begin with a dot, and the owner files `~$...` of open Office documents, are skipped as well."""
@@ -31,15 +33,28 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES
 
 
-def list_folder(folder: Path, *, leave_out: Path | None = None) -> Listing:
-    """List a folder with all folders inside. `leave_out` is one not to enter: the storage, which must not be ingested into itself.
+def storage_folders(settings: Settings) -> list[Path]:
+    """Return the folders not to ingest from: the storage and, for a folder that is the storage or lies in it, what docmill keeps there."""
+    base = settings.storage_base_path
+    inside = (
+        settings.storage_uploads_dir,
+        settings.storage_extracted_dir,
+        settings.storage_temp_dir,
+        settings.storage_logs_dir,
+        "postgres",
+    )
+    return [base, *(base / name for name in inside)]
+
+
+def list_folder(folder: Path, *, leave_out: Iterable[Path] = ()) -> Listing:
+    """List a folder with all folders inside. `leave_out` are some not to enter: the storage must not be ingested into itself.
 
     A link to a file inside the folder is listed; one to anything outside, or to a folder (it could lead in circles), is skipped.
     SubmitError: the folder itself is missing, is no folder or may not be read. RetryableError: a failing disk.
     """
     listing = Listing()
     root = Path(os.path.realpath(folder))
-    shunned = None if leave_out is None else os.path.realpath(leave_out)
+    shunned = {os.path.realpath(path) for path in leave_out}
     waiting = [""]
     while waiting:
         inside = waiting.pop()
@@ -53,7 +68,7 @@ def list_folder(folder: Path, *, leave_out: Path | None = None) -> Listing:
             continue
         for entry in entries:
             name = f"{inside}/{entry.name}" if inside else entry.name
-            if is_hidden(entry.name) or not _belongs(entry, root) or (shunned and os.path.realpath(entry.path) == shunned):
+            if is_hidden(entry.name) or not _belongs(entry, root) or (shunned and os.path.realpath(entry.path) in shunned):
                 listing.skipped += 1
             elif entry.is_dir(follow_symlinks=False):
                 waiting.append(name)

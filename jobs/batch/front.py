@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
-from jobs.adapters.folders import Listing, list_folder
+from jobs.adapters.folders import Listing, list_folder, storage_folders
 from jobs.adapters.sniff import sniff
 from jobs.adapters.sniff_types import NAMES
 from jobs.adapters.storage import LocalStorage, storable_path
@@ -93,9 +93,9 @@ def _steps(
     if isinstance(source, str | os.PathLike):
         path = absolute_path(source)
         whole = Whole(batch_id or path_doc_id(user_id, path), user_id, storable_path(path), priority, metadata)
-        if not (yield partial(_is_folder, path)):
+        if not (yield partial(is_folder, path)):
             return (yield from submit_zip(settings, path, whole))
-        listing = yield lambda: list_folder(path, leave_out=settings.storage_base_path)
+        listing = yield lambda: list_folder(path, leave_out=storage_folders(settings))
         made = yield from submit_listing(FolderRun(settings, whole), user_id, path, listing)
     elif isinstance(source, Iterable) and not isinstance(source, bytes | bytearray | memoryview) and (given := list(source)):
         paths = list(dict.fromkeys(absolute_path(path) for path in given))
@@ -147,7 +147,8 @@ def submit_zip(settings: Settings, path: Path, whole: Whole) -> Steps[SubmittedB
     return SubmittedBatch(whole.batch_id, row["outcome"], row["run_id"], archives=1)
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Say whether a folder lies at a path; SubmitError, RetryableError: nobody can say."""
     with source_faults(str(path)):
         return path.is_dir()
 
@@ -197,7 +198,7 @@ async def submit_folder(
     root = absolute_path(folder)
     whole = Whole(batch_id or path_doc_id(user_id, root), user_id, storable_path(root), priority, check_metadata(metadata))
     if listing is None:
-        listing = await asyncio.to_thread(list_folder, root, leave_out=settings.storage_base_path)
+        listing = await asyncio.to_thread(list_folder, root, leave_out=storage_folders(settings))
     return await run_steps_async(submit_listing(FolderRun(settings, whole, on_file, looked), user_id, root, listing), settings, None)
 
 

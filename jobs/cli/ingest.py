@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from jobs.arguments import check_name
-from jobs.batch import BatchSubmission, FileResult, is_zip, submit_batch_async, submit_file, submit_folder
+from jobs.batch import BatchSubmission, FileResult, is_folder, is_zip, submit_batch_async, submit_file, submit_folder
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import aside, complain, print_json, say
 from jobs.cli.progress import Display
@@ -63,7 +63,7 @@ class Ingest:
         """Submit everything."""
         for path in self.paths:
             try:
-                if await asyncio.to_thread(path.is_dir):
+                if await asyncio.to_thread(is_folder, path):
                     await self._submit_folder(path)
                 elif path.suffix.lower() == ".zip" or await asyncio.to_thread(is_zip, path):
                     await self._submit_zip(path)
@@ -157,10 +157,18 @@ def check_options(paths: Sequence[Path], options: Options) -> None:
             check_name("batch_id", options.batch_id)
         except SubmitError as error:
             raise typer.BadParameter(str(error), param_hint="--batch-id") from error
-        if len(paths) != 1 or not (paths[0].is_dir() or paths[0].suffix.lower() == ".zip" or is_zip(paths[0])):
+        if len(paths) != 1 or not _may_be_batch(paths[0]):
             raise typer.BadParameter("names the batch of one folder or zip; give just that one.", param_hint="--batch-id")
     if not -(2**31) <= options.priority < 2**31:
         raise typer.BadParameter("must be a whole number of 32 bits.", param_hint="--priority")
+
+
+def _may_be_batch(path: Path) -> bool:
+    """Say whether a path is a folder or zip, or nobody can say: submitting it tells why."""
+    try:
+        return path.suffix.lower() == ".zip" or is_folder(path) or is_zip(path)
+    except DocmillError:
+        return True
 
 
 async def carry_out(make: Callable[[Display], Ingest]) -> ExitCode:

@@ -153,7 +153,7 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
         "source": row["source_path"],
         "user": row["user_id"],
         "run": row["run_id"],
-        "files": f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, "
+        "files": f"{row['total_files']}: {row['completed']} completed, {row['failed'] + row['archives_failed']} failed, "
         f"{row['processing']} processing, {row['pending']} pending",
         "progress": None if row["completed_at"] else _progress(row),
         "archives": f"{row['archives']}: {row['archives_open']} to be unpacked, {row['archives_failed']} failed; "

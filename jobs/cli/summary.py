@@ -58,7 +58,8 @@ async def _find(settings: Settings, word: str) -> RunSummary | None:
 def _print_summary(ui: Mapping[str, Any]) -> None:
     batch, totals, files = ui["batch"], ui["totals"], ui["files"]
     say(f"Batch {batch['batch_id']}", style="bold")
-    counted = [f"{totals[key]} {key}" for key in ("succeeded", "failed", "cancelled", "unfinished", "duplicates") if totals[key]]
+    among = {"succeeded": f" (duplicates among them: {totals['duplicates']})" if totals["duplicates"] else ""}
+    counted = [f"{totals[key]} {key}{among.get(key, '')}" for key in ("succeeded", "failed", "cancelled", "unfinished") if totals[key]]
     facts = {
         "status": batch["status_text"],
         "reason": batch["error_message"],

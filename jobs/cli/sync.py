@@ -23,7 +23,9 @@ from jobs.cli.waiting import LOOK_SECONDS, OwnWorker
 from jobs.logs import configure_logging
 from jobs.sync import SyncOptions, SyncResult
 from jobs.sync.folder import FolderSync
+from jobs.sync.plan import Kept
 from jobs.sync.watch import summary, watch_folder
+from models.errors import DocmillError
 from models.settings import Settings, load_settings
 
 MOVE_SECONDS = 60.0
@@ -70,9 +72,16 @@ class _Sync(Ingest):
                 self.worker.check()
             await asyncio.sleep(LOOK_SECONDS)
         if self.result.plan.unpacking:  # what they no longer hold is known now
+            await self._sync_again(self.result)
+
+    async def _sync_again(self, result: SyncResult) -> None:
+        try:
             again = await FolderSync(self.settings, self.paths[0], self.options.for_sync()).run()
-            self.result.deleted += again.deleted
-            self.result.kept = again.kept
+        except DocmillError as error:  # another sync is at work, say: no reason to say nothing of all that was done
+            result.kept += [Kept(name, f"what it no longer holds was not deleted: {error}") for name in result.plan.unpacking]
+        else:
+            result.deleted += again.deleted
+            result.kept = again.kept
 
     def print(self, report: Report, *, queued: bool) -> ExitCode:
         assert self.result is not None

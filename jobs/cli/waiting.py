@@ -56,7 +56,8 @@ class OwnWorker:
 
         quiet_logs(self._settings)  # importing the app has set up a worker's logging
         if self._settings.log_file_path is None and not shows_details(self._settings):
-            logger.disable("jobs.pipeline.endings")  # one line for each failure, which the table at the end says again
+            for told in ("jobs.pipeline.endings", "jobs.batch.unpacking"):  # a line for each failure, which the table at the end says again
+                logger.disable(told)
         return app
 
     async def stop(self) -> None:

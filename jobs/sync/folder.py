@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import faults
-from jobs.adapters.folders import Listing
+from jobs.adapters.folders import Listing, storage_folders
 from jobs.adapters.storage import storable_text
 from jobs.arguments import absolute_path, check_name, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
@@ -85,6 +85,7 @@ class FolderSync:
             plan = make_plan(memory.stored, found, unreadable, memory.archives, unsettled=unsettled, entry_id=self._memory.entry_id)
             result = SyncResult(self.root, self._memory.batch_id, plan, kept=list(plan.kept))
             if self._options.dry_run:
+                await self._doubt(result, seen)
                 return result
             # An archive that a run has is stored anew with every run, so none begins while one is being written.
             archive_is_busy = any(name in memory.archives for name in plan.busy)
@@ -103,7 +104,7 @@ class FolderSync:
 
     async def _look(self) -> tuple[FolderLook, dict[str, str], Memory]:
         """Return what lies in the folder, the doc_id of each file by name, and what is stored."""
-        seen = await asyncio.to_thread(look_at_folder, self.root, self._settings.storage_base_path)
+        seen = await asyncio.to_thread(look_at_folder, self.root, storage_folders(self._settings))
         ids = {name: path_doc_id(self._options.user_id, self.root / name) for name in seen.listing.files}
         return seen, ids, await self._memory.recall(ids)
 
@@ -215,6 +216,15 @@ class FolderSync:
                 result.kept.append(Kept(document.shown, str(error)))
         if result.deleted:
             await self._memory.settle()
+
+    async def _doubt(self, result: SyncResult, seen: FolderLook) -> None:
+        """Take out of a plan that is only shown what would be kept, as it is found out right before each deletion."""
+        plan = result.plan
+        gone = [*plan.vanished, *(move.old for move in plan.moved)]
+        kept = {document.doc_id: reason for document in gone if (reason := await self._why_not(seen, document)) is not None}
+        plan.vanished = [document for document in plan.vanished if document.doc_id not in kept]
+        plan.moved = [move for move in plan.moved if move.old.doc_id not in kept]
+        result.kept += [Kept(document.shown, kept[document.doc_id]) for document in gone if document.doc_id in kept]
 
     async def _why_not(self, seen: FolderLook, document: Stored) -> str | None:
         trusted = self._options.allow_empty

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def look_at(path: Path) -> Look | None:
     return Look(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
 
-def look_at_folder(root: Path, leave_out: Path) -> FolderLook:
+def look_at_folder(root: Path, leave_out: Iterable[Path]) -> FolderLook:
     """List a folder and look at every file in it. RetryableError: it went away meanwhile."""
     seen = FolderLook(folder_identity(root), Listing(), at_ns=time.time_ns())
     seen.listing = list_folder(root, leave_out=leave_out)

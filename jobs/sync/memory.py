@@ -55,8 +55,9 @@ class FolderMemory:
         shown = {storable_text(name): name for name in doc_ids}
         memory = Memory(archives=_archives(self.batch_id, await self._ask("find_archives", params), shown))
         names = {doc_id: name for name, doc_id in doc_ids.items()}
+        by_path = {archive.shown: archive for archive in memory.archives.values()}
         for row in rows:
-            document = self._document(row, names, memory.archives)
+            document = self._document(row, names, by_path)
             if document is not None:
                 memory.stored.append(replace(document, elsewhere=row["batch_id"] != self.batch_id and self._is_of_folder(row)))
         known = {document.doc_id for document in memory.stored}
@@ -66,7 +67,10 @@ class FolderMemory:
         return memory
 
     def _document(self, row: Row, names: Mapping[str, str], archives: Mapping[str, Archive]) -> Stored | None:
-        """Return a document if its file, or the archive that it was in, is known to be one of this folder; else nobody touches it."""
+        """Return a document if its file, or the archive that it was in, is known to be one of this folder; else nobody touches it.
+
+        `archives`: by how they are shown.
+        """
         if row["doc_id"] in names:
             return _stored(row, names[row["doc_id"]])
         inside = row["source_path"].removeprefix(self._below)
@@ -75,14 +79,15 @@ class FolderMemory:
                 # Not a document of a list or of a batch with a name of its own: these are not the folder's.
                 return _stored(row, name) if self._is_of_folder(row) else None
         if row["batch_id"] == self.batch_id and row["doc_id"] == self.entry_id(inside):
-            for archive in archives.values():
-                if inside.startswith(f"{archive.shown}/"):
+            for slash in re.finditer("/", inside):
+                if (archive := archives.get(inside[: slash.start()])) is not None:
                     return _stored(row, archive.name, entry=inside)
         return None
 
     def _is_of_folder(self, row: Row) -> bool:
         """Say whether a document's batch is one that is made of a folder, with the name that such a batch has."""
-        return bool(row["batch_id"] == path_doc_id(self._user_id, Path(unescaped(row["folder"]))))
+        folders = {row["folder"], unescaped(row["folder"])}  # a backslash may be one of the folder's own name
+        return row["batch_id"] in {self.batch_id, *(path_doc_id(self._user_id, Path(folder)) for folder in folders)}
 
     def entry_id(self, path: str) -> str:
         """Return the doc_id of what lies in an archive, by its path in the folder."""
@@ -178,14 +183,17 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
 
 def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archive]:
     """Return the archives that lie in no other. `listed`: the names of the files that are there now, by how they are shown."""
+    outermost: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: str(row["entry_path"])):  # what lies in an archive comes right behind it
+        if outermost and row["entry_path"].startswith(outermost[-1][0]["entry_path"]):
+            outermost[-1].append(row)
+        elif row["entry_path"]:
+            outermost.append([row])
     made: dict[str, Archive] = {}
-    for row in sorted(rows, key=lambda row: len(row["entry_path"])):
-        path = row["entry_path"]
-        if path == "" or any(path.startswith(f"{archive.shown}/") for archive in made.values()):
-            continue
-        parts = [other for other in rows if other["entry_path"].startswith(path)]
+    for parts in outermost:
+        row = parts[0]
         current = row["finished"] and not any(part["unfinished"] for part in parts)
-        shown = path.rstrip("/")
+        shown = row["entry_path"].rstrip("/")
         name = listed.get(shown) or unescaped(shown)
         is_open = any(part["open"] for part in parts)
         made[name] = Archive(batch_id, name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, is_open)

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psycopg
 from loguru import logger
 
-from jobs.adapters.folders import is_hidden
+from jobs.adapters.folders import is_hidden, storage_folders
 from jobs.outages import DATABASE_ERRORS
 from jobs.redaction import describe
 from jobs.sync.folder import FolderSync
@@ -57,8 +57,10 @@ class Settling:
 class _Ears:
     """Listens to a folder and rings a bell; begins anew when the folder is replaced or the listening fails."""
 
-    def __init__(self, root: Path, leave_out: Path, bell: asyncio.Event) -> None:
-        self._root, self._leave_out, self._bell = root, (leave_out, leave_out.resolve()), bell
+    def __init__(self, root: Path, leave_out: Iterable[Path], bell: asyncio.Event) -> None:
+        self._root, self._bell = root, bell
+        # A folder that lies in the storage, as one for files that are submitted in SQL does, is listened to all the same.
+        self._leave_out = [path for each in leave_out for path in (each, each.resolve()) if not root.is_relative_to(path)]
         self._identity: tuple[int, int] | None = None
         self._task: asyncio.Task[None] | None = None
         self._complaints: set[str] = set()
@@ -129,7 +131,7 @@ async def watch_folder(
     settling = Settling(settings.sync_settle_seconds)
     sync = FolderSync(settings, folder, options, is_settled=settling)
     bell = asyncio.Event()
-    ears = None if poll_seconds is not None else _Ears(sync.root, settings.storage_base_path, bell)
+    ears = None if poll_seconds is not None else _Ears(sync.root, storage_folders(settings), bell)
     told = _Told()
     rest = settings.sync_rescan_seconds if poll_seconds is None else poll_seconds
     try:

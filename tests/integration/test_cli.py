@@ -99,6 +99,14 @@ def test_a_folder_with_bad_files_is_ingested_searched_and_shown_whole_or_in_part
         assert shown.stdout
 
 
+def test_a_path_that_cannot_be_looked_at_is_refused_like_any_other_and_keeps_none_from_going_on(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("A good text.")
+    done = docmill("ingest", tmp_path / ("x" * 300), tmp_path / "good.txt", "--no-wait", "--json")
+    assert [document["state"] for document in answer(done)["documents"]] == ["refused", "queued"]
+    assert "has too long a name" in answer(done)["documents"][0]["error_message"]
+    assert "has too long a name" in docmill("ingest", "--batch-id", "june", tmp_path / ("x" * 300), COLUMNS="2000").stdout
+
+
 def check_status(batch_id: str) -> None:
     """Status shows everything, one document or one batch."""
     overview = answer(docmill("status", "--json"))

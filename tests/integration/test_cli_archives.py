@@ -59,6 +59,18 @@ def test_a_zip_in_a_folder_is_unpacked_as_part_of_it(tmp_path: Path, conn: psyco
     assert docmill("ingest", folder).stdout == "nothing to do: 2 documents unchanged\n"
 
 
+def test_the_numbers_of_a_batch_add_up_and_an_archive_that_fails_is_told_of_once(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("The same text about pumps.")
+    (folder / "broken.zip").write_bytes(b"PK\x03\x04 and nothing more")
+    done = docmill("ingest", folder, "--batch-id", "mine")
+    assert ("3 documents: 2 complete, 1 refused" in done.stdout, "broken.zip" in done.stderr) == (True, False), done.stderr
+    assert "  files         3: 2 completed, 1 failed, 0 processing, 0 pending\n" in docmill("status", "mine").stdout
+    assert "  files         3: 2 succeeded (duplicates among them: 1), 1 failed\n" in docmill("summary", "mine").stdout
+
+
 def test_without_waiting_the_archive_is_left_to_a_worker(tmp_path: Path, conn: psycopg.Connection) -> None:
     path = write_zip(tmp_path / "batch.zip", {"a.txt": "A text."})
     done = docmill("ingest", path, "--no-wait")

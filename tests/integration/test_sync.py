@@ -283,6 +283,10 @@ async def test_a_folder_that_cannot_have_lost_a_file_is_taken_for_one_that_is_no
     await synced(front, folder)
     front.conn.execute("UPDATE file_extractions SET created_at = now() + interval '1 day'")  # came in after the folder last changed
     (folder / "sub" / "c.txt").unlink()
+    (folder / "b.txt").rename(folder / "moved.txt")
+    shows = await sync(front, folder, dry_run=True)
+    assert (sorted(kept.name for kept in shows.kept), shows.plan.vanished, shows.plan.moved) == (["b.txt", "sub/c.txt"], [], [])
+    (folder / "moved.txt").rename(folder / "b.txt")
     held = await sync(front, folder)
     assert held.deleted == []
     assert [kept.name for kept in held.kept] == ["sub/c.txt"]
@@ -496,6 +500,21 @@ async def test_names_that_no_text_can_hold_vanish_and_move_like_others(front: Be
     assert ([move.name for move in result.moved], len(result.deleted), result.kept) == (["moved.txt"], 4, [])
 
 
+@pytest.mark.parametrize("name", ["new\\text", "both\\x41\n"])
+async def test_a_folder_whose_own_name_has_backslashes_is_known_again(front: Bench, tmp_path: Path, name: str) -> None:
+    inner = tmp_path / name / "sub"
+    inner.mkdir(parents=True)
+    for number in (1, 2, 3):
+        put(inner / f"{number}.txt", f"text {number}")
+    await synced(front, inner.parent)
+    (inner / "1.txt").unlink()
+    assert shown(await synced(front, inner.parent))[3] == ["sub/1.txt"]
+    if "\n" not in name:
+        await synced(front, inner, checksum=True)
+        (inner / "2.txt").unlink()
+        assert shown(await sync(front, inner))[3] == ["2.txt"]
+
+
 async def test_a_cancelled_document_stays_cancelled_until_its_content_changes(front: Bench, folder: Path) -> None:
     await synced(front, folder)
     front.conn.execute(
@@ -541,7 +560,7 @@ async def test_a_file_that_moves_while_its_folder_is_listed_is_not_taken_for_del
     await synced(front, folder)
     calls: list[int] = []
 
-    def unlucky(root: Path, leave_out: Path) -> Any:
+    def unlucky(root: Path, leave_out: list[Path]) -> Any:
         seen = look_at_folder(root, leave_out)
         if not calls:  # seen neither where it went nor where it was
             seen.listing.files.remove("a.txt")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.adapters.folders import is_hidden, list_folder
+from jobs.adapters.folders import is_hidden, list_folder, storage_folders
 from models.errors import SubmitError
+from models.settings import Settings
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -51,9 +52,15 @@ def test_links_out_of_the_folder_and_to_folders_are_not_followed(tmp_path: Path)
 
 
 def test_the_storage_is_never_ingested_into_itself(tmp_path: Path) -> None:
-    fill(tmp_path, "a.txt", "storage/uploads/x")
-    listing = list_folder(tmp_path, leave_out=tmp_path / "storage")
-    assert (listing.files, listing.skipped) == (["a.txt"], 1)
+    fill(tmp_path, "a.txt", "storage/uploads/x", "storage/postgres/x", "storage/inbox/b.txt", "storage/inbox/uploads/c.txt")
+    leave_out = storage_folders(Settings(storage_base_path=tmp_path / "storage"))
+    for folder, files, skipped in (
+        (tmp_path, ["a.txt"], 1),
+        (tmp_path / "storage", ["inbox/b.txt", "inbox/uploads/c.txt"], 2),
+        (tmp_path / "storage" / "inbox", ["b.txt", "uploads/c.txt"], 0),
+    ):
+        listing = list_folder(folder, leave_out=leave_out)
+        assert (listing.files, listing.skipped) == (files, skipped)
 
 
 def test_a_folder_that_is_a_link_itself_is_listed(tmp_path: Path) -> None:

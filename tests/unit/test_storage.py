@@ -397,7 +397,7 @@ async def test_a_file_of_a_storage_that_is_not_mounted_is_no_file_that_is_gone(s
     for missing in (f"uploads/{folder}/other", "uploads/other/file", "other", "inbox/file"):
         with pytest.raises(PermanentError, match="does not exist"):
             storage.size(missing)
-    with pytest.raises(PermanentError, match="does not exist"):
+    with pytest.raises(PermanentError, match="does not exist: was it submitted with another STORAGE_BASE_PATH"):
         await sandbox.run(StoredFile.read_bytes, storage.file("uploads/other/file"))
     assert discard(storage, "inbox/file", untouched_for=0), "a folder of somebody's own has gone"
     await sandbox.aclose()

@@ -51,7 +51,8 @@ def storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
     if code == errno.ENOENT and _is_away(base):
         ours = StorageAway(f"The storage at {base} (STORAGE_BASE_PATH) is not there: is it mounted? It happened at {name!r}.")
     elif code in _NAME_FAULTS:
-        ours = PermanentError(f"Stored file {name!r} in {base} {_NAME_FAULTS[code]}.")
+        where = ": was it submitted with another STORAGE_BASE_PATH?" if code == errno.ENOENT else "."
+        ours = PermanentError(f"Stored file {name!r} in {base} {_NAME_FAULTS[code]}{where}")
     else:
         fault = _STORAGE_FAULTS.get(code, f"failed: {error.strerror or type(error).__name__}")
         kind = StorageAway if code in _OF_THE_WHOLE else RetryableError
