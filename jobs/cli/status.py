@@ -14,6 +14,10 @@ from models.settings import Settings, load_settings
 
 LATEST = 10
 """How many batches and dead letters are shown."""
+LONGEST_TABLE = 200
+"""Documents of a batch from which on those that are complete or on their way are only counted."""
+MOST_FAILED = 1000
+"""Documents of such a batch that are listed at most: a table of 100,000 takes minutes, and nobody reads it."""
 
 
 def run(word: str | None, *, batch: str | None = None, json: bool) -> ExitCode:
@@ -141,7 +145,10 @@ def _details(event: Row) -> str:
 
 async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     row = (await rows(settings, "show_batch", batch_id=batch_id))[0] | (await rows(settings, "progress_of_batch", batch_id=batch_id))[0]
-    documents = await rows(settings, "documents_of_batch", batch_id=batch_id)
+    count = row["completed"] + row["failed"] + row["processing"] + row["pending"]
+    is_long = count > LONGEST_TABLE and not json
+    limit = MOST_FAILED if is_long else None
+    documents = await rows(settings, "documents_of_batch", batch_id=batch_id, only_failed=is_long, limit=limit)
     archives = await rows(settings, "archives_of_batch", batch_id=batch_id)
     if json:
         print_json({**row, "archives": archives, "documents": documents})
@@ -174,7 +181,10 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
         [d["source_path"] or d["file_name"], d["file_type"], d["page_count"], d["chunk_count"], d["status"], _span(d), d["error_message"]]
         for d in documents
     ]
-    table("", columns, cells, numbers=["pages", "passages", "time"])
+    if cells or not is_long:
+        table("", columns, cells, numbers=["pages", "passages", "time"])
+    if is_long and (hidden := count - len(documents)):
+        say(f"{hidden} more documents: --json lists all.")
     return ExitCode.OK
 
 

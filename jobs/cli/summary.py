@@ -88,7 +88,7 @@ def _print_summary(ui: Mapping[str, Any]) -> None:
     if cells:
         table("", columns, cells, numbers=["pages", "passages", "time"])
     if hidden := totals["files"] - len(shown):
-        say(f"{hidden} more files: --json lists up to 10,000, `docmill status {batch['batch_id']}` all.")
+        say(f"{hidden} more files: --json lists up to 10,000, `docmill status --json {batch['batch_id']}` all.")
 
 
 def _print_nested(nested: Mapping[str, Any]) -> None:

@@ -81,7 +81,7 @@ class FolderSync:
             unsettled = {
                 document.name for document in memory.stored if document.name not in ids and not self._is_settled(document.name, None)
             }
-            unreadable = [name for name, _ in seen.listing.unreadable]
+            unreadable = {name for name, _ in seen.listing.unreadable}
             plan = make_plan(memory.stored, found, unreadable, memory.archives, unsettled=unsettled, entry_id=self._memory.entry_id)
             result = SyncResult(self.root, self._memory.batch_id, plan, kept=list(plan.kept))
             if self._options.dry_run:
@@ -198,7 +198,7 @@ class FolderSync:
 
         await self._memory.remember(await asyncio.to_thread(steady))
         listed = {file.doc_id for file in found.values()}
-        unreadable = [name for name, _ in seen.listing.unreadable]
+        unreadable = {name for name, _ in seen.listing.unreadable}
         hidden = {document.doc_id for document in memory.stored if is_below(document.name, unreadable)}
         await self._memory.forget(doc_id for doc_id in memory.seen if doc_id not in listed and doc_id not in hidden)
 

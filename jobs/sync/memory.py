@@ -19,7 +19,7 @@ from jobs.database import conninfo_of
 from jobs.front import async_connection
 from jobs.sessions import connect_async
 from jobs.submit import refused
-from jobs.sync.plan import Archive, Move, Stored
+from jobs.sync.plan import Archive, Move, Stored, places_above
 from models.errors import SubmitConflict
 from models.settings import Settings
 from models.stages import State
@@ -55,9 +55,9 @@ class FolderMemory:
         shown = {storable_text(name): name for name in doc_ids}
         memory = Memory(archives=_archives(self.batch_id, await self._ask("find_archives", params), shown))
         names = {doc_id: name for name, doc_id in doc_ids.items()}
-        by_path = {archive.shown: archive for archive in memory.archives.values()}
+        archives = {archive.shown: archive for archive in memory.archives.values()}
         for row in rows:
-            document = self._document(row, names, by_path)
+            document = self._document(row, names, archives)
             if document is not None:
                 memory.stored.append(replace(document, elsewhere=row["batch_id"] != self.batch_id and self._is_of_folder(row)))
         known = {document.doc_id for document in memory.stored}
@@ -79,9 +79,9 @@ class FolderMemory:
                 # Not a document of a list or of a batch with a name of its own: these are not the folder's.
                 return _stored(row, name) if self._is_of_folder(row) else None
         if row["batch_id"] == self.batch_id and row["doc_id"] == self.entry_id(inside):
-            for slash in re.finditer("/", inside):
-                if (archive := archives.get(inside[: slash.start()])) is not None:
-                    return _stored(row, archive.name, entry=inside)
+            for place in places_above(inside):
+                if place in archives:
+                    return _stored(row, archives[place].name, entry=inside)
         return None
 
     def _is_of_folder(self, row: Row) -> bool:
@@ -183,19 +183,17 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
 
 def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archive]:
     """Return the archives that lie in no other. `listed`: the names of the files that are there now, by how they are shown."""
-    outermost: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: str(row["entry_path"])):  # what lies in an archive comes right behind it
-        if outermost and row["entry_path"].startswith(outermost[-1][0]["entry_path"]):
-            outermost[-1].append(row)
-        elif row["entry_path"]:
-            outermost.append([row])
+    by_path = {row["entry_path"].rstrip("/"): row for row in rows}
+    parts: dict[str, list[Row]] = {}  # of the outermost archives: themselves and what lies in them
+    for row in rows:
+        if (outermost := next((place for place in places_above(row["entry_path"]) if place in by_path), None)) is not None:
+            parts.setdefault(outermost, []).append(row)
     made: dict[str, Archive] = {}
-    for parts in outermost:
-        row = parts[0]
-        current = row["finished"] and not any(part["unfinished"] for part in parts)
-        shown = row["entry_path"].rstrip("/")
+    for shown in sorted(parts, key=len):
+        row, inside = by_path[shown], parts[shown]
+        current = row["finished"] and not any(part["unfinished"] for part in inside)
         name = listed.get(shown) or unescaped(shown)
-        is_open = any(part["open"] for part in parts)
+        is_open = any(part["open"] for part in inside)
         made[name] = Archive(batch_id, name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, is_open)
     return made
 

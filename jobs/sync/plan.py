@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from jobs.adapters.storage import storable_text
@@ -114,9 +114,42 @@ class Plan:
     """Archives that are being unpacked, or will be: what they no longer hold is deleted by a sync after that."""
 
 
-def is_below(name: str, folders: Iterable[str]) -> bool:
+@dataclass(slots=True)
+class _Holders:
+    """Which files hold a content. Thousands may hold the same one, so that none goes through all of them for each that is missing."""
+
+    files: dict[str, list[Found]] = field(default_factory=dict)
+    serving: set[str] = field(default_factory=set)
+    """Contents that a document of one of their files answers for."""
+    _named: dict[tuple[str, str], Found] = field(default_factory=dict)
+    """The first file of a content and a name."""
+
+    def add(self, file: Found, sha256: str, *, serves: bool) -> None:
+        self.files.setdefault(sha256, []).append(file)
+        self._named.setdefault((sha256, _own_name(file.name)), file)
+        if serves:
+            self.serving.add(sha256)
+
+    def best(self, document: Stored) -> list[tuple[str, str]]:
+        """Return name and doc_id of the first file with a document's content, rather one that has its name too; nothing without any."""
+        sha256 = document.content_sha256
+        if sha256 not in self.files:
+            return []
+        file = self._named.get((sha256, _own_name(document.shown)), self.files[sha256][0])
+        return [(file.name, file.doc_id)]
+
+
+def places_above(path: str) -> Iterator[str]:
+    """Yield the folders and archives that a path lies in, the outermost first."""
+    at = path.find("/")
+    while at >= 0:
+        yield path[:at]
+        at = path.find("/", at + 1)
+
+
+def is_below(name: str, folders: Set[str]) -> bool:
     """Say whether a path lies inside one of the folders."""
-    return any(name.startswith(f"{folder}/") for folder in folders)
+    return any(place in folders for place in places_above(name))
 
 
 def is_named_zip(file: Found) -> bool:
@@ -163,6 +196,7 @@ def make_plan(
     have been missing for too short a time; `entry_id`: doc_id of what lies at a path in an archive.
     """
     archives = archives or {}
+    closed = frozenset(unreadable)
     plan = Plan()
     by_id = {document.doc_id: document for document in stored}
     files = {document.name: document for document in stored if document.entry is None}
@@ -170,24 +204,26 @@ def make_plan(
         _place_file(plan, file, by_id.get(file.doc_id), archives.get(file.name))
     plan.unpacking = [name for name, archive in archives.items() if name in found and (archive.open or name in plan.changed)]
     plan.restored = [document.doc_id for document in stored if document.name in found and document.replaced_by is not None]
-    holders: dict[str | None, list[Found]] = {}
+    holders = _Holders()
     for file in found.values():
         if file.sha256 is not None and not file.busy:
-            holders.setdefault(file.sha256, []).append(file)
+            holders.add(file, file.sha256, serves=_serves(by_id.get(file.doc_id), file.sha256))
     written = {file.size for file in found.values() if file.busy}
     zip_is_written = any(file.busy and is_named_zip(file) for file in found.values())
     for document in sorted(stored, key=lambda document: document.shown.split("/")):
         if document.name in found:
             if _has_lost(found[document.name], archives.get(document.name), files.get(document.name), document):
                 plan.vanished.append(document)
-        elif is_below(document.name, unreadable):
+        elif is_below(document.name, closed):
             plan.kept.append(Kept(document.shown, "the folder that it lay in cannot be read"))
         elif document.name in unsettled or document.file_size in written or (zip_is_written and document.entry is not None):
             plan.waiting.append(document.shown)
         else:
             successors = _in_moved_archive(document, archives, holders, entry_id)
-            successors += [(file.name, file.doc_id) for file in holders.get(document.content_sha256, ())]
-            _place_missing(plan, document, successors, by_id)
+            served = any(_serves(by_id.get(doc_id), document.content_sha256) for _, doc_id in successors)
+            served = served or document.content_sha256 in holders.serving
+            successors += holders.best(document)
+            _place_missing(plan, document, [] if served else successors)
     return plan
 
 
@@ -209,31 +245,35 @@ def _stored_content(document: Stored | None, archive: Archive | None) -> str | N
 
 
 def _in_moved_archive(
-    document: Stored, archives: Mapping[str, Archive], holders: Mapping[str | None, Sequence[Found]], entry_id: Callable[[str], str]
+    document: Stored, archives: Mapping[str, Archive], holders: _Holders, entry_id: Callable[[str], str]
 ) -> list[tuple[str, str]]:
     """Return name and doc_id of the document in each place that the archive of an entry was moved to."""
     archive = archives.get(document.name)
     if document.entry is None or archive is None or archive.content_sha256 is None:
         return []
     inside = document.entry.removeprefix(archive.shown)
-    places = [storable_text(file.name) + inside for file in holders.get(archive.content_sha256, ())]
+    places = [storable_text(file.name) + inside for file in holders.files.get(archive.content_sha256, ())]
     return [(place, entry_id(place)) for place in places]
 
 
-def _place_missing(plan: Plan, document: Stored, successors: Sequence[tuple[str, str]], by_id: Mapping[str, Stored]) -> None:
-    """A missing document has vanished or was moved. `successors`: name and doc_id of those that hold its content now, or will."""
-    if not document.served or not successors or any(_serves(by_id.get(doc_id), document) for _, doc_id in successors):
+def _place_missing(plan: Plan, document: Stored, successors: Sequence[tuple[str, str]]) -> None:
+    """A missing document has vanished or was moved. `successors`: name and doc_id of those that take its place; none if one has already."""
+    if not document.served or not successors:
         # Never served, or its content is found elsewhere already: nobody's search misses it.
         plan.vanished.append(document)
         return
-    name = document.shown.rsplit("/", 1)[-1]
-    place, doc_id = min(successors, key=lambda pair: pair[0].rsplit("/", 1)[-1] != name)
+    name = _own_name(document.shown)
+    place, doc_id = min(successors, key=lambda pair: _own_name(pair[0]) != name)
     plan.moved.append(Move(document, place, doc_id))
 
 
-def _serves(other: Stored | None, document: Stored) -> bool:
-    """Say whether another document answers for the same content by itself. A duplicate does not: it may be one of this very document."""
-    return other is not None and other.content_sha256 == document.content_sha256 and other.state is State.COMPLETE
+def _own_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _serves(other: Stored | None, sha256: str | None) -> bool:
+    """Say whether another document answers for a content by itself. A duplicate does not: it may be one of the very one that is missing."""
+    return other is not None and other.content_sha256 == sha256 and other.state is State.COMPLETE
 
 
 def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document: Stored) -> bool:

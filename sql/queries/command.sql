@@ -167,13 +167,15 @@ JOIN processing_jobs AS j ON j.batch_id = b.batch_id
 WHERE b.batch_id = %(batch_id)s;
 
 -- name: documents_of_batch
+-- All of a run's, or those that were not completed, the first so many.
 SELECT s.doc_id, s.file_name, d.source_path, s.file_type, s.page_count, s.chunk_count, s.status, s.state, s.stage_due, s.version,
     s.error_type, s.error_message, s.processing_duration_ms
 FROM document_status AS s
 JOIN file_extractions AS d ON d.doc_id = s.doc_id
 JOIN processing_jobs AS b ON b.batch_id = s.batch_id AND b.run_id = s.run_id
-WHERE s.batch_id = %(batch_id)s
-ORDER BY d.source_path, s.doc_id;
+WHERE s.batch_id = %(batch_id)s AND (NOT %(only_failed)s OR s.state IN ('failed', 'cancelled'))
+ORDER BY d.source_path, s.doc_id
+LIMIT %(limit)s;
 
 -- name: search_passages_by_vector
 SELECT f.chunk_id, f.doc_id, f.file_name, f.version, f.chunk_index, f.content, f.heading_path, f.page_start, f.page_end, f.score,

@@ -16,9 +16,10 @@ from tests.conftest import migrated_database
 
 FEW = 3 * WINDOW
 """Index entries that one statement may read: a reconciler's window and its probes, a tenth of the documents that there are."""
-BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events")
+BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events", "dead_letters")
 
-# A large batch, the first third of which has ended, and small ones that have; some are put off for a service, forty are in work.
+# A large batch, the first third of which has ended, another whose documents come last and have, and small ones that have; some are put off
+# for a service, forty are in work.
 FILL = (
     "SET session_replication_role = replica",
     """
@@ -48,7 +49,11 @@ CROSS JOIN LATERAL (
         WHEN n % 20 = 18 THEN 'failed' ELSE 'retrying' END AS state
 ) AS s
 JOIN processing_jobs AS b ON b.batch_id = 'batch ' || CASE
-    WHEN n <= 12000 OR s.state IN ('queued', 'working', 'retrying') THEN 0 ELSE n % 500 + 1 END""",
+    WHEN n <= 12000 OR s.state IN ('queued', 'working', 'retrying') THEN 0 WHEN n > 20000 THEN 500 ELSE n % 499 + 1 END""",
+    "UPDATE file_extractions SET raw_extraction = jsonb_build_object('failure', 'no') WHERE state = 'complete' AND id % 10 = 0",
+    """
+INSERT INTO dead_letters (doc_id, version, user_id, correlation_id, stage, error_type, error_message)
+SELECT d.doc_id, 1, d.user_id, 'c', 'parse', 'PERMANENT', 'no' FROM file_extractions AS d WHERE d.state = 'failed'""",
     """
 INSERT INTO procrastinate_jobs (id, queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user)
 OVERRIDING SYSTEM VALUE
@@ -143,6 +148,11 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("queue_reembedding", {"delay": 0.0, "job_id": None}),
     ("prune_jobs", {"after": 0, "window": 1000, "days": 7, "tasks": TASKS}),
     ("prune_events", {"after": 0, "window": 1000, "days": 7}),
+    ("delete_documents", {"batch_id": "batch 500", "max_count": 20, "lock_timeout_ms": 1000}),
+    ("requeue_dead_letters", {
+        "error_type": None, "stage": None, "batch_id": None, "user_id": None, "max_count": 20, "up_to_id": None,
+    }),
+    ("requeue_extractions", {"batch_id": None, "user_id": None, "ended_before": "tomorrow", "max_count": 20}),
 ]  # fmt: skip
 
 

@@ -42,6 +42,28 @@ def test_the_status_of_a_batch_shows_its_archives_and_why_it_failed(conn: psycop
     assert "the wrong zip" in docmill("status", "batch-1", **WIDE).stdout
 
 
+def test_the_status_of_a_large_batch_lists_what_failed_and_counts_the_rest(conn: psycopg.Connection) -> None:
+    run = begin(conn, "batch-1")
+    conn.execute("SET session_replication_role = replica")
+    conn.execute(
+        """INSERT INTO file_extractions (
+                doc_id, batch_id, run_id, file_name, file_path, source_path, state, error_type, error_message, correlation_id)
+            SELECT 'd' || n, 'batch-1', %s, n || '.txt', 'uploads/' || n, 'file ' || to_char(n, 'FM0000'), s.state, s.error, 'no', 'c'
+            FROM generate_series(1, 1300) AS n
+            CROSS JOIN LATERAL (
+                SELECT CASE WHEN n %% 10 > 0 THEN 'failed' ELSE 'queued' END::document_state AS state,
+                    CASE WHEN n %% 10 > 0 THEN 'PERMANENT' END::document_error_type AS error
+            ) AS s""",
+        [run],
+    )
+    conn.execute("SET session_replication_role = origin")
+    shown = docmill("status", "batch-1", **WIDE)
+    assert shown.returncode == 0, shown.stderr
+    assert [name for name in ("file 0001", "file 1111", "file 1112", "file 0010") if name in shown.stdout] == ["file 0001", "file 1111"]
+    assert "300 more documents" in shown.stdout
+    assert len(json.loads(docmill("status", "batch-1", "--json").stdout)["documents"]) == 1300
+
+
 def test_the_summary_of_a_batch_that_goes_on_tells_how_it_stands(conn: psycopg.Connection) -> None:
     run = begin(conn, "batch-1")
     accept(conn, run, "a", "c", batch_id="batch-1")

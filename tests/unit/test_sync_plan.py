@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
+from jobs.sync.memory import _archives as read_archives
 from jobs.sync.plan import Archive, Found, Stored, make_plan, worth_reading
 from models.stages import State
 
@@ -175,3 +180,50 @@ def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archi
 def test_a_document_out_of_an_archive_that_lies_beside_it_unpacked_was_moved_there() -> None:
     plan = make_plan([entry("z.zip", "a", RUN)], found(a="z.zip/a"), (), archive("z.zip"))
     assert [(move.old.entry, move.name) for move in plan.moved] == [("z.zip/a", "a")]
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Return how many functions are called, those written in C and each step of a generator included."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def move_of(count: int) -> None:
+    """Plan the move of a folder with so many equal files."""
+    plan = make_plan(
+        [stored(f"old/{n}/LICENSE", "x", state=State.DUPLICATE) for n in range(count)],
+        {f"new/{n}/LICENSE": Found(f"new/{n}/LICENSE", f"new {n}", 1, "x") for n in range(count)},
+    )
+    assert len(plan.moved) == count
+
+
+def loss_of(count: int) -> None:
+    """Plan for so many documents of as many folders that cannot be read."""
+    plan = make_plan([stored(f"folder {n}/in/a") for n in range(count)], {}, {f"folder {n}" for n in range(count)})
+    assert len(plan.kept) == count
+
+
+def archives_of(count: int) -> None:
+    """Read what is known of so many archives, each with one inside."""
+    known = {"run_id": RUN, "content_sha256": "x", "in_run": True, "finished": True, "unfinished": False}
+    paths = [path for n in range(count) for path in (f"in/{n}.zip/", f"in/{n}.zip/a/b.zip/")]
+    rows = [{**known, "entry_path": path, "open": path == "in/7.zip/a/b.zip/"} for path in paths]
+    made = read_archives("batch", rows, {"in/0.zip": "in/0.zip"})
+    assert [name for name, archive in made.items() if archive.open] == ["in/7.zip"]
+    assert len(made) == count
+    assert all(archive.current for archive in made.values())
+
+
+@pytest.mark.parametrize("work", [move_of, loss_of, archives_of])
+def test_twice_as_much_takes_about_twice_the_work(work: Callable[[int], None]) -> None:
+    assert calls(lambda: work(400)) < 2.5 * calls(lambda: work(200))
