@@ -148,7 +148,7 @@ async def remove_noted_files(timestamp: int) -> int:
 
     def remove() -> int:
         with connect(app.settings, conninfo_of(app.settings)) as conn:
-            return sum(iter(lambda: remove_files(app.settings, conn), 0))
+            return sum(iter(lambda: remove_files(app.settings, conn, stop=app.stopping), 0))
 
     return await asyncio.to_thread(remove)
 
