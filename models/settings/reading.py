@@ -13,6 +13,7 @@ from dotenv.parser import parse_stream
 from pydantic import ValidationError
 
 from models.errors import ConfigurationError
+from models.settings.checks import Words
 from models.settings.fields import Settings, allowed_values
 from models.settings.secret_files import BadSecretFile, holds_secret
 
@@ -78,7 +79,8 @@ def _describe(detail: Mapping[str, Any]) -> str:
     name, value = str(detail["loc"][0]), detail["input"]
     if isinstance(value, BadSecretFile):
         return f"{value.variable} {value.problem}"
-    secret = holds_secret(Settings.model_fields[name])
-    shown = "" if secret else f"={str(value)[:100]!r}"
+    field = Settings.model_fields[name]
+    hidden = holds_secret(field) or any(not mark.is_quoted for mark in field.metadata if isinstance(mark, Words))
+    shown = "" if hidden else f"={str(value)[:100]!r}"
     fault = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else FAULTS.get(detail["type"], "is not a valid value")
     return f"{name.upper()}{shown} {fault}; allowed: {allowed_values(name)}"

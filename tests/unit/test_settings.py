@@ -107,6 +107,25 @@ def test_a_bad_value_says_what_is_wrong_with_it(variable: str, value: str, fault
     assert variable in str(caught.value) and fault in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("EMBEDDING_BASE_URL", "https://me:hush@host/v1"),
+        ("EXTRACTION_BASE_URL", "https://hush@host/v1"),
+        ("LLAMAPARSE_BASE_URL", "https://host/v1?key=hush"),
+        ("EMBEDDING_BASE_URL", "https://host/v1?sig=hush#top"),
+        ("EMBEDDING_API_KEY_FILE", "sk-hush"),
+        ("DATABASE_URL_FILE", "postgresql://me:hush@host/db"),
+        ("ALERT_WEBHOOK_URL_FILE", "https://host/hush"),
+    ],
+)
+def test_what_may_be_a_secret_in_the_wrong_place_is_not_quoted(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=variable) as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+
+
 def test_a_type_has_its_own_limit_or_that_of_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_FILE_SIZE_MB_BY_TYPE", " HTML = 20 , email=0,pdf=900")
     settings = load_settings()
