@@ -107,6 +107,23 @@ def test_a_bad_value_says_what_is_wrong_with_it(variable: str, value: str, fault
     assert variable in str(caught.value) and fault in str(caught.value)
 
 
+def test_an_empty_pg_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PGHOST=from-file\n")
+    monkeypatch.setenv("PGHOST", "")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    assert load_settings().database_conninfo == ""
+    assert os.environ["PGHOST"] == "from-file"
+
+
+def test_a_way_around_a_pooler_needs_one_that_leads_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("DATABASE_URL_DIRECT", URL)
+    with pytest.raises(ConfigurationError, match="DATABASE_URL_DIRECT is set without DATABASE_URL"):
+        load_settings()
+    monkeypatch.setenv("PGHOST", "pooler")
+    assert load_settings().database_conninfo == ""
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
