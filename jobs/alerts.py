@@ -32,6 +32,7 @@ RULE_SECONDS = 30.0
 GIVE_UP_DAYS = 7
 """Older alerts are not sent any more, also not when a webhook is set for the first time; they stay in the table."""
 _LOCK = 0x646F636D616C72  # "docmalr" in ASCII: the key of the session advisory lock of the one that forwards
+_HELD_SECONDS = 1.0  # before the next look at an alert that is locked
 _LONGEST_PAUSE = 60.0  # seconds between two tries while the webhook fails
 _LONGEST_ALERT_PAUSE = 300.0  # seconds between two tries of one alert
 _LONGEST_REFUSED_PAUSE = 3600.0  # the same for one that the webhook has refused for good, as far as it knows
@@ -97,7 +98,8 @@ class AlertForwarder:
             await asyncio.sleep(pause)
         due = await (await conn.execute(query("look_at_next_alert"), {"give_up_days": GIVE_UP_DAYS})).fetchone()
         seconds = None if due is None else due["seconds"]
-        return self._look_seconds if seconds is None else min(self._look_seconds, max(0.0, seconds))
+        # What is due already, somebody else's transaction holds.
+        return self._look_seconds if seconds is None else min(self._look_seconds, max(_HELD_SECONDS, seconds))
 
     async def _forward_one(self, conn: psycopg.AsyncConnection[DictRow], webhook: Webhook) -> float | None:
         """Send the next alert that is due. Return the seconds to pause before the one after it, or None if none was due."""

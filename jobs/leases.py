@@ -66,7 +66,7 @@ class LeaseKeeper:
         """`on_tick` runs in the thread every few seconds, over its connection."""
         self.seconds = settings.lease_seconds
         """How long a claim holds without renewal."""
-        self._tick_seconds = min(settings.lease_seconds / 4, 5.0)
+        self._tick_seconds = min(settings.lease_seconds / 4, settings.watchdog_seconds / 4, 5.0)  # the watchdog looks at each
         self._settings = settings
         self._conninfo, self._options = conninfo, connect_options(settings)
         self._on_tick = on_tick

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,10 +30,17 @@ UNTOUCHED_SECONDS = 300.0
 Connection = psycopg.Connection[Any]
 
 
-def remove_noted_files(settings: Settings, conn: Connection, *, doc_id: str | None = None, untouched_for: float = UNTOUCHED_SECONDS) -> int:
+def remove_noted_files(
+    settings: Settings,
+    conn: Connection,
+    *,
+    doc_id: str | None = None,
+    untouched_for: float = UNTOUCHED_SECONDS,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
     """Remove what may be removed of the noted files, or of one document's, and return how many; the others stay noted.
 
-    `conn` commits each statement.
+    `conn` commits each statement. `stop` is asked before each file.
     """
     storage = LocalStorage.from_settings(settings)
     noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
@@ -41,7 +49,7 @@ def remove_noted_files(settings: Settings, conn: Connection, *, doc_id: str | No
         for older in _versions(storage, path, owner):
             conn.execute(query("note_older_file"), {"path": older, "doc_id": owner})
             paths[older] = None
-    return sum(_remove(storage, conn, path, untouched_for) for path in paths)
+    return sum(_remove(storage, conn, path, untouched_for) for path in paths if not stop())
 
 
 def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) -> int:

@@ -76,6 +76,7 @@ async def look_after_index(
         }
         try:
             await conn.execute(query("act_as_owner_of"), {"table": table})
+            await conn.execute(query("lift_limits"))
             # What a build that was cut off has left is of no use.
             await conn.execute(composing.SQL(query("drop_vector_index")).format(**names))
             if not facts["is_large"]:
@@ -112,6 +113,7 @@ async def drop_index(settings: Settings, model: str, dimensions: int, table: Tab
             return True
         if await (await conn.execute(query("act_as_owner_of"), {"table": table})).fetchone() is None:
             return False
+        await conn.execute(query("lift_limits"))
         await conn.execute(composing.SQL(query("drop_vector_index")).format(name=composing.Identifier(name)))
         return True
 
@@ -148,7 +150,7 @@ async def remove_noted_files(timestamp: int) -> int:
 
     def remove() -> int:
         with connect(app.settings, conninfo_of(app.settings)) as conn:
-            return sum(iter(lambda: remove_files(app.settings, conn), 0))
+            return sum(iter(lambda: remove_files(app.settings, conn, stop=app.stopping), 0))
 
     return await asyncio.to_thread(remove)
 

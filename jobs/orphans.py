@@ -31,7 +31,7 @@ TEMPORARY_DAYS = 7
 """How old half-written files must be where ORPHAN_FILE_DAYS says nothing."""
 FEW = 10
 SUSPICIOUS_SHARE = 0.2
-"""More orphans than this share of the folders, and more than FEW, are no orphans: these files belong to another database."""
+"""More orphans than this share of the folders, and more than FEW in all, are no orphans: these files belong to another database."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 _TEMPORARY = re.compile("[0-9a-f]{32}[.]part")
 
@@ -45,7 +45,7 @@ class Orphans:
     noted: int = 0
     """Files that nothing refers to and that will be removed."""
     suspicious: int = 0
-    """Files that nothing refers to, but so many that they were left alone."""
+    """Files that nothing refers to, but so many that they were left alone; of the whole storage where one part has few."""
     temporary: int = 0
     """Files and folders of dead processes that were removed."""
 
@@ -72,24 +72,38 @@ def find_orphans(
     found.temporary = _remove_temporary(storage, before, dry_run=dry_run)
     if settings.orphan_file_days == 0:
         return found
-    orphans: list[str] = []
-    names = _folders(storage, part)
-    while folders := list(islice(names, AT_A_TIME)):
-        if stop():
-            return found
-        files = {folder: _files(storage, folder, before) for folder in folders}
-        found.folders += len(folders)
-        rows = conn.execute(query("find_referenced_files"), {"paths": [path for paths in files.values() for path in paths]})
-        known = {os.path.dirname(row[0]) for row in rows.fetchall()}  # noqa: PTH120 - names, not paths of this machine
-        orphans += [path for folder, paths in files.items() if folder not in known for path in paths]
-    if len(orphans) > max(FEW, SUSPICIOUS_SHARE * found.folders) and not believe:
-        found.suspicious = len(orphans)
+    found.folders, orphans = _look(storage, conn, part, before, stop)
+    folders, number = found.folders, len(orphans)
+    if part is not None and SUSPICIOUS_SHARE * folders < number <= FEW and not believe:
+        # Few say nothing of one part: where the storage is small, all of its files could go so, a few an hour.
+        folders, everywhere = _look(storage, conn, None, before, stop)
+        number = len(everywhere)
+    if stop():
+        return found
+    if number > max(FEW, SUSPICIOUS_SHARE * folders) and not believe:
+        found.suspicious = number
         return found
     found.noted = len(orphans)
     if not dry_run:
         for path in orphans:
             conn.execute(query("note_unneeded_file"), {"path": path, "doc_id": None})
     return found
+
+
+def _look(
+    storage: LocalStorage, conn: psycopg.Connection[Any], part: int | None, before: float, stop: Callable[[], bool]
+) -> tuple[int, list[str]]:
+    """Return how many folders of a part, or of all, were looked at, and which files in them nothing refers to; less once `stop` says so."""
+    number = 0
+    orphans: list[str] = []
+    names = _folders(storage, part)
+    while (folders := list(islice(names, AT_A_TIME))) and not stop():
+        files = {folder: _files(storage, folder, before) for folder in folders}
+        number += len(folders)
+        rows = conn.execute(query("find_referenced_files"), {"paths": [path for paths in files.values() for path in paths]})
+        known = {os.path.dirname(row[0]) for row in rows.fetchall()}  # noqa: PTH120 - names, not paths of this machine
+        orphans += [path for folder, paths in files.items() if folder not in known for path in paths]
+    return number, orphans
 
 
 def _folders(storage: LocalStorage, part: int | None) -> Iterator[str]:

@@ -24,7 +24,7 @@ LONGEST_ERROR = 2000
 
 _NAMES = re.compile("password|passwd|pwd|api[_-]?key|authorization", re.IGNORECASE)
 _PATTERNS = (
-    re.compile(r"(?P<keep>\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s/]*(?=@)", re.IGNORECASE),
+    re.compile(r"(?P<keep>://[^\s:/@]*:)[^\s/]*(?=@)"),
     re.compile(
         r"(?P<keep>(?:password|passwd|pwd|api[_-]?key|authorization)[\"']?\s*[=:]\s*(?:bearer\s+|basic\s+)?)"
         r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s,;&'\"]+)",
@@ -93,9 +93,8 @@ def describe(error: BaseException) -> str:
     """Return an exception's message without secrets, and without the rows that Postgres quotes in the details of its errors."""
     diagnosis = getattr(error, "diag", None)
     message = getattr(diagnosis, "message_primary", None) or str(error)
-    if len(message) > LONGEST_ERROR:
-        message = message[:LONGEST_ERROR] + "..."
-    return redact(message)
+    message = redact(message)  # before it is cut: half a secret is none that could be known
+    return message if len(message) <= LONGEST_ERROR else message[:LONGEST_ERROR] + "..."
 
 
 def render_traceback(error: BaseException) -> str:

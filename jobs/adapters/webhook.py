@@ -38,12 +38,16 @@ class Webhook:
     async def post(self, payload: Mapping[str, Any], *, idempotency_key: str) -> None:
         """Post and return if the answer is a 2xx. A redirect is not followed: it could carry the payload anywhere.
 
-        Raises RateLimitError (429), TimeoutError, RetryableError (5xx, no connection), ConfigurationError (no usable address) and
-        PermanentError (any other answer).
+        Raises RateLimitError (429), TimeoutError, RetryableError (5xx, no connection, no client), ConfigurationError (no usable address)
+        and PermanentError (any other answer).
         """
         client = self._client
         if client is None:
-            client = self._client = await asyncio.to_thread(self._make_client)
+            try:
+                client = self._client = await asyncio.to_thread(self._make_client)
+            except (OSError, ValueError, ImportError) as error:  # certificates that are not there, a proxy of another kind
+                why = f"({type(error).__name__}): SSL_CERT_FILE or a proxy of the environment is wrong"
+                raise RetryableError(f"No client for the webhook could be made {why}.") from None
         import httpx2  # noqa: PLC0415 - loaded by the line above, in a thread
 
         try:

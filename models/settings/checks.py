@@ -22,6 +22,8 @@ class Words:
 
     allowed: str = ""
     default: str = ""
+    is_quoted: bool = True
+    """Whether an error may show a value that is refused; not where people put keys that belong elsewhere."""
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -161,6 +163,8 @@ Conninfo = Annotated[
 WebUrl = Annotated[
     SecretStr | None, AfterValidator(_web_address), Words(allowed="https://host/path or http://host:port/path", default="unset")
 ]
-BaseUrl = Annotated[str, AfterValidator(_base_address), Words(allowed="https://host/path or http://host:port/path, without a key in it")]
+BaseUrl = Annotated[
+    str, AfterValidator(_base_address), Words(allowed="https://host/path or http://host:port/path, without a key in it", is_quoted=False)
+]
 Key = Annotated[SecretStr | None, AfterValidator(_key), Words(allowed="a key as its service shows it", default="unset")]
 Price = Annotated[float | None, Interval(ge=0, le=1_000_000), Words(allowed="0 to 1000000", default="unset")]

@@ -27,7 +27,7 @@ class PlaceSettings(BaseSettings):
     without them an embedded server starts by itself."""
     database_url_direct: Conninfo = None
     """A way to the same database around a transaction pooler such as PgBouncer, for LISTEN and migrations; it tells
-    docmill that there is one. Unset: DATABASE_URL."""
+    docmill that there is one. Needs DATABASE_URL, or the PG* variables. Unset: DATABASE_URL."""
     database_max_connections: Annotated[int, Interval(ge=2, le=1000)] = 10
     """Most pooled connections of one process."""
     database_timeout: Annotated[float, Interval(ge=0.1, le=3600)] = 30

@@ -13,6 +13,7 @@ from dotenv.parser import parse_stream
 from pydantic import ValidationError
 
 from models.errors import ConfigurationError
+from models.settings.checks import Words
 from models.settings.fields import Settings, allowed_values
 from models.settings.secret_files import BadSecretFile, holds_secret
 
@@ -28,19 +29,20 @@ FAULTS = {
 def load_settings() -> Settings:
     """Read and check all settings, once a process (`load_settings.cache_clear()` forgets them). ConfigurationError lists every bad value.
 
-    PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there.
+    PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there and not empty.
     """
     try:
         _refuse_unreadable_lines()
         settings = Settings()
         for name, value in dotenv_values(".env").items():
-            if name.startswith("PG") and value:
-                os.environ.setdefault(name, value)
+            if name.startswith("PG") and value and not os.environ.get(name):
+                os.environ[name] = value
+        _refuse_way_around_nothing(settings)
     except ValidationError as error:
         problems = [_describe(detail) for detail in error.errors(include_url=False)]
     except UnicodeDecodeError:
         problems = [".env is not UTF-8 text"]
-    except _UnreadableLines as error:
+    except _Refused as error:
         problems = [str(error)]
     except OSError as error:
         problems = [f".env cannot be read: {error.strerror}"]
@@ -50,12 +52,12 @@ def load_settings() -> Settings:
     raise ConfigurationError("The configuration is wrong:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-class _UnreadableLines(Exception):
-    """Lines of `.env` that are no NAME=value."""
+class _Refused(Exception):
+    """What is wrong with `.env` or with settings beside each other."""
 
 
 def _refuse_unreadable_lines() -> None:
-    """Raise _UnreadableLines, by numbers alone, where dotenv would pass over a line, and work would go on without what that line sets."""
+    """Raise _Refused, by line numbers alone, where dotenv would pass over a line, and work would go on without what that line sets."""
     if not (path := Path(".env")).is_file():
         return
     with path.open(encoding="utf-8") as file:
@@ -66,7 +68,13 @@ def _refuse_unreadable_lines() -> None:
             if read.error or (read.key is not None and read.value is None)
         ]
     if bad:
-        raise _UnreadableLines(f".env has no NAME=value in line{'s' * (len(bad) > 1)} {', '.join(bad)}: is a quote missing?")
+        raise _Refused(f".env has no NAME=value in line{'s' * (len(bad) > 1)} {', '.join(bad)}: is a quote missing?")
+
+
+def _refuse_way_around_nothing(settings: Settings) -> None:
+    """Raise _Refused where the pooler's own address is missing: work would go to an embedded server, and its migrations elsewhere."""
+    if settings.database_url_direct is not None and settings.database_conninfo is None:
+        raise _Refused("DATABASE_URL_DIRECT is set without DATABASE_URL, around which it leads: set both, or DATABASE_URL alone")
 
 
 def _empty_lines(text: str) -> int:
@@ -78,7 +86,8 @@ def _describe(detail: Mapping[str, Any]) -> str:
     name, value = str(detail["loc"][0]), detail["input"]
     if isinstance(value, BadSecretFile):
         return f"{value.variable} {value.problem}"
-    secret = holds_secret(Settings.model_fields[name])
-    shown = "" if secret else f"={str(value)[:100]!r}"
+    field = Settings.model_fields[name]
+    hidden = holds_secret(field) or any(not mark.is_quoted for mark in field.metadata if isinstance(mark, Words))
+    shown = "" if hidden else f"={str(value)[:100]!r}"
     fault = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else FAULTS.get(detail["type"], "is not a valid value")
     return f"{name.upper()}{shown} {fault}; allowed: {allowed_values(name)}"

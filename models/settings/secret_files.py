@@ -50,7 +50,9 @@ class SecretFiles(PydanticBaseSettingsSource):
             secret = _read(Path(path))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            return BadSecretFile(variable, f"names {path!r}, which cannot be read: {reason}"), field_name, False
+            # Where a file is expected the secret itself is soon put by mistake.
+            shown = repr(path) if Path(path).is_absolute() else "a relative path"
+            return BadSecretFile(variable, f"names {shown}, which cannot be read: {reason}"), field_name, False
         return secret, field_name, False
 
     def paths(self) -> dict[str, Path]:

@@ -27,6 +27,11 @@ SELECT pg_try_advisory_lock(hashtextextended(%(name)s, 0)) AS locked;
 -- name: unlock_index
 SELECT pg_advisory_unlock(hashtextextended(%(name)s, 0));
 
+-- name: lift_limits
+-- Building and dropping take as long as they take, and wait for whoever writes. Cut off by a limit that the database or role has for other
+-- sessions, a build would be begun again and again.
+SELECT set_config('statement_timeout', '0', FALSE), set_config('lock_timeout', '0', FALSE), set_config('transaction_timeout', '0', FALSE);
+
 -- name: drop_vector_index
 DROP INDEX CONCURRENTLY IF EXISTS {name};
 

@@ -125,6 +125,29 @@ def test_a_worker_that_has_grown_too_large_finishes_what_it_has_in_hand_and_ends
     assert one(conn, "SELECT max(count) FROM (SELECT count(*) FROM document_events WHERE stage = 'chunk' GROUP BY doc_id) AS c") == (1,)
 
 
+def test_sigterm_ends_the_removal_of_many_files(conn: psycopg.Connection, tmp_path: Path) -> None:
+    many = 50_000
+    conn.execute(
+        "INSERT INTO files_to_remove (path) SELECT 'uploads/' || sha256(n::text::bytea) || '/x' FROM generate_series(1, %s) AS n", [many]
+    )
+    conn.execute(
+        "INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args) "
+        "VALUES ('maintenance', 'remove_noted_files', 1000, '{\"timestamp\": 0}')"
+    )
+    with worker(tmp_path / "log") as process:
+        wait_for(lambda: one(conn, "SELECT count(*) FROM files_to_remove") < (many,), "the first removal", process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+    assert one(conn, "SELECT count(*) FROM files_to_remove") > (0,)
+    assert one(conn, "SELECT status FROM procrastinate_jobs WHERE task_name = 'remove_noted_files' ORDER BY id LIMIT 1") == ("succeeded",)
+
+
+def test_the_watchdog_is_as_quick_as_it_is_told_to_be_with_long_leases(conn: psycopg.Connection, tmp_path: Path) -> None:
+    submit_document(b"some text", file_name="a.txt", doc_id="a")
+    with worker(tmp_path / "log", DOCMILL_FAULTS="block:60@stage_started:chunk", LEASE_SECONDS="60", WATCHDOG_SECONDS="3") as process:
+        assert process.wait(timeout=40) == 70
+
+
 def test_a_worker_in_a_container_registers_under_a_name_of_its_own(conn: psycopg.Connection, tmp_path: Path) -> None:
     isolated = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"] + (["--user", "--map-root-user"] if os.getuid() else [])
     if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:

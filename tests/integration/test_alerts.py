@@ -125,6 +125,41 @@ async def test_what_was_raised_while_nobody_listened_and_what_is_raised_now_are_
     assert endpoint.keys == [key for key, _ in known]
 
 
+@pytest.mark.parametrize(("variable", "value"), [("SSL_CERT_FILE", "/no/such/file"), ("http_proxy", "ftp://127.0.0.1:1")])
+async def test_an_environment_that_no_client_can_be_made_in_is_said_of_the_webhook_and_not_of_the_database(
+    configured: Settings, endpoint: Endpoint, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    conn.execute("SELECT alert('test', 'first')")
+    async with forwarding(configured):
+        await eventually(lambda: standing(conn)[0][1] == 1, "the failure to be noted")
+        assert "SSL_CERT_FILE" in standing(conn)[0][3]
+        monkeypatch.delenv(variable)
+        await eventually(lambda: unforwarded(conn) == 0, "the alert")
+
+
+async def test_an_alert_that_somebody_holds_is_waited_for_without_asking_all_the_time(
+    configured: Settings, endpoint: Endpoint, database: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, look = [], AlertForwarder._drain
+
+    async def counted(self: AlertForwarder, *given: Any) -> float:
+        looks.append(time.monotonic())
+        return await look(self, *given)
+
+    monkeypatch.setattr(AlertForwarder, "_drain", counted)
+    conn.execute("SELECT alert('test', 'held')")
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM alerts FOR UPDATE")
+        async with forwarding(configured, look_seconds=30):
+            await eventually(lambda: bool(looks), "the first look")
+            await asyncio.sleep(2)
+            assert len(looks) <= 4
+            holder.rollback()
+            await eventually(lambda: unforwarded(conn) == 0, "the alert")
+    assert [post["message"] for post in endpoint.posts] == ["held"]
+
+
 async def test_an_alert_of_a_transaction_that_is_rolled_back_is_never_posted(
     configured: Settings, endpoint: Endpoint, conn: psycopg.Connection
 ) -> None:

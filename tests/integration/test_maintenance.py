@@ -99,6 +99,20 @@ async def test_a_build_that_was_cut_off_is_done_again(passages: psycopg.Connecti
     assert valid(passages) is True
 
 
+@pytest.mark.parametrize("limit", ["statement_timeout", "lock_timeout", "transaction_timeout"])
+async def test_a_limit_of_the_database_for_other_sessions_cuts_off_no_build(
+    passages: psycopg.Connection, settings: Settings, database: str, limit: str
+) -> None:
+    passages.execute(f'ALTER DATABASE "{passages.info.dbname}" SET {limit} = 1000'.encode())
+    with psycopg.connect(database, options="-c transaction_timeout=0") as writer:
+        writer.execute("LOCK document_chunks IN ROW EXCLUSIVE MODE")  # a build waits for the end of whoever writes
+        building = asyncio.create_task(look_after_index(settings.model_copy(update={"vector_index_threshold": 1}), MODEL, 8))
+        await asyncio.wait([building], timeout=2.5)
+        writer.commit()
+    assert await building == "built"
+    assert valid(passages) is True
+
+
 async def test_what_a_build_that_was_cut_off_has_left_goes_also_where_no_index_is_needed_any_more(
     passages: psycopg.Connection, settings: Settings
 ) -> None:

@@ -361,6 +361,23 @@ def test_files_of_another_database_are_not_taken_for_left_overs(bench: Bench) ->
     assert look(bench, believe=True).noted == FEW + 1
 
 
+def test_files_of_another_database_stay_also_where_each_part_has_few_of_them(bench: Bench) -> None:
+    storage = storage_of(bench)
+    for number in range(40):
+        storage.store_upload(f"d{number}", b"x", 100)
+    looks = [look(bench, part=part) for part in range(24)]
+    assert max(found.folders for found in looks) <= FEW
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+    assert {found.suspicious for found in looks if found.folders} == {40}, "what is said is said of the whole storage"
+
+
+def test_a_left_over_goes_also_where_it_is_much_of_its_part(bench: Bench) -> None:
+    for number in range(30):
+        jobs.submit_document(b"x", doc_id=f"d{number}")
+    storage_of(bench).store_upload("unknown", b"x", 100)
+    assert sum(look(bench, part=part).noted for part in range(24)) == 1
+
+
 def test_all_parts_together_look_at_each_folder_once(bench: Bench) -> None:
     for number in range(30):
         jobs.submit_document(b"x", doc_id=f"d{number}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
@@ -19,7 +20,7 @@ from loguru import logger
 
 from jobs import log_files, redaction
 from jobs.logs import bound, configure_logging
-from jobs.redaction import describe, redact
+from jobs.redaction import LONGEST_ERROR, describe, redact, register_secret
 from models.errors import ConfigurationError
 from models.settings import load_settings
 
@@ -160,6 +161,19 @@ def test_rows_that_postgres_quotes_stay_out_of_error_texts() -> None:
             return Diagnosis()
 
     assert describe(Violation("value violates...\nDETAIL:  Failing row contains (top secret text)")) == "value violates check constraint"
+
+
+def test_no_part_of_a_secret_is_left_where_a_long_message_is_cut() -> None:
+    register_secret("sk-hush-hush-hush")
+    for before in range(LONGEST_ERROR - 20, LONGEST_ERROR):
+        assert "sk-h" not in describe(ValueError("x" * before + "sk-hush-hush-hush and more"))
+
+
+@pytest.mark.parametrize("text", ["a.a", "a-", "a://b:", "a://", "bearer ", "password='"])
+def test_masking_takes_no_longer_for_each_character_of_a_long_text(text: str) -> None:
+    began = time.process_time()
+    redact(text * 30_000)
+    assert time.process_time() - began < 2
 
 
 def test_chained_and_grouped_exceptions_are_all_rendered(json_lines: Lines) -> None:

@@ -107,6 +107,42 @@ def test_a_bad_value_says_what_is_wrong_with_it(variable: str, value: str, fault
     assert variable in str(caught.value) and fault in str(caught.value)
 
 
+def test_an_empty_pg_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PGHOST=from-file\n")
+    monkeypatch.setenv("PGHOST", "")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    assert load_settings().database_conninfo == ""
+    assert os.environ["PGHOST"] == "from-file"
+
+
+def test_a_way_around_a_pooler_needs_one_that_leads_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("DATABASE_URL_DIRECT", URL)
+    with pytest.raises(ConfigurationError, match="DATABASE_URL_DIRECT is set without DATABASE_URL"):
+        load_settings()
+    monkeypatch.setenv("PGHOST", "pooler")
+    assert load_settings().database_conninfo == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("EMBEDDING_BASE_URL", "https://me:hush@host/v1"),
+        ("EXTRACTION_BASE_URL", "https://hush@host/v1"),
+        ("LLAMAPARSE_BASE_URL", "https://host/v1?key=hush"),
+        ("EMBEDDING_BASE_URL", "https://host/v1?sig=hush#top"),
+        ("EMBEDDING_API_KEY_FILE", "sk-hush"),
+        ("DATABASE_URL_FILE", "postgresql://me:hush@host/db"),
+        ("ALERT_WEBHOOK_URL_FILE", "https://host/hush"),
+    ],
+)
+def test_what_may_be_a_secret_in_the_wrong_place_is_not_quoted(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=variable) as caught:
+        load_settings()
+    assert "hush" not in str(caught.value)
+
+
 def test_a_type_has_its_own_limit_or_that_of_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_FILE_SIZE_MB_BY_TYPE", " HTML = 20 , email=0,pdf=900")
     settings = load_settings()
