@@ -56,12 +56,13 @@ ORDER BY d.processing_completed_at, d.id
 LIMIT 1;
 
 -- name: find_original_extraction
+-- The newest that did not fail: earlier ones may have been extracted without the model, or with another schema.
 SELECT d.doc_id, d.file_name, d.raw_extraction
 FROM file_extractions AS d
 JOIN document_markdown AS m ON m.doc_id = d.doc_id AND m.version = d.version
 WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.state = 'complete' AND d.doc_id <> %(doc_id)s
-    AND m.markdown_sha256 = %(markdown_sha256)s AND d.raw_extraction IS NOT NULL
-ORDER BY d.processing_completed_at, d.id
+    AND m.markdown_sha256 = %(markdown_sha256)s AND NOT d.raw_extraction ? 'failure'
+ORDER BY d.processing_completed_at DESC, d.id DESC
 LIMIT 1;
 
 -- name: lock_claim
