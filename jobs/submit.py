@@ -151,7 +151,8 @@ def submission(params: Mapping[str, Any], row: Mapping[str, Any] | None) -> Subm
     """Return what became of a submission, from its parameters and the row that the statement answered with."""
     if row is None:
         raise RetryableError(f'doc_id "{params["doc_id"]}": the database gave no answer; nothing was submitted.')
-    return Submission(params["doc_id"], row["outcome"], row["version"], State(row["state"]), params["correlation_id"])
+    correlation_id = row["kept_correlation_id"] or params["correlation_id"]
+    return Submission(params["doc_id"], row["outcome"], row["version"], State(row["state"]), correlation_id)
 
 
 def refused(error: psycopg.Error, doc_id: str) -> Exception:
