@@ -193,8 +193,9 @@ def submit_document(
     """Submit one document and return its doc_id, a string that also tells the outcome.
 
     `file`: a path, bytes or an open binary file. `doc_id`: 1 to 200 characters, unique over the installation; left out, it is derived from
-    user and absolute path, or user and content. `metadata`: JSON, searches can filter by it. `priority`: higher is worked on first.
-    `connection`: joins the caller's transaction, so that the document exists if and only if that commits.
+    user and absolute path, or user and content. `metadata`: JSON, searches can filter by it; a new version without any keeps those of the
+    document. `priority`: higher is worked on first. `connection`: joins the caller's transaction, so that the document exists if and only
+    if that commits.
 
     The same doc_id with the same content changes nothing; new content makes a new version. Errors: SubmitError (refused, nothing stored),
     SubmitConflict (another transaction holds the document), RetryableError (storage full or read-only), ConfigurationError.

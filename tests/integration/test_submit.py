@@ -83,6 +83,17 @@ def test_an_answer_can_be_copied_and_handed_to_another_process(file: Path) -> No
         assert (repr(found), found.refused) == (repr(batch), batch.refused)
 
 
+def test_new_content_without_metadata_keeps_those_that_the_document_has(conn: psycopg.Connection, file: Path) -> None:
+    submit_document(file)
+    conn.execute("""SELECT update_document(doc_id, '{"project": "north", "year": 2026}') FROM file_extractions""")
+    file.write_text("changed")
+    assert submit_document(file).outcome == "new_version"
+    assert conn.execute("SELECT metadata FROM file_extractions").fetchone() == ({"project": "north", "year": 2026},)
+    file.write_text("changed once more")
+    submit_document(file, metadata={"project": "south"})
+    assert conn.execute("SELECT metadata FROM file_extractions").fetchone() == ({"project": "south"},)
+
+
 def test_the_answer_names_the_correlation_id_that_logs_and_events_have(conn: psycopg.Connection, file: Path) -> None:
     first = submit_document(file, doc_id="a", correlation_id="first")
     assert submit_document(file, doc_id="a", correlation_id="second").correlation_id == "first"
