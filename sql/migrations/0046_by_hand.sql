@@ -1,5 +1,9 @@
+-- What is done by hand to one document lasts, and waits for nobody for ever.
+--
 -- A document that is submitted with new content and without metadata keeps what it has. Folders, archives and syncs never say any, so that
 -- whatever update_document had set was gone with the next change of the file, and searches that filter by it no longer found the document.
+--
+-- Who takes up or puts away a dead letter waits five seconds for a transaction that holds its document, as with all else that changes one.
 
 CREATE OR REPLACE FUNCTION accept_document(
     doc_id text, user_id text, file_name text, file_path text, source_path text, file_size bigint, content_sha256 text,
@@ -108,5 +112,36 @@ END;
 $$;
 COMMENT ON FUNCTION accept_document IS
     'Takes in a stored upload. outcome: accepted, unchanged (same content: nothing happens), new_version (metadata, unless empty, takes the place of the old), or resumed (was cancelled).';
+
+CREATE OR REPLACE FUNCTION lock_dead_letter(letter_id bigint) RETURNS dead_letters LANGUAGE plpgsql SET lock_timeout = '5s' AS $$
+DECLARE
+    letter dead_letters;
+BEGIN
+    SELECT l.* INTO letter FROM dead_letters AS l WHERE l.id = letter_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no dead letter %', coalesce(letter_id::text, 'null') USING ERRCODE = 'no_data_found';
+    END IF;
+    BEGIN
+        PERFORM FROM file_extractions AS f WHERE f.doc_id = letter.doc_id FOR UPDATE;
+    EXCEPTION WHEN lock_not_available THEN
+        RAISE EXCEPTION 'another transaction holds document "%" of dead letter %; try again once it has ended', letter.doc_id, letter.id
+            USING ERRCODE = 'lock_not_available';
+    END;
+    -- A statement of its own: it sees what was done to the letter while the one before waited for the lock.
+    SELECT l.* INTO letter FROM dead_letters AS l WHERE l.id = letter_id;
+    IF letter.resolved_at IS NOT NULL THEN
+        RAISE EXCEPTION 'dead letter % (document "%", version %) was % at %', letter.id, letter.doc_id, letter.version,
+            CASE letter.resolution
+                WHEN 'superseded' THEN 'superseded by new content'
+                WHEN 'deleted' THEN 'closed because the document was deleted'
+                ELSE letter.resolution
+            END, letter.resolved_at
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    RETURN letter;
+END;
+$$;
+COMMENT ON FUNCTION lock_dead_letter IS
+    'Locks the document of an open dead letter and returns the letter; an error if the number is unknown, the letter resolved, or somebody holds the document for more than five seconds.';
 
 CALL pin_search_path();
