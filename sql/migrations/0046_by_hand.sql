@@ -144,4 +144,24 @@ $$;
 COMMENT ON FUNCTION lock_dead_letter IS
     'Locks the document of an open dead letter and returns the letter; an error if the number is unknown, the letter resolved, or somebody holds the document for more than five seconds.';
 
+-- As before, and it speaks of a last dead letter only where there is one.
+CREATE OR REPLACE FUNCTION requeue_document(doc_id text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    letter dead_letters;
+    known file_extractions;
+BEGIN
+    SELECT l.* INTO letter FROM dead_letters AS l WHERE l.doc_id = requeue_document.doc_id ORDER BY l.id DESC LIMIT 1;
+    IF letter.id IS NOT NULL AND letter.resolved_at IS NULL THEN
+        RETURN requeue_dead_letter(letter.id);
+    END IF;
+    SELECT f.* INTO known FROM file_extractions AS f WHERE f.doc_id = requeue_document.doc_id;
+    IF known.id IS NULL THEN
+        RAISE EXCEPTION 'there is no document "%"', requeue_document.doc_id USING ERRCODE = 'no_data_found';
+    END IF;
+    RAISE EXCEPTION 'document "%" is % and has no open dead letter%', known.doc_id, known.state,
+        CASE WHEN letter.id IS NULL THEN '' ELSE format(' (the last one, %s, was %s)', letter.id, letter.resolution) END
+        USING ERRCODE = 'object_not_in_prerequisite_state';
+END;
+$$;
+
 CALL pin_search_path();
