@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
+from psycopg.rows import tuple_row
 
 from jobs.arguments import lookup
 from jobs.front import sync_connection
@@ -146,7 +147,7 @@ def _ask(connection: Connection | None, name: str, **names: str) -> Any:
     with _translated(), sync_connection(load_settings(), connection) as conn:
         for tries_left in reversed(range(1 if connection is not None else _TRIES)):
             try:
-                row = conn.execute(query(name), _params(names)).fetchone()
+                row = conn.cursor(row_factory=tuple_row).execute(query(name), _params(names)).fetchone()
                 return None if row is None else row[0]
             except psycopg.errors.DeadlockDetected:
                 if not tries_left:
@@ -156,7 +157,8 @@ def _ask(connection: Connection | None, name: str, **names: str) -> Any:
 
 async def _ask_async(connection: AsyncConnection, name: str, **names: str) -> Any:
     with _translated():
-        row = await (await connection.execute(query(name), _params(names))).fetchone()
+        async with connection.cursor(row_factory=tuple_row) as cursor:
+            row = await (await cursor.execute(query(name), _params(names))).fetchone()
         return None if row is None else row[0]
 
 

@@ -151,7 +151,8 @@ def submission(params: Mapping[str, Any], row: Mapping[str, Any] | None) -> Subm
     """Return what became of a submission, from its parameters and the row that the statement answered with."""
     if row is None:
         raise RetryableError(f'doc_id "{params["doc_id"]}": the database gave no answer; nothing was submitted.')
-    return Submission(params["doc_id"], row["outcome"], row["version"], State(row["state"]), params["correlation_id"])
+    correlation_id = row["kept_correlation_id"] or params["correlation_id"]
+    return Submission(params["doc_id"], row["outcome"], row["version"], State(row["state"]), correlation_id)
 
 
 def refused(error: psycopg.Error, doc_id: str) -> Exception:
@@ -192,8 +193,9 @@ def submit_document(
     """Submit one document and return its doc_id, a string that also tells the outcome.
 
     `file`: a path, bytes or an open binary file. `doc_id`: 1 to 200 characters, unique over the installation; left out, it is derived from
-    user and absolute path, or user and content. `metadata`: JSON, searches can filter by it. `priority`: higher is worked on first.
-    `connection`: joins the caller's transaction, so that the document exists if and only if that commits.
+    user and absolute path, or user and content. `metadata`: JSON, searches can filter by it; a new version without any keeps those of the
+    document. `priority`: higher is worked on first. `connection`: joins the caller's transaction, so that the document exists if and only
+    if that commits.
 
     The same doc_id with the same content changes nothing; new content makes a new version. Errors: SubmitError (refused, nothing stored),
     SubmitConflict (another transaction holds the document), RetryableError (storage full or read-only), ConfigurationError.

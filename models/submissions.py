@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from models.stages import State
@@ -14,6 +14,7 @@ class Submission(str):
     """The doc_id, as a string, that also says what became of the submission.
 
     `outcome`: `accepted` (a new document), `unchanged` (same content: nothing happened), `new_version`, or `resumed` (was cancelled).
+    `correlation_id`: the document's, which logs and events have; one that was given for `unchanged` or `resumed` content is not taken.
     """
 
     __slots__ = ("correlation_id", "outcome", "state", "version")
@@ -28,6 +29,10 @@ class Submission(str):
         made = super().__new__(cls, doc_id)
         made.outcome, made.version, made.state, made.correlation_id = outcome, version, state, correlation_id
         return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str, Outcome, int, State, str], dict[str, Any]]:
+        """Return what a copy is made with, also in another process."""
+        return (str(self), self.outcome, self.version, self.state, self.correlation_id), {}
 
     @property
     def doc_id(self) -> str:
@@ -64,6 +69,10 @@ class SubmittedBatch(str):
         made = super().__new__(cls, batch_id)
         made.outcome, made.run_id, made.archives, made.refused = outcome, run_id, archives, refused
         return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str, BatchOutcome, UUID | None], dict[str, Any]]:
+        """Return what a copy is made with, also in another process."""
+        return (str(self), self.outcome, self.run_id), {"archives": self.archives, "refused": self.refused}
 
     @property
     def batch_id(self) -> str:

@@ -17,8 +17,8 @@ from models.settings import Settings, load_settings
 
 AT_A_TIME = 500
 """Documents that one transaction of `--all` takes up again."""
-_REFUSALS = (psycopg.errors.NoDataFound, psycopg.errors.ObjectNotInPrerequisiteState)
-"""How the SQL functions say that a letter is unknown or has been dealt with."""
+_REFUSALS = (psycopg.errors.NoDataFound, psycopg.errors.ObjectNotInPrerequisiteState, psycopg.errors.LockNotAvailable)
+"""How the SQL functions say that a letter is unknown or has been dealt with, or that somebody holds its document."""
 
 
 class NotOneLetter(DocmillError):

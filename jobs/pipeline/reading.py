@@ -50,7 +50,7 @@ class Reading:
         return OriginalText(row["doc_id"], row["markdown"], page_marks(row["page_map"]), row["parser"], row["parse_metadata"])
 
     async def original_extraction(self, document: Document) -> OriginalExtraction | None:
-        """Return what was extracted from such a document whose text is the same."""
+        """Return what was extracted from the newest such document whose text is the same and whose extraction did not fail."""
         row = await self._original("find_original_extraction", document)
         return None if row is None else OriginalExtraction(row["doc_id"], row["file_name"], row["raw_extraction"])
 

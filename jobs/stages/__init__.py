@@ -187,7 +187,7 @@ class Tools:
     original_text: Callable[[Document], Awaitable[OriginalText | None]]
     """The text of such a document, if it is of the same type."""
     original_extraction: Callable[[Document], Awaitable[OriginalExtraction | None]]
-    """What was extracted from such a document, if its text is the same."""
+    """What was extracted from the newest such document whose text is the same and whose extraction did not fail."""
     choose_embedder: ChooseEmbedder | None = None
     """None for `embedder` always."""
     extractor: ModelExtractor | None = None

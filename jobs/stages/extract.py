@@ -45,7 +45,7 @@ async def run(document: Document, tools: Tools) -> Document:
     extractor, known, reused_from = tools.extractor, None, None
     if document.duplicate_of is not None and tools.settings.duplicate_policy == "reuse":
         original = await tools.original_extraction(document)
-        if original is not None and "failure" not in original.raw_extraction:
+        if original is not None:
             known = None if extractor is None else paid_part(original, extractor)
             if fits(document, original) and (extractor is None or known is not None):
                 return replace(document, raw_extraction=original.raw_extraction, reused_from=original.doc_id)

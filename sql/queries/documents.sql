@@ -23,13 +23,19 @@ FROM extraction_buffer AS b
 WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s;
 
 -- name: find_known_vectors
--- Also those of a set that is being made, or waits to be moved.
-SELECT DISTINCT ON (c.content_sha256) c.content_sha256, coalesce(s.embedding, c.embedding) AS embedding
-FROM document_chunks AS c
-LEFT JOIN chunk_embeddings AS s ON s.chunk_id = c.id AND s.embedding_model = %(embedding_model)s
-WHERE c.user_id = %(user_id)s AND c.content_sha256 = ANY(%(hashes)s)
-    AND (c.embedding_model = %(embedding_model)s OR s.chunk_id IS NOT NULL)
-ORDER BY c.content_sha256;
+-- Also those of a set that is being made, or waits to be moved. One a text: a user may have a passage thousands of times. It lies between two
+-- equal bounds because the planner would read the whole table for each text where it takes most passages for equal.
+SELECT h.content_sha256, k.embedding
+FROM unnest(%(hashes)s::text[]) AS h (content_sha256)
+CROSS JOIN LATERAL (
+    SELECT coalesce(s.embedding, c.embedding) AS embedding
+    FROM document_chunks AS c
+    LEFT JOIN chunk_embeddings AS s ON s.chunk_id = c.id AND s.embedding_model = %(embedding_model)s
+    WHERE c.user_id = %(user_id)s AND c.content_sha256 BETWEEN h.content_sha256 AND h.content_sha256
+        AND (c.embedding_model = %(embedding_model)s OR s.chunk_id IS NOT NULL)
+    ORDER BY c.content_sha256
+    LIMIT 1
+) AS k;
 
 -- name: find_original
 -- Not one that is about to be deleted because its file has been moved.
@@ -50,12 +56,13 @@ ORDER BY d.processing_completed_at, d.id
 LIMIT 1;
 
 -- name: find_original_extraction
+-- The newest that did not fail: earlier ones may have been extracted without the model, or with another schema.
 SELECT d.doc_id, d.file_name, d.raw_extraction
 FROM file_extractions AS d
 JOIN document_markdown AS m ON m.doc_id = d.doc_id AND m.version = d.version
 WHERE d.user_id = %(user_id)s AND d.content_sha256 = %(content_sha256)s AND d.state = 'complete' AND d.doc_id <> %(doc_id)s
-    AND m.markdown_sha256 = %(markdown_sha256)s AND d.raw_extraction IS NOT NULL
-ORDER BY d.processing_completed_at, d.id
+    AND m.markdown_sha256 = %(markdown_sha256)s AND NOT d.raw_extraction ? 'failure'
+ORDER BY d.processing_completed_at DESC, d.id DESC
 LIMIT 1;
 
 -- name: lock_claim

@@ -11,7 +11,10 @@ from typing import Any
 import psycopg
 import pytest
 
-pytestmark = pytest.mark.usefixtures("settings")
+from jobs import retry_document
+from models.errors import SubmitConflict
+
+pytestmark = pytest.mark.usefixtures("front_door")
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\u202e\nname.txt"
 
 
@@ -67,6 +70,23 @@ def test_letters_are_listed_and_shown_and_nothing_in_them_moves_the_terminal(con
         assert printed.returncode == 0
         assert "TIMEOUT" in printed.stdout
         assert all(letter.isprintable() or letter == "\n" for letter in printed.stdout + printed.stderr)
+
+
+def test_a_letter_whose_document_somebody_holds_is_not_waited_for_for_ever_and_keeps_no_other(
+    conn: psycopg.Connection, database: str, settings: Any
+) -> None:
+    held, _ = fail(conn, "a"), fail(conn, "b")
+    waits = conn.execute("SELECT proconfig FROM pg_proc WHERE proname = 'lock_dead_letter'").fetchone()
+    assert waits is not None
+    assert "lock_timeout=5s" in waits[0]
+    conn.execute("ALTER FUNCTION lock_dead_letter SET lock_timeout = '50ms'")
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions WHERE doc_id = 'a' FOR UPDATE")
+        done = docmill("requeue", held, "b")
+        with pytest.raises(SubmitConflict):
+            retry_document("a")
+    assert (done.returncode, states(conn)) == (1, {"a": "failed", "b": "queued"})
+    assert done.stderr == f'docmill: another transaction holds document "a" of dead letter {held}; try again once it has ended\n'
 
 
 def test_letters_are_requeued_by_number_and_by_document_and_each_failure_is_told(conn: psycopg.Connection) -> None:

@@ -134,6 +134,9 @@ async def test_a_letter_that_has_been_dealt_with_is_refused_with_the_reason_and_
     assert state(bench) == before
     assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo'") == (0,)
     assert bench.all("SELECT event FROM document_events WHERE event LIKE '%%operator'") == [("discarded_by_operator",)]
+    bench.submit("c")
+    with pytest.raises(Refused, match=r'document "c" is queued and has no open dead letter\n'):
+        bench.conn.execute("SELECT requeue_document('c')")
 
 
 async def test_a_letter_whose_document_is_gone_or_no_longer_failed_can_only_be_discarded(bench: Bench) -> None:

@@ -16,7 +16,8 @@ from jobs.stages import Tools, extract, parse
 from models.documents import Document, FileType
 from models.errors import ParseError
 from models.stages import State
-from tests.integration.conftest import STAGE_NAMES, Bench
+from sql import query
+from tests.integration.conftest import STAGE_NAMES, Bench, sha
 
 
 async def claim(bench: Bench, doc_id: str, *, serialise: bool = True) -> Work | NotClaimed:
@@ -346,3 +347,30 @@ async def test_an_owner_that_comes_back_knows_of_an_equal_that_has_completed_pas
     assert not (await claimed(bench, "a")).is_sole
     end(bench, "a", "complete")
     assert not (await claimed(bench, "b")).is_sole
+
+
+@pytest.mark.parametrize("wanted", ["held by thousands", "held by nobody"])
+async def test_whether_a_text_has_a_vector_is_found_out_without_reading_all_passages_that_have_it(bench: Bench, wanted: str) -> None:
+    bench.submit("a")
+    await bench.drain()
+    bench.conn.execute(
+        """INSERT INTO document_chunks (
+            id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, char_start, char_end, embedding,
+            embedding_model
+        )
+        SELECT gen_random_uuid(), c.doc_id, c.user_id, c.version, 100 + n, c.content, c.content_sha256, '{}', 0, 1, c.embedding, 'eye'
+        FROM document_chunks AS c CROSS JOIN generate_series(1, 3000) AS n WHERE c.chunk_index = 0"""
+    )
+    bench.conn.execute("VACUUM ANALYZE document_chunks")
+    (held,) = bench.one("SELECT content_sha256 FROM document_chunks WHERE chunk_index = 0")
+    hashes = [held] if wanted == "held by thousands" else [sha(f"none {number}") for number in range(100)]
+    params = {"user_id": "default", "embedding_model": "eye", "hashes": hashes}
+    assert len(bench.conn.execute(query("find_known_vectors"), params).fetchall()) == (wanted == "held by thousands")
+    (plan,) = bench.conn.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + query("find_known_vectors"), params).fetchone() or ()
+    assert read(plan[0]["Plan"]) <= len(hashes)
+
+
+def read(node: dict[str, Any]) -> float:
+    """How many passages a plan has read, also those that it has thrown away."""
+    own = (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+    return (own if node.get("Alias") == "c" else 0) + sum(map(read, node.get("Plans", ())))

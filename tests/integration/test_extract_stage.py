@@ -132,6 +132,28 @@ async def test_a_duplicate_takes_over_what_its_original_paid_for(outside: Outsid
     assert extraction(outside, "b")["model_extraction"] == extraction(outside, "a")["model_extraction"]
 
 
+@pytest.mark.parametrize("lacks", ["raw_extraction - 'model_extraction'", """raw_extraction || '{"failure": {}}'"""])
+async def test_what_one_of_several_equals_paid_for_is_paid_for_once(
+    outside: Outside, endpoint: OpenAIServer, sandbox: Any, lacks: str
+) -> None:
+    """The first of them was extracted before there was a model, or while it was away."""
+    worker = runner(outside, endpoint, sandbox)
+
+    async def check(document: Any, _: Any) -> Any:
+        original = await worker._runs._tools.find_original(document)
+        return replace(document, markdown="The same.", markdown_sha256="5" * 64, duplicate_of=original)
+
+    worker._runs._stages["check"] = check
+    outside.bench.submit("a", content="7")
+    await outside.work(worker)
+    outside.bench.conn.execute(f"UPDATE file_extractions SET raw_extraction = {lacks}")
+    for doc_id in ("b", "c", "d"):
+        outside.bench.submit(doc_id, content="7")
+        await outside.work(worker)
+    assert endpoint.tally.answered == 2
+    assert extraction(outside, "d")["model_extraction"] == extraction(outside, "b")["model_extraction"]
+
+
 def asked(endpoint: OpenAIServer) -> list[str]:
     """The first words of the parts that were asked about."""
     return [document_of(request.json())[:9] for request in endpoint.log]

@@ -7,6 +7,7 @@ import threading
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 import jobs
 from jobs.reconcile import Reconciler
@@ -125,6 +126,21 @@ async def test_cancel_and_delete_join_the_callers_transaction(bench: Bench, data
         assert await jobs.delete_document_async("b", connection=theirs)
     assert bench.all("SELECT doc_id, state FROM file_extractions") == [("a", "cancelled")]
     assert live_jobs(bench) == 0
+
+
+async def test_a_callers_connection_may_give_its_rows_any_shape(bench: Bench, database: str) -> None:
+    for each in "abcd":
+        batch(bench, each, batch_id=f"batch {each}")
+    with psycopg.connect(database, row_factory=dict_row) as mine:
+        assert jobs.cancel_document("a", connection=mine) is State.CANCELLED
+        assert jobs.delete_document("a", connection=mine)
+        assert jobs.cancel_batch("batch b", connection=mine) == 1
+        assert jobs.delete_batch("batch b", connection=mine) == 1
+    async with await psycopg.AsyncConnection.connect(database, row_factory=dict_row) as theirs:
+        assert await jobs.cancel_document_async("c", connection=theirs) is State.CANCELLED
+        assert await jobs.delete_document_async("c", connection=theirs)
+        assert await jobs.cancel_batch_async("batch d", connection=theirs) == 1
+        assert await jobs.delete_batch_async("batch d", connection=theirs) == 1
 
 
 async def test_a_document_that_a_transaction_holds_is_a_conflict_and_not_a_hang(

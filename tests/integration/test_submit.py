@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import io
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import get_document, get_document_async, submit_document, submit_document_async
+from jobs import get_document, get_document_async, submit_batch, submit_document, submit_document_async
 from jobs.adapters.storage import local
 from jobs.front import async_connection, close_async
 from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
@@ -71,6 +73,36 @@ def test_the_answer_is_the_doc_id_as_a_string(conn: psycopg.Connection, file: Pa
     assert row[:3] == ({"k": ["ä", 1]}, 3, "corr")
     assert "\x07" not in row[3]
     assert "/" not in row[3]
+
+
+def test_an_answer_can_be_copied_and_handed_to_another_process(file: Path) -> None:
+    document, batch = submit_document(file, doc_id="mine"), submit_batch([file, file.parent / "none.txt"])
+    for made in (copy.deepcopy(document), pickle.loads(pickle.dumps(document))):
+        assert (repr(made), made.correlation_id) == (repr(document), document.correlation_id)
+    for found in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        assert (repr(found), found.refused) == (repr(batch), batch.refused)
+
+
+def test_new_content_without_metadata_keeps_those_that_the_document_has(conn: psycopg.Connection, file: Path) -> None:
+    submit_document(file)
+    conn.execute("""SELECT update_document(doc_id, '{"project": "north", "year": 2026}') FROM file_extractions""")
+    file.write_text("changed")
+    assert submit_document(file).outcome == "new_version"
+    assert conn.execute("SELECT metadata FROM file_extractions").fetchone() == ({"project": "north", "year": 2026},)
+    file.write_text("changed once more")
+    submit_document(file, metadata={"project": "south"})
+    assert conn.execute("SELECT metadata FROM file_extractions").fetchone() == ({"project": "south"},)
+
+
+def test_the_answer_names_the_correlation_id_that_logs_and_events_have(conn: psycopg.Connection, file: Path) -> None:
+    first = submit_document(file, doc_id="a", correlation_id="first")
+    assert submit_document(file, doc_id="a", correlation_id="second").correlation_id == "first"
+    conn.execute("SELECT cancel_document('a')")
+    resumed = submit_document(file, doc_id="a", correlation_id="third")
+    assert (first.correlation_id, resumed.outcome, resumed.correlation_id) == ("first", "resumed", "first")
+    file.write_text("changed")
+    assert submit_document(file, doc_id="a", correlation_id="fourth").correlation_id == "fourth"
+    assert conn.execute("SELECT correlation_id FROM file_extractions").fetchone() == ("fourth",)
 
 
 def test_metadata_may_hold_the_words_for_a_nul(conn: psycopg.Connection, file: Path) -> None:
