@@ -22,6 +22,7 @@ from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
 from jobs.database import make_pool
 from jobs.services import Prices, Service, Terms, front
+from jobs.services.ledger import Ledger
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
 from models.errors import (
@@ -192,6 +193,62 @@ async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs
         await waiting
     await service.aclose()
     assert rows(conn, "SELECT outcome, cost > 0 FROM provider_usage ORDER BY started_at") == [("ok", True), ("not_sent", False)]
+
+
+@pytest.mark.parametrize("passed", ["ask", "begin"])
+async def test_a_probe_that_is_cut_off_before_it_is_sent_leaves_its_place_to_the_next(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, passed: str
+) -> None:
+    service = await opened(make(rules=replace(QUICK, probe_seconds=600)))
+    await fails(service, answers(refusal(401)))
+    await asyncio.sleep(0.35)
+    there = asyncio.Event()
+    owner = {"ask": SharedBreaker, "begin": Ledger}[passed]
+    told = getattr(owner, passed)
+
+    async def stands_still(self: Any, *args: Any) -> Any:
+        answer = await told(self, *args)
+        if rows(conn, "SELECT FROM circuit_breakers WHERE state = 'half_open'"):
+            there.set()
+            await asyncio.sleep(60)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, passed, stands_still)
+        probe = asyncio.create_task(service.call(ok, PURPOSE))
+        await there.wait()
+        probe.cancel()
+        with suppress(asyncio.CancelledError):
+            await probe
+    await until(lambda: rows(conn, "SELECT state, probe_by FROM circuit_breakers") == [("open", None)])
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+
+
+@pytest.mark.parametrize(
+    ("told", "tokens"), [(Reply("", tokens_in=300), 500), (Reply("", tokens_out=50), 850), (Reply("", 300, 50), 350), (Reply(""), 1000)]
+)
+async def test_what_a_service_did_not_count_stays_taken_from_the_budget_as_it_was_expected(
+    make: Make, conn: psycopg.Connection, told: Reply[str], tokens: int
+) -> None:
+    service = await opened(make(tokens_per_minute=100_000))
+    await service.call(answers(told), replace(PURPOSE, tokens_out=200))
+    assert rows(conn, "SELECT tokens_last_minute FROM provider_budget_use") == [(tokens,)]
+
+
+async def test_calls_that_are_not_recorded_are_for_a_while_after_one_has_failed(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(prices=Prices(per_page=2.0), rules=replace(QUICK, window_seconds=0.5)))
+    poll = replace(PURPOSE, tokens=0, recorded=False)
+    for _ in range(8):
+        for _ in range(20):
+            await service.call(answers(replace(GOOD, pages=7)), poll)
+        assert type(await fails(service, down, poll)) is RetryableError
+    assert rows(conn, "SELECT state, opened_count FROM circuit_breakers") == [("closed", 0)]
+    assert rows(conn, "SELECT count(*) FILTER (WHERE outcome = 'failed'), sum(cost), sum(pages) FROM provider_usage") == [(8, 0, None)]
+    await service.call(ok, poll)
+    await asyncio.sleep(0.6)
+    entered = rows(conn, "SELECT count(*) FROM provider_usage")
+    await service.call(ok, poll)
+    assert rows(conn, "SELECT count(*) FROM provider_usage") == entered
 
 
 async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn: psycopg.Connection) -> None:
