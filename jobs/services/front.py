@@ -94,7 +94,8 @@ class Service:
                 await self._settle(self._withdraw(entry, NotSent(why)))
                 if passed == _MOST_PASSED:
                     # Of many that wait in hand it may be the same few who are let through each time.
-                    raise self._waits(RateLimitError(why, asked.wait_seconds), None)
+                    words = f"A call to {self.terms.service} was given {passed} times to be sent at, and could not be sent at any of them."
+                    raise self._waits(RateLimitError(words, asked.wait_seconds), None)
                 if late == _MOST_LATE:
                     raise self._waits(RateLimitError(f"{why} This worker's machine has too much to do.", LATEST_SECONDS), None)
                 entry = new_entry(purpose)

@@ -170,4 +170,5 @@ class Ledger:
             "cost": self._terms.prices.of_reply(counted, purpose) if paid else 0,
             "seconds": max(0.0, clock.seconds() - entry.sent_at) if entry.sent_at else 0.0,
             "difference": difference if self._terms.tokens_per_minute else 0,
+            "gives_back": outcome is not None and outcome.word == "not_sent" and self._terms.requests_per_minute > 0,
         }

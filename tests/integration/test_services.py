@@ -140,16 +140,16 @@ async def test_a_good_call_is_entered_with_what_it_was_for_and_what_it_cost(make
     assert rows(conn, "SELECT tokens_last_minute, requests_last_minute FROM provider_budget_use") == [(900, 1)]
 
 
-async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_its_tokens_and_its_probe_back(
+async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_request_tokens_and_probe_back(
     make: Make, conn: psycopg.Connection
 ) -> None:
-    service = await opened(make(tokens_per_minute=100_000))
+    service = await opened(make(tokens_per_minute=100_000, requests_per_minute=1000))
     withdrawn = answers(NotSent("Nobody may pay for it."))
     assert type(await fails(service, withdrawn)) is NotSent
     assert rows(conn, "SELECT outcome, cost, error_message, error_type FROM provider_usage") == [
         ("not_sent", 0, "Nobody may pay for it.", None)
     ]
-    assert rows(conn, "SELECT tokens_last_minute FROM provider_budget_use") == [(0,)]
+    assert rows(conn, "SELECT tokens_last_minute, requests_last_minute FROM provider_budget_use") == [(0, 0)]
     for _ in range(5):
         await fails(service)
     assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
