@@ -81,7 +81,7 @@ class Service:
         entry, told, late, passed = new_entry(purpose), None, 0, 0
         while True:
             asked_at = clock.seconds()
-            asked = await self._unless_cut_off(entry, self._ledger.begin(entry))
+            asked = await self._unless_cut_off(entry, self._ledger.begin(entry), may_probe=entry.probes)
             if asked.hindrance is None:
                 await self._wait_for_time(entry, asked.wait_seconds)
                 if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
@@ -109,14 +109,15 @@ class Service:
                 words = f"The budget of {self.terms.service} is used up; there is room in {asked.wait_seconds:.0f} s."
                 raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
-                entry, told = await self._unless_cut_off(entry, self._ask_breaker(entry, told))
+                entry, told = await self._unless_cut_off(entry, self._ask_breaker(entry, told), may_probe=True)
 
-    async def _unless_cut_off(self, entry: Entry, asking: Awaitable[T]) -> T:
-        """Return what a call is told. Cut off meanwhile, it may have been let in as the probe, for which everybody would wait in vain."""
+    async def _unless_cut_off(self, entry: Entry, asking: Awaitable[T], *, may_probe: bool) -> T:
+        """Return what a call is told. Cut off meanwhile, it may be the probe that everybody waits for."""
         try:
             return await asking
         except asyncio.CancelledError:
-            self._spawn(self._breaker.give_up(entry.id, 0.0))
+            if may_probe:
+                self._spawn(self._breaker.give_up(entry.id, 0.0))
             raise
 
     async def _wait_for_time(self, entry: Entry, seconds: float) -> None:

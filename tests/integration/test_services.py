@@ -183,6 +183,25 @@ async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(
     assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [*[("not_sent",)] * (times - 1), ("ok",)]
 
 
+async def test_a_call_that_is_let_through_in_vain_three_times_goes_back_to_the_queue_and_uses_nothing_up(
+    make: Make, conn: psycopg.Connection
+) -> None:
+    service = await opened(make(requests_per_minute=6000, tokens_per_minute=10_000_000, patience_seconds=60))
+
+    async def pause() -> None:
+        while True:
+            conn.execute("SELECT pause_budget(%s, 0.7)", [NAME])
+            await asyncio.sleep(0.05)
+
+    pausing = asyncio.create_task(pause())
+    error = await fails(service, ok)
+    pausing.cancel()
+    assert isinstance(error, RateLimitError) and "was given 3 times" in str(error)
+    assert error.turn is not None and (error.turn.service, error.turn.place) == (NAME, None)
+    assert rows(conn, "SELECT outcome FROM provider_usage") == [("not_sent",)] * 3
+    assert rows(conn, "SELECT requests_last_minute, tokens_last_minute FROM provider_budget_use") == [(0, 0)]
+
+
 async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs_nothing(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(requests_per_minute=6, patience_seconds=60))
     await service.call(ok, PURPOSE)
