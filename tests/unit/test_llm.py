@@ -323,6 +323,13 @@ def test_problems_tell_names_of_the_schema_and_none_of_the_answer() -> None:
     assert shape.check({"lines": [{"a": 1}, {evil: "y"}]})[1] == ['$.lines[1].*: type "number"']
 
 
+def test_an_answer_that_is_nested_too_deeply_to_be_checked_does_not_fit() -> None:
+    answer: dict[str, Any] = {}
+    for _ in range(900):
+        answer = {"next": answer}
+    assert of_schema({"type": "object", "properties": {"next": {"$ref": "#"}}}).check(answer)[1] == ["$: nested too deeply"]
+
+
 def test_a_schema_is_named_as_services_allow() -> None:
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", of_schema({"type": "object", "title": "Größe & " + "x" * 100}).name)
     assert of_schema({"type": "object", "title": "!!"}).name == "extraction"

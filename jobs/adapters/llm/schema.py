@@ -92,7 +92,7 @@ def _of_sound_schema(schema: dict[str, Any], fallback_name: str) -> Shape:
 
     names = _names(schema)
     title = schema.get("title")
-    return Shape(_name(title if isinstance(title, str) else fallback_name), schema, _digest(schema), is_strict(schema), check)
+    return _shape(title if isinstance(title, str) else fallback_name, schema, check)
 
 
 def _of_model(given: str) -> Shape:
@@ -118,7 +118,27 @@ def _of_model(given: str) -> Shape:
             return answer, [f"{_place(detail['loc'], names)}: {detail['type']}" for detail in details[:MAX_PROBLEMS]]
 
     names = _names(schema)
-    return Shape(_name(attribute), schema, _digest(schema), is_strict(schema), check)
+    return _shape(attribute, schema, check)
+
+
+def _shape(name: str, schema: dict[str, Any], check: Callable[[Any], tuple[Any, list[str]]]) -> Shape:
+    def check_for_storing(answer: Any) -> tuple[Any, list[str]]:
+        try:
+            found, problems = check(answer)
+        except RecursionError:
+            return answer, ["$: nested too deeply"]
+        # pydantic reads "NaN" as a number, and jsonb has none like it.
+        return found, problems or ([] if _is_finite(found) else ["$: a number is not finite"])
+
+    return Shape(_name(name), schema, _digest(schema), is_strict(schema), check_for_storing)
+
+
+def _is_finite(data: Any) -> bool:
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def is_strict(schema: Any) -> bool:
