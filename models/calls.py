@@ -34,7 +34,8 @@ class CallPurpose:
     pages: int = 0
     """Estimate of the pages to be paid for."""
     recorded: bool = True
-    """False for calls that cost nothing, such as asking how a job stands: they are in the ledger only where they failed."""
+    """False for calls that cost nothing, such as asking how a job stands: they are in the ledger only where they failed, and for the
+    breaker's window after that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class Service:
         entry, told, late, passed = new_entry(purpose), None, 0, 0
         while True:
             asked_at = clock.seconds()
-            asked = await self._ledger.begin(entry)
+            asked = await self._unless_cut_off(entry, self._ledger.begin(entry), may_probe=entry.probes)
             if asked.hindrance is None:
                 await self._wait_for_time(entry, asked.wait_seconds)
                 if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
@@ -94,7 +94,8 @@ class Service:
                 await self._settle(self._withdraw(entry, NotSent(why)))
                 if passed == _MOST_PASSED:
                     # Of many that wait in hand it may be the same few who are let through each time.
-                    raise self._waits(RateLimitError(why, asked.wait_seconds), None)
+                    words = f"A call to {self.terms.service} was given {passed} times to be sent at, and could not be sent at any of them."
+                    raise self._waits(RateLimitError(words, asked.wait_seconds), None)
                 if late == _MOST_LATE:
                     raise self._waits(RateLimitError(f"{why} This worker's machine has too much to do.", LATEST_SECONDS), None)
                 entry = new_entry(purpose)
@@ -108,7 +109,16 @@ class Service:
                 words = f"The budget of {self.terms.service} is used up; there is room in {asked.wait_seconds:.0f} s."
                 raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
-                entry, told = await self._ask_breaker(entry, told)
+                entry, told = await self._unless_cut_off(entry, self._ask_breaker(entry, told), may_probe=True)
+
+    async def _unless_cut_off(self, entry: Entry, asking: Awaitable[T], *, may_probe: bool) -> T:
+        """Return what a call is told. Cut off meanwhile, it may be the probe that everybody waits for."""
+        try:
+            return await asking
+        except asyncio.CancelledError:
+            if may_probe:
+                self._spawn(self._breaker.give_up(entry.id, 0.0))
+            raise
 
     async def _wait_for_time(self, entry: Entry, seconds: float) -> None:
         """Wait until a call may be sent. Cut off meanwhile, it was not, and is not to count as one whose answer never came."""

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 from jobs import clock
 from jobs.outages import outlive
-from jobs.services.outcomes import Outcome
+from jobs.services.outcomes import BLAMES_SERVICE, Outcome
 from jobs.services.state import Pool, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
@@ -60,6 +60,7 @@ class Ledger:
         self._terms = terms
         self._worker = worker
         self._stopping = stopping
+        self._has_failed, self._noted_until = False, 0.0
 
     async def begin(self, entry: Entry) -> Asked:
         """Ask what may be spent, breaker and budget, and write the intent, without which no call is made: this waits for the database."""
@@ -84,14 +85,26 @@ class Ledger:
     async def finish(self, entry: Entry, reply: Reply[Any] | None, outcome: Outcome | None) -> None:
         """Write what became of a call, however long the database is away, unless this worker stops: then it stays unknown.
 
-        Of calls that are not recorded only the failed ones are written.
+        Of calls that are not recorded the failed ones are written, and for a while every one.
         """
         if reply is not None and reply.settles is not None:
             await self._settle_pages(entry, reply.settles, _count(reply.pages) or 0)
-        if not entry.purpose.recorded and (outcome is None or outcome.word == "not_sent"):
-            return
+        if not entry.purpose.recorded:
+            if not self._is_noted(outcome):
+                return
+            reply = None  # what it brought was paid for by another call
         params = self._facts(entry) | self._result(entry, reply, outcome)
         await outlive("Entering an answer", lambda: one(self._pool, "finish_call", params), until=self._stopping)
+
+    def _is_noted(self, outcome: Outcome | None) -> bool:
+        """Say whether a call that is not recorded is written nevertheless: one that failed, the next that does not, and all for the
+        breaker's window after that, because it would take failures with nothing in between for failures in a row."""
+        if outcome is not None:
+            self._has_failed = self._has_failed or outcome.word in BLAMES_SERVICE
+            return outcome.word != "not_sent"
+        if self._has_failed:
+            self._has_failed, self._noted_until = False, clock.seconds() + self._terms.rules.window_seconds
+        return clock.seconds() < self._noted_until
 
     async def _settle_pages(self, entry: Entry, request_id: str, pages: int) -> None:
         """Set the price of an earlier call right, which is found by its document."""
@@ -140,8 +153,9 @@ class Ledger:
         answered = outcome is not None and outcome.status == 200  # an answer that was understood, and is of no use
         paid = outcome is None or answered or outcome.word in ("bad_answer", "timeout")
         if outcome is None or answered or outcome.word == "bad_answer":
-            known = tokens_in is not None or tokens_out is not None
-            difference = (tokens_in or 0) + (tokens_out or 0) - purpose.tokens if known else 0
+            # What the service did not count was as much as was expected.
+            more_in = 0 if tokens_in is None else tokens_in - (purpose.tokens - purpose.tokens_out)
+            difference = more_in + (0 if tokens_out is None else tokens_out - purpose.tokens_out)
         else:
             difference = -purpose.tokens if outcome.word == "not_sent" else 0
         return {
@@ -156,4 +170,5 @@ class Ledger:
             "cost": self._terms.prices.of_reply(counted, purpose) if paid else 0,
             "seconds": max(0.0, clock.seconds() - entry.sent_at) if entry.sent_at else 0.0,
             "difference": difference if self._terms.tokens_per_minute else 0,
+            "gives_back": outcome is not None and outcome.word == "not_sent" and self._terms.requests_per_minute > 0,
         }

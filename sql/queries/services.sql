@@ -44,7 +44,9 @@ WITH finished AS (
     WHERE u.outcome = 'unknown'
     RETURNING u.started_at
 )
-SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.started_at, %(difference)s) END FROM finished AS f;
+SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.started_at, %(difference)s) END,
+    CASE WHEN %(gives_back)s THEN give_back_request(%(service)s, f.started_at) END
+FROM finished AS f;
 
 -- name: settle_pages
 -- Sets the price of a call right that was entered with its estimate, now that its pages are known. Asked again, it changes nothing.

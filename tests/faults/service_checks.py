@@ -49,7 +49,7 @@ def check_books(outside: Service, word: str, *, unheard: bool = False) -> None:
         assert calls == Counter({"ok": good, word: calls[word]})
         return
     if outside.kind == "parse":
-        # Polls that were answered cost nothing and are not in it.
+        # Polls that were answered cost nothing and are left out.
         assert calls[word] == bad or (calls[word] > bad and word == "timeout"), (calls, tally.faults)
         assert outside.parsed_there() <= calls["ok"] <= tally.uploads
         assert set(calls) <= {"ok", word}

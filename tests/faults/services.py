@@ -54,7 +54,9 @@ WAITED = "SELECT count(DISTINCT doc_id) FROM document_events WHERE event = 'retr
 ENDED = "SELECT state::text, error_message, count(*) FROM file_extractions GROUP BY 1, 2"
 IN_HAND = "SELECT count(*) FROM file_extractions WHERE state = 'working'"
 BREAKER = "SELECT state, refused, open_seconds, opened_count FROM circuit_breakers WHERE service LIKE %s ORDER BY changed_at DESC LIMIT 1"
-CALLS = "SELECT outcome, count(*) FROM provider_usage WHERE kind = %s AND outcome <> 'not_sent' GROUP BY 1"
+CALLS = """SELECT outcome, count(*) FROM provider_usage WHERE kind = %s AND outcome <> 'not_sent'
+    AND NOT (kind = 'parse' AND outcome = 'ok' AND request_id IS NULL) GROUP BY 1"""
+"""Without polls that were answered, which stand there for a while after one that failed."""
 
 
 def server_of(kind: Kind, **given: Any) -> LocalServer:

@@ -69,6 +69,32 @@ def test_no_window_of_60_s_holds_more_than_the_limits_and_nobody_overtakes(
     assert [at for at, _ in sent] == sorted(at for at, _ in sent)
 
 
+@given(steps, st.integers(1, 20), st.sets(st.integers(0, 79)))
+@rules(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_requests_that_are_given_back_let_no_window_hold_too_many_and_count_no_more(
+    conn: psycopg.Connection, story: list[tuple[float, int]], requests: int, withdrawn: set[int]
+) -> None:
+    conn.execute("DELETE FROM provider_budgets")
+    now, sent = 0.0, []
+    for number, (passed, _) in enumerate(story):
+        now += passed
+        granted, wait = take(conn, now, requests=requests, patience=500)
+        if granted and number in withdrawn:
+            conn.execute("SELECT give_back_request('s', %s)", [START + timedelta(seconds=now + wait)])
+        elif granted:
+            sent.append((now + wait, 1))
+    assert most_in_a_minute(sent) <= requests
+    taken, slot = conn.execute("SELECT (SELECT sum(r) FROM unnest(request_slots) AS r), slot FROM provider_budgets").fetchone() or (0, 0)
+    assert taken == sum(int(START.timestamp() + at) > slot - 66 for at, _ in sent)
+
+
+def test_a_request_that_is_given_back_is_there_for_the_next(conn: psycopg.Connection) -> None:
+    assert take(conn, 0, requests=1) == (True, 0.0)
+    assert not take(conn, 10, requests=1)[0]
+    conn.execute("SELECT give_back_request('s', %s)", [START])
+    assert take(conn, 10, requests=1) == (True, 0.0)
+
+
 def test_the_limit_is_nearly_used_up_by_those_who_always_want(conn: psycopg.Connection) -> None:
     now, sent = 0.0, []
     while now < 600:

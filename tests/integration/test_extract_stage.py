@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.pipeline.runner import Runner
@@ -95,6 +96,22 @@ async def test_a_refused_key_keeps_documents_waiting_until_it_is_right(outside: 
     endpoint.key = "old"
     await outside.work(worker)
     assert "model_extraction" in extraction(outside)
+
+
+class Totals(BaseModel):
+    """A caller's model that lets NaN in, as pydantic does by itself."""
+
+    total: float
+
+
+async def test_a_number_that_no_database_can_hold_is_repaired(outside: Outside, endpoint: OpenAIServer, sandbox: Any) -> None:
+    endpoint.say.extend([{"total": "NaN"}, {"total": "12.5"}])
+    outside.bench.submit()
+    model = {"schema": "tests.integration.test_extract_stage:Totals"}
+    await outside.work(runner(outside, endpoint, sandbox, parts=model))
+    assert outside.state() == ("complete", "complete", 0)
+    assert extraction(outside)["model_extraction"]["data"] == {"total": 12.5}
+    assert "$: a number is not finite" in endpoint.log[1].json()["messages"][3]["content"]
 
 
 @pytest.mark.parametrize(("required", "ends"), [(False, "complete"), (True, "failed")])

@@ -18,6 +18,7 @@ from jobs.adapters.embedders.hosted import Limits
 from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.llamaparse import LlamaParse
 from jobs.adapters.llm import ModelExtractor, load_shape
+from jobs.adapters.stored_file import StoredFile
 from jobs.breaker import Rules
 from jobs.database import make_pool
 from jobs.services import Prices, Terms
@@ -165,11 +166,11 @@ async def test_a_parse_is_entered_once_and_polls_only_where_they_fail(front: Any
         (tmp_path / "a.pdf").write_text("one\ftwo", encoding="utf-8")
         service = Service("LlamaParse", server.url, None, Timeouts(5, 5, 10))
         called = LlamaParse(service, poll_seconds=0.01, deadline=20, caller=await front("parse"))
-        job_id = await called.start(tmp_path / "a.pdf", "application/pdf", page_estimate=2, shares=SHARES)
+        job_id = await called.start(StoredFile(tmp_path / "a.pdf"), "application/pdf", page_estimate=2, shares=SHARES)
         assert len((await called.wait(job_id, shares=SHARES)).pages) == 2
         assert entered(conn) == [("ok", 200)]
         server.fails = "no"
-        job_id = await called.start(tmp_path / "a.pdf", "application/pdf", page_estimate=2, shares=SHARES)
+        job_id = await called.start(StoredFile(tmp_path / "a.pdf"), "application/pdf", page_estimate=2, shares=SHARES)
         with pytest.raises(ParseError):
             await called.wait(job_id, shares=SHARES)
     assert entered(conn) == [("ok", 200), ("ok", 200), ("rejected", 200)]

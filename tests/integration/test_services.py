@@ -22,6 +22,7 @@ from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
 from jobs.database import make_pool
 from jobs.services import Prices, Service, Terms, front
+from jobs.services.ledger import Ledger
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
 from models.errors import (
@@ -139,16 +140,16 @@ async def test_a_good_call_is_entered_with_what_it_was_for_and_what_it_cost(make
     assert rows(conn, "SELECT tokens_last_minute, requests_last_minute FROM provider_budget_use") == [(900, 1)]
 
 
-async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_its_tokens_and_its_probe_back(
+async def test_a_call_that_is_not_sent_after_all_costs_nothing_and_gives_request_tokens_and_probe_back(
     make: Make, conn: psycopg.Connection
 ) -> None:
-    service = await opened(make(tokens_per_minute=100_000))
+    service = await opened(make(tokens_per_minute=100_000, requests_per_minute=1000))
     withdrawn = answers(NotSent("Nobody may pay for it."))
     assert type(await fails(service, withdrawn)) is NotSent
     assert rows(conn, "SELECT outcome, cost, error_message, error_type FROM provider_usage") == [
         ("not_sent", 0, "Nobody may pay for it.", None)
     ]
-    assert rows(conn, "SELECT tokens_last_minute FROM provider_budget_use") == [(0,)]
+    assert rows(conn, "SELECT tokens_last_minute, requests_last_minute FROM provider_budget_use") == [(0, 0)]
     for _ in range(5):
         await fails(service)
     assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
@@ -182,6 +183,25 @@ async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(
     assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [*[("not_sent",)] * (times - 1), ("ok",)]
 
 
+async def test_a_call_that_is_let_through_in_vain_three_times_goes_back_to_the_queue_and_uses_nothing_up(
+    make: Make, conn: psycopg.Connection
+) -> None:
+    service = await opened(make(requests_per_minute=6000, tokens_per_minute=10_000_000, patience_seconds=60))
+
+    async def pause() -> None:
+        while True:
+            conn.execute("SELECT pause_budget(%s, 0.7)", [NAME])
+            await asyncio.sleep(0.05)
+
+    pausing = asyncio.create_task(pause())
+    error = await fails(service, ok)
+    pausing.cancel()
+    assert isinstance(error, RateLimitError) and "was given 3 times" in str(error)
+    assert error.turn is not None and (error.turn.service, error.turn.place) == (NAME, None)
+    assert rows(conn, "SELECT outcome FROM provider_usage") == [("not_sent",)] * 3
+    assert rows(conn, "SELECT requests_last_minute, tokens_last_minute FROM provider_budget_use") == [(0, 0)]
+
+
 async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs_nothing(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(requests_per_minute=6, patience_seconds=60))
     await service.call(ok, PURPOSE)
@@ -192,6 +212,62 @@ async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs
         await waiting
     await service.aclose()
     assert rows(conn, "SELECT outcome, cost > 0 FROM provider_usage ORDER BY started_at") == [("ok", True), ("not_sent", False)]
+
+
+@pytest.mark.parametrize("passed", ["ask", "begin"])
+async def test_a_probe_that_is_cut_off_before_it_is_sent_leaves_its_place_to_the_next(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, passed: str
+) -> None:
+    service = await opened(make(rules=replace(QUICK, probe_seconds=600)))
+    await fails(service, answers(refusal(401)))
+    await asyncio.sleep(0.35)
+    there = asyncio.Event()
+    owner = {"ask": SharedBreaker, "begin": Ledger}[passed]
+    told = getattr(owner, passed)
+
+    async def stands_still(self: Any, *args: Any) -> Any:
+        answer = await told(self, *args)
+        if rows(conn, "SELECT FROM circuit_breakers WHERE state = 'half_open'"):
+            there.set()
+            await asyncio.sleep(60)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, passed, stands_still)
+        probe = asyncio.create_task(service.call(ok, PURPOSE))
+        await there.wait()
+        probe.cancel()
+        with suppress(asyncio.CancelledError):
+            await probe
+    await until(lambda: rows(conn, "SELECT state, probe_by FROM circuit_breakers") == [("open", None)])
+    assert (await service.call(ok, PURPOSE)).value == "fine"
+
+
+@pytest.mark.parametrize(
+    ("told", "tokens"), [(Reply("", tokens_in=300), 500), (Reply("", tokens_out=50), 850), (Reply("", 300, 50), 350), (Reply(""), 1000)]
+)
+async def test_what_a_service_did_not_count_stays_taken_from_the_budget_as_it_was_expected(
+    make: Make, conn: psycopg.Connection, told: Reply[str], tokens: int
+) -> None:
+    service = await opened(make(tokens_per_minute=100_000))
+    await service.call(answers(told), replace(PURPOSE, tokens_out=200))
+    assert rows(conn, "SELECT tokens_last_minute FROM provider_budget_use") == [(tokens,)]
+
+
+async def test_calls_that_are_not_recorded_are_for_a_while_after_one_has_failed(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make(prices=Prices(per_page=2.0), rules=replace(QUICK, window_seconds=0.5)))
+    poll = replace(PURPOSE, tokens=0, recorded=False)
+    for _ in range(8):
+        for _ in range(20):
+            await service.call(answers(replace(GOOD, pages=7)), poll)
+        assert type(await fails(service, down, poll)) is RetryableError
+    assert rows(conn, "SELECT state, opened_count FROM circuit_breakers") == [("closed", 0)]
+    assert rows(conn, "SELECT count(*) FILTER (WHERE outcome = 'failed'), sum(cost), sum(pages) FROM provider_usage") == [(8, 0, None)]
+    await service.call(ok, poll)
+    await asyncio.sleep(0.6)
+    entered = rows(conn, "SELECT count(*) FROM provider_usage")
+    await service.call(ok, poll)
+    assert rows(conn, "SELECT count(*) FROM provider_usage") == entered
 
 
 async def test_a_call_shared_by_documents_costs_each_its_share(make: Make, conn: psycopg.Connection) -> None:

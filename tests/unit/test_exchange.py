@@ -238,6 +238,26 @@ async def test_a_proxy_that_is_gone_is_an_outage(tmp_path: Path, proxies: pytest
     assert "proxy-pass" not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://ann:proxy-pass@127.0.0.1:1080"), ("HTTPS_PROXY", "none://proxy-pass"), ("HTTPS_PROXY", "http://h:proxy-pass")],
+)
+async def test_a_proxy_that_cannot_be_used_is_an_outage_that_names_the_variables(
+    proxies: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    proxies.setenv(name, value)
+    with pytest.raises(ServiceUnavailable, match="ALL_PROXY or SSL_CERT_FILE cannot be used") as caught:
+        await get(service("https://localhost:4433/v1"))
+    assert caught.value.call is not None and not caught.value.call.sent
+    assert "proxy-pass" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_a_ca_file_that_is_not_there_is_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "gone.pem"))
+    with pytest.raises(ServiceUnavailable, match="SSL_CERT_FILE cannot be used"):
+        await get(service("https://localhost:4433/v1"))
+
+
 async def test_an_answer_that_quotes_the_key_is_had_without_it(server: Echo) -> None:
     assert KEY.encode() not in await get(service(server.root))
     told = {"error": {"message": f"no such key {KEY}", "code": KEY, "type": KEY}}

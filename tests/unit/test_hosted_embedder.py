@@ -328,7 +328,8 @@ def test_any_answer_at_all_is_either_read_or_refused(data: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "usage", [None, [], {"prompt_tokens": -1}, {"prompt_tokens": "5"}, {"prompt_tokens": True}, {"prompt_tokens": 1 << 70}]
+    "usage",
+    [None, [], {"prompt_tokens": 0}, {"prompt_tokens": -1}, {"prompt_tokens": "5"}, {"prompt_tokens": True}, {"prompt_tokens": 1 << 70}],
 )
 def test_a_count_of_tokens_that_makes_no_sense_is_none(usage: Any) -> None:
     assert read_usage({"usage": usage}) == (None, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.llamaparse import JobLost, LlamaParse, extension_of, make_llamaparse, refusal, to_parsed_file
 from jobs.adapters.llamaparse.answers import read_job
 from jobs.adapters.providers import check_providers
+from jobs.adapters.stored_file import StoredFile
+from models.calls import CallPurpose, Reply
 from models.documents import FileType
 from models.errors import (
     BadAnswer,
@@ -22,6 +25,7 @@ from models.errors import (
     PermanentError,
     RateLimitError,
     ServiceUnavailable,
+    StorageAway,
     TimeoutError,
 )
 from models.settings import Settings
@@ -38,10 +42,11 @@ def server() -> Iterator[LlamaParseServer]:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "Secret merger plan.pdf"
+def file(tmp_path: Path) -> StoredFile:
+    path = tmp_path / "storage" / "Secret merger plan.pdf"
+    path.parent.mkdir()
     path.write_text("# One\fTwo\fThree", encoding="utf-8")
-    return path
+    return StoredFile(path, base=path.parent)
 
 
 def client(server: LlamaParseServer, *, key: str = KEY, **given: Any) -> LlamaParse:
@@ -49,7 +54,7 @@ def client(server: LlamaParseServer, *, key: str = KEY, **given: Any) -> LlamaPa
     return LlamaParse(service, **{"poll_seconds": 0.01, "deadline": 20, **given})
 
 
-async def test_a_file_becomes_pages(server: LlamaParseServer, file: Path) -> None:
+async def test_a_file_becomes_pages(server: LlamaParseServer, file: StoredFile) -> None:
     called = client(server)
     job_id = await called.start(file, PDF)
     parsed = to_parsed_file(await called.wait(job_id), called.parser)
@@ -59,7 +64,7 @@ async def test_a_file_becomes_pages(server: LlamaParseServer, file: Path) -> Non
     assert parsed.metadata == {"credits": 9.0}
 
 
-async def test_the_upload_says_what_is_wanted_and_not_what_the_file_is_called(server: LlamaParseServer, file: Path) -> None:
+async def test_the_upload_says_what_is_wanted_and_not_what_the_file_is_called(server: LlamaParseServer, file: StoredFile) -> None:
     await client(server, tier="agentic", version="2026-11-01").start(file, PDF)
     (job,) = server.jobs.values()
     assert (job.name, job.configuration["tier"], job.configuration["version"]) == ("document.pdf", "agentic", "2026-11-01")
@@ -68,7 +73,7 @@ async def test_the_upload_says_what_is_wanted_and_not_what_the_file_is_called(se
     assert b"merger" not in server.log[0].body
 
 
-async def test_a_stored_job_id_goes_on_in_another_worker_without_paying_again(server: LlamaParseServer, file: Path) -> None:
+async def test_a_stored_job_id_goes_on_in_another_worker_without_paying_again(server: LlamaParseServer, file: StoredFile) -> None:
     server.seconds = 1000
     job_id = await client(server).start(file, PDF)
     assert await client(server).poll(job_id) is None
@@ -79,7 +84,7 @@ async def test_a_stored_job_id_goes_on_in_another_worker_without_paying_again(se
     assert server.tally.polls >= 2
 
 
-async def test_polling_slows_down_and_ends_at_the_deadline(server: LlamaParseServer, file: Path) -> None:
+async def test_polling_slows_down_and_ends_at_the_deadline(server: LlamaParseServer, file: StoredFile) -> None:
     server.seconds = 1000
     slept: list[float] = []
 
@@ -103,7 +108,7 @@ async def test_polling_slows_down_and_ends_at_the_deadline(server: LlamaParseSer
     assert slept == sorted(slept) and slept[0] == 1.5 and slept[-1] == 15
 
 
-async def test_pages_that_failed_are_named_and_can_be_tried_again_alone(server: LlamaParseServer, file: Path) -> None:
+async def test_pages_that_failed_are_named_and_can_be_tried_again_alone(server: LlamaParseServer, file: StoredFile) -> None:
     server.bad_pages = {2: 1, 3: 2}
     called = client(server)
     found = await called.wait(await called.start(file, PDF))
@@ -118,7 +123,7 @@ async def test_pages_that_failed_are_named_and_can_be_tried_again_alone(server: 
     assert both.credits == 9 + 6
 
 
-async def test_a_file_without_any_good_page_is_a_parse_error(server: LlamaParseServer, file: Path) -> None:
+async def test_a_file_without_any_good_page_is_a_parse_error(server: LlamaParseServer, file: StoredFile) -> None:
     server.bad_pages = {1: 9, 2: 9, 3: 9}
     called = client(server)
     found = await called.wait(await called.start(file, PDF))
@@ -126,7 +131,7 @@ async def test_a_file_without_any_good_page_is_a_parse_error(server: LlamaParseS
         to_parsed_file(found, called.parser)
 
 
-async def test_a_job_that_failed_is_a_parse_error_in_the_service_s_words(server: LlamaParseServer, file: Path) -> None:
+async def test_a_job_that_failed_is_a_parse_error_in_the_service_s_words(server: LlamaParseServer, file: StoredFile) -> None:
     server.fails = "PDF_IS_PROTECTED\n" + "x" * 5000
     called = client(server)
     job_id = await called.start(file, PDF)
@@ -142,7 +147,7 @@ async def test_a_job_that_is_gone_is_told_apart_from_a_service_that_is(server: L
     assert all(".." not in request.path for request in server.log)
 
 
-async def test_a_cancelled_job_is_lost(server: LlamaParseServer, file: Path) -> None:
+async def test_a_cancelled_job_is_lost(server: LlamaParseServer, file: StoredFile) -> None:
     called = client(server)
     job_id = await called.start(file, PDF)
     server.jobs[job_id].status = "CANCELLED"
@@ -151,7 +156,7 @@ async def test_a_cancelled_job_is_lost(server: LlamaParseServer, file: Path) -> 
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "502_html", "reset", "truncated", "cut_off", "hang_in_headers"])
-async def test_a_few_failed_polls_cost_nothing(server: LlamaParseServer, file: Path, fault: str) -> None:
+async def test_a_few_failed_polls_cost_nothing(server: LlamaParseServer, file: StoredFile, fault: str) -> None:
     called = client(server)
     if fault.startswith("hang"):
         called.service._timeouts = Timeouts(5, 0.5, 30)
@@ -165,7 +170,7 @@ async def test_a_few_failed_polls_cost_nothing(server: LlamaParseServer, file: P
     assert (server.tally.uploads, server.tally.polls) == (1, 1 if fault not in ("truncated", "cut_off") else 4)
 
 
-async def test_an_outage_while_polling_is_raised_and_the_job_stays_good(server: LlamaParseServer, file: Path) -> None:
+async def test_an_outage_while_polling_is_raised_and_the_job_stays_good(server: LlamaParseServer, file: StoredFile) -> None:
     called = client(server)
     job_id = await called.start(file, PDF)
     waits: list[float] = []
@@ -186,20 +191,20 @@ async def test_an_outage_while_polling_is_raised_and_the_job_stays_good(server: 
     ("fault", "kind"),
     [("401", CredentialRefused), ("429_retry_after", RateLimitError), ("503", ServiceUnavailable), ("truncated", BadAnswer)],
 )
-async def test_a_failed_upload_has_its_class(server: LlamaParseServer, file: Path, fault: str, kind: type[Exception]) -> None:
+async def test_a_failed_upload_has_its_class(server: LlamaParseServer, file: StoredFile, fault: str, kind: type[Exception]) -> None:
     server.script(faults.always(faults.NAMED[fault]))
     with pytest.raises(kind, match=r"LlamaParse at 127\.0\.0\.1"):
         await client(server).start(file, PDF)
 
 
-async def test_credits_that_are_used_up_are_a_matter_of_quota(server: LlamaParseServer, file: Path) -> None:
+async def test_credits_that_are_used_up_are_a_matter_of_quota(server: LlamaParseServer, file: StoredFile) -> None:
     server.script(faults.always(faults.status(402, '{"detail": "You have exceeded your credits"}')))
     with pytest.raises(CredentialRefused, match="exceeded your credits") as caught:
         await client(server).start(file, PDF)
     assert caught.value.reason == "quota"
 
 
-async def test_a_refused_key_ends_the_wait_at_once(server: LlamaParseServer, file: Path) -> None:
+async def test_a_refused_key_ends_the_wait_at_once(server: LlamaParseServer, file: StoredFile) -> None:
     job_id = await client(server).start(file, PDF)
     slept: list[float] = []
 
@@ -212,7 +217,7 @@ async def test_a_refused_key_ends_the_wait_at_once(server: LlamaParseServer, fil
     assert "another-key" not in str(caught.value)
 
 
-async def test_a_file_with_too_many_pages_is_refused(server: LlamaParseServer, file: Path) -> None:
+async def test_a_file_with_too_many_pages_is_refused(server: LlamaParseServer, file: StoredFile) -> None:
     called = client(server, page_limit=2)
     job_id = await called.start(file, PDF)
     with pytest.raises(ParseError, match="3 pages, more than MAX_PAGES=2"):
@@ -235,7 +240,39 @@ def test_what_is_not_sent_says_why(file_type: FileType, mime_type: str, size: in
     assert told is None if words is None else told is not None and words in told
 
 
-async def test_a_type_that_is_not_served_is_never_sent(server: LlamaParseServer, file: Path) -> None:
+class Late:
+    """A caller whose turn comes after something has happened."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        self.happens, self.calls = happens, 0
+
+    async def call(self, send: Callable[[], Awaitable[Reply[Any]]], purpose: CallPurpose) -> Reply[Any]:
+        self.calls += 1
+        self.happens()
+        return await send()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+async def test_a_storage_that_goes_away_while_a_file_waits_for_its_turn_harms_neither_it_nor_the_service(
+    server: LlamaParseServer, file: StoredFile
+) -> None:
+    assert file.base is not None
+    caller = Late(partial(file.base.rename, file.base.with_name("away")))
+    called = client(server, caller=caller)
+    job_id = await called.start(file, PDF)
+    assert server.jobs[job_id].pages == ["# One", "Two", "Three"]
+    with pytest.raises(StorageAway):
+        await called.start(file, PDF)
+    file.base.mkdir()
+    (file.base / "another").touch()
+    with pytest.raises(PermanentError, match="does not exist"):
+        await called.start(file, PDF)
+    assert caller.calls == 1
+
+
+async def test_a_type_that_is_not_served_is_never_sent(server: LlamaParseServer, file: StoredFile) -> None:
     assert extension_of("application/x-unheard-of") is None
     with pytest.raises(PermanentError, match="does not serve"):
         await client(server).start(file, "application/x-unheard-of")

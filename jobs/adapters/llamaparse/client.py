@@ -9,12 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jobs.adapters.exchange import DIRECT, Answer, Service, Timeouts, read_json
 from jobs.adapters.llamaparse.answers import HostedPages, JobState, read_job
 from jobs.adapters.llamaparse.formats import extension_of
+from jobs.adapters.storage.faults import stored_file_faults
+from jobs.adapters.stored_file import StoredFile
 from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import (
     ConfigurationError,
@@ -80,7 +81,7 @@ class LlamaParse:
 
     async def start(
         self,
-        path: Path,
+        file: StoredFile,
         mime_type: str,
         *,
         pages: Sequence[int] = (),
@@ -91,31 +92,33 @@ class LlamaParse:
         """Send a file, or only some of its pages (from 1), and return the id of the job: store it before anything else happens.
 
         `page_estimate` is what the budget and the price are asked for where all pages are sent. The file goes out as
-        `document.<extension>`: its name is nobody else's business. Raises PermanentError for a file that is gone, and what
-        Service.exchange and the caller raise.
+        `document.<extension>`: its name is nobody else's business. Raises PermanentError for a file that is gone, StorageAway where
+        it is the storage that is, and what Service.exchange and the caller raise.
         """
         extension = extension_of(mime_type)
         if extension is None:
             raise PermanentError(f"LlamaParse does not serve {mime_type}.")
-        if not await asyncio.to_thread(path.exists):
-            raise PermanentError("The file cannot be sent to LlamaParse: its stored file is gone.")
         configuration = dict(self._configuration)
         if pages:
             configuration["page_ranges"] = {"target_pages": ",".join(str(page) for page in sorted(set(pages)))}
         purpose = CallPurpose("parse", shares, model=self.parser, pages=len(set(pages)) or page_estimate)
-        send = partial(self._upload, path, f"document.{extension}", mime_type, configuration)
-        reply = await (caller or self.caller).call(send, purpose)
+        # Before the call: the storage's trouble is neither the service's nor the document's.
+        with stored_file_faults(file):
+            opened = await asyncio.to_thread(file.open)
+        with opened:
+            send = partial(self._upload, opened, f"document.{extension}", mime_type, configuration)
+            reply = await (caller or self.caller).call(send, purpose)
         return reply.value
 
-    async def _upload(self, path: Path, name: str, mime_type: str, configuration: dict[str, Any]) -> Reply[str]:
-        with await asyncio.to_thread(path.open, "rb") as file:
-            answer = await self.service.exchange(
-                "POST",
-                "/api/v2/parse/upload",
-                limit=_LARGEST_WORD,
-                files={"file": (name, file, mime_type)},
-                data={"configuration": json.dumps(configuration)},
-            )
+    async def _upload(self, file: BinaryIO, name: str, mime_type: str, configuration: dict[str, Any]) -> Reply[str]:
+        file.seek(0)  # it may be sent again after a 429
+        answer = await self.service.exchange(
+            "POST",
+            "/api/v2/parse/upload",
+            limit=_LARGEST_WORD,
+            files={"file": (name, file, mime_type)},
+            data={"configuration": json.dumps(configuration)},
+        )
         data = read_json(self.service, answer)
         job_id = data.get("id") if isinstance(data, dict) else None
         if not isinstance(job_id, str) or not _ID.fullmatch(job_id):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -31,10 +31,37 @@ def merge(answers: Sequence[Any]) -> Any:
 
 def trim(data: Any, schema: Any) -> Any:
     """Return merged data with lists cut to the `maxItems` of their schema: several parts that each keep to it may not do so together."""
-    if not isinstance(schema, dict):
-        return data
+    return _trim(data, [schema], schema)
+
+
+def _trim(data: Any, told: Sequence[Any], root: Any) -> Any:
+    """Trim what all these schemas are about; `root` is what references point into."""
+    rules = [rule for each in told for rule in _rules(each, root)]
     if isinstance(data, dict):
-        properties = schema.get("properties", {})
-        return {name: trim(value, properties.get(name)) for name, value in data.items()}
-    most = schema.get("maxItems")
-    return data[:most] if isinstance(data, list) and isinstance(most, int) else data
+        return {name: _trim(value, [_of_property(rule, name) for rule in rules], root) for name, value in data.items()}
+    most = [rule["maxItems"] for rule in rules if isinstance(rule.get("maxItems"), int)]
+    # Of several the most generous: the check that follows knows which of them holds.
+    return data[: max(most)] if isinstance(data, list) and most else data
+
+
+def _of_property(rule: Mapping[str, Any], name: str) -> Any:
+    return rule.get("properties", {}).get(name, rule.get("additionalProperties"))
+
+
+def _rules(schema: Any, root: Any, seen: tuple[Any, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield a schema and all that it names for the same place: references and choices."""
+    if not isinstance(schema, dict) or any(schema is each for each in seen):
+        return
+    yield schema
+    choices = [choice for name in ("anyOf", "oneOf", "allOf") for choice in schema.get(name, ())]
+    for each in (_find(schema.get("$ref"), root), *choices):
+        yield from _rules(each, root, (*seen, schema))
+
+
+def _find(reference: Any, root: Any) -> Any:
+    """Return what a reference such as `#/$defs/Line` points to, None for another kind of reference."""
+    if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
+        return None
+    for step in reference[1:].split("/")[1:]:
+        root = root.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,6 +74,8 @@ def of_schema(schema: Any, *, source: str = "the built-in schema", fallback_name
         raise ConfigurationError(f"{source}: not a valid JSON Schema at {error.json_path}: rule `{error.validator}`.") from None
     if outside := [reference for reference in _references(schema) if not reference.startswith("#")]:
         raise ConfigurationError(f"{source}: $ref {outside[0]!r} points outside the schema, and nothing is fetched.")
+    if (lost := _dangling(Draft202012Validator(schema), schema)) is not None:
+        raise ConfigurationError(f"{source}: $ref {lost!r} leads to nothing in the schema, or back to itself.")
     return _of_sound_schema(schema, fallback_name)
 
 
@@ -90,7 +92,7 @@ def _of_sound_schema(schema: dict[str, Any], fallback_name: str) -> Shape:
 
     names = _names(schema)
     title = schema.get("title")
-    return Shape(_name(title if isinstance(title, str) else fallback_name), schema, _digest(schema), is_strict(schema), check)
+    return _shape(title if isinstance(title, str) else fallback_name, schema, check)
 
 
 def _of_model(given: str) -> Shape:
@@ -116,7 +118,27 @@ def _of_model(given: str) -> Shape:
             return answer, [f"{_place(detail['loc'], names)}: {detail['type']}" for detail in details[:MAX_PROBLEMS]]
 
     names = _names(schema)
-    return Shape(_name(attribute), schema, _digest(schema), is_strict(schema), check)
+    return _shape(attribute, schema, check)
+
+
+def _shape(name: str, schema: dict[str, Any], check: Callable[[Any], tuple[Any, list[str]]]) -> Shape:
+    def check_for_storing(answer: Any) -> tuple[Any, list[str]]:
+        try:
+            found, problems = check(answer)
+        except RecursionError:
+            return answer, ["$: nested too deeply"]
+        # pydantic reads "NaN" as a number, and jsonb has none like it.
+        return found, problems or ([] if _is_finite(found) else ["$: a number is not finite"])
+
+    return Shape(_name(name), schema, _digest(schema), is_strict(schema), check_for_storing)
+
+
+def _is_finite(data: Any) -> bool:
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def is_strict(schema: Any) -> bool:
@@ -138,13 +160,29 @@ def is_strict(schema: Any) -> bool:
     )
 
 
+def _dangling(validator: Any, schema: dict[str, Any]) -> str | None:
+    """Return a reference that no answer could be checked against; it would be noticed only once that is paid for."""
+    if any("$id" in each for each in _objects(schema) if each is not schema):
+        return None  # what a reference inside of such a schema means, it says itself
+    for reference in _references(schema):
+        try:
+            validator.evolve(schema={"$ref": reference}).is_valid(None)
+        except Exception:  # of a class that jsonschema keeps to itself, or a RecursionError
+            return reference
+    return None
+
+
 def _references(schema: Any) -> list[str]:
-    if isinstance(schema, list):
-        return [reference for each in schema for reference in _references(each)]
-    if not isinstance(schema, dict):
-        return []
-    own = [value for name, value in schema.items() if name in ("$ref", "$dynamicRef") and isinstance(value, str)]
-    return own + [reference for each in schema.values() for reference in _references(each)]
+    told = (item for each in _objects(schema) for item in each.items())
+    return [value for name, value in told if name in ("$ref", "$dynamicRef") and isinstance(value, str)]
+
+
+def _objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield a schema and all objects in it."""
+    if isinstance(schema, dict):
+        yield schema
+    for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _objects(each)
 
 
 def _names(schema: Any) -> frozenset[str]:

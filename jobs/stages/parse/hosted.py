@@ -68,7 +68,7 @@ class _Jobs:
         if job is None:
             assert self._document.mime_type is not None
             job_id = await self._parser.start(
-                self._file.path,
+                self._file,
                 self._document.mime_type,
                 pages=numbers or (),
                 page_estimate=0 if numbers else await self._page_estimate(),

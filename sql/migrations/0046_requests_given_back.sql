@@ -1,0 +1,24 @@
+-- A call that was let through and is not sent after all, because the service asked for a pause meanwhile or nobody waits for it any more,
+-- gave its tokens back but not its request: where services pause often, most of a minute's requests were taken by calls that nobody made.
+
+CREATE FUNCTION give_back_request(service text, sent_at timestamptz) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    b provider_budgets := lock_budget(give_back_request.service);
+    place bigint := 66 - (b.slot - floor(extract(epoch FROM sent_at))::bigint);
+BEGIN
+    IF place NOT BETWEEN 1 AND 66 OR b.requests_per_minute = 0 THEN
+        RETURN;
+    END IF;
+    b.request_slots[place] := greatest(0, b.request_slots[place] - 1);
+    UPDATE provider_budgets AS p
+    SET request_slots = b.request_slots,
+        next_request_at = b.next_request_at - make_interval(secs => 66.0 / greatest(
+            1, floor(p.requests_per_minute * budget_share(p.share, p.share_at, clock_timestamp()))
+        )),
+        updated_at = clock_timestamp()
+    WHERE p.service = give_back_request.service;
+END;
+$$;
+COMMENT ON FUNCTION give_back_request IS 'Gives the request back that a call took out of a service''s budget for a time at which it was not sent.';
+
+CALL pin_search_path();
