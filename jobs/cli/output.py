@@ -12,12 +12,16 @@ from typing import Any
 from uuid import UUID
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs.visible import visible
 
+_WIDE_ENOUGH = 110
+_MOST_BROKEN = 1.2  # of a terminal's width: a table that would need more to break no word is hard to read
+_GAP = 3  # between two columns
 WIDTH_OF_FILES = 160
 """Columns of a table that goes into a file or a pipe, where there is no terminal to ask; COLUMNS overrules."""
 
@@ -62,14 +66,41 @@ STATE_STYLES = {
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table. None is an empty cell; columns named in `numbers` are set to the right; a state has its colour. Nothing is cut off."""
+    """Print a table. None is an empty cell; columns named in `numbers` are set to the right; a state has its colour. Nothing is cut off.
+
+    On a narrow terminal, where ids and paths would be broken into pieces, each row is a list of names and values instead, as in psql.
+    """
+    cells = [[Text("" if cell is None else printable(cell)) for cell in row] for row in rows]
+    for text in (text for row in cells for text in row):
+        text.style = STATE_STYLES.get(text.plain, "")
+    console = out()
+    if console.width < _WIDE_ENOUGH and _narrowest(columns, cells) > _MOST_BROKEN * console.width:
+        _print_lists(console, title, columns, cells)
+        return
     made = Table(title=printable(title) or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=column in numbers)
-    for row in rows:
-        shown = ["" if cell is None else printable(cell) for cell in row]
-        made.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in shown))
-    out().print(made)
+    for row in cells:
+        made.add_row(*row)
+    console.print(made)
+
+
+def _narrowest(columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> int:
+    """Return how wide a table must be for no word to be broken."""
+    words = [[column, *(text.plain for row in cells for text in row[place : place + 1])] for place, column in enumerate(columns)]
+    widths = [max(cell_len(word) for told in column for word in told.split() or [""]) for column in words]
+    return sum(widths) + _GAP * (len(columns) - 1)
+
+
+def _print_lists(console: Console, title: str, columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> None:
+    if title:
+        console.print(Text(printable(title), style="bold"), soft_wrap=True)
+    longest = max(map(len, columns))
+    for row in cells:
+        for column, text in zip(columns, row, strict=False):
+            if text.plain:
+                console.print(Text(f"  {column:<{longest}}  ", style="dim") + text, soft_wrap=True)
+        console.print()
 
 
 def _plain(value: Any) -> Any:

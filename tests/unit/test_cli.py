@@ -48,6 +48,19 @@ def test_markup_in_names_is_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(letter.isprintable() or letter == "\n" for letter in printed)
 
 
+@pytest.mark.parametrize("width", [40, 80, 109, 200])
+def test_no_id_is_broken_into_pieces_where_there_is_little_room(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [[str(UUID(int=number)), f"/srv/documents/of/{number}", "completed_with_errors", number, None] for number in (1, 2)]
+    table("Batches", ["batch_id", "source_path", "status", "files", "begun"], rows, numbers=["files"])
+    printed = capsys.readouterr().out
+    told = [str(cell) for row in rows for cell in row if cell is not None]
+    assert all(cell in printed.split() for cell in told)
+    assert ("batch_id     00000000" in printed) == (width < 109)
+
+
 def test_json_is_ascii_and_knows_what_the_database_returns(capsys: pytest.CaptureFixture[str]) -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     print_json({"name": HOSTILE, "at": at, "id": UUID(int=1), "n": Decimal("1.5")})
