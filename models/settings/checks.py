@@ -56,6 +56,8 @@ def _inside_base(name: str) -> str:
     path = PurePosixPath(name)
     if "\0" in name or path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError("is not a relative path that stays inside STORAGE_BASE_PATH")
+    if path.parts[0] == "postgres":
+        raise ValueError("is where the embedded server keeps its data")
     return str(path)
 
 

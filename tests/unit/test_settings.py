@@ -91,6 +91,7 @@ def test_the_ends_of_a_range_are_allowed(name: str, monkeypatch: pytest.MonkeyPa
         ("STORAGE_TEMP_DIR", "../elsewhere", "stays inside STORAGE_BASE_PATH"),
         ("STORAGE_TEMP_DIR", "/tmp", "stays inside STORAGE_BASE_PATH"),
         ("STORAGE_UPLOADS_DIR", ".", "stays inside STORAGE_BASE_PATH"),
+        ("STORAGE_UPLOADS_DIR", "postgres/uploads", "is where the embedded server keeps its data"),
         ("STORAGE_LOGS_DIR", "uploads", "is the folder of STORAGE_UPLOADS_DIR"),
         ("CHUNK_OVERLAP", "500", "is not less than half of CHUNK_SIZE=1000"),
         ("DATABASE_URL_FILE", "/no/such/file", "cannot be read"),
