@@ -46,6 +46,8 @@ def remove_noted_files(
     noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
     paths = {path: None for path, _ in noted}
     for path, owner in noted:
+        if stop():
+            break
         for older in _versions(storage, path, owner):
             conn.execute(query("note_older_file"), {"path": older, "doc_id": owner})
             paths[older] = None

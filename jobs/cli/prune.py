@@ -25,7 +25,7 @@ def run(*, dry_run: bool, orphans: bool, json: bool) -> ExitCode:
             complain("A worker, or somebody else, is pruning at this moment.")
             return ExitCode.FAILED
         found = find_orphans(settings, conn, believe=orphans, dry_run=dry_run)
-        if found.noted and not dry_run:
+        if not dry_run:
             _remove(settings, conn)
     removed |= {"orphaned files": found.noted, "temporary files": found.temporary}
     _show(removed, found, dry_run=dry_run, json=json)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
 
 from jobs import clock
-from jobs.outages import outlive
+from jobs.outages import DATABASE_ERRORS, outlive
 from jobs.services.outcomes import BLAMES_SERVICE, Outcome
 from jobs.services.state import Pool, one
 from jobs.services.terms import Terms
@@ -90,6 +91,8 @@ class Ledger:
         if reply is not None and reply.settles is not None:
             await self._settle_pages(entry, reply.settles, _count(reply.pages) or 0)
         if not entry.purpose.recorded:
+            if outcome is not None and outcome.word == "not_sent":
+                await self._give_back(entry)
             if not self._is_noted(outcome):
                 return
             reply = None  # what it brought was paid for by another call
@@ -105,6 +108,12 @@ class Ledger:
         if self._has_failed:
             self._has_failed, self._noted_until = False, clock.seconds() + self._terms.rules.window_seconds
         return clock.seconds() < self._noted_until
+
+    async def _give_back(self, entry: Entry) -> None:
+        """Give back the request of a call that is not sent and has no row by which this could be done once: it is tried once."""
+        if self._terms.requests_per_minute and entry.send_at:
+            with suppress(*DATABASE_ERRORS):
+                await one(self._pool, "give_back_request", {"service": self._terms.service, "ago": clock.seconds() - entry.send_at})
 
     async def _settle_pages(self, entry: Entry, request_id: str, pages: int) -> None:
         """Set the price of an earlier call right, which is found by its document."""

@@ -51,7 +51,8 @@ class SecretFiles(PydanticBaseSettingsSource):
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             # Where a file is expected the secret itself is soon put by mistake.
-            shown = repr(path) if Path(path).is_absolute() else "a relative path"
+            folder = Path(path).parent
+            shown = repr(path) if folder.is_absolute() and folder != Path("/") and folder.exists() else "a path of no folder that is there"
             return BadSecretFile(variable, f"names {shown}, which cannot be read: {reason}"), field_name, False
         return secret, field_name, False
 

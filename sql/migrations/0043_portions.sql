@@ -1,11 +1,6 @@
--- Work that is done in portions costs what a portion holds, not what the table does. No index had a batch's documents in their order, so
--- deleting a batch read all documents that were submitted before it, for each portion. Requeuing dead letters joined and sorted all that were
--- open for each portion, and requeuing failed extractions read every extraction that there is. Each index takes some seconds for a million
--- documents.
-
-CREATE INDEX file_extractions_of_batch ON file_extractions (batch_id, id) WHERE batch_id IS NOT NULL;
-COMMENT ON INDEX file_extractions_of_batch IS 'A batch''s documents in their order, to go through them by portions.';
-DROP INDEX file_extractions_batch;
+-- Work that is done in portions costs what a portion holds, not what the table does. Deleting a batch looked for its first documents among
+-- all that were submitted before it, for each portion. Requeuing dead letters joined and sorted all that were open for each portion, and
+-- requeuing failed extractions read every extraction that there is. Each index takes some seconds for a million documents.
 
 CREATE INDEX file_extractions_without_extraction ON file_extractions (id) WHERE state = 'complete' AND raw_extraction ? 'failure';
 COMMENT ON INDEX file_extractions_without_extraction IS 'Complete documents whose extraction failed and can be tried again.';
@@ -15,18 +10,22 @@ COMMENT ON INDEX dead_letters_open_in_order IS 'Open dead letters in their order
 
 CREATE OR REPLACE FUNCTION delete_documents(batch_id text, max_count integer DEFAULT NULL, lock_timeout_ms integer DEFAULT 5000) RETURNS integer
 LANGUAGE plpgsql AS $$
--- A range, so that ordering by the batch means something: with `=` Postgres would look for the batch's first documents by id alone, among
--- all that were submitted before.
+-- A portion is taken as the batch's index has it. A range, so that ordering by the batch means something: with `=` Postgres would look for
+-- the batch's documents among all that were submitted before.
 DECLARE
     candidate text;
     done integer := 0;
 BEGIN
     FOR candidate IN
-        SELECT f.doc_id
-        FROM file_extractions AS f
-        WHERE f.batch_id BETWEEN delete_documents.batch_id AND delete_documents.batch_id
-        ORDER BY f.batch_id, f.id
-        LIMIT max_count
+        SELECT p.doc_id
+        FROM (
+            SELECT f.doc_id, f.id
+            FROM file_extractions AS f
+            WHERE f.batch_id BETWEEN delete_documents.batch_id AND delete_documents.batch_id
+            ORDER BY f.batch_id
+            LIMIT max_count
+        ) AS p
+        ORDER BY p.id
     LOOP
         done := done + delete_document(candidate, lock_timeout_ms)::integer;
     END LOOP;

@@ -12,9 +12,8 @@ BEGIN
     b.request_slots[place] := greatest(0, b.request_slots[place] - 1);
     UPDATE provider_budgets AS p
     SET request_slots = b.request_slots,
-        next_request_at = b.next_request_at - make_interval(secs => 66.0 / greatest(
-            1, floor(p.requests_per_minute * budget_share(p.share, p.share_at, clock_timestamp()))
-        )),
+        -- At least as much the call had moved it on: the share of then is not known, and it is at most all.
+        next_request_at = b.next_request_at - make_interval(secs => 66.0 / p.requests_per_minute),
         updated_at = clock_timestamp()
     WHERE p.service = give_back_request.service;
 END;

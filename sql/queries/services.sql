@@ -48,6 +48,9 @@ SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.s
     CASE WHEN %(gives_back)s THEN give_back_request(%(service)s, f.started_at) END
 FROM finished AS f;
 
+-- name: give_back_request
+SELECT give_back_request(%(service)s, clock_timestamp() - make_interval(secs => %(ago)s));
+
 -- name: settle_pages
 -- Sets the price of a call right that was entered with its estimate, now that its pages are known. Asked again, it changes nothing.
 UPDATE provider_usage AS u SET pages = %(pages)s, cost = %(cost)s

@@ -2,9 +2,8 @@
 
 -- name: accept_document
 -- What is not changed keeps its correlation_id.
-SELECT a.outcome, a.version, a.state, (
-    SELECT d.correlation_id FROM file_extractions AS d WHERE d.doc_id = %(doc_id)s AND a.outcome IN ('unchanged', 'resumed')
-) AS kept_correlation_id
+SELECT a.outcome, a.version, a.state,
+    CASE WHEN a.outcome IN ('unchanged', 'resumed') THEN correlation_id_of(%(doc_id)s) END AS kept_correlation_id
 FROM accept_document(
     %(doc_id)s, %(user_id)s, %(file_name)s, %(file_path)s, %(source_path)s, %(file_size)s, %(content_sha256)s, %(metadata)s,
     %(priority)s, %(correlation_id)s, %(batch_id)s, %(run_id)s, %(lock_timeout_ms)s
@@ -12,9 +11,8 @@ FROM accept_document(
 
 -- name: accept_documents
 -- Many new documents of a batch in one transaction, in one order for all who submit: all of them or, where one stands in the way, none.
-SELECT e.doc_id, a.outcome, a.version, a.state, (
-    SELECT d.correlation_id FROM file_extractions AS d WHERE d.doc_id = e.doc_id AND a.outcome IN ('unchanged', 'resumed')
-) AS kept_correlation_id
+SELECT e.doc_id, a.outcome, a.version, a.state,
+    CASE WHEN a.outcome IN ('unchanged', 'resumed') THEN correlation_id_of(e.doc_id) END AS kept_correlation_id
 FROM (
     SELECT t.* FROM jsonb_to_recordset(%(documents)s) AS t (
         doc_id text, user_id text, file_name text, file_path text, source_path text, file_size bigint, content_sha256 text,

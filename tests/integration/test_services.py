@@ -190,7 +190,7 @@ async def test_a_call_that_is_let_through_in_vain_three_times_goes_back_to_the_q
 
     async def pause() -> None:
         while True:
-            conn.execute("SELECT pause_budget(%s, 0.7)", [NAME])
+            conn.execute("SELECT pause_budget(%s, 2)", [NAME])
             await asyncio.sleep(0.05)
 
     pausing = asyncio.create_task(pause())

@@ -76,9 +76,9 @@ def _vector(told: Any, refuse: Refuse) -> NDArray[np.float32]:
 def read_usage(data: Any) -> tuple[int | None, int | None]:
     """Return the tokens in and out that the service counted, None where it does not say so in a way that makes sense.
 
-    Nothing is sent without a token: servers that do not count say that there were none.
+    Nothing is sent or said without a token: servers that do not count say that there were none.
     """
     told = data.get("usage") if isinstance(data, dict) else None
     counts = [told.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(told, dict) else [None, None]
     tokens_in, tokens_out = (count if type(count) is int and 0 <= count < 1 << 40 else None for count in counts)
-    return tokens_in or None, tokens_out
+    return tokens_in or None, tokens_out or None

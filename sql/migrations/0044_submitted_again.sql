@@ -1,5 +1,6 @@
 -- A document that is submitted with new content and without metadata keeps what it has. Folders, archives and syncs never say any, so that
--- whatever update_document had set was gone with the next change of the file, and searches that filter by it no longer found the document.
+-- whatever update_document had set was gone with the next change of the file, and searches that filter by it no longer found the document. And a
+-- submission that changes nothing is told the correlation_id that stands in logs and events.
 
 CREATE OR REPLACE FUNCTION accept_document(
     doc_id text, user_id text, file_name text, file_path text, source_path text, file_size bigint, content_sha256 text,
@@ -108,5 +109,13 @@ END;
 $$;
 COMMENT ON FUNCTION accept_document IS
     'Takes in a stored upload. outcome: accepted, unchanged (same content: nothing happens), new_version (metadata, unless empty, takes the place of the old), or resumed (was cancelled).';
+
+CREATE FUNCTION correlation_id_of(doc_id text) RETURNS text LANGUAGE plpgsql AS $$
+-- Looks anew, where the statement that asks has begun before another submission of the document was committed.
+BEGIN
+    RETURN (SELECT d.correlation_id FROM file_extractions AS d WHERE d.doc_id = correlation_id_of.doc_id);
+END;
+$$;
+COMMENT ON FUNCTION correlation_id_of IS 'The correlation_id that a document bears now.';
 
 CALL pin_search_path();
