@@ -23,6 +23,7 @@ _CONTROL_CHARACTERS = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9
 _ASCII_RUN = re.compile(rb"[\t\n\r\x20-\x7e]{200}")
 """Bytes that hardly any text has in a row in UTF-16: a program has written UTF-16 behind ASCII, as Windows PowerShell does."""
 _LETTERS = b"abc\n"
+_HALF_WIDTH = "\uff61"
 _GUESSED_BYTES = 16 * 1024
 _WITHIN_A_CHARACTER = bytes(range(0x30, 0x100))
 """What a character of several bytes is made of in the East Asian encodings."""
@@ -246,7 +247,9 @@ def _reads_as_western(sample: bytes, encoding: str) -> bool | None:
     touching = [sum(map(_is_letter, ours[max(0, at - 1) : at + 2])) for at in differing]
     if differing and not any(touching) and not any(at + 1 in differing for at in differing):
         return True
-    within = sum(not _is_letter(ours[at]) and other[at].isalpha() and letters == 2 for at, letters in zip(differing, touching, strict=True))
+    # Half-width katakana are what signs such as those of `m²K` and `20°C` look like in cp932.
+    seen = [_is_letter(other[at]) and other[at] < _HALF_WIDTH and not _is_letter(ours[at]) for at in differing]
+    within = sum(is_letter and letters == 2 for is_letter, letters in zip(seen, touching, strict=True))
     return False if within * 5 >= len(differing) > 0 else None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from jobs.adapters.sandbox_channel import ANSWER, PART, READY, LongText, loads_carefully, receive_blocking, send_blocking
 from jobs.adapters.sandbox_confinement import MB, Limits, Setup, confine
 from jobs.adapters.stored_file import StoredFile
-from models.errors import DocmillError, ParseError, RetryableError
+from models.errors import DocmillError, NotSent, ParseError, RateLimitError, RetryableError, ServiceUnavailable
 
 __all__ = ["MB", "Answer", "Call", "Crashed", "Limits", "answer", "answer_each", "holds_words_alone", "keep", "serve"]
 
@@ -170,14 +170,14 @@ def _as_docmill_error(caught: BaseException, limits: Limits) -> DocmillError:
 
 
 def holds_words_alone(error: Any) -> bool:
-    """Tell whether an error is none, or one of docmill's with its words and how long to wait: what else a child that was taken over puts
-    into one would be believed by the worker, or grow beyond all measure when it is shown."""
+    """Tell whether an error is none, or one of docmill's with its words and nothing else, and none of a service's: what a child that was
+    taken over puts into one would be believed by the worker, or grow beyond all measure when it is shown."""
     if not isinstance(error, DocmillError | None) or error is None:
         return error is None
     others = dict(vars(error))
-    notes, wait = others.pop("__notes__", []), others.pop("retry_after", None)
+    notes = others.pop("__notes__", [])
     linked = error.__cause__ or error.__context__ or error.__traceback__
-    if others or linked or not isinstance(notes, list) or not (wait is None or (isinstance(wait, int | float) and 0 <= wait < 1e9)):
+    if others or linked or not isinstance(notes, list) or isinstance(error, RateLimitError | ServiceUnavailable | NotSent):
         return False
     return all(isinstance(word, str) for word in (*error.args, *notes))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
 from jobs import faults
@@ -85,17 +86,18 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
         await conn.execute(query("store_markdown"), markdown_params(texts[0]))
     elif texts:
         await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
-    aside: list[tuple[Document, dict[str, Any]]] = []
+    replaced = [work for work in works if work.served_version is not None]
+    going_over = await one(conn, "going_over_to", {}) if replaced else None
+    aside = [(work.document, await _aside(conn, work.document, going_over)) for work in replaced] if going_over is not None else []
     for work in works:
         if has_new_digest(work):
             await conn.execute(query("store_digest"), digest_params(work.document))
-        if work.served_version is not None:
-            aside += [(work.document, row) for row in await rows(conn, "find_vectors_aside", {"doc_id": work.document.doc_id})]
-            await drop_served(conn, work)
+    for work in replaced:
+        await drop_served(conn, work)
     for passages in chunk_params(*(work.document for work in works)):
         await conn.execute(query("store_chunks"), passages)
-    for document, row in aside:
-        await _keep_aside(conn, document, **row)
+    for document, vectors in aside:
+        await _keep_aside(conn, document, vectors, **(going_over or {}))
     # From then on no other model can come to serve until this transaction has ended.
     serving = await one(conn, "serving_model", {})
     for work in works:
@@ -105,14 +107,22 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
             await conn.execute(query("clear_buffers"), {"doc_id": work.document.doc_id, "version": work.document.version})
 
 
-async def _keep_aside(conn: Connection, document: Document, embedding_model: str, hashes: list[str], embeddings: list[Any]) -> None:
-    """Give passages that an earlier version had too the vectors that a re-embedding has made for it: they may have been paid for."""
-    made = dict(zip(hashes, embeddings, strict=True))
-    kept = [(chunk.id, made[chunk.content_sha256]) for chunk in document.chunks or () if chunk.content_sha256 in made]
-    for part in parts(kept):
-        ids, vectors = [chunk_id for chunk_id, _ in part], [vector for _, vector in part]
-        params = {"embedding_model": embedding_model, "doc_ids": [document.doc_id], "chunk_ids": ids, "embeddings": vectors}
-        await conn.execute(query("store_embeddings"), params)
+async def _aside(conn: Connection, document: Document, going_over: dict[str, Any]) -> dict[str, Any]:
+    """Return what a re-embedding has made for passages of the version in service that the new one has too: content_sha256 -> vector."""
+    found: dict[str, Any] = {}
+    for part in parts(dict.fromkeys(chunk.content_sha256 for chunk in document.chunks or ())):
+        params = {**going_over, "doc_id": document.doc_id, "hashes": part}
+        async with conn.cursor(row_factory=tuple_row, binary=True) as cursor:
+            await cursor.execute(query("find_vectors_aside"), params)
+            found.update(await cursor.fetchall())
+    return found
+
+
+async def _keep_aside(conn: Connection, document: Document, vectors: dict[str, Any], *, embedding_model: str) -> None:
+    """Give them to the new version's passages: they may have been paid for."""
+    for part in parts((chunk.id, vectors[chunk.content_sha256]) for chunk in document.chunks or () if chunk.content_sha256 in vectors):
+        made = {"chunk_ids": [chunk_id for chunk_id, _ in part], "embeddings": [vector for _, vector in part]}
+        await conn.execute(query("store_embeddings"), {"embedding_model": embedding_model, "doc_ids": [document.doc_id], **made})
 
 
 async def drop_served(conn: Connection, work: Work) -> None:

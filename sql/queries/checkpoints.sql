@@ -210,13 +210,17 @@ FROM unnest(
     %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[]
 ) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata);
 
+-- name: going_over_to
+-- The model of a re-embedding whose vectors lie aside; nothing while there is none.
+SELECT r.to_model AS embedding_model
+FROM reembeddings AS r
+WHERE r.state IN ('running', 'paused', 'ready', 'switched');
+
 -- name: find_vectors_aside
--- What a re-embedding has made for a document's passages, a row a model; none while there is no re-embedding.
-SELECT s.embedding_model, array_agg(c.content_sha256) AS hashes, array_agg(s.embedding) AS embeddings
+SELECT c.content_sha256, s.embedding
 FROM document_chunks AS c
-JOIN chunk_embeddings AS s ON s.chunk_id = c.id
-WHERE c.doc_id = %(doc_id)s
-GROUP BY s.embedding_model;
+JOIN chunk_embeddings AS s ON s.chunk_id = c.id AND s.embedding_model = %(embedding_model)s
+WHERE c.doc_id = %(doc_id)s AND c.content_sha256 = ANY(%(hashes)s);
 
 -- name: drop_served_chunks
 DELETE FROM document_chunks AS c WHERE c.doc_id = %(doc_id)s;

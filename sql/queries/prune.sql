@@ -120,19 +120,20 @@ SELECT count(*) AS removed, 0 AS next, count(*) = %(window)s AS more FROM gone;
 -- under its path. Files go that docmill has stored; what an application submitted where it lay is the application's.
 WITH looked AS MATERIALIZED (
     SELECT a.id, a.batch_id FROM batch_archives AS a WHERE a.id > %(after)s ORDER BY a.id LIMIT %(window)s
-), latest AS MATERIALIZED (
-    SELECT a.batch_id, a.entry_path, max(a.id) AS id
+), ranked AS MATERIALIZED (
+    SELECT a.id, max(a.id) FILTER (WHERE a.state = 'unpacked' AND a.ended_at < now() - make_interval(days => %(days)s)) OVER (
+        PARTITION BY a.batch_id, a.entry_path
+    ) AS latest
     FROM batch_archives AS a
     WHERE a.batch_id IN (SELECT l.batch_id FROM looked AS l)
-        AND a.state = 'unpacked' AND a.ended_at < now() - make_interval(days => %(days)s)
-    GROUP BY a.batch_id, a.entry_path
 ), free AS MATERIALIZED (
     SELECT a.id, a.file_path
     FROM batch_archives AS a
-    JOIN looked AS l ON l.id = a.id
-    JOIN latest AS n ON n.batch_id = a.batch_id AND n.entry_path = a.entry_path AND n.id > a.id
-    JOIN processing_jobs AS b ON b.batch_id = a.batch_id AND b.run_id <> a.run_id
-    WHERE a.state NOT IN ('waiting', 'unpacking')
+    WHERE a.id IN (
+        SELECT r.id FROM ranked AS r WHERE r.id > %(after)s AND r.id <= (SELECT max(l.id) FROM looked AS l) AND r.latest > r.id
+    )
+        AND a.state NOT IN ('waiting', 'unpacking')
+        AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = a.batch_id AND b.run_id <> a.run_id)
     FOR UPDATE OF a SKIP LOCKED
 ), inside AS (
     SELECT f.id, f.file_path FROM free AS f

@@ -20,7 +20,7 @@ from jobs.adapters import sandbox_child
 from jobs.adapters.sandbox_channel import ANSWER, HEAD, PART
 from jobs.adapters.sandbox_child import Answer
 from jobs.adapters.stored_file import StoredFile
-from models.errors import ParseError, Turn
+from models.errors import ParseError, ServiceUnavailable, Turn
 
 
 def attempt(function: Any, *args: Any) -> str:
@@ -233,7 +233,7 @@ def forge_error(attribute: str) -> None:
         "__cause__": Forged("args", (nested,)),
         "retry_after": float("nan"),
     }
-    error: Any = Forged(attribute, values[attribute])
+    error: Any = ServiceUnavailable("wait", 1.0) if attribute == "a service" else Forged(attribute, values[attribute])
     _send(ANSWER, pickle.dumps(Answer(error, None, 0.0, 0.0)))
 
 

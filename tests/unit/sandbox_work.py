@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.adapters import sandbox_child
 from jobs.adapters.stored_file import StoredFile
-from models.errors import LLMError, RateLimitError
+from models.errors import LLMError, StorageAway
 
 
 def echo(value: Any) -> Any:
@@ -77,8 +77,8 @@ def recurse(depth: int = 0) -> int:
     return recurse(depth + 1)
 
 
-def raise_rate_limit() -> None:
-    raise RateLimitError("slow down", retry_after=7.5)
+def raise_storage_away() -> None:
+    raise StorageAway("The storage is not there.")
 
 
 def raise_llm_error() -> None:

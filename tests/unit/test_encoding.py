@@ -54,7 +54,17 @@ def test_where_the_sample_ends_within_a_character_is_no_matter(encoding: str, be
     assert decode(text.encode(encoding)).text == text
 
 
-@pytest.mark.parametrize("text", ["Rent £950 pcm. " * 50, f"{REPORT}We paid £100 and £250 for it. {REPORT * 5}", "§ 5", "100 €"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Rent £950 pcm. " * 50,
+        f"{REPORT}We paid £100 and £250 for it. {REPORT * 5}",
+        "§ 5",
+        "100 €",
+        "room,value\n" + "".join(f"room {number},0.18 W/m²K at 20°C\n" for number in range(20)),
+        f"{REPORT}The wall has a U-value of 0.18 W/m²K, the house needs 85 kWh/m²a. {REPORT}",
+    ],
+)
 def test_signs_of_western_texts_are_no_letters_of_other_languages(text: str) -> None:
     assert decode(text.encode("cp1252")).text == text
 

@@ -19,7 +19,7 @@ from jobs.adapters.extractor import extract_locally
 from jobs.adapters.llm import ModelExtractor, load_shape, make_extractor, prompt, with_extraction
 from jobs.adapters.llm.chat import read_object
 from jobs.adapters.llm.extract import Limits
-from jobs.adapters.llm.merge import merge
+from jobs.adapters.llm.merge import merge, trim
 from jobs.adapters.llm.prompt import ask, harmless
 from jobs.adapters.llm.schema import is_strict, of_schema
 from models.errors import BadAnswer, ConfigurationError, CredentialRefused, LLMError, RequestRefused, ServiceUnavailable
@@ -230,6 +230,44 @@ async def test_lists_that_are_too_long_together_are_cut_wherever_the_schema_says
     found = await extractor(server, "tests.unit.test_llm:Notes", max_tokens=1000).extract("word " * 500)
     assert found.data == {"names": ["a", "b", "c"], "more": {"topics": ["k", "l", "m"]}, "by_kind": {"x": ["1", "2", "3"]}}
     assert server.tally.requests == 2
+
+
+TREE = {"properties": {"is": {"anyOf": [{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/two"}]}, "l": {"type": "array", "maxItems": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ({"$ref": "#/$defs/five", "maxItems": 2}, 2),
+        ({"maxItems": 5, "allOf": [{"maxItems": 2}]}, 2),
+        ({"maxItems": 2, "anyOf": [{"$ref": "#/$defs/five"}, {"type": "null"}]}, 2),
+        ({"anyOf": [{"type": "array", "maxItems": 2}, {"type": "array", "maxItems": 5}, {"type": "null"}]}, 5),
+        ({"oneOf": [{"type": "array", "maxItems": 2}, {"type": "array"}]}, 9),
+        ({"$ref": "#/$defs/with%20blank"}, 3),
+    ],
+)
+def test_rules_that_hold_together_cut_to_the_least_and_alternatives_to_the_most(rule: Any, left: int) -> None:
+    known = {"five": {"type": "array", "maxItems": 5}, "with blank": {"maxItems": 3}}
+    schema = {"type": "object", "properties": {"l": rule}, "$defs": known}
+    assert trim({"l": list(range(9))}, schema) == {"l": list(range(left))}
+
+
+def test_a_schema_that_names_itself_is_gone_through_once_a_level() -> None:
+    data: Any = {"l": [1, 2]}
+    for _ in range(200):
+        data = {"is": data}
+    cut = trim(data, {**TREE, "$defs": {"one": TREE, "two": TREE}})
+    for _ in range(200):
+        cut = cut["is"]
+    assert cut == {"l": [1]}
+
+
+def test_what_looks_like_a_reference_in_data_is_none(tmp_path: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "object", "default": {"$ref": "#/nowhere"}, "examples": [{"$ref": "http://x"}]}},
+    }
+    assert load_shape(write(tmp_path, schema)).schema == schema
 
 
 def test_parts_are_merged_in_one_way() -> None:

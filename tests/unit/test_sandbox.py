@@ -21,7 +21,7 @@ from jobs.adapters import sandbox_files, usage
 from jobs.adapters.sandbox import Exhausted, ProcessSandbox
 from jobs.adapters.sandbox_child import Crashed, Limits
 from jobs.adapters.stored_file import StoredFile
-from models.errors import LLMError, ParseError, RateLimitError, RetryableError, TimeoutError
+from models.errors import LLMError, ParseError, RetryableError, StorageAway, TimeoutError
 from tests.unit import sandbox_work as work
 
 ROOT = Path(__file__).parents[2]
@@ -133,10 +133,9 @@ async def test_a_child_cannot_fill_the_disk(sandbox: ProcessSandbox, tmp_path: P
 
 
 async def test_our_own_errors_come_through_unchanged(sandbox: ProcessSandbox) -> None:
-    with pytest.raises(RateLimitError, match="slow down") as caught:
-        await sandbox.run(work.raise_rate_limit)
-    assert caught.value.retry_after == 7.5
-    assert "raise_rate_limit" in "".join(caught.value.__notes__)
+    with pytest.raises(StorageAway, match="not there") as caught:
+        await sandbox.run(work.raise_storage_away)
+    assert "raise_storage_away" in "".join(caught.value.__notes__)
     with pytest.raises(LLMError, match="no answer"):
         await sandbox.run(work.raise_llm_error)
 

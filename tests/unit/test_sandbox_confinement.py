@@ -203,7 +203,7 @@ async def test_a_forged_answer_changes_nothing_that_others_share(sandbox: Proces
     assert not hasattr(FileType, "planted")
 
 
-@pytest.mark.parametrize("attribute", ["args", "turn", "error_type", "__notes__", "__cause__", "retry_after"])
+@pytest.mark.parametrize("attribute", ["args", "turn", "error_type", "__notes__", "__cause__", "retry_after", "a service"])
 async def test_an_error_that_holds_more_than_words_is_refused(sandbox: ProcessSandbox, attribute: str) -> None:
     with pytest.raises(ParseError, match="answer cannot be read"):
         await sandbox.run(attacks.forge_error, attribute)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 
 def merge(answers: Sequence[Any]) -> Any:
@@ -31,37 +32,48 @@ def merge(answers: Sequence[Any]) -> Any:
 
 def trim(data: Any, schema: Any) -> Any:
     """Return merged data with lists cut to the `maxItems` of their schema: several parts that each keep to it may not do so together."""
-    return _trim(data, [schema], schema)
+    return _trim(data, [schema], [], schema)
 
 
-def _trim(data: Any, told: Sequence[Any], root: Any) -> Any:
-    """Trim what all these schemas are about; `root` is what references point into."""
-    rules = [rule for each in told for rule in _rules(each, root)]
+def _trim(data: Any, must: Sequence[Any], may: Sequence[Any], root: Any) -> Any:
+    """Trim what the schemas `must` are about, and one of `may` at least. `root` is what references point into."""
+    must, may = _named_by(must, may, root)
     if isinstance(data, dict):
-        return {name: _trim(value, [_of_property(rule, name) for rule in rules], root) for name, value in data.items()}
-    most = [rule["maxItems"] for rule in rules if isinstance(rule.get("maxItems"), int)]
-    # Of several the most generous: the check that follows knows which of them holds.
-    return data[: max(most)] if isinstance(data, list) and most else data
+        return {name: _trim(value, _of_property(must, name), _of_property(may, name), root) for name, value in data.items()}
+    if not isinstance(data, list):
+        return data
+    limits = [rule["maxItems"] for rule in must if isinstance(rule.get("maxItems"), int)]
+    # Of alternatives the most generous: the check that follows knows which of them holds.
+    lists = [rule for rule in may if rule.get("type") == "array" or "maxItems" in rule]
+    generous = [rule["maxItems"] for rule in lists if isinstance(rule.get("maxItems"), int)]
+    if generous and len(generous) == len(lists):
+        limits.append(max(generous))
+    return data[: min(limits)] if limits else data
 
 
-def _of_property(rule: Mapping[str, Any], name: str) -> Any:
-    return rule.get("properties", {}).get(name, rule.get("additionalProperties"))
+def _of_property(rules: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return [rule.get("properties", {}).get(name, rule.get("additionalProperties")) for rule in rules]
 
 
-def _rules(schema: Any, root: Any, seen: tuple[Any, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield a schema and all that it names for the same place: references and choices."""
-    if not isinstance(schema, dict) or any(schema is each for each in seen):
-        return
-    yield schema
-    choices = [choice for name in ("anyOf", "oneOf", "allOf") for choice in schema.get(name, ())]
-    for each in (_find(schema.get("$ref"), root), *choices):
-        yield from _rules(each, root, (*seen, schema))
+def _named_by(must: Sequence[Any], may: Sequence[Any], root: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return these schemas with all that they name for the same place, each once: references, what holds together, and alternatives."""
+    held: dict[int, dict[str, Any]] = {}
+    open_to: dict[int, dict[str, Any]] = {}
+    waiting = [(rule, held) for rule in must] + [(rule, open_to) for rule in may]
+    while waiting:
+        rule, into = waiting.pop()
+        if not isinstance(rule, dict) or id(rule) in into:
+            continue
+        into[id(rule)] = rule
+        waiting += [(each, into) for each in (_find(rule.get("$ref"), root), *rule.get("allOf", ()))]
+        waiting += [(each, open_to) for name in ("anyOf", "oneOf") for each in rule.get(name, ())]
+    return list(held.values()), list(open_to.values())
 
 
 def _find(reference: Any, root: Any) -> Any:
     """Return what a reference such as `#/$defs/Line` points to, None for another kind of reference."""
     if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
         return None
-    for step in reference[1:].split("/")[1:]:
+    for step in unquote(reference[1:]).split("/")[1:]:
         root = root.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
     return root

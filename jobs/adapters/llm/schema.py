@@ -18,6 +18,8 @@ from models.errors import ConfigurationError
 LARGEST_SCHEMA = 1_000_000
 """Bytes."""
 MAX_PROBLEMS = 10
+_DATA = frozenset({"default", "const", "enum", "examples"})
+"""Where a schema holds data, in which `$ref` is no reference."""
 _STRICT = frozenset(
     {
         *("type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf"),
@@ -178,10 +180,13 @@ def _references(schema: Any) -> list[str]:
 
 
 def _objects(schema: Any) -> Iterator[dict[str, Any]]:
-    """Yield a schema and all objects in it."""
+    """Yield a schema and all objects in it that are no example of data."""
     if isinstance(schema, dict):
         yield schema
-    for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        inside = [value for name, value in schema.items() if name not in _DATA]
+    else:
+        inside = schema if isinstance(schema, list) else []
+    for each in inside:
         yield from _objects(each)
 
 
