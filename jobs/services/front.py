@@ -83,7 +83,7 @@ class Service:
             asked_at = clock.seconds()
             asked = await self._unless_cut_off(entry, self._ledger.begin(entry), may_probe=entry.probes)
             if asked.hindrance is None:
-                entry = replace(entry, send_at=asked_at + asked.wait_seconds)
+                entry = replace(entry, send_at=asked.send_at)
                 await self._wait_for_time(entry, asked.wait_seconds)
                 if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
                     why, passed = "The service may no longer be called.", passed + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -22,15 +23,17 @@ _LARGEST_COUNT = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A call that may be made. Times of `jobs.clock`."""
+    """A call that may be made."""
 
     id: UUID
     purpose: CallPurpose
     admitted: int = _NO_REVISION
     """The breaker's revision at which it was let through by name."""
     probes: bool = False
-    send_at: float = 0.0
+    send_at: datetime | None = None
+    """The time that the budget gave it, by the database's clock."""
     sent_at: float = 0.0
+    """Of `jobs.clock`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Asked:
     wait_seconds: float
     over: list[dict[str, Any]] = field(default_factory=list)
     """The documents that may not pay for it, as jobs.services.limits reads them."""
+    send_at: datetime | None = None
+    """When it may be made, by the database's clock."""
 
 
 def _count(told: object) -> int | None:
@@ -81,7 +86,7 @@ class Ledger:
         row = await outlive("Entering a call", lambda: one(self._pool, "begin_call", params), until=self._stopping)
         if row is None:
             raise RetryableError(f"{terms.service} was not called: this worker stops, and the database is away.")
-        return Asked(None if row["granted"] else row["hindrance"], row["wait_seconds"] or 0.0, row["over"] or [])
+        return Asked(None if row["granted"] else row["hindrance"], row["wait_seconds"] or 0.0, row["over"] or [], row["send_at"])
 
     async def finish(self, entry: Entry, reply: Reply[Any] | None, outcome: Outcome | None) -> None:
         """Write what became of a call, however long the database is away, unless this worker stops: then it stays unknown.
@@ -111,9 +116,9 @@ class Ledger:
 
     async def _give_back(self, entry: Entry) -> None:
         """Give back the request of a call that is not sent and has no row by which this could be done once: it is tried once."""
-        if self._terms.requests_per_minute and entry.send_at:
+        if self._terms.requests_per_minute and entry.send_at is not None:
             with suppress(*DATABASE_ERRORS):
-                await one(self._pool, "give_back_request", {"service": self._terms.service, "ago": clock.seconds() - entry.send_at})
+                await one(self._pool, "give_back_request", {"service": self._terms.service, "send_at": entry.send_at})
 
     async def _settle_pages(self, entry: Entry, request_id: str, pages: int) -> None:
         """Set the price of an earlier call right, which is found by its document."""

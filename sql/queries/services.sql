@@ -22,7 +22,8 @@ WITH asked AS MATERIALIZED (
     WHERE a.granted AND %(recorded)s
     ON CONFLICT (id) DO NOTHING
 )
-SELECT a.granted, a.wait_seconds, a.hindrance, a.over FROM asked AS a;
+SELECT a.granted, a.wait_seconds, a.hindrance, a.over, clock_timestamp() + make_interval(secs => a.wait_seconds) AS send_at
+FROM asked AS a;
 
 -- name: finish_call
 -- Writes what became of a call, once. A call whose intent was not recorded gets its row here if it failed.
@@ -49,7 +50,7 @@ SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.s
 FROM finished AS f;
 
 -- name: give_back_request
-SELECT give_back_request(%(service)s, clock_timestamp() - make_interval(secs => %(ago)s));
+SELECT give_back_request(%(service)s, %(send_at)s);
 
 -- name: settle_pages
 -- Sets the price of a call right that was entered with its estimate, now that its pages are known. Asked again, it changes nothing.

@@ -183,8 +183,9 @@ async def test_a_call_that_is_ready_too_late_for_its_time_is_given_another_one(
     assert rows(conn, "SELECT outcome FROM provider_usage ORDER BY started_at") == [*[("not_sent",)] * (times - 1), ("ok",)]
 
 
+@pytest.mark.parametrize("recorded", [True, False])
 async def test_a_call_that_is_let_through_in_vain_three_times_goes_back_to_the_queue_and_uses_nothing_up(
-    make: Make, conn: psycopg.Connection
+    make: Make, conn: psycopg.Connection, recorded: bool
 ) -> None:
     service = await opened(make(requests_per_minute=6000, tokens_per_minute=10_000_000, patience_seconds=60))
 
@@ -194,11 +195,11 @@ async def test_a_call_that_is_let_through_in_vain_three_times_goes_back_to_the_q
             await asyncio.sleep(0.05)
 
     pausing = asyncio.create_task(pause())
-    error = await fails(service, ok)
+    error = await fails(service, ok, replace(PURPOSE, recorded=recorded, tokens=1000 if recorded else 0))
     pausing.cancel()
     assert isinstance(error, RateLimitError) and "was given 3 times" in str(error)
     assert error.turn is not None and (error.turn.service, error.turn.place) == (NAME, None)
-    assert rows(conn, "SELECT outcome FROM provider_usage") == [("not_sent",)] * 3
+    assert rows(conn, "SELECT outcome FROM provider_usage") == [("not_sent",)] * (3 if recorded else 0)
     assert rows(conn, "SELECT requests_last_minute, tokens_last_minute FROM provider_budget_use") == [(0, 0)]
 
 

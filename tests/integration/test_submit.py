@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -103,6 +104,16 @@ def test_the_answer_names_the_correlation_id_that_logs_and_events_have(conn: psy
     file.write_text("changed")
     assert submit_document(file, doc_id="a", correlation_id="fourth").correlation_id == "fourth"
     assert conn.execute("SELECT correlation_id FROM file_extractions").fetchone() == ("fourth",)
+
+
+def test_of_two_who_submit_the_same_at_once_both_are_told_of_one_correlation_id(database: str, file: Path) -> None:
+    with ThreadPoolExecutor(1) as thread, psycopg.connect(database) as ours, psycopg.connect(database, autocommit=True) as watching:
+        submit_document(file, doc_id="a", correlation_id="first", connection=ours)
+        other = thread.submit(submit_document, file, doc_id="a", correlation_id="second")
+        while watching.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchone() is None:
+            time.sleep(0.01)
+        ours.commit()
+        assert (other.result().outcome, other.result().correlation_id) == ("unchanged", "first")
 
 
 def test_metadata_may_hold_the_words_for_a_nul(conn: psycopg.Connection, file: Path) -> None:
