@@ -1,5 +1,6 @@
 -- A call that was let through and is not sent after all, because the service asked for a pause meanwhile or nobody waits for it any more,
--- gave its tokens back but not its request: where services pause often, most of a minute's requests were taken by calls that nobody made.
+-- gave its tokens back but not its request: where services pause often, most of a minute's requests were taken by calls that nobody made. And
+-- both are given back for the second that they were counted in: the call's own clock could be in the next one.
 
 CREATE FUNCTION give_back_request(service text, sent_at timestamptz) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -19,5 +20,13 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION give_back_request IS 'Gives the request back that a call took out of a service''s budget for a time at which it was not sent.';
+
+CREATE FUNCTION last_send_at_of(service text) RETURNS timestamptz LANGUAGE plpgsql AS $$
+-- Sees what the statement that asks has done before, as a look at the table in that statement does not.
+BEGIN
+    RETURN (SELECT p.last_send_at FROM provider_budgets AS p WHERE p.service = last_send_at_of.service);
+END;
+$$;
+COMMENT ON FUNCTION last_send_at_of IS 'The time that the budget of a service gave to the last call, as of this transaction.';
 
 CALL pin_search_path();

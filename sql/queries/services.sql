@@ -9,6 +9,9 @@ WITH asked AS MATERIALIZED (
         %(id)s, %(doc_ids)s::text[], %(batch_ids)s::text[], %(shares)s::float8[], %(estimated_cost)s, %(max_cost_per_document)s,
         %(max_cost_per_batch)s, %(service)s, %(admitted)s, %(requests_per_minute)s, %(tokens_per_minute)s, %(tokens)s::bigint, %(patience)s
     ) AS a
+), timed AS MATERIALIZED (
+    -- The very time, whose second the budget has counted the call in.
+    SELECT a.*, CASE WHEN a.granted THEN last_send_at_of(%(service)s) END AS send_at FROM asked AS a
 ), noted AS (
     INSERT INTO provider_usage (
         id, service, kind, model, stage, doc_ids, batch_ids, user_ids, shares, correlation_id, worker, estimated_tokens, estimated_cost,
@@ -16,14 +19,12 @@ WITH asked AS MATERIALIZED (
     )
     SELECT %(id)s, %(service)s, %(kind)s, %(model)s, %(stage)s, %(doc_ids)s::text[], %(batch_ids)s::text[], %(user_ids)s::text[],
         %(shares)s::float8[], %(correlation_id)s, %(worker)s, %(tokens)s, %(estimated_cost)s,
-        clock_timestamp() + make_interval(secs => a.wait_seconds),
-        clock_timestamp() + make_interval(secs => a.wait_seconds + %(total_seconds)s)
-    FROM asked AS a
-    WHERE a.granted AND %(recorded)s
+        t.send_at, t.send_at + make_interval(secs => %(total_seconds)s)
+    FROM timed AS t
+    WHERE t.granted AND %(recorded)s
     ON CONFLICT (id) DO NOTHING
 )
-SELECT a.granted, a.wait_seconds, a.hindrance, a.over, clock_timestamp() + make_interval(secs => a.wait_seconds) AS send_at
-FROM asked AS a;
+SELECT t.granted, t.wait_seconds, t.hindrance, t.over, t.send_at FROM timed AS t;
 
 -- name: finish_call
 -- Writes what became of a call, once. A call whose intent was not recorded gets its row here if it failed.
