@@ -13,6 +13,7 @@ from jobs.adapters.folders import Listing, storage_folders
 from jobs.adapters.storage import storable_text
 from jobs.arguments import absolute_path, check_name, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
+from jobs.sync.files import Found, Stored
 from jobs.sync.looking import (
     FolderLook,
     Look,
@@ -24,7 +25,7 @@ from jobs.sync.looking import (
     why_not_gone,
 )
 from jobs.sync.memory import FolderMemory, Memory, folder_lock
-from jobs.sync.plan import Found, Kept, Move, Stored, is_below, make_plan, missing, worth_reading
+from jobs.sync.plan import Kept, Move, is_below, make_plan, missing, worth_reading
 from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings
