@@ -33,17 +33,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES
 
 
-def storage_folders(settings: Settings) -> list[Path]:
-    """Return the folders not to ingest from: the storage and, for a folder that is the storage or lies in it, what docmill keeps there."""
+def own_folders(settings: Settings) -> list[Path]:
+    """Return the folders inside of the storage that are docmill's. Others there are people's own, also where they have a usual name."""
     base = settings.storage_base_path
-    inside = (
-        settings.storage_uploads_dir,
-        settings.storage_extracted_dir,
-        settings.storage_temp_dir,
-        settings.storage_logs_dir,
-        "postgres",
-    )
-    return [base, *(base / name for name in inside)]
+    own = [base / settings.storage_uploads_dir, base / settings.storage_temp_dir]
+    if settings.log_file_path is not None and not settings.log_file_path.is_absolute():
+        own.append(base / settings.storage_logs_dir)
+    if os.path.isfile(server := base / "postgres" / "PG_VERSION"):  # noqa: PTH113 - says no, where pathlib raises, if nobody can say
+        own.append(server.parent)
+    return own
+
+
+def storage_folders(settings: Settings) -> list[Path]:
+    """Return the folders not to ingest from: the storage and, for a folder that is the storage or lies in it, what is docmill's there."""
+    return [settings.storage_base_path, *own_folders(settings)]
 
 
 def list_folder(folder: Path, *, leave_out: Iterable[Path] = ()) -> Listing:

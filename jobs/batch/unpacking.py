@@ -23,6 +23,7 @@ from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
 from jobs.batch.acceptance import LOCK_MS, Acceptance, BatchHeld, Superseded
 from jobs.batch.archive import Archive, in_groups
+from jobs.batch.failure import fail_archive
 from jobs.batch.intake import Intake, reach
 from jobs.logs import bound
 from jobs.pipeline.claims import Connection, one
@@ -98,7 +99,7 @@ class Unpacker:
         except (RetryableError, TimeoutError) as error:
             await self._try_later(archive, error)
         except DocmillError as error:
-            await self._fail(archive, error)
+            await fail_archive(self._pool, archive, error)
         except asyncio.CancelledError:
             # The worker has run out of patience. Without this the reconciler would find it, a little later.
             with suppress(psycopg.Error):
@@ -197,10 +198,6 @@ class Unpacker:
             logger.info("Somebody's transaction holds the batch; its number of files is brought up to date later")
         await self._one("settle_batch", batch_id=archive.batch_id)
 
-    async def _fail(self, archive: Archive, error: Exception) -> None:
-        await self._one("end_archive", archive_id=archive.id, state="failed", error_message=f"{archive.name}: {error}")
-        logger.error("{} cannot be unpacked: {}", archive.name, error)
-
     async def _put_off(self, archive: Archive, delay: float, reason: str | None = None, *, waits: bool = False) -> None:
         await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason, waits=waits)
 
@@ -211,7 +208,7 @@ class Unpacker:
         judged = self._retry.judge(error, archive.waited_seconds)
         plan = self._retry.plan(judged, archive.retry_count, archive.waited_seconds)
         if plan is None:
-            await self._fail(archive, judged)
+            await fail_archive(self._pool, archive, judged)
             return
         plan = self._retry.within_wait(plan, archive.waited_seconds)
         await self._put_off(archive, plan.delay, f"{archive.name}: {error}", waits=not plan.counts)

@@ -145,7 +145,7 @@ def _details(event: Row) -> str:
 
 async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     row = (await rows(settings, "show_batch", batch_id=batch_id))[0] | (await rows(settings, "progress_of_batch", batch_id=batch_id))[0]
-    count = row["completed"] + row["failed"] + row["processing"] + row["pending"]
+    count = row["completed"] + row["failed"] - row["archives_failed"] + row["processing"] + row["pending"]
     is_long = count > LONGEST_TABLE and not json
     limit = MOST_FAILED if is_long else None
     documents = await rows(settings, "documents_of_batch", batch_id=batch_id, only_failed=is_long, limit=limit)
@@ -160,7 +160,7 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
         "source": row["source_path"],
         "user": row["user_id"],
         "run": row["run_id"],
-        "files": f"{row['total_files']}: {row['completed']} completed, {row['failed'] + row['archives_failed']} failed, "
+        "files": f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, "
         f"{row['processing']} processing, {row['pending']} pending",
         "progress": None if row["completed_at"] else _progress(row),
         "archives": f"{row['archives']}: {row['archives_open']} to be unpacked, {row['archives_failed']} failed; "

@@ -56,7 +56,7 @@ class OwnWorker:
 
         quiet_logs(self._settings)  # importing the app has set up a worker's logging
         if self._settings.log_file_path is None and not shows_details(self._settings):
-            for told in ("jobs.pipeline.endings", "jobs.batch.unpacking"):  # a line for each failure, which the table at the end says again
+            for told in ("jobs.pipeline.endings", "jobs.batch.failure"):  # a line for each failure, which the table at the end says again
                 logger.disable(told)
         return app
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import faults
-from jobs.adapters.folders import Listing, storage_folders
+from jobs.adapters.folders import Listing, own_folders, storage_folders
 from jobs.adapters.storage import storable_text
 from jobs.arguments import absolute_path, check_name, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
+from jobs.sync.files import Found, Stored
 from jobs.sync.looking import (
     FolderLook,
     Look,
@@ -24,7 +25,7 @@ from jobs.sync.looking import (
     why_not_gone,
 )
 from jobs.sync.memory import FolderMemory, Memory, folder_lock
-from jobs.sync.plan import Found, Kept, Move, Stored, is_below, make_plan, missing, worth_reading
+from jobs.sync.plan import Kept, Move, is_below, make_plan, missing, worth_reading
 from jobs.sync.result import SyncOptions, SyncResult
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings
@@ -227,10 +228,14 @@ class FolderSync:
         result.kept += [Kept(document.shown, kept[document.doc_id]) for document in gone if document.doc_id in kept]
 
     async def _why_not(self, seen: FolderLook, document: Stored) -> str | None:
-        trusted = self._options.allow_empty
         if document.name in seen.looks:
             return None  # its file is there and no longer holds it
-        return await asyncio.to_thread(why_not_gone, self.root, seen.identity, document.name, document.created_at, trusted=trusted)
+
+        def ask() -> str | None:
+            trusted, own = self._options.allow_empty, own_folders(self._settings)
+            return why_not_gone(self.root, seen.identity, document.name, document.created_at, trusted=trusted, own=own)
+
+        return await asyncio.to_thread(ask)
 
     async def finish_moves(self, result: SyncResult) -> list[Move]:
         """Delete the old documents of moved files whose new ones are complete by now, and return the moves that are still on their way.

@@ -134,16 +134,20 @@ def is_steady(look: Look, read_from_ns: int) -> bool:
     return read_from_ns - look.changed_ns > RACY_NS
 
 
-def why_not_gone(root: Path, identity: tuple[int, int], name: str, since: float, *, trusted: bool = False) -> str | None:
+def why_not_gone(
+    root: Path, identity: tuple[int, int], name: str, since: float, *, trusted: bool = False, own: Iterable[Path] = ()
+) -> str | None:
     """Return why a file may not be taken for deleted; None: it is gone.
 
     `since`: when it was there, in seconds since the epoch by the database's clock. Deleting a file changes the folder that it is deleted
     from. One that has not changed since then cannot have lost it: it is another one, such as the mount point of a share that is not
-    mounted. `trusted`: without that rule.
+    mounted. `trusted`: without that rule. What lies in one of the folders `own`, docmill's inside of this one, is no file of the folder.
     """
     if not is_same_folder(root, identity):
         return "the folder went away or was replaced while it was being synced"
     path = root / name
+    if _lies_in(path.parent, root, own):
+        return None
     try:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -155,6 +159,13 @@ def why_not_gone(root: Path, identity: tuple[int, int], name: str, since: float,
             return "it is there, but hidden, a link that leads elsewhere, or new since the folder was listed"
         above = path.parent  # a folder lies where the file was
     return _why_not_lost(root, above, since, trusted=trusted)
+
+
+def _lies_in(folder: Path, root: Path, own: Iterable[Path]) -> bool:
+    """Say whether a folder is, or lies in, one of some that lie inside of the root."""
+    place, top = Path(os.path.realpath(folder)), Path(os.path.realpath(root))
+    real = (Path(os.path.realpath(path)) for path in own)
+    return any(path != top and path.is_relative_to(top) and place.is_relative_to(path) for path in real)
 
 
 def _why_not_lost(root: Path, above: Path, since: float, *, trusted: bool) -> str | None:

@@ -19,7 +19,8 @@ from jobs.database import conninfo_of
 from jobs.front import async_connection
 from jobs.sessions import connect_async
 from jobs.submit import refused
-from jobs.sync.plan import Archive, Move, Stored, places_above
+from jobs.sync.files import Archive, Stored
+from jobs.sync.plan import Move, places_above
 from models.errors import SubmitConflict
 from models.settings import Settings
 from models.stages import State

@@ -2,77 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from jobs.adapters.storage import storable_text
+from jobs.sync.files import Archive, Found, Stored
 from models.stages import State
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A document that came from the folder."""
-
-    doc_id: str
-    name: str
-    """Where its file was: path inside the folder, `/` between the parts. For a document out of an archive, the archive's path."""
-    content_sha256: str | None
-    file_size: int | None
-    version: int
-    run_id: uuid.UUID | None
-    batch_id: str | None
-    state: State
-    served: bool
-    """Whether searches see a version of it."""
-    created_at: float
-    """When it was first submitted, in seconds since the epoch by the database's clock."""
-    duplicate_of: str | None = None
-    replaced_by: str | None = None
-    elsewhere: bool = False
-    """Whether it belongs to the batch of a folder around this one, or inside it."""
-    entry: str | None = None
-    """Path inside the folder with the path inside the archive behind it; None for a file."""
-
-    @property
-    def shown(self) -> str:
-        """What people know it by."""
-        return self.entry or self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A file that lies in the folder."""
-
-    name: str
-    doc_id: str
-    size: int
-    """In bytes; -1 where nobody could ask."""
-    sha256: str | None = None
-    """Lowercase hex; None where it was not read."""
-    busy: bool = False
-    """Somebody is writing it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Archive:
-    """An archive of the folder that has been unpacked before."""
-
-    batch_id: str
-    """The folder's."""
-    name: str
-    shown: str
-    """Its name as the paths of its entries begin."""
-    run_id: uuid.UUID
-    """The batch's present run."""
-    content_sha256: str | None
-    """What it held when it was last submitted."""
-    in_run: bool
-    """Whether the present run has it."""
-    current: bool
-    """Whether that run has unpacked it whole, archives inside of it included: what is not in the run is no longer in the archive."""
-    open: bool = False
-    """Whether that run is still unpacking it, or an archive inside of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,25 +53,49 @@ class Plan:
 class _Holders:
     """Which files hold a content. Thousands may hold the same one, so that none goes through all of them for each that is missing."""
 
-    files: dict[str, list[Found]] = field(default_factory=dict)
-    serving: set[str] = field(default_factory=set)
-    """Contents that a document of one of their files answers for."""
-    _named: dict[tuple[str, str], Found] = field(default_factory=dict)
+    _first: dict[str | None, Found] = field(default_factory=dict)
+    """The first file of a content."""
+    _named: dict[tuple[str | None, str], Found] = field(default_factory=dict)
     """The first file of a content and a name."""
+    _serving: set[str | None] = field(default_factory=set)
+    """Contents that a document of one of their files answers for."""
+    _serving_inside: set[tuple[str | None, str, str | None]] = field(default_factory=set)
+    """An archive's content, the path inside and the content there of entries whose document answers for it."""
 
-    def add(self, file: Found, sha256: str, *, serves: bool) -> None:
-        self.files.setdefault(sha256, []).append(file)
-        self._named.setdefault((sha256, _own_name(file.name)), file)
-        if serves:
-            self.serving.add(sha256)
+    @classmethod
+    def of(cls, found: Mapping[str, Found], stored: Iterable[Stored]) -> _Holders:
+        """Go through the files whose content is known and that nobody is writing."""
+        made = cls()
+        known = {name: file.sha256 for name, file in found.items() if file.sha256 is not None and not file.busy}
+        for name, sha256 in known.items():
+            made._first.setdefault(sha256, found[name])
+            made._named.setdefault((sha256, _own_name(name)), found[name])
+        contents = {found[name].doc_id: sha256 for name, sha256 in known.items()}
+        for document in stored:
+            if document.state is not State.COMPLETE:  # a duplicate may be one of the very document that is missing
+                continue
+            if document.doc_id in contents and document.content_sha256 == contents[document.doc_id]:
+                made._serving.add(document.content_sha256)
+            if document.entry is not None and document.name in known:
+                inside = document.entry.removeprefix(storable_text(document.name))
+                made._serving_inside.add((known[document.name], inside, document.content_sha256))
+        return made
 
-    def best(self, document: Stored) -> list[tuple[str, str]]:
-        """Return name and doc_id of the first file with a document's content, rather one that has its name too; nothing without any."""
+    def successor(self, document: Stored, archive: Archive | None, entry_id: Callable[[str], str]) -> tuple[str, str] | None:
+        """Return name and doc_id of what takes a missing document's place; None if nothing does, or something has already.
+
+        For an entry rather the same one in the place that its `archive` was moved to; else a file with its content, rather one of its name.
+        """
         sha256 = document.content_sha256
-        if sha256 not in self.files:
-            return []
-        file = self._named.get((sha256, _own_name(document.shown)), self.files[sha256][0])
-        return [(file.name, file.doc_id)]
+        if sha256 in self._serving:
+            return None
+        moved = self._first.get(archive.content_sha256) if archive is not None else None
+        if moved is not None and archive is not None and document.entry is not None:
+            inside = document.entry.removeprefix(archive.shown)
+            place = storable_text(moved.name) + inside
+            return None if (archive.content_sha256, inside, sha256) in self._serving_inside else (place, entry_id(place))
+        file = self._named.get((sha256, _own_name(document.shown)), self._first.get(sha256))
+        return None if file is None else (file.name, file.doc_id)
 
 
 def places_above(path: str) -> Iterator[str]:
@@ -204,10 +163,7 @@ def make_plan(
         _place_file(plan, file, by_id.get(file.doc_id), archives.get(file.name))
     plan.unpacking = [name for name, archive in archives.items() if name in found and (archive.open or name in plan.changed)]
     plan.restored = [document.doc_id for document in stored if document.name in found and document.replaced_by is not None]
-    holders = _Holders()
-    for file in found.values():
-        if file.sha256 is not None and not file.busy:
-            holders.add(file, file.sha256, serves=_serves(by_id.get(file.doc_id), file.sha256))
+    holders = _Holders.of(found, stored)
     written = {file.size for file in found.values() if file.busy}
     zip_is_written = any(file.busy and is_named_zip(file) for file in found.values())
     for document in sorted(stored, key=lambda document: document.shown.split("/")):
@@ -219,11 +175,7 @@ def make_plan(
         elif document.name in unsettled or document.file_size in written or (zip_is_written and document.entry is not None):
             plan.waiting.append(document.shown)
         else:
-            successors = _in_moved_archive(document, archives, holders, entry_id)
-            served = any(_serves(by_id.get(doc_id), document.content_sha256) for _, doc_id in successors)
-            served = served or document.content_sha256 in holders.serving
-            successors += holders.best(document)
-            _place_missing(plan, document, [] if served else successors)
+            _place_missing(plan, document, holders.successor(document, archives.get(document.name), entry_id))
     return plan
 
 
@@ -244,36 +196,17 @@ def _stored_content(document: Stored | None, archive: Archive | None) -> str | N
     return document.content_sha256 if document is not None else None
 
 
-def _in_moved_archive(
-    document: Stored, archives: Mapping[str, Archive], holders: _Holders, entry_id: Callable[[str], str]
-) -> list[tuple[str, str]]:
-    """Return name and doc_id of the document in each place that the archive of an entry was moved to."""
-    archive = archives.get(document.name)
-    if document.entry is None or archive is None or archive.content_sha256 is None:
-        return []
-    inside = document.entry.removeprefix(archive.shown)
-    places = [storable_text(file.name) + inside for file in holders.files.get(archive.content_sha256, ())]
-    return [(place, entry_id(place)) for place in places]
-
-
-def _place_missing(plan: Plan, document: Stored, successors: Sequence[tuple[str, str]]) -> None:
-    """A missing document has vanished or was moved. `successors`: name and doc_id of those that take its place; none if one has already."""
-    if not document.served or not successors:
+def _place_missing(plan: Plan, document: Stored, successor: tuple[str, str] | None) -> None:
+    """A missing document has vanished or was moved. `successor`: name and doc_id of what takes its place."""
+    if not document.served or successor is None:
         # Never served, or its content is found elsewhere already: nobody's search misses it.
         plan.vanished.append(document)
-        return
-    name = _own_name(document.shown)
-    place, doc_id = min(successors, key=lambda pair: _own_name(pair[0]) != name)
-    plan.moved.append(Move(document, place, doc_id))
+    else:
+        plan.moved.append(Move(document, *successor))
 
 
 def _own_name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
-
-
-def _serves(other: Stored | None, sha256: str | None) -> bool:
-    """Say whether another document answers for a content by itself. A duplicate does not: it may be one of the very one that is missing."""
-    return other is not None and other.content_sha256 == sha256 and other.state is State.COMPLETE
 
 
 def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document: Stored) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.batch import BatchSubmission
-from jobs.sync.plan import Kept, Move, Plan, Stored
+from jobs.sync.files import Stored
+from jobs.sync.plan import Kept, Move, Plan
 
 
 @dataclass(frozen=True, slots=True)

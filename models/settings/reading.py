@@ -29,13 +29,15 @@ FAULTS = {
 def load_settings() -> Settings:
     """Read and check all settings, once a process (`load_settings.cache_clear()` forgets them). ConfigurationError lists every bad value.
 
-    PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there and not empty.
+    PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there. An empty one
+    counts as set where a server is named without them: it may say that this one is sent no password.
     """
     try:
         _refuse_unreadable_lines()
         settings = Settings()
+        names_server = settings.database_conninfo is not None  # asked before anything of .env is among the variables
         for name, value in dotenv_values(".env").items():
-            if name.startswith("PG") and value and not os.environ.get(name):
+            if name.startswith("PG") and value and (name not in os.environ if names_server else not os.environ.get(name)):
                 os.environ[name] = value
         _refuse_way_around_nothing(settings)
     except ValidationError as error:

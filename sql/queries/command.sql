@@ -46,10 +46,13 @@ GROUP BY j.queue_name
 ORDER BY j.queue_name;
 
 -- name: latest_batches
--- By id, so that only the documents of these are counted.
-SELECT b.batch_id, b.source_path, b.status, b.total_files, b.complete + b.duplicate AS completed, b.failed + b.cancelled AS failed,
+-- By id, so that only the documents of these are counted. An archive that could not be unpacked is a file that failed.
+SELECT b.batch_id, b.source_path, b.status, b.total_files, b.complete + b.duplicate AS completed, b.failed + b.cancelled + z.failed AS failed,
     b.queued, b.working, b.retrying, b.percent::float8 AS percent, b.per_second, b.seconds_left, b.started_at AS created_at
 FROM batch_progress AS b
+CROSS JOIN LATERAL (
+    SELECT count(*) AS failed FROM batch_archives AS a WHERE a.batch_id = b.batch_id AND a.run_id = b.run_id AND a.state = 'failed'
+) AS z
 WHERE b.batch_id IN (SELECT j.batch_id FROM processing_jobs AS j ORDER BY j.id DESC LIMIT %(limit)s)
 ORDER BY b.started_at DESC;
 
@@ -159,9 +162,10 @@ WHERE e.doc_id = %(doc_id)s
 ORDER BY e.id;
 
 -- name: show_batch
-SELECT b.batch_id, b.run_id, b.user_id, b.source_path, b.status, b.total_files, b.pending, b.processing, b.completed, b.failed,
-    b.created_at, b.sealed_at, b.completed_at, b.last_progress_at, b.archives, b.archives_open, b.archives_failed, b.archive_files,
-    b.unpacked_files, j.error_message, j.correlation_id
+-- An archive that could not be unpacked is a file that failed.
+SELECT b.batch_id, b.run_id, b.user_id, b.source_path, b.status, b.total_files, b.pending, b.processing, b.completed,
+    b.failed + b.archives_failed AS failed, b.created_at, b.sealed_at, b.completed_at, b.last_progress_at, b.archives, b.archives_open,
+    b.archives_failed, b.archive_files, b.unpacked_files, j.error_message, j.correlation_id
 FROM batch_status AS b
 JOIN processing_jobs AS j ON j.batch_id = b.batch_id
 WHERE b.batch_id = %(batch_id)s;

@@ -10,8 +10,12 @@ WITH asked AS MATERIALIZED (
         %(max_cost_per_batch)s, %(service)s, %(admitted)s, %(requests_per_minute)s, %(tokens_per_minute)s, %(tokens)s::bigint, %(patience)s
     ) AS a
 ), timed AS MATERIALIZED (
-    -- The very time, whose second the budget has counted the call in.
-    SELECT a.*, CASE WHEN a.granted THEN last_send_at_of(%(service)s) END AS send_at FROM asked AS a
+    -- Where there are limits the very time, whose second they have counted the call in.
+    SELECT a.*, CASE
+            WHEN %(requests_per_minute)s + %(tokens_per_minute)s > 0 THEN last_send_at_of(%(service)s)
+            ELSE clock_timestamp() + make_interval(secs => a.wait_seconds)
+        END AS send_at
+    FROM asked AS a
 ), noted AS (
     INSERT INTO provider_usage (
         id, service, kind, model, stage, doc_ids, batch_ids, user_ids, shares, correlation_id, worker, estimated_tokens, estimated_cost,

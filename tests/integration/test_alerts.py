@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from jobs import alerts
 from jobs.alerts import AlertForwarder
 from models.settings import Settings
 from tests.running import wait_for, worker
@@ -141,23 +142,23 @@ async def test_an_environment_that_no_client_can_be_made_in_is_said_of_the_webho
 async def test_an_alert_that_somebody_holds_is_waited_for_without_asking_all_the_time(
     configured: Settings, endpoint: Endpoint, database: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks, look = [], AlertForwarder._drain
+    pauses, look = [], AlertForwarder._drain
 
-    async def counted(self: AlertForwarder, *given: Any) -> float:
-        looks.append(time.monotonic())
-        return await look(self, *given)
+    async def noted(self: AlertForwarder, *given: Any) -> float:
+        pauses.append(await look(self, *given))
+        return pauses[-1]
 
-    monkeypatch.setattr(AlertForwarder, "_drain", counted)
+    monkeypatch.setattr(AlertForwarder, "_drain", noted)
+    monkeypatch.setattr(alerts, "_HELD_SECONDS", 1800.0)  # so that only the second alert's notification can bring the next look
     conn.execute("SELECT alert('test', 'held')")
     with psycopg.connect(database) as holder:
         holder.execute("SELECT FROM alerts FOR UPDATE")
-        async with forwarding(configured, look_seconds=30):
-            await eventually(lambda: bool(looks), "the first look")
-            await asyncio.sleep(2)
-            assert len(looks) <= 4
+        async with forwarding(configured, look_seconds=3600.0):
+            await eventually(lambda: bool(pauses), "the first look")
             holder.rollback()
-            await eventually(lambda: unforwarded(conn) == 0, "the alert")
-    assert [post["message"] for post in endpoint.posts] == ["held"]
+            conn.execute("SELECT alert('test', 'next')")
+            await eventually(lambda: len(pauses) > 1 and unforwarded(conn) == 0, "both")
+    assert (pauses, [post["message"] for post in endpoint.posts]) == ([1800.0, 3600.0], ["held", "next"])
 
 
 async def test_an_alert_of_a_transaction_that_is_rolled_back_is_never_posted(

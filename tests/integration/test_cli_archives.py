@@ -69,6 +69,20 @@ def test_the_numbers_of_a_batch_add_up_and_an_archive_that_fails_is_told_of_once
     assert ("3 documents: 2 complete, 1 refused" in done.stdout, "broken.zip" in done.stderr) == (True, False), done.stderr
     assert "  files         3: 2 completed, 1 failed, 0 processing, 0 pending\n" in docmill("status", "mine").stdout
     assert "  files         3: 2 succeeded (duplicates among them: 1), 1 failed\n" in docmill("summary", "mine").stdout
+    batches = [
+        answer(docmill("status", "mine", "--json")),
+        answer(docmill("status", "--json"))["batches"][0],
+        answer(docmill("watch", "--times", "1", "--json"))["batches"][0],
+    ]
+    assert [(batch["total_files"], batch["completed"], batch["failed"]) for batch in batches] == [(3, 2, 1)] * 3
+
+
+def test_why_an_archive_has_to_wait_is_told_meanwhile(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "batch.zip", {"a.txt": "A text."})
+    away = f"raise:StorageAway@unpack_listed;once={tmp_path / 'away'}"
+    done = docmill("ingest", path, "--json", DOCMILL_FAULTS=away, RETRY_BASE_DELAY_SECONDS="0.1", RETRY_MAX_DELAY_SECONDS="1")
+    assert answer(done)["counts"] == {"complete": 1}
+    assert "batch.zip: trying again in" in done.stderr
 
 
 def test_without_waiting_the_archive_is_left_to_a_worker(tmp_path: Path, conn: psycopg.Connection) -> None:

@@ -57,6 +57,7 @@ def test_the_status_of_a_large_batch_lists_what_failed_and_counts_the_rest(conn:
         [run],
     )
     conn.execute("SET session_replication_role = origin")
+    archive(conn, run, "inner.zip/", "failed", "inner.zip is encrypted.")
     shown = docmill("status", "batch-1", **WIDE)
     assert shown.returncode == 0, shown.stderr
     assert [name for name in ("file 0001", "file 1111", "file 1112", "file 0010") if name in shown.stdout] == ["file 0001", "file 1111"]

@@ -500,6 +500,27 @@ async def test_names_that_no_text_can_hold_vanish_and_move_like_others(front: Be
     assert ([move.name for move in result.moved], len(result.deleted), result.kept) == (["moved.txt"], 4, [])
 
 
+async def test_what_docmill_keeps_in_the_storage_is_no_file_of_a_folder_that_is_the_storage(
+    front: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = front.settings.storage_base_path
+    for name in ("a.txt", "logs/b.txt", "uploads-2/c.txt"):
+        (storage / name).parent.mkdir(parents=True, exist_ok=True)
+        put(storage / name, f"text of {name}")
+    with monkeypatch.context() as earlier:  # documents of an older version, which did not know them
+        earlier.setattr("jobs.sync.folder.storage_folders", lambda _: [])
+        await synced(front, storage)
+        copies = (await synced(front, storage)).plan.new
+    assert [name.split("/")[0] for name in copies] == ["uploads"] * 3
+    for name in ("logs/b.txt", "uploads-2/c.txt"):
+        (storage / name).rename((storage / name).with_name(".hidden"))
+        (storage / name).symlink_to(storage.parent)  # in the listing no more, but there
+    assert [document.name for document in (await sync(front, storage, dry_run=True)).plan.vanished] == copies
+    result = await synced(front, storage)
+    assert (shown(result), sorted(kept.name for kept in result.kept)) == (([], [], [], copies), ["logs/b.txt", "uploads-2/c.txt"])
+    assert front.all("SELECT count(*) FROM file_extractions") == [(3,)]
+
+
 @pytest.mark.parametrize("name", ["new\\text", "both\\x41\n"])
 async def test_a_folder_whose_own_name_has_backslashes_is_known_again(front: Bench, tmp_path: Path, name: str) -> None:
     inner = tmp_path / name / "sub"

@@ -52,15 +52,24 @@ def test_links_out_of_the_folder_and_to_folders_are_not_followed(tmp_path: Path)
 
 
 def test_the_storage_is_never_ingested_into_itself(tmp_path: Path) -> None:
-    fill(tmp_path, "a.txt", "storage/uploads/x", "storage/postgres/x", "storage/inbox/b.txt", "storage/inbox/uploads/c.txt")
+    fill(tmp_path, "a.txt", "storage/uploads/x", "storage/temp/x", "storage/inbox/b.txt", "storage/inbox/uploads/c.txt")
+    fill(tmp_path, "storage/postgres/PG_VERSION", "storage/postgres/x")
     leave_out = storage_folders(Settings(storage_base_path=tmp_path / "storage"))
     for folder, files, skipped in (
         (tmp_path, ["a.txt"], 1),
-        (tmp_path / "storage", ["inbox/b.txt", "inbox/uploads/c.txt"], 2),
+        (tmp_path / "storage", ["inbox/b.txt", "inbox/uploads/c.txt"], 3),
         (tmp_path / "storage" / "inbox", ["b.txt", "uploads/c.txt"], 0),
     ):
         listing = list_folder(folder, leave_out=leave_out)
         assert (listing.files, listing.skipped) == (files, skipped)
+
+
+def test_of_the_storage_only_folders_that_are_really_in_use_are_left_out(tmp_path: Path) -> None:
+    fill(tmp_path, "extracted/a", "logs/b", "postgres/c")
+    for log, files in ((None, ["extracted/a", "logs/b", "postgres/c"]), (tmp_path / "log", ["extracted/a", "logs/b", "postgres/c"]),
+                       (Path("docmill.log"), ["extracted/a", "postgres/c"])):  # fmt: skip
+        settings = Settings(storage_base_path=tmp_path, log_file_path=log)
+        assert list_folder(tmp_path, leave_out=storage_folders(settings)).files == files
 
 
 def test_a_folder_that_is_a_link_itself_is_listed(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
@@ -170,10 +169,9 @@ def test_no_part_of_a_secret_is_left_where_a_long_message_is_cut() -> None:
 
 
 @pytest.mark.parametrize("text", ["a.a", "a-", "a://b:", "a://", "bearer ", "password='"])
-def test_masking_takes_no_longer_for_each_character_of_a_long_text(text: str) -> None:
-    began = time.process_time()
-    redact(text * 30_000)
-    assert time.process_time() - began < 2
+def test_a_secret_behind_a_long_text_that_looks_like_others_is_masked(text: str) -> None:
+    """Going back in the text for each of its characters would take minutes."""
+    assert redact(f"{text * 30_000} https://ann:hush@db/x").endswith(" https://ann:***@db/x")
 
 
 def test_chained_and_grouped_exceptions_are_all_rendered(json_lines: Lines) -> None:

@@ -116,6 +116,19 @@ def test_an_empty_pg_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch
     assert os.environ["PGHOST"] == "from-file"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"), [("PGHOST", "mine"), ("PGHOSTADDR", "10.0.0.1"), ("PGSERVICE", "mine"), ("DATABASE_URL", URL)]
+)
+def test_a_server_that_is_named_elsewhere_is_not_sent_the_password_of_the_env_file_where_an_empty_one_is_set(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("PGHOST=from-file\nPGPASSWORD=hush\nPGSSLMODE=require\n")
+    monkeypatch.setenv("PGPASSWORD", "")
+    monkeypatch.setenv(variable, value)
+    load_settings()
+    assert (os.environ["PGPASSWORD"], os.environ["PGSSLMODE"]) == ("", "require")
+
+
 def test_a_way_around_a_pooler_needs_one_that_leads_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.setenv("DATABASE_URL_DIRECT", URL)

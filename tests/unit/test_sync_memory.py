@@ -23,9 +23,3 @@ def test_an_archive_is_whole_if_all_that_lie_in_it_are() -> None:
         "b.zip-old": (True, False),
         "lost.zip/in.zip": (True, False),
     }
-
-
-def test_many_archives_are_put_together_in_no_time() -> None:
-    """By the square of their number this would not end here."""
-    rows = [row(f"mail/{number:06d}.zip/{inner}") for number in range(50_000) for inner in ("", "in.zip/")]
-    assert len(_archives("folder", rows, {})) == 50_000

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from jobs.sync.files import Archive, Found, Stored
 from jobs.sync.memory import _archives as read_archives
-from jobs.sync.plan import Archive, Found, Stored, make_plan, worth_reading
+from jobs.sync.plan import make_plan, worth_reading
 from models.stages import State
 
 RUN, OLD_RUN = uuid.uuid4(), uuid.uuid4()
@@ -207,6 +208,20 @@ def move_of(count: int) -> None:
     assert len(plan.moved) == count
 
 
+def move_of_archives(count: int) -> None:
+    """Plan the move of a folder with so many equal zips of one file each."""
+    names = [f"{n}.zip" for n in range(count)]
+    plan = make_plan(
+        [replace(entry(f"old/{name}", "a", RUN), content_sha256="x") for name in names],
+        {f"new/{name}": Found(f"new/{name}", f"new {name}", 1, "zip") for name in names},
+        (),
+        {f"old/{name}": replace(archive(f"old/{name}")[f"old/{name}"], content_sha256="zip") for name in names},
+        entry_id="entry:{}".format,
+    )
+    assert {move.doc_id for move in plan.moved} == {"entry:new/0.zip/a"}
+    assert len(plan.moved) == count
+
+
 def loss_of(count: int) -> None:
     """Plan for so many documents of as many folders that cannot be read."""
     plan = make_plan([stored(f"folder {n}/in/a") for n in range(count)], {}, {f"folder {n}" for n in range(count)})
@@ -224,6 +239,6 @@ def archives_of(count: int) -> None:
     assert all(archive.current for archive in made.values())
 
 
-@pytest.mark.parametrize("work", [move_of, loss_of, archives_of])
+@pytest.mark.parametrize("work", [move_of, move_of_archives, loss_of, archives_of])
 def test_twice_as_much_takes_about_twice_the_work(work: Callable[[int], None]) -> None:
     assert calls(lambda: work(400)) < 2.5 * calls(lambda: work(200))
