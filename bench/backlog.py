@@ -96,9 +96,8 @@ def submit_files(settings: Settings, count: int) -> None:
     started = time.perf_counter()
     asyncio.run(submit())
     each = (time.perf_counter() - started) / count
-    print(
-        f"front door: {count:,} documents, {each * 1e3:.1f} ms each; MB: {', '.join(f'{mark:.0f}' for mark in marks)}; {load()}", flush=True
-    )
+    megabytes = ", ".join(f"{mark:.0f}" for mark in marks)
+    print(f"front door: {count:,} documents, {AT_ONCE} at a time, {each * 1e3:.1f} ms each; MB: {megabytes}; {load()}", flush=True)
 
 
 def one_round(settings: Settings, server_pid: int, paths: list[Path], number: int) -> tuple[float, float, float]:
