@@ -109,17 +109,18 @@ def test_an_open_transaction_on_one_document_harms_no_other(arena: Arena, ending
 def test_resubmissions_all_the_time_end_with_the_last_content(arena: Arena) -> None:
     versions = [documents(5, variant=variant) for variant in range(8)]
     arena.worker(), arena.worker()
-    pending = iter(versions)
+    pending = list(versions)
 
     def next_version() -> None:
-        if offer := next(pending, None):
+        if pending:
             try:
-                arena.submit(offer)
+                arena.submit(pending[0])
             except SubmitConflict:
-                arena.submit(offer)
+                arena.submit(pending[0])
+            pending.pop(0)
 
     with every(0.4, next_version):
-        time.sleep(5)
+        arena.wait(lambda: not pending, "all versions to be submitted")
     arena.submit(versions[-1])
     arena.accepted(*versions)
     arena.fault(35)

@@ -48,8 +48,8 @@ def settle(arena: Arena, timeout: float = 120) -> None:
     arena.wait(lambda: arena.one(unfinished) == 0, "archives of former runs to be given up")
     live = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'unpack' AND status IN ('todo', 'doing')"
     arena.wait(lambda: arena.one(live) == 0, "every unpack job to end")
-    left = [path.name for path in (arena.folder / "storage" / "temp").glob("unpack-*")]
-    assert left == [], f"unpacked files were left behind: {left}"
+    # One that was paused while another took over may have them for some moments after.
+    arena.wait(lambda: not list((arena.folder / "storage" / "temp").glob("unpack-*")), "unpacked files to be removed", 30)
 
 
 def assert_whole(arena: Arena, files: int, status: str = "completed") -> None:
