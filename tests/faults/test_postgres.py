@@ -18,7 +18,9 @@ from tests.faults.cluster import Cluster, Wire, has_root
 from tests.faults.harness import Arena, Reference, Worker, documents, every
 
 PLACES = ["stage_done:embed", "in_checkpoint:complete", "before_acknowledge", "committed:complete"]
-LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'listen%%'"
+LISTENERS = """SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND (query ILIKE 'listen%%' OR query = 'SELECT 1')"""
+"""Listening connections; one that has heard nothing for half a minute asks whether it is still there."""
 
 
 def outage(cluster: Cluster, how: str) -> None:
