@@ -87,8 +87,7 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
     elif texts:
         await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
     replaced = [work for work in works if work.served_version is not None]
-    going_over = await one(conn, "going_over_to", {}) if replaced else None
-    aside = [(work.document, await _aside(conn, work.document, going_over)) for work in replaced] if going_over is not None else []
+    aside = await _aside(conn, [work.document for work in replaced])
     for work in works:
         if has_new_digest(work):
             await conn.execute(query("store_digest"), digest_params(work.document))
@@ -96,8 +95,8 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
         await drop_served(conn, work)
     for passages in chunk_params(*(work.document for work in works)):
         await conn.execute(query("store_chunks"), passages)
-    for document, vectors in aside:
-        await _keep_aside(conn, document, vectors, **(going_over or {}))
+    for document, model, vectors in aside:
+        await _keep_aside(conn, document, model, vectors)
     # From then on no other model can come to serve until this transaction has ended.
     serving = await one(conn, "serving_model", {})
     for work in works:
@@ -107,22 +106,28 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
             await conn.execute(query("clear_buffers"), {"doc_id": work.document.doc_id, "version": work.document.version})
 
 
-async def _aside(conn: Connection, document: Document, going_over: dict[str, Any]) -> dict[str, Any]:
-    """Return what a re-embedding has made for passages of the version in service that the new one has too: content_sha256 -> vector."""
-    found: dict[str, Any] = {}
-    for part in parts(dict.fromkeys(chunk.content_sha256 for chunk in document.chunks or ())):
-        params = {**going_over, "doc_id": document.doc_id, "hashes": part}
-        async with conn.cursor(row_factory=tuple_row, binary=True) as cursor:
-            await cursor.execute(query("find_vectors_aside"), params)
-            found.update(await cursor.fetchall())
+async def _aside(conn: Connection, documents: Sequence[Document]) -> list[tuple[Document, str, dict[str, Any]]]:
+    """Return what a re-embedding, if there is one, has made for passages of versions in service that the new ones have too: each document
+    with the model and content_sha256 -> vector."""
+    going_over = await one(conn, "going_over_to", {}) if documents else None
+    if going_over is None:
+        return []
+    found: list[tuple[Document, str, dict[str, Any]]] = []
+    for document in documents:
+        vectors: dict[str, Any] = {}
+        for part in parts(dict.fromkeys(chunk.content_sha256 for chunk in document.chunks or ())):
+            async with conn.cursor(row_factory=tuple_row, binary=True) as cursor:
+                await cursor.execute(query("find_vectors_aside"), {**going_over, "doc_id": document.doc_id, "hashes": part})
+                vectors.update(await cursor.fetchall())
+        found.append((document, going_over["embedding_model"], vectors))
     return found
 
 
-async def _keep_aside(conn: Connection, document: Document, vectors: dict[str, Any], *, embedding_model: str) -> None:
+async def _keep_aside(conn: Connection, document: Document, model: str, vectors: dict[str, Any]) -> None:
     """Give them to the new version's passages: they may have been paid for."""
     for part in parts((chunk.id, vectors[chunk.content_sha256]) for chunk in document.chunks or () if chunk.content_sha256 in vectors):
         made = {"chunk_ids": [chunk_id for chunk_id, _ in part], "embeddings": [vector for _, vector in part]}
-        await conn.execute(query("store_embeddings"), {"embedding_model": embedding_model, "doc_ids": [document.doc_id], **made})
+        await conn.execute(query("store_embeddings"), {"embedding_model": model, "doc_ids": [document.doc_id], **made})
 
 
 async def drop_served(conn: Connection, work: Work) -> None:
