@@ -25,7 +25,7 @@ from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
 from tests.archives import write_zip, zip_bytes
 from tests.integration.conftest import Bench
-from tests.integration.test_cli import docmill
+from tests.integration.test_cli import docmill, eventually
 
 DAY = 86_400
 AS_A_WORKER = """
@@ -312,8 +312,8 @@ def test_an_archive_goes_once_another_was_unpacked_in_its_place_and_its_document
     assert "3 replaced archives" in told.stdout, told.stderr
     kept = bench.all("SELECT entry_path FROM batch_archives ORDER BY entry_path")
     assert kept == [("changing.zip/",), ("changing.zip/in.zip/",), ("same.zip/",)]
-    # What has not changed is the same file for both runs.
-    assert sum((base / path).exists() for (path,) in stored) == 3
+    # What has not changed is the same file for both runs. While transactions of other tests are open, the files are left for the next time.
+    eventually(lambda: docmill("prune").returncode == 0 and sum((base / path).exists() for (path,) in stored) == 3)
     assert "nothing to do" in docmill("ingest", folder).stdout
     assert prune(bench, archive_retention_days=7) == {}
 
