@@ -81,11 +81,12 @@ class Service:
         entry, told, late, passed = new_entry(purpose), None, 0, 0
         while True:
             asked_at = clock.seconds()
-            asked = await self._unless_cut_off(entry, self._ledger.begin(entry), may_probe=entry.probes)
+            asked = await self._or_withdrawn(entry, self._ledger.begin(entry))
             if asked.hindrance is None:
                 entry = replace(entry, send_at=asked.send_at)
-                await self._wait_for_time(entry, asked.wait_seconds)
-                if asked.wait_seconds >= _LOOK_AGAIN and not entry.probes and not await self._ledger.passes(entry):
+                await self._or_withdrawn(entry, asyncio.sleep(asked.wait_seconds))
+                looks_again = asked.wait_seconds >= _LOOK_AGAIN and not entry.probes
+                if looks_again and not await self._or_withdrawn(entry, self._ledger.passes(entry)):
                     why, passed = "The service may no longer be called.", passed + 1
                 elif self._limited() and clock.seconds() - asked_at - asked.wait_seconds > LATEST_SECONDS:
                     # Sent now, it would be counted in another second than the one it falls into, and a minute could hold too many.
@@ -110,27 +111,27 @@ class Service:
                 words = f"The budget of {self.terms.service} is used up; there is room in {asked.wait_seconds:.0f} s."
                 raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
-                entry, told = await self._unless_cut_off(entry, self._ask_breaker(entry, told), may_probe=True)
+                entry, told = await self._let_in(entry, told)
 
-    async def _unless_cut_off(self, entry: Entry, asking: Awaitable[T], *, may_probe: bool) -> T:
-        """Return what a call is told. Cut off meanwhile, it may be the probe that everybody waits for."""
+    async def _or_withdrawn(self, entry: Entry, step: Awaitable[T]) -> T:
+        """Take a step that comes before a call is sent. Cut off in it, the call was not sent, and must not count as one without an answer:
+        its intent may be written even where the answer to that has not come."""
         try:
-            return await asking
-        except asyncio.CancelledError:
-            if may_probe:
-                self._spawn(self._breaker.give_up(entry.id, 0.0))
-            raise
-
-    async def _wait_for_time(self, entry: Entry, seconds: float) -> None:
-        """Wait until a call may be sent. Cut off meanwhile, it was not, and is not to count as one whose answer never came."""
-        try:
-            await asyncio.sleep(seconds)
+            return await step
         except asyncio.CancelledError:
             self._spawn(self._withdraw(entry, NotSent("The call was not made: whoever it was for did not wait for its time.")))
             raise
 
     def _limited(self) -> bool:
         return bool(self.terms.requests_per_minute or self.terms.tokens_per_minute)
+
+    async def _let_in(self, entry: Entry, before: Pass | None) -> tuple[Entry, Pass]:
+        """Ask the breaker. Cut off meanwhile, the call may be the probe that everybody waits for."""
+        try:
+            return await self._ask_breaker(entry, before)
+        except asyncio.CancelledError:
+            self._spawn(self._breaker.give_up(entry.id, 0.0))
+            raise
 
     async def _ask_breaker(self, entry: Entry, before: Pass | None) -> tuple[Entry, Pass]:
         """Return the call as let through, after a short wait perhaps, and what it was told, or raise ServiceUnavailable."""
@@ -152,7 +153,7 @@ class Service:
 
     async def _withdraw(self, entry: Entry, error: NotSent) -> None:
         """Enter that a call which was let through is not made, and give back what it was granted."""
-        await self._ledger.finish(entry, None, Outcome("not_sent", error))
+        await self._ledger.withdraw(entry, error)
         if entry.probes:
             await self._breaker.give_up(entry.id, 0.0)
 

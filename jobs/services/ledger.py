@@ -11,11 +11,11 @@ from uuid import UUID, uuid4
 
 from jobs import clock
 from jobs.outages import DATABASE_ERRORS, outlive
-from jobs.services.outcomes import BLAMES_SERVICE, Outcome
+from jobs.services.outcomes import BLAMES_SERVICE, Outcome, message_of
 from jobs.services.state import Pool, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
-from models.errors import BadAnswer, RetryableError
+from models.errors import BadAnswer, NotSent, RetryableError
 
 _NO_REVISION = -1
 _LARGEST_COUNT = 1_000_000_000
@@ -96,8 +96,6 @@ class Ledger:
         if reply is not None and reply.settles is not None:
             await self._settle_pages(entry, reply.settles, _count(reply.pages) or 0)
         if not entry.purpose.recorded:
-            if outcome is not None and outcome.word == "not_sent":
-                await self._give_back(entry)
             if not self._is_noted(outcome):
                 return
             reply = None  # what it brought was paid for by another call
@@ -109,16 +107,26 @@ class Ledger:
         breaker's window after that, because it would take failures with nothing in between for failures in a row."""
         if outcome is not None:
             self._has_failed = self._has_failed or outcome.word in BLAMES_SERVICE
-            return outcome.word != "not_sent"
+            return True
         if self._has_failed:
             self._has_failed, self._noted_until = False, clock.seconds() + self._terms.rules.window_seconds
         return clock.seconds() < self._noted_until
 
-    async def _give_back(self, entry: Entry) -> None:
-        """Give back the request of a call that is not sent and has no row by which this could be done once: it is tried once."""
-        if self._terms.requests_per_minute and entry.send_at is not None:
-            with suppress(*DATABASE_ERRORS):
-                await one(self._pool, "give_back_request", {"service": self._terms.service, "send_at": entry.send_at})
+    async def withdraw(self, entry: Entry, error: NotSent) -> None:
+        """Write that a call is not sent and give back what it was granted; nothing where its intent was not written."""
+        terms = self._terms
+        if entry.purpose.recorded:
+            params = {
+                "id": entry.id,
+                "service": terms.service,
+                "message": message_of(error),
+                "requests_per_minute": terms.requests_per_minute,
+                "tokens_per_minute": terms.tokens_per_minute,
+            }
+            await outlive("Withdrawing a call", lambda: one(self._pool, "withdraw_call", params), until=self._stopping)
+        elif terms.requests_per_minute and entry.send_at is not None:
+            with suppress(*DATABASE_ERRORS):  # tried once: there is no row by which it could be done once
+                await one(self._pool, "give_back_request", {"service": terms.service, "send_at": entry.send_at})
 
     async def _settle_pages(self, entry: Entry, request_id: str, pages: int) -> None:
         """Set the price of an earlier call right, which is found by its document."""
@@ -171,18 +179,17 @@ class Ledger:
             more_in = 0 if tokens_in is None else tokens_in - (purpose.tokens - purpose.tokens_out)
             difference = more_in + (0 if tokens_out is None else tokens_out - purpose.tokens_out)
         else:
-            difference = -purpose.tokens if outcome.word == "not_sent" else 0
+            difference = 0
         return {
             "outcome": outcome.word if outcome else "ok",
             "http_status": outcome.status if outcome else counted.status,
             "request_id": counted.request_id,
-            "error_type": outcome.error.error_type if outcome and outcome.word != "not_sent" else None,
-            "error_message": outcome.message if outcome else None,
+            "error_type": outcome.error.error_type if outcome else None,
+            "error_message": message_of(outcome.error) if outcome else None,
             "tokens_in": tokens_in,
             "tokens_out": tokens_out,
             "pages": counted.pages,
             "cost": self._terms.prices.of_reply(counted, purpose) if paid else 0,
             "seconds": max(0.0, clock.seconds() - entry.sent_at) if entry.sent_at else 0.0,
             "difference": difference if self._terms.tokens_per_minute else 0,
-            "gives_back": outcome is not None and outcome.word == "not_sent" and self._terms.requests_per_minute > 0,
         }

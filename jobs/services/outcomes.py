@@ -23,7 +23,7 @@ from models.errors import (
 )
 from models.errors import TimeoutError as CallTimeout
 
-Word = Literal["ok", "failed", "timeout", "bad_answer", "rate_limited", "refused", "rejected", "not_sent"]
+Word = Literal["ok", "failed", "timeout", "bad_answer", "rate_limited", "refused", "rejected"]
 BLAMES_SERVICE: frozenset[Word] = frozenset({"failed", "timeout", "bad_answer"})
 _WORDS: dict[ErrorType, Word] = {ErrorType.RETRYABLE: "failed", ErrorType.TIMEOUT: "timeout"}
 """How a failure without an answer is entered; the other kinds are not held against the service."""
@@ -42,10 +42,10 @@ class Outcome:
     headers: Mapping[str, str] | None = None
     told_seconds: float | None = None
 
-    @property
-    def message(self) -> str:
-        """What the ledger says: text that Postgres can store, without NUL and lone surrogates."""
-        return describe(self.error).replace("\x00", "").encode("utf-8", "replace").decode()[:_LONGEST_MESSAGE]
+
+def message_of(error: DocmillError) -> str:
+    """Return what the ledger says: text that Postgres can store, without NUL and lone surrogates."""
+    return describe(error).replace("\x00", "").encode("utf-8", "replace").decode()[:_LONGEST_MESSAGE]
 
 
 def outcome_of(error: Exception, terms: Terms) -> Outcome:

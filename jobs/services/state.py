@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.breaker import Asked, Breaker, Event, Failed, GaveUp, Refused, Succeeded, decide, is_news, passes, wait_of
-from jobs.services.outcomes import BLAMES_SERVICE, Outcome
+from jobs.services.outcomes import BLAMES_SERVICE, Outcome, message_of
 from jobs.services.terms import Terms
 from sql import query
 
@@ -101,7 +101,7 @@ class SharedBreaker:
             # It was answered, so it is there.
             await self._apply(lambda _: Succeeded(call))
             return None
-        reason = outcome.message
+        reason = message_of(outcome.error)
         if outcome.word == "refused":
             before, seen = await self._apply(lambda _: Refused(call, reason))
         elif outcome.word in BLAMES_SERVICE:

@@ -50,9 +50,20 @@ WITH finished AS (
     WHERE u.outcome = 'unknown'
     RETURNING u.started_at
 )
-SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.started_at, %(difference)s) END,
-    CASE WHEN %(gives_back)s THEN give_back_request(%(service)s, f.started_at) END
+SELECT CASE WHEN %(difference)s::bigint <> 0 THEN settle_tokens(%(service)s, f.started_at, %(difference)s) END
 FROM finished AS f;
+
+-- name: withdraw_call
+-- Writes that a call is not sent, once, and gives back what it was granted; nothing where its intent was not written.
+WITH withdrawn AS (
+    UPDATE provider_usage AS u
+    SET outcome = 'not_sent', error_message = %(message)s, cost = 0, finished_at = clock_timestamp()
+    WHERE u.id = %(id)s AND u.outcome = 'unknown'
+    RETURNING u.started_at, u.estimated_tokens
+)
+SELECT CASE WHEN %(tokens_per_minute)s > 0 THEN settle_tokens(%(service)s, w.started_at, -w.estimated_tokens) END,
+    CASE WHEN %(requests_per_minute)s > 0 THEN give_back_request(%(service)s, w.started_at) END
+FROM withdrawn AS w;
 
 -- name: give_back_request
 SELECT give_back_request(%(service)s, %(send_at)s);

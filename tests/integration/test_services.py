@@ -215,6 +215,33 @@ async def test_a_call_cut_off_while_it_waits_for_its_time_was_not_sent_and_costs
     assert rows(conn, "SELECT outcome, cost > 0 FROM provider_usage ORDER BY started_at") == [("ok", True), ("not_sent", False)]
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("step", ["begin", "passes"])
+async def test_a_call_cut_off_while_it_is_asked_for_was_not_sent_and_uses_nothing_up(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, step: str, recorded: bool
+) -> None:
+    service = await opened(make(requests_per_minute=100, tokens_per_minute=100_000, patience_seconds=60))
+    asked, there = getattr(Ledger, step), asyncio.Event()
+
+    async def is_not_answered(self: Any, entry: Any) -> Any:
+        answer = await asked(self, entry)
+        there.set()
+        await asyncio.sleep(60)
+        return answer
+
+    conn.execute("SELECT pause_budget(%s, 1)", [NAME])  # so that it is asked once more whether the call may be sent
+    monkeypatch.setattr(Ledger, step, is_not_answered)
+    waiting = asyncio.create_task(service.call(ok, replace(PURPOSE, recorded=recorded, tokens=1000 if recorded else 0)))
+    await there.wait()
+    waiting.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting
+    await service.aclose()
+    assert rows(conn, "SELECT outcome, cost FROM provider_usage") == [("not_sent", 0)] * recorded
+    taken = 0 if recorded or step == "passes" else 1  # without a row nobody knows which second the request was counted in
+    assert rows(conn, "SELECT requests_last_minute, tokens_last_minute FROM provider_budget_use") == [(taken, 0)]
+
+
 @pytest.mark.parametrize("passed", ["ask", "begin"])
 async def test_a_probe_that_is_cut_off_before_it_is_sent_leaves_its_place_to_the_next(
     make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, passed: str
