@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
 
 from jobs import faults
-from jobs.pipeline.claims import Connection, one
-from jobs.pipeline.completing import FencedOff, StaleVectors, complete, drop_served
-from jobs.pipeline.rows import columns, digest_params, has_new_digest, has_new_text, markdown_params, parts, told
+from jobs.pipeline.claims import Connection, rows
+from jobs.pipeline.completing import FencedOff, StaleVectors, complete, drop_served, hold_free, store_texts
+from jobs.pipeline.rows import buffer_params, made_params, vector_params
 from jobs.pipeline.work import Work
 from models.documents import Document
 from models.errors import ErrorType, Turn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Failure", "FencedOff", "Outcome", "StaleVectors", "checkpoint", "store_vectors"]
+__all__ = ["Failure", "FencedOff", "Outcome", "StaleVectors", "checkpoint", "keep_free", "store_vectors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,8 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
         await complete(work, conn, worker=worker)
         return
     async with conn.transaction():
-        if await one(conn, "advance_document", _advance_params(work, outcome, worker)) is None:
+        if not await _advance(conn, [work], outcome, worker):
             raise FencedOff
-        await _store_results(conn, work)
         if outcome.state is State.DUPLICATE and work.served_version is not None:
             # What an earlier version had said is no longer so.
             await drop_served(conn, work)
@@ -69,34 +68,44 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
         await faults.at(f"in_checkpoint:{document.milestone}", document.doc_id)
 
 
-def _advance_params(work: Work, outcome: Outcome, worker: str) -> dict[str, Any]:
-    document = work.document
+async def keep_free(works: Sequence[Work], conn: Connection, *, worker: str) -> set[str]:
+    """Write in one transaction what is not durable yet of those of several documents at one milestone that are ours still and that nobody
+    else has locked, and go on with them. Return their doc_ids. Whatever is raised: nothing was written of any.
+    """
+    async with conn.transaction():
+        ours = await _advance(conn, await hold_free(conn, works), Outcome(State.WORKING), worker)
+        for work in ours:
+            await faults.at(f"in_checkpoint:{work.document.milestone}", work.document.doc_id)
+        return {work.document.doc_id for work in ours}
+
+
+async def _advance(conn: Connection, works: Sequence[Work], outcome: Outcome, worker: str) -> list[Work]:
+    """Leave documents at one milestone in the outcome's state, store what has been made of them, and return those that are ours still."""
+    found = {row["doc_id"] for row in await rows(conn, "advance_documents", _advance_params(works, outcome, worker))} if works else set()
+    ours = [work for work in works if work.document.doc_id in found]
+    if ours:
+        await _store_results(conn, ours)
+    return ours
+
+
+def _advance_params(works: Sequence[Work], outcome: Outcome, worker: str) -> dict[str, Any]:
+    documents = [work.document for work in works]
     turn = outcome.failure.turn if outcome.failure and outcome.state is State.RETRYING else None
     return {
-        "doc_id": document.doc_id,
-        "claim": work.claim,
         "worker": worker,
-        "milestone": document.milestone,
+        "milestone": documents[0].milestone,
         "state": outcome.state,
         "retry_count": outcome.retry_count,
         "waits": outcome.waits,
-        "gained": work.gained,
         "error_type": outcome.failure.error_type if outcome.failure else None,
         "error_message": outcome.failure.message if outcome.failure else None,
         "waiting_for": turn and turn.service,
         "waiting_revision": turn and turn.revision,
         "waiting_place": turn and turn.place,
-        "file_size": document.file_size,
-        "content_sha256": document.content_sha256,
-        "file_type": document.file_type,
-        "mime_type": document.mime_type,
-        "page_count": len(document.pages) or None,
-        "chunk_count": None if document.chunks is None else len(document.chunks),
-        "duplicate_of": document.duplicate_of,
-        "events": told(work),
-        "finished_job_id": None if outcome.state is State.WORKING else work.job_id,
         "next_stage": outcome.next_stage,
         "next_delay": outcome.next_delay,
+        "gained": [work.gained for work in works],
+        **made_params(works),
     }
 
 
@@ -115,32 +124,29 @@ def _burial_params(document: Document, failure: Failure) -> dict[str, Any]:
     }
 
 
-async def _store_results(conn: Connection, work: Work) -> None:
-    document, saved = work.document, work.saved
-    params = {"doc_id": document.doc_id, "version": document.version}
-    if has_new_text(work):
-        await conn.execute(query("store_markdown"), markdown_params(document))
-    elif has_new_digest(work):
-        await conn.execute(query("store_digest"), digest_params(document))
-    if document.chunks is not None and document.chunks is not saved.chunks:
-        for part in parts(document.chunks):
-            await conn.execute(query("store_chunk_buffer"), {**params, **columns(part)})
+async def _store_results(conn: Connection, works: Sequence[Work]) -> None:
+    await store_texts(conn, works)
+    cut = [work for work in works if work.document.chunks is not None and work.document.chunks is not work.saved.chunks]
+    for passages in buffer_params(*(work.document for work in cut)):
+        await conn.execute(query("store_chunk_buffer"), passages)
+    for work in cut:
         work.buffered = True
-    if document.vectors is not None and document.vectors is not saved.vectors:
-        kept = work.kept_vectors if work.kept_model == document.embedding_model else set()
-        if work.buffered:
-            await conn.execute(query("drop_other_vectors"), {**params, "embedding_model": document.embedding_model, "indexes": list(kept)})
-        made = zip((chunk.index for chunk in document.chunks or ()), document.vectors, strict=True)
-        await store_vectors(conn, document, str(document.embedding_model), (pair for pair in made if pair[0] not in kept))
-        work.buffered = True
-    if document.raw_extraction is not None and document.raw_extraction is not saved.raw_extraction:
-        await conn.execute(query("store_extraction"), {**params, "raw_extraction": Jsonb(document.raw_extraction)})
-        work.buffered = True
+    for work in works:
+        document = work.document
+        if document.vectors is not None and document.vectors is not work.saved.vectors:
+            kept = work.kept_vectors if work.kept_model == document.embedding_model else set()
+            made = zip((chunk.index for chunk in document.chunks or ()), document.vectors, strict=True)
+            await store_vectors(conn, str(document.embedding_model), [(document, (pair for pair in made if pair[0] not in kept))])
+            work.buffered = True
+        if document.raw_extraction is not None and document.raw_extraction is not work.saved.raw_extraction:
+            params = {"doc_id": document.doc_id, "version": document.version, "raw_extraction": Jsonb(document.raw_extraction)}
+            await conn.execute(query("store_extraction"), params)
+            work.buffered = True
 
 
-async def store_vectors(conn: Connection, document: Document, model: str, vectors: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
-    """Add a model's vectors of passages, each after its passage's number, to the buffer of the document's version."""
-    params = {"doc_id": document.doc_id, "version": document.version, "embedding_model": model}
-    for part in parts(vectors):
-        made = {"indexes": [index for index, _ in part], "embeddings": [vector for _, vector in part]}
-        await conn.execute(query("store_vectors"), {**params, **made})
+async def store_vectors(
+    conn: Connection, model: str, vectors: Sequence[tuple[Document, Iterable[tuple[int, NDArray[np.float32]]]]]
+) -> None:
+    """Put a model's vectors of passages, each after its passage's number, into the buffer of the version of each document."""
+    for made in vector_params(vectors):
+        await conn.execute(query("store_vectors"), {**made, "embedding_model": model})

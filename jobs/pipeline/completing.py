@@ -15,10 +15,10 @@ from jobs.pipeline.rows import (
     digest_params,
     has_new_digest,
     has_new_text,
+    made_params,
     markdown_params,
     parts,
     small_markdown_params,
-    told,
 )
 from jobs.pipeline.work import Work
 from models.documents import Document
@@ -46,13 +46,32 @@ async def complete_free(works: Sequence[Work], conn: Connection, *, worker: str)
     StaleVectors, and whatever else is raised: nothing was written of any.
     """
     async with conn.transaction():
-        given = {"doc_ids": [work.document.doc_id for work in works], "claims": [work.claim for work in works]}
-        free = {row["doc_id"] for row in await rows(conn, "hold_documents", given)}
-        return await _complete([work for work in works if work.document.doc_id in free], conn, worker)
+        return await _complete(await hold_free(conn, works), conn, worker)
+
+
+async def hold_free(conn: Connection, works: Sequence[Work]) -> list[Work]:
+    """Lock those of several documents that are ours still and that nobody else has locked, and return them."""
+    given = {"doc_ids": [work.document.doc_id for work in works], "claims": [work.claim for work in works]}
+    free = {row["doc_id"] for row in await rows(conn, "hold_documents", given)}
+    return [work for work in works if work.document.doc_id in free]
+
+
+async def store_texts(conn: Connection, works: Sequence[Work]) -> None:
+    """Store the markdown of documents, or what has changed beside it, where it is not durable yet."""
+    texts = [work.document for work in works if has_new_text(work)]
+    if len(texts) == 1:
+        await conn.execute(query("store_markdown"), markdown_params(texts[0]))
+    elif texts:
+        await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
+    for work in works:
+        if has_new_digest(work):
+            await conn.execute(query("store_digest"), digest_params(work.document))
 
 
 async def _complete(works: Sequence[Work], conn: Connection, worker: str) -> set[str]:
-    found = {row["doc_id"] for row in await rows(conn, "complete_documents", _params(works, worker))} if works else set()
+    extractions = [Jsonb(work.document.raw_extraction) for work in works]
+    params = {"worker": worker, "extractions": extractions, **made_params(works)}
+    found = {row["doc_id"] for row in await rows(conn, "complete_documents", params)} if works else set()
     ours = [work for work in works if work.document.doc_id in found]
     if ours:
         await _store(conn, ours)
@@ -61,36 +80,10 @@ async def _complete(works: Sequence[Work], conn: Connection, worker: str) -> set
     return found
 
 
-def _params(works: Sequence[Work], worker: str) -> dict[str, Any]:
-    documents = [work.document for work in works]
-    return {
-        "worker": worker,
-        "doc_ids": [document.doc_id for document in documents],
-        "claims": [work.claim for work in works],
-        "job_ids": [work.job_id for work in works],
-        "file_sizes": [document.file_size for document in documents],
-        "hashes": [document.content_sha256 for document in documents],
-        "file_types": [document.file_type for document in documents],
-        "mime_types": [document.mime_type for document in documents],
-        "page_counts": [len(document.pages) or None for document in documents],
-        "chunk_counts": [None if document.chunks is None else len(document.chunks) for document in documents],
-        "duplicates_of": [document.duplicate_of for document in documents],
-        "extractions": [Jsonb(document.raw_extraction) for document in documents],
-        "events": [told(work) for work in works],
-    }
-
-
 async def _store(conn: Connection, works: Sequence[Work]) -> None:
-    texts = [work.document for work in works if has_new_text(work)]
-    if len(texts) == 1:
-        await conn.execute(query("store_markdown"), markdown_params(texts[0]))
-    elif texts:
-        await conn.execute(query("store_small_markdowns"), small_markdown_params(texts))
+    await store_texts(conn, works)
     replaced = [work for work in works if work.served_version is not None]
     aside = await _aside(conn, [work.document for work in replaced])
-    for work in works:
-        if has_new_digest(work):
-            await conn.execute(query("store_digest"), digest_params(work.document))
     for work in replaced:
         await drop_served(conn, work)
     for passages in chunk_params(*(work.document for work in works)):

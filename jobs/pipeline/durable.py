@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import Protocol
 
 import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from jobs import clock, faults
-from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint
+from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint, keep_free
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.completing import complete_free
 from jobs.pipeline.rows import has_new_text
@@ -37,6 +38,12 @@ class CheckpointFailed(Exception):
         return not is_away(self.cause)
 
 
+class _WriteFree(Protocol):
+    async def __call__(self, works: Sequence[Work], conn: Connection, *, worker: str) -> set[str]: ...
+
+
+_TOGETHER: dict[State, _WriteFree] = {State.COMPLETE: complete_free, State.WORKING: keep_free}
+"""How a checkpoint is written for several documents at once, by the state that it leaves them in."""
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
 _LONGEST_PAUSE = 5.0  # seconds
 LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
@@ -77,9 +84,10 @@ async def checkpoint_durably(
     """
     attempt = 0
     sends_much = has_new_text(work) and len(work.document.markdown or "") > SMALL_BYTES
-    if work.together is not None and outcome.state is State.COMPLETE:
+    if work.together is not None and outcome.state in _TOGETHER:
+        write = _TOGETHER[outcome.state]
         try:
-            await work.together.ask("complete", work, partial(_complete_all, pool, worker, give_up))
+            await work.together.ask((outcome.state, work.document.milestone), work, partial(_write_all, write, pool, worker, give_up))
         except NotTogether:
             attempt = 1
         else:
@@ -112,12 +120,12 @@ async def checkpoint_durably(
         await pool.drain()  # a connection keeps a buffer as large as the largest statement that it has sent
 
 
-async def _complete_all(
-    pool: AsyncConnectionPool[Connection], worker: str, give_up: Callable[[], bool], works: Sequence[Work]
+async def _write_all(
+    write: _WriteFree, pool: AsyncConnectionPool[Connection], worker: str, give_up: Callable[[], bool], works: Sequence[Work]
 ) -> Sequence[NotTogether | None]:
     """Who is fenced off, or locked by somebody's transaction, asks alone: it finds out, or waits with nobody else in hand."""
     async with connection(pool, give_up) as conn:
-        done = await complete_free(works, conn, worker=worker)
+        done = await write(works, conn, worker=worker)
         for work in works:
             if work.document.doc_id in done:
                 await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +19,10 @@ from jobs.leases import Lease
 from jobs.outages import outlive
 from jobs.pipeline.checkpoint import FencedOff, store_vectors
 from jobs.pipeline.claims import Connection, one, rows
+from jobs.pipeline.completing import hold_free
 from jobs.pipeline.durable import connection
 from jobs.pipeline.sharing import Guarded, Sharing
+from jobs.pipeline.together import NotTogether
 from jobs.pipeline.work import Work
 from jobs.stages import Embedded, HostedJob, JobPart
 from models.calls import Caller, CallPurpose, CallShare, Reply
@@ -75,7 +77,8 @@ class Keeping:
         told: Embedded | None = None
         while told is None:
             await self.ready()
-            with self._lent_place():
+            others = self._work.together
+            with self._lent_place(), nullcontext() if others is None else others.away():
                 told = await self._sharing.embed(embedder, texts, share=self.shares[0], may_call=self.may_call, alone=alone)
         return told
 
@@ -98,7 +101,7 @@ class Keeping:
 
     async def kept_vectors(self, model: str) -> dict[int, NDArray[np.float32]]:
         """Return what is durable of this version's vectors of a model: number of the passage -> vector."""
-        if not self._keeps_vectors:
+        if not (self._keeps_vectors and self._work.buffered):
             return {}
         document = self._work.document
         params = {"doc_id": document.doc_id, "version": document.version, "embedding_model": model}
@@ -111,17 +114,18 @@ class Keeping:
         """Store vectors of passages, named by their numbers, or raise FencedOff."""
         if not self._keeps_vectors:
             return
-        document = self._work.document
-        params = {"doc_id": document.doc_id, "version": document.version}
+        work, others = self._work, self._work.together
+        made = (work, vectors)
 
         async def store(conn: Connection) -> None:
-            await conn.execute(query("drop_buffered_vectors"), {**params, "indexes": list(vectors)})
-            await store_vectors(conn, document, model, vectors.items())
+            await store_vectors(conn, model, [(work.document, vectors.items())])
 
-        if await self._write(store):
-            if self._work.kept_model != model:
-                self._work.kept_model, self._work.kept_vectors = model, set()
-            self._work.kept_vectors |= set(vectors)
+        keep_all = partial(_keep_all, self._pool, self._stopping, model)
+        if await self._write(store, None if others is None else partial(others.ask, ("kept vectors", model), made, keep_all)):
+            if work.kept_model != model:
+                work.kept_model, work.kept_vectors = model, set()
+            work.kept_vectors |= set(vectors)
+            work.paid = False  # all of it is durable: nothing else could be under way
 
     async def kept_jobs(self, service: str) -> dict[str, HostedJob]:
         """Return the jobs that were started for this version at a service: part -> job."""
@@ -161,9 +165,11 @@ class Keeping:
         document = self._work.document
         await conn.execute(query(name), {"doc_id": document.doc_id, "version": document.version, **params})
 
-    async def _write(self, store: Callable[[Connection], Awaitable[None]]) -> bool:
+    async def _write(
+        self, store: Callable[[Connection], Awaitable[None]], with_others: Callable[[], Awaitable[None]] | None = None
+    ) -> bool:
         """Write in a transaction that is fenced by the claim; say whether it was written, which it is not where the worker stops while
-        the database is away. A cancellation waits for its end."""
+        the database is away. A cancellation waits for its end. `with_others` does the same for several documents, or raises NotTogether."""
         work = self._work
 
         async def write() -> bool:
@@ -174,7 +180,14 @@ class Keeping:
                 await faults.at("keeping", work.document.doc_id)
             return True
 
-        written, cancelled = await unbroken(outlive("Keeping what was paid for", write, until=self._stopping))
+        async def written_somehow() -> bool:
+            if with_others is not None:
+                with suppress(NotTogether):
+                    await with_others()
+                    return True
+            return bool(await outlive("Keeping what was paid for", write, until=self._stopping))
+
+        written, cancelled = await unbroken(written_somehow())
         # There may be rows of it even where nobody said so.
         work.buffered = True
         work.gained = work.gained or bool(written)
@@ -182,6 +195,21 @@ class Keeping:
             raise asyncio.CancelledError
         await faults.at("kept", work.document.doc_id)
         return bool(written)
+
+
+async def _keep_all(
+    pool: AsyncConnectionPool[Connection],
+    stopping: Callable[[], bool],
+    model: str,
+    made: Sequence[tuple[Work, Mapping[int, NDArray[np.float32]]]],
+) -> Sequence[NotTogether | None]:
+    """Store vectors of several documents. Who is fenced off, or locked by somebody's transaction, asks alone."""
+    async with connection(pool, stopping) as conn, conn.transaction():
+        free = {work.document.doc_id for work in await hold_free(conn, [work for work, _ in made])}
+        await store_vectors(conn, model, [(work.document, vectors.items()) for work, vectors in made if work.document.doc_id in free])
+        for doc_id in free:
+            await faults.at("keeping", doc_id)
+    return [None if work.document.doc_id in free else NotTogether() for work, _ in made]
 
 
 class _Ready:

@@ -22,7 +22,25 @@ _AT_ONCE = 256
 dimensions included."""
 
 
-def told(work: Work) -> str:
+def made_params(works: Sequence[Work]) -> dict[str, list[Any]]:
+    """Return what the first statement of a checkpoint is told of documents: by what they are ours, and what has become known of them."""
+    documents = [work.document for work in works]
+    return {
+        "doc_ids": [document.doc_id for document in documents],
+        "claims": [work.claim for work in works],
+        "job_ids": [work.job_id for work in works],
+        "file_sizes": [document.file_size for document in documents],
+        "hashes": [document.content_sha256 for document in documents],
+        "file_types": [document.file_type for document in documents],
+        "mime_types": [document.mime_type for document in documents],
+        "page_counts": [len(document.pages) or None for document in documents],
+        "chunk_counts": [None if document.chunks is None else len(document.chunks) for document in documents],
+        "duplicates_of": [document.duplicate_of for document in documents],
+        "events": [_told(work) for work in works],
+    }
+
+
+def _told(work: Work) -> str:
     """Return what the audit trail is told of a document, as JSON."""
     return json.dumps([{name: getattr(event, name) for name in StageEvent.__slots__} for event in work.events])
 
@@ -85,6 +103,22 @@ def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:
     for part in parts(_passages(documents)):
         passages = columns([chunk for _, chunk, _ in part])
         yield {**whose, **passages, "embeddings": [vector for _, _, vector in part], "whose": [place for place, _, _ in part]}
+
+
+def buffer_params(*documents: Document) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of `store_chunk_buffer` for passages of documents, so many at a time as one statement takes."""
+    whose = {"doc_ids": [document.doc_id for document in documents], "versions": [document.version for document in documents]}
+    for part in parts((place, chunk) for place, document in enumerate(documents, 1) for chunk in document.chunks or ()):
+        yield {**whose, **columns([chunk for _, chunk in part]), "whose": [place for place, _ in part]}
+
+
+def vector_params(vectors: Sequence[tuple[Document, Iterable[tuple[int, NDArray[np.float32]]]]]) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of `store_vectors` but the model for documents, each with the numbers of passages and their vectors."""
+    documents = [document for document, _ in vectors]
+    whose = {"doc_ids": [document.doc_id for document in documents], "versions": [document.version for document in documents]}
+    for part in parts((place, index, vector) for place, (_, own) in enumerate(vectors, 1) for index, vector in own):
+        made = {"indexes": [index for _, index, _ in part], "embeddings": [vector for _, _, vector in part]}
+        yield {**whose, **made, "whose": [place for place, _, _ in part]}
 
 
 def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, Chunk, NDArray[np.float32]]]:

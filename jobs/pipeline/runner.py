@@ -13,6 +13,7 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock
+from jobs.adapters.embedders import HostedEmbedder
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
@@ -68,9 +69,10 @@ class Runner:
         self._stopping = stopping
         self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
         self._company = company or Company()
-        # What waits for outside services, or takes long for each, has no use for company.
+        # What takes long for each has no use for company. Requests for embeddings are shared anyway.
         hosted = tools.hosted_parser is not None or tools.extractor is not None
-        may_share = settings.handoff == "inline" and tools.embedder.quick and not hosted
+        quick = tools.embedder.quick or isinstance(tools.embedder, HostedEmbedder)
+        may_share = settings.handoff == "inline" and quick and not hosted
         self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share)
         self.takes_along = self._claiming.takes_along
         """Whether small documents are taken up together."""

@@ -1,14 +1,14 @@
 """Where several documents meet that one worker took up at once, so that what each of them needs is asked for once.
 
-Each goes through its stages as it would alone. At a meeting whoever comes waits until all who are still there have come, to whatever
-meeting, and not for long; then what is asked at each is answered together. Where that fails each asks alone, and learns what is its own
-fault.
+Each goes through its stages as it would alone. At a meeting whoever comes waits until all who are there have come, to whatever meeting,
+and not for long; then what is asked at each is answered together. Where that fails each asks alone, and learns what is its own fault.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ class Together:
 
     def __init__(self, members: int) -> None:
         self._members = members
+        self._away = 0
         self._waiting = 0
         self._meetings: dict[Hashable, _Meeting] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -54,16 +55,33 @@ class Together:
         answer: asyncio.Future[R] = loop.create_future()
         self._meetings.setdefault(what, _Meeting(answer_all)).asks.append((item, answer))
         self._waiting += 1
-        if self._waiting >= self._members:
-            self._begin()
-        elif self._timer is None:
+        if self._timer is None:
             self._timer = loop.call_later(_PATIENCE, self._begin)
+        self._look_around()
         return await answer
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Be waited for by nobody for as long as the block takes: for an answer from outside that may be long in coming."""
+        self._away += 1
+        self._look_around()
+        try:
+            yield
+        finally:
+            self._away -= 1
 
     def leave(self) -> None:
         """Come to no meeting any more."""
         self._members -= 1
-        if self._waiting and self._waiting >= self._members:
+        self._look_around()
+
+    def _look_around(self) -> None:
+        """Begin once all who are there wait. Those who have just been told the same from outside come back within this turn of the loop."""
+        if self._waiting and self._waiting >= self._members - self._away:
+            asyncio.get_running_loop().call_soon(self._begin_if_all_wait)
+
+    def _begin_if_all_wait(self) -> None:
+        if self._waiting and self._waiting >= self._members - self._away:
             self._begin()
 
     def _begin(self) -> None:

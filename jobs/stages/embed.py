@@ -9,7 +9,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from jobs.adapters.embedders import HostedEmbedder, SizedText, bisect
-from jobs.adapters.usage import in_thread
 from jobs.stages import Embedded, Embedder, Tools
 from models.chunks import Chunk
 from models.documents import Document
@@ -107,7 +106,7 @@ class _Hosted:
     """The texts of one document on their way to a service."""
 
     def __init__(self, document: Document, embedder: HostedEmbedder, missing: Mapping[str, str], tools: Tools) -> None:
-        self._document, self._embedder, self._paid = document, embedder, tools.paid
+        self._document, self._embedder, self._paid, self._in_thread = document, embedder, tools.paid, tools.in_thread
         self._hashes, self._texts = list(missing), list(missing.values())
         self._sized: list[SizedText] = []
         self._places: dict[str, list[int]] = {}
@@ -131,11 +130,11 @@ class _Hosted:
     async def _size(self) -> list[SizedText]:
         """Return the texts as they are sent; PermanentError for one that cannot be sent."""
         try:
-            return await in_thread(self._embedder.size, self._texts)
+            return await self._in_thread(self._embedder.size, self._texts)
         except RequestRefused:
             for index, text in enumerate(self._texts):
                 try:
-                    await in_thread(self._embedder.size, [text])
+                    await self._in_thread(self._embedder.size, [text])
                 except RequestRefused as refused:
                     raise self._refused(index, refused) from None
             raise

@@ -1,8 +1,22 @@
 -- The one transaction that makes completed stages durable. See jobs/pipeline/checkpoint.py.
 
--- name: advance_document
--- First statement of every checkpoint but the last. No row: the claim has moved on and nothing of this checkpoint may be written.
-WITH fenced AS (
+-- name: advance_documents
+-- First statement of every checkpoint but the last, of one document or of several that go on alike. Whose doc_id is not returned: its claim
+-- has moved on and nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
+WITH held AS MATERIALIZED (
+    SELECT d.id, g.*
+    FROM unnest(
+        %(doc_ids)b::text[], %(claims)b::bigint[], %(job_ids)b::bigint[], %(gained)b::boolean[], %(file_sizes)b::bigint[], %(hashes)b::text[],
+        %(file_types)b::text[], %(mime_types)b::text[], %(page_counts)b::integer[], %(chunk_counts)b::integer[], %(duplicates_of)b::text[],
+        %(events)b::text[]::jsonb[]
+    ) AS g (
+        doc_id, claim, job_id, gained, file_size, content_sha256, file_type, mime_type, page_count, chunk_count, duplicate_of, events
+    )
+    JOIN file_extractions AS d ON d.doc_id = g.doc_id
+    WHERE d.claim = g.claim AND d.state = 'working'
+    ORDER BY d.id
+    FOR NO KEY UPDATE OF d
+), fenced AS (
     UPDATE file_extractions AS d
     SET milestone = %(milestone)s::document_milestone,
         state = %(state)s::document_state,
@@ -14,10 +28,10 @@ WITH fenced AS (
         waiting_place = CASE WHEN %(state)s = 'working' THEN d.waiting_place ELSE %(waiting_place)s END,
         waiting_since = CASE
             WHEN %(state)s = 'retrying' AND %(waits)s THEN CASE
-                WHEN d.milestone = %(milestone)s::document_milestone AND NOT %(gained)s THEN coalesce(d.waiting_since, now())
+                WHEN d.milestone = %(milestone)s::document_milestone AND NOT h.gained THEN coalesce(d.waiting_since, now())
                 ELSE now()
             END
-            WHEN %(state)s IN ('working', 'queued') AND NOT %(gained)s THEN d.waiting_since
+            WHEN %(state)s IN ('working', 'queued') AND NOT h.gained THEN d.waiting_since
         END,
         crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
         lone_crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.lone_crash_count ELSE 0 END,
@@ -25,25 +39,26 @@ WITH fenced AS (
         alone = d.alone AND %(state)s = 'working',
         error_type = %(error_type)s::document_error_type,
         error_message = %(error_message)s,
-        file_size = coalesce(%(file_size)s, d.file_size),
-        content_sha256 = coalesce(%(content_sha256)s, d.content_sha256),
-        file_type = coalesce(%(file_type)s, d.file_type),
-        mime_type = coalesce(%(mime_type)s, d.mime_type),
-        page_count = coalesce(%(page_count)s, d.page_count),
-        chunk_count = coalesce(%(chunk_count)s, d.chunk_count),
-        duplicate_of = coalesce(%(duplicate_of)s, d.duplicate_of),
+        file_size = coalesce(h.file_size, d.file_size),
+        content_sha256 = coalesce(h.content_sha256, d.content_sha256),
+        file_type = coalesce(h.file_type, d.file_type),
+        mime_type = coalesce(h.mime_type, d.mime_type),
+        page_count = coalesce(h.page_count, d.page_count),
+        chunk_count = coalesce(h.chunk_count, d.chunk_count),
+        duplicate_of = coalesce(h.duplicate_of, d.duplicate_of),
         served_version = CASE WHEN %(state)s <> 'duplicate' THEN d.served_version END,
         raw_extraction = CASE WHEN %(state)s <> 'duplicate' THEN d.raw_extraction END,
         processing_completed_at = CASE WHEN %(state)s IN ('failed', 'duplicate') THEN clock_timestamp() END,
         updated_at = now()
-    WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working'
-    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim
+    FROM held AS h
+    WHERE d.id = h.id
+    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim, h.job_id, h.events
 ), finished AS (
     -- The job ends with the work that it was for, so that no crash can come between the two.
     UPDATE procrastinate_jobs AS j
     SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE
     FROM fenced AS f
-    WHERE j.id = %(finished_job_id)s AND j.status = 'doing'
+    WHERE j.id = f.job_id AND j.status = 'doing' AND %(state)s <> 'working'
 ), told AS (
     INSERT INTO document_events (
         doc_id, version, batch_id, user_id, correlation_id, stage, event, attempt, duration_ms, cpu_ms, peak_memory_mb, worker, claim, detail
@@ -51,7 +66,7 @@ WITH fenced AS (
     SELECT f.doc_id, f.version, f.batch_id, f.user_id, f.correlation_id, e.stage, e.event, e.attempt, e.duration_ms, e.cpu_ms,
         e.peak_memory_mb, %(worker)s, f.claim, e.detail
     FROM fenced AS f,
-        jsonb_to_recordset(%(events)s::jsonb) AS e (
+        jsonb_to_recordset(f.events) AS e (
             stage text, event text, attempt integer, duration_ms float8, cpu_ms float8, peak_memory_mb float8, detail jsonb
         )
 )
@@ -61,7 +76,7 @@ END AS job_id
 FROM fenced AS f;
 
 -- name: hold_documents
--- Those of several documents that may be completed together: ours still, and in nobody's open transaction. To wait for one while holding
+-- Those of several documents that may be written together: ours still, and in nobody's open transaction. To wait for one while holding
 -- others would keep these from everybody, and who submits or cancels several of them in a transaction of his own could wait for us.
 SELECT d.doc_id
 FROM unnest(%(doc_ids)s::text[], %(claims)s::bigint[]) AS g (doc_id, claim)
@@ -200,15 +215,18 @@ JOIN unnest(
 ) WITH ORDINALITY AS d (doc_id, user_id, version, language, embedding_model, place) ON d.place = c.whose;
 
 -- name: store_chunk_buffer
+-- Passages of one document or of several, as `store_chunks` takes them.
 INSERT INTO chunk_buffer (
     doc_id, version, chunk_index, id, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata
 )
-SELECT %(doc_id)s, %(version)s, c.chunk_index, c.id, c.content, c.content_sha256,
+SELECT d.doc_id, d.version, c.chunk_index, c.id, c.content, c.content_sha256,
     c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, c.metadata
 FROM unnest(
     %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
-    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[]
-) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata);
+    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[],
+    %(whose)b::integer[]
+) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, whose)
+JOIN unnest(%(doc_ids)b::text[], %(versions)b::integer[]) WITH ORDINALITY AS d (doc_id, version, place) ON d.place = c.whose;
 
 -- name: going_over_to
 -- The model of a re-embedding whose vectors lie aside; nothing while there is none.

@@ -77,16 +77,6 @@ SELECT b.chunk_index, b.embedding
 FROM vector_buffer AS b
 WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s AND b.embedding_model = %(embedding_model)s;
 
--- name: drop_buffered_vectors
-DELETE FROM vector_buffer AS b
-WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s AND b.chunk_index = ANY(%(indexes)s);
-
--- name: drop_other_vectors
--- Those of another model, and those of which it is not known that they were written.
-DELETE FROM vector_buffer AS b
-WHERE b.doc_id = %(doc_id)s AND b.version = %(version)s
-    AND NOT (b.embedding_model = %(embedding_model)s AND b.chunk_index = ANY(%(indexes)s));
-
 -- name: find_hosted_jobs
 SELECT h.part, h.job_id, extract(epoch FROM now() - h.started_at)::float8 AS seconds
 FROM hosted_jobs AS h
@@ -121,9 +111,14 @@ DELETE FROM extraction_answers AS a
 WHERE a.doc_id = %(doc_id)s AND a.version = %(version)s;
 
 -- name: store_vectors
-INSERT INTO vector_buffer (doc_id, version, chunk_index, embedding_model, embedding)
-SELECT %(doc_id)s, %(version)s, v.chunk_index, %(embedding_model)s, v.embedding
-FROM unnest(%(indexes)b::integer[], %(embeddings)b::vector[]) AS v (chunk_index, embedding);
+-- Vectors of passages of one document or of several, in the place of what may lie there of another model, or of an attempt of which it is
+-- not known that it was written. `whose` says whose they are by the place in `doc_ids`.
+INSERT INTO vector_buffer AS b (doc_id, version, chunk_index, embedding_model, embedding)
+SELECT d.doc_id, d.version, v.chunk_index, %(embedding_model)s, v.embedding
+FROM unnest(%(indexes)b::integer[], %(embeddings)b::vector[], %(whose)b::integer[]) AS v (chunk_index, embedding, whose)
+JOIN unnest(%(doc_ids)b::text[], %(versions)b::integer[]) WITH ORDINALITY AS d (doc_id, version, place) ON d.place = v.whose
+ON CONFLICT (doc_id, version, chunk_index) DO UPDATE
+SET embedding_model = EXCLUDED.embedding_model, embedding = EXCLUDED.embedding;
 
 -- name: has_documents
 SELECT EXISTS (SELECT FROM file_extractions);

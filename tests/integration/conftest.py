@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
@@ -75,7 +75,8 @@ class Bench:
     also: dict[str, Callable[[Document], Awaitable[None]]] = field(default_factory=dict)
     stopping: bool = False
 
-    def runner(self, worker: str = "test:1", **changes: Any) -> Runner:
+    def runner(self, worker: str = "test:1", *, given: Mapping[str, Any] | None = None, **changes: Any) -> Runner:
+        """Return one with plain stages, and tools of its own but for those `given`; `changes`: settings that are others."""
         settings = self.settings.model_copy(update=changes)
 
         def stage(name: str) -> Callable[[Document, Tools], Awaitable[Document]]:
@@ -96,7 +97,7 @@ class Bench:
         return Runner(
             settings=settings,
             pool=self.pool,
-            tools=tools,
+            tools=replace(tools, **(given or {})),
             leases=self.leases,
             retry=StageRetry(max_attempts=settings.max_retry_attempts, base=settings.retry_base_delay_seconds, max_delay=300),
             worker=worker,

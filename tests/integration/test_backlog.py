@@ -79,23 +79,30 @@ SELECT 'host:' || n, 'host', n, 4, '1', ARRAY[n] FROM generate_series(1, 30) AS 
     "ANALYZE",
 )
 
-ADVANCE: dict[str, Any] = {
-    "doc_id": "doc 1", "claim": 1, "worker": "w", "milestone": "parse_complete", "state": "queued", "retry_count": 0, "waits": False,
-    "gained": True, "error_type": None, "error_message": None, "waiting_for": None, "waiting_revision": None, "waiting_place": None,
-    "file_size": 1, "content_sha256": "1" * 64, "file_type": "text", "mime_type": "text/plain", "page_count": None, "chunk_count": 1,
-    "duplicate_of": None, "events": '[{"stage": "parse", "event": "stage_completed", "attempt": 0, "detail": {}}]',
-    "finished_job_id": 1, "next_stage": "check", "next_delay": 0.0,
-}  # fmt: skip
+EVENTS = '[{"stage": "parse", "event": "stage_completed", "attempt": 0, "detail": {}}]'
+
+
+def made(*numbers: int) -> dict[str, Any]:
+    """The parameters of a checkpoint that say what has been made of documents."""
+    each = {
+        "claims": 1, "job_ids": 1, "file_sizes": 1, "hashes": None, "file_types": "text", "mime_types": "text/plain", "page_counts": None,
+        "chunk_counts": 1, "duplicates_of": None, "events": EVENTS,
+    }  # fmt: skip
+    return {"doc_ids": [f"doc {n}" for n in numbers]} | {key: [value] * len(numbers) for key, value in each.items()}
+
+
+def advance(state: str, *numbers: int) -> dict[str, Any]:
+    """The parameters of a checkpoint of documents that go on, or are handed on."""
+    return {
+        "worker": "w", "milestone": "parse_complete", "state": state, "retry_count": 0, "waits": False, "error_type": None,
+        "error_message": None, "waiting_for": None, "waiting_revision": None, "waiting_place": None,
+        "next_stage": "check" if state == "queued" else None, "next_delay": 0.0, "gained": [True] * len(numbers), **made(*numbers),
+    }  # fmt: skip
 
 
 def complete(*numbers: int) -> dict[str, Any]:
     """The parameters of a last checkpoint of documents."""
-    each = {
-        "doc_ids": "doc {}", "claims": 1, "job_ids": 1, "file_sizes": 1, "hashes": None, "file_types": "text", "mime_types": "text/plain",
-        "page_counts": None, "chunk_counts": 1, "duplicates_of": None, "extractions": "{{}}", "events": ADVANCE["events"],
-    }  # fmt: skip
-    names = ("doc_ids", "extractions")
-    return {"worker": "w"} | {key: [v.format(n) if key in names else v for n in numbers] for key, v in each.items()}
+    return {"worker": "w", "extractions": ["{}"] * len(numbers), **made(*numbers)}
 
 
 TAKE = {
@@ -116,7 +123,8 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("look_at_owner", ONE),
     ("find_original", ONE),
     ("find_original_text", ONE),
-    ("advance_document", ADVANCE),
+    ("advance_documents", advance("queued", 1)),
+    ("advance_documents", advance("working", *range(1, 17))),
     ("hold_documents", {"doc_ids": [f"doc {n}" for n in range(1, 17)], "claims": [1] * 16}),
     ("complete_documents", complete(1)),
     ("complete_documents", complete(*range(1, 17))),

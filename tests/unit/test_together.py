@@ -55,6 +55,33 @@ async def test_nobody_waits_for_a_member_that_has_left() -> None:
     assert list(await asyncio.wait_for(waiting, 0.5)) == [1, 4]
 
 
+async def test_nobody_waits_for_a_member_that_is_away_and_who_comes_back_is_waited_for_again() -> None:
+    together, asked, answer = Together(4), Asked(), asyncio.Event()
+
+    async def goes_outside(number: int) -> int:
+        with together.away():
+            await answer.wait()
+        return await together.ask("square", number, asked)
+
+    outside = [asyncio.create_task(goes_outside(number)) for number in (3, 4)]
+    here = asyncio.gather(together.ask("square", 1, asked), together.ask("square", 2, asked))
+    assert list(await asyncio.wait_for(here, 0.5)) == [1, 4]
+    together.leave()
+    last = asyncio.create_task(together.ask("square", 5, asked))
+    answer.set()
+    assert await asyncio.wait_for(asyncio.gather(*outside, last), 0.5) == [9, 16, 25]
+    assert asked.times[0] == [1, 2]
+    assert sorted(asked.times[1]) == [3, 4, 5]
+
+
+async def test_who_goes_away_is_waited_for_no_longer_by_those_who_wait_already() -> None:
+    together, asked = Together(3), Asked()
+    waiting = asyncio.gather(together.ask("square", 1, asked), together.ask("square", 2, asked))
+    await asyncio.sleep(0)
+    with together.away():
+        assert list(await asyncio.wait_for(waiting, 0.5)) == [1, 4]
+
+
 async def test_who_comes_late_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PATIENCE", 0.01)
     together, asked = Together(3), Asked()
