@@ -121,7 +121,9 @@ class Keeping:
             await store_vectors(conn, model, [(work.document, vectors.items())])
 
         keep_all = partial(_keep_all, self._pool, self._stopping, model)
-        if await self._write(store, None if others is None else partial(others.ask, ("kept vectors", model), made, keep_all)):
+        # At once: what is paid for and not kept yet is lost with this worker.
+        with_others = None if others is None else partial(others.ask, ("kept vectors", model), made, keep_all, at_once=True)
+        if await self._write(store, with_others):
             if work.kept_model != model:
                 work.kept_model, work.kept_vectors = model, set()
             work.kept_vectors |= set(vectors)

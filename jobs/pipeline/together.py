@@ -46,14 +46,23 @@ class Together:
         self.in_turn = asyncio.Lock()
         """For what must be asked for alone, and is too dear for all of them to have at once."""
 
-    async def ask(self, what: Hashable, item: T, answer_all: Callable[[list[T]], Awaitable[Sequence[R | Exception]]]) -> R:
+    async def ask(
+        self, what: Hashable, item: T, answer_all: Callable[[list[T]], Awaitable[Sequence[R | Exception]]], *, at_once: bool = False
+    ) -> R:
         """Return the answer to an item, or raise the exception that is its answer. `answer_all` gets all items of this meeting and
-        returns one answer each; where it raises, or there is but one item, everybody gets NotTogether."""
+        returns one answer each; where it raises, or there is but one item, everybody gets NotTogether. `at_once`: only those are waited
+        for who come within the same turn of the event loop, as they do who have just been told something together."""
         if self._members < 2:
             raise NotTogether
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
-        self._meetings.setdefault(what, _Meeting(answer_all)).asks.append((item, answer))
+        if what not in self._meetings:
+            self._meetings[what] = _Meeting(answer_all)
+            if at_once:
+                loop.call_soon(self._begin_one, what)
+        self._meetings[what].asks.append((item, answer))
+        if at_once:
+            return await answer
         self._waiting += 1
         if self._timer is None:
             self._timer = loop.call_later(_PATIENCE, self._begin)
@@ -84,16 +93,23 @@ class Together:
         if self._waiting and self._waiting >= self._members - self._away:
             self._begin()
 
+    def _begin_one(self, what: Hashable) -> None:
+        if (meeting := self._meetings.pop(what, None)) is not None:
+            self._answer(what, meeting)
+
     def _begin(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         meetings, self._meetings, self._waiting = self._meetings, {}, 0
         for what, meeting in meetings.items():
-            # Nothing of the one who came last, such as what its log lines are about, goes along.
-            task = asyncio.get_running_loop().create_task(_answer(what, meeting), context=Context())
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            self._answer(what, meeting)
+
+    def _answer(self, what: Hashable, meeting: _Meeting) -> None:
+        # Nothing of the one who came last, such as what its log lines are about, goes along.
+        task = asyncio.get_running_loop().create_task(_answer(what, meeting), context=Context())
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
 
 
 async def _answer(what: Hashable, meeting: _Meeting) -> None:

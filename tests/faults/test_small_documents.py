@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.harness import Arena, documents
 from tests.running import descendants
+from tests.servers import OpenAIServer
 
 POINTS = [
     "claimed",
@@ -20,6 +21,7 @@ POINTS = [
     "in_checkpoint:complete",
     "committed:complete",
 ]
+HOSTED_POINTS = ["in_checkpoint:chunks_stored", "committed:chunks_stored", "call_entered", "call_answered", "keeping", "kept"]
 UNFINISHED = "SELECT count(*) FROM file_extractions WHERE state NOT IN ('complete', 'failed')"
 GROUPS = "SELECT count(*) FROM (SELECT FROM file_extractions WHERE state = 'complete' GROUP BY xmin::text HAVING count(*) > 2) AS g"
 
@@ -46,6 +48,28 @@ def test_a_worker_killed_with_several_in_hand_loses_and_doubles_none(arena: Aren
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     together(arena)
     arena.judge("16 small documents together", f"kill -9 at {point} of some of 200")
+
+
+@pytest.mark.parametrize("point", HOSTED_POINTS)
+def test_a_worker_killed_with_several_at_a_service_pays_at_most_for_what_was_under_way_twice(arena: Arena, point: str) -> None:
+    wanted = documents(200)
+    with OpenAIServer(dimensions=32, latency=0.05) as server:
+        arena.environment |= {
+            "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": server.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
+            "EMBEDDING_MAX_TEXTS": "64", "EMBEDDING_CONCURRENT_REQUESTS": "2",
+        }  # fmt: skip
+        arena.submit(wanted)
+        # A call is known by the first of its documents, which need not be one that was chosen.
+        chosen = ["*"] * 3 if point.startswith("call_") else list(wanted)[10::90]
+        faults = [f"kill@{point};doc={doc};once={arena.mark(f'{number}')}" for number, doc in enumerate(chosen)]
+        arena.worker(faults=faults, restart=True)
+        arena.reconciler()
+        arena.settle(180)
+        assert arena.marks(), "the fault point was never reached"
+        assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+        together(arena)
+        assert server.tally.paid_twice() <= 2 * 64 * len(arena.marks())
+        arena.judge("16 small documents together", f"kill -9 at {point} of some of 200 embedded by a service")
 
 
 def test_a_lease_that_is_lost_by_all_at_once_is_made_good_by_another_worker(arena: Arena) -> None:

@@ -74,6 +74,18 @@ async def test_nobody_waits_for_a_member_that_is_away_and_who_comes_back_is_wait
     assert sorted(asked.times[1]) == [3, 4, 5]
 
 
+async def test_who_cannot_wait_meets_those_alone_who_come_at_once() -> None:
+    together, asked = Together(4), Asked()
+    waiting = asyncio.create_task(together.ask("other", 9, asked))
+    await asyncio.sleep(0)
+    at_once = [together.ask("square", number, asked, at_once=True) for number in (1, 2)]
+    assert await asyncio.wait_for(asyncio.gather(*at_once), 0.5) == [1, 4]
+    with pytest.raises(NotTogether):
+        await together.ask("square", 3, asked, at_once=True)
+    assert (asked.times, waiting.done()) == ([[1, 2]], False)
+    waiting.cancel()
+
+
 async def test_who_goes_away_is_waited_for_no_longer_by_those_who_wait_already() -> None:
     together, asked = Together(3), Asked()
     waiting = asyncio.gather(together.ask("square", 1, asked), together.ask("square", 2, asked))
