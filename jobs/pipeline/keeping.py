@@ -182,14 +182,14 @@ class Keeping:
                 await faults.at("keeping", work.document.doc_id)
             return True
 
-        async def written_somehow() -> bool:
+        async def with_others_or_alone() -> bool:
             if with_others is not None:
                 with suppress(NotTogether):
                     await with_others()
                     return True
             return bool(await outlive("Keeping what was paid for", write, until=self._stopping))
 
-        written, cancelled = await unbroken(written_somehow())
+        written, cancelled = await unbroken(with_others_or_alone())
         # There may be rows of it even where nobody said so.
         work.buffered = True
         work.gained = work.gained or bool(written)
