@@ -38,7 +38,8 @@ SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploa
     encode(sha256(convert_to(n::text, 'UTF8')), 'hex'), s.state::document_state,
     CASE s.state WHEN 'complete' THEN 'complete' WHEN 'retrying' THEN 'chunks_stored' ELSE 'uploaded' END::document_milestone, 1,
     CASE WHEN s.state = 'complete' THEN 1 END, CASE WHEN s.state = 'retrying' THEN now() + interval '1 day' END,
-    CASE WHEN s.state = 'retrying' THEN 'embedding https://one.test' END, CASE WHEN s.state = 'retrying' THEN n END,
+    CASE WHEN s.state = 'retrying' THEN CASE WHEN n % 20 = 9 THEN 'embedding https://one.test' ELSE 'embedding https://two.test' END END,
+    CASE WHEN s.state = 'retrying' AND n % 20 = 9 THEN n END,
     CASE WHEN s.state = 'working' THEN now() + (n % 2 - 0.5) * interval '1 hour' END, 1, CASE WHEN s.state = 'working' THEN n END,
     CASE WHEN s.state = 'duplicate' THEN 'doc ' || n - 1 END, CASE WHEN s.state = 'failed' THEN 'PERMANENT'::document_error_type END,
     CASE WHEN s.state = 'failed' THEN 'no' END, 'c', now(), CASE WHEN s.state IN ('complete', 'failed', 'duplicate') THEN now() END
@@ -72,6 +73,9 @@ INSERT INTO document_events (at, doc_id, version, batch_id, user_id, correlation
 SELECT now() - interval '30 minutes', d.doc_id, 1, d.batch_id, d.user_id, 'c', e, 1, '{}'
 FROM file_extractions AS d CROSS JOIN unnest(ARRAY['submitted', 'stage_completed']) AS e""",
     "INSERT INTO circuit_breakers (service) VALUES ('embedding https://one.test'), ('embedding https://two.test')",
+    """
+INSERT INTO provider_budgets (service, requests_per_minute, overflow_at)
+VALUES ('embedding https://two.test', 600, now() + interval '2 days')""",
     """
 INSERT INTO worker_registry (worker, host, pid, concurrency, version, active_jobs)
 SELECT 'host:' || n, 'host', n, 4, '1', ARRAY[n] FROM generate_series(1, 30) AS n""",
@@ -140,6 +144,8 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("find_orphaned_duplicates", {"after": 100, "window": WINDOW}),
     ("find_recovered_services", {"seconds": 5.0}),
     ("bring_forward", {"service": "embedding https://one.test", "most": 50, "seconds": 5.0}),
+    ("find_idle_budgets", {"seconds": 5.0}),
+    ("use_idle_budget", {"service": "embedding https://two.test", "most": 50, "seconds": 5.0}),
     ("find_stragglers", {"most": MOST}),
     ("find_lost_archives", {"most": MOST}),
     ("find_replaced_documents", {"most": MOST}),
@@ -195,6 +201,14 @@ def test_no_statement_of_a_worker_reads_a_table_from_end_to_end(backlog: psycopg
     assert not found, "\n".join(found)
 
 
+def test_an_idle_budget_is_used_in_this_backlog(backlog: psycopg.Connection) -> None:
+    with backlog.transaction(force_rollback=True):
+        found = backlog.execute(query("find_idle_budgets"), {"seconds": 5.0}).fetchall()
+        assert found == [("embedding https://two.test",)]
+        used = backlog.execute(query("use_idle_budget"), {"service": found[0][0], "most": 50, "seconds": 5.0}).fetchone()
+        assert used == (45,)  # what an even rate of 600 a minute sends in five seconds
+
+
 def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) -> None:
     with backlog.transaction(force_rollback=True):
         assert len(backlog.execute(query("take_along"), TAKE).fetchall()) > 3
@@ -208,6 +222,7 @@ def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) 
         ("file_extractions_doc_id_key", "claim_document"),
         ("file_extractions_unfinished", "settle_batch"),
         ("file_extractions_waiting", "find_lost_documents"),
+        ("file_extractions_waiting_for_budget", "use_idle_budget"),
         ("procrastinate_jobs_queueing_lock_idx_v1", "find_lost_documents"),
     ],
 )
