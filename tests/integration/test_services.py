@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
@@ -38,6 +39,7 @@ from models.errors import (
 )
 from models.errors import TimeoutError as CallTimeout
 from models.settings import Settings
+from sql import query
 from tests.running import REPOSITORY
 
 NAME = "embedding https://service.test/v1 key:0123456789ab"
@@ -388,6 +390,41 @@ async def test_failures_outside_the_window_and_before_the_closing_do_not_count(m
     conn.execute("SELECT reset_breaker(%s)", [NAME])
     assert type(await fails(service)) is RetryableError
     assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+
+
+async def test_calls_that_were_not_sent_say_nothing_of_a_service_and_are_none_in_any_figure(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    withdrawn = answers(NotSent("Nobody may pay for it."))
+    for number in range(4):
+        await fails(service)
+        if number == 1:
+            await service.call(ok, PURPOSE)
+    for _ in range(60):
+        await fails(service, withdrawn)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+    await fails(service)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
+    assert rows(conn, "SELECT calls, calls_ok FROM cost_by_document") == [(6, 1)]
+    assert rows(conn, "SELECT calls, calls_ok FROM cost_by_batch") == [(6, 1)]
+    assert rows(conn, "SELECT calls_last_hour, failed_last_hour FROM provider_health") == [(6, 5)]
+    with conn.cursor(row_factory=dict_row) as cursor:
+        for name in ("page_cost_of_document", "page_cost_by_day", "page_dearest_documents"):
+            counted = cursor.execute(query(name), {"doc_id": "a", "limit": 10}).fetchall()
+            assert sum(row["calls"] for row in counted) == 6, name
+
+
+async def test_failures_in_a_row_are_seen_behind_any_number_of_calls_that_were_not_sent(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    for _ in range(4):
+        await fails(service)
+        conn.execute(AGO, ["61 s", "61 s"])
+    conn.execute(
+        """INSERT INTO provider_usage (id, service, kind, outcome, give_up_at, finished_at)
+        SELECT gen_random_uuid(), %s, 'embedding', 'not_sent', now(), now() FROM generate_series(1, 300)""",
+        [NAME],
+    )
+    await fails(service)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
 
 
 async def test_a_refused_key_opens_it_at_once_with_one_alert_and_a_reset_closes_it(make: Make, conn: psycopg.Connection) -> None:
