@@ -9,10 +9,9 @@ CREATE INDEX file_extractions_waiting_for_budget ON file_extractions (waiting_fo
 COMMENT ON INDEX file_extractions_waiting_for_budget IS 'Who waits for the budget of a service, in the order of their times.';
 
 CREATE FUNCTION is_idle(b provider_budgets) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT b.requests_per_minute + b.tokens_per_minute > 0
-        AND greatest(b.paused_until, b.last_send_at, b.next_request_at, b.next_token_at) <= now();
+    SELECT greatest(b.paused_until, b.last_send_at, b.next_request_at, b.next_token_at) <= now();
 $$;
-COMMENT ON FUNCTION is_idle(provider_budgets) IS 'Whether a limited budget could give out more now, even without a burst.';
+COMMENT ON FUNCTION is_idle(provider_budgets) IS 'Whether a budget could give out more now, even without a burst.';
 
 CREATE FUNCTION use_idle_budget(service text, at_most integer, seconds double precision) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE

@@ -201,12 +201,15 @@ def test_no_statement_of_a_worker_reads_a_table_from_end_to_end(backlog: psycopg
     assert not found, "\n".join(found)
 
 
-def test_an_idle_budget_is_used_in_this_backlog(backlog: psycopg.Connection) -> None:
+@pytest.mark.parametrize(("limit", "brought"), [(600, 45), (0, 50)])
+def test_an_idle_budget_is_used_in_this_backlog(backlog: psycopg.Connection, limit: int, brought: int) -> None:
+    """As far as an even rate goes in five seconds; where the limit has been taken away, as many as the reconciler lets in at all."""
     with backlog.transaction(force_rollback=True):
+        backlog.execute("UPDATE provider_budgets SET requests_per_minute = %s", [limit])
         found = backlog.execute(query("find_idle_budgets"), {"seconds": 5.0}).fetchall()
         assert found == [("embedding https://two.test",)]
         used = backlog.execute(query("use_idle_budget"), {"service": found[0][0], "most": 50, "seconds": 5.0}).fetchone()
-        assert used == (45,)  # what an even rate of 600 a minute sends in five seconds
+        assert used == (brought,)
 
 
 def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) -> None:

@@ -22,7 +22,7 @@ from psycopg.rows import dict_row
 from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
 from jobs.database import make_pool
-from jobs.services import Prices, Service, Terms, front
+from jobs.services import Prices, Service, Terms, front, state
 from jobs.services.ledger import Ledger
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
@@ -271,6 +271,50 @@ async def test_a_probe_that_is_cut_off_before_it_is_sent_leaves_its_place_to_the
             await probe
     await until(lambda: rows(conn, "SELECT state, probe_by FROM circuit_breakers") == [("open", None)])
     assert (await service.call(ok, PURPOSE)).value == "fine"
+
+
+async def test_a_probe_that_the_budget_sends_back_leaves_its_place_also_where_it_is_cut_off_meanwhile(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await opened(make(requests_per_minute=1, rules=replace(QUICK, probe_seconds=600)))
+    await fails(service, answers(refusal(401)))
+    await asyncio.sleep(0.35)
+    there, give_up = asyncio.Event(), SharedBreaker.give_up
+
+    async def slowly(self: Any, *args: Any) -> None:
+        there.set()
+        await asyncio.sleep(0.2)
+        await give_up(self, *args)
+
+    monkeypatch.setattr(SharedBreaker, "give_up", slowly)
+    probe = asyncio.create_task(service.call(ok, PURPOSE))
+    await there.wait()
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("half_open",)]
+    probe.cancel()
+    with suppress(asyncio.CancelledError):
+        await probe
+    await service.aclose()
+    assert rows(conn, "SELECT state, probe_by FROM circuit_breakers") == [("open", None)]
+
+
+async def test_a_call_that_is_entered_by_a_connection_that_breaks_while_the_worker_stops_was_not_sent(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await opened(make(requests_per_minute=100, tokens_per_minute=100_000))
+    service._stopping = service._ledger._stopping = lambda: True
+    whole = state.one
+
+    async def breaks(pool: Any, name: str, params: dict[str, Any]) -> Any:
+        answer = await whole(pool, name, params)
+        if name == "begin_call":
+            raise psycopg.OperationalError("the connection is lost")
+        return answer
+
+    monkeypatch.setattr("jobs.services.ledger.one", breaks)
+    assert type(await fails(service, ok)) is RetryableError
+    await service.aclose()
+    assert rows(conn, "SELECT outcome, cost FROM provider_usage") == [("not_sent", 0)]
+    assert rows(conn, "SELECT requests_last_minute, tokens_last_minute FROM provider_budget_use") == [(0, 0)]
 
 
 @pytest.mark.parametrize(
