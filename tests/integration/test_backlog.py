@@ -16,7 +16,7 @@ from tests.conftest import migrated_database
 
 FEW = 3 * WINDOW
 """Index entries that one statement may read: a reconciler's window and its probes, a tenth of the documents that there are."""
-BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events", "dead_letters")
+BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events", "dead_letters", "provider_usage")
 
 # A large batch, the first third of which has ended, another whose documents come last and have, and small ones that have; some are put off
 # for a service, forty are in work.
@@ -77,6 +77,13 @@ FROM file_extractions AS d CROSS JOIN unnest(ARRAY['submitted', 'stage_completed
 INSERT INTO provider_budgets (service, requests_per_minute, overflow_at)
 VALUES ('embedding https://two.test', 600, now() + interval '2 days')""",
     """
+INSERT INTO provider_usage (
+    id, service, kind, doc_ids, batch_ids, user_ids, shares, request_id, outcome, cost, started_at, give_up_at, finished_at
+)
+SELECT md5(n::text)::uuid, CASE WHEN n % 2 = 0 THEN 'embedding https://one.test' ELSE 'embedding https://two.test' END, 'embedding',
+    ARRAY['doc ' || n], ARRAY['batch 0'], ARRAY['user 1'], ARRAY[1], 'request ' || n, 'ok', 1, t.at, t.at, t.at
+FROM generate_series(1, 40000) AS n CROSS JOIN LATERAL (SELECT now() - interval '1 hour' - n * interval '1 minute' AS at) AS t""",
+    """
 INSERT INTO worker_registry (worker, host, pid, concurrency, version, active_jobs)
 SELECT 'host:' || n, 'host', n, 4, '1', ARRAY[n] FROM generate_series(1, 30) AS n""",
     "SET session_replication_role = origin",
@@ -112,6 +119,17 @@ NEW: dict[str, Any] = {
 }  # fmt: skip
 ONE = {"doc_id": "doc 200", "user_id": "user 0", "content_sha256": "3" * 64, "file_type": "text", "mime_type": "text/plain"}
 
+CALL: dict[str, Any] = {
+    "id": "00000000-0000-0000-0000-000000000200", "service": "embedding https://two.test", "kind": "embedding", "model": "m",
+    "stage": "embed", "doc_ids": ["doc 200"], "batch_ids": ["batch 0"], "user_ids": ["user 1"], "shares": [1.0], "correlation_id": "c",
+    "worker": "w", "tokens": 9, "admitted": -1, "requests_per_minute": 600, "tokens_per_minute": 0, "patience": 5.0, "estimated_cost": 1,
+    "max_cost_per_document": 100, "max_cost_per_batch": 100_000, "total_seconds": 120.0, "recorded": True,
+}  # fmt: skip
+ANSWER: dict[str, Any] = {
+    "outcome": "ok", "http_status": 200, "request_id": "r", "error_type": None, "error_message": None, "tokens_in": 9, "tokens_out": 0,
+    "pages": None, "cost": 1, "seconds": 1.0, "difference": 0,
+}  # fmt: skip
+
 STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("fetch_job", {"queues": None, "worker_id": None, "after_user": "user 3", "others_first": True, "max_documents": 0}),
     ("fetch_job", {"queues": ["cpu"], "worker_id": None, "after_user": "", "others_first": False, "max_documents": 50}),
@@ -143,6 +161,13 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("requeue_lost_document", {"doc_id": "doc 13001", "max_requeues": 10}),
     ("find_orphaned_duplicates", {"after": 100, "window": WINDOW}),
     ("find_recovered_services", {"seconds": 5.0}),
+    ("look_at_breaker", {"service": "embedding https://one.test", "window_seconds": 60.0, "total_seconds": 120.0, "failures": 5}),
+    ("begin_call", CALL),
+    ("finish_call", {**CALL, **ANSWER}),
+    ("withdraw_call", {**CALL, "message": "no"}),
+    ("settle_pages", {"doc_id": "doc 200", "kind": "embedding", "request_id": "request 200", "pages": 1, "cost": 2}),
+    ("usage_services", {}),
+    ("prune_cost_totals", {"scope": "document", "after": "", "window": 1000}),
     ("bring_forward", {"service": "embedding https://one.test", "most": 50, "seconds": 5.0}),
     ("find_idle_budgets", {"seconds": 5.0}),
     ("use_idle_budget", {"service": "embedding https://two.test", "most": 50, "seconds": 5.0}),
