@@ -34,7 +34,7 @@ SIDE_TASKS = [
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
-EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries"}  # what is due rather than broken
+EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget"}  # what is due rather than broken
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 
@@ -104,6 +104,7 @@ class Reconciler:
         yield "_requeue_duplicates", partial(self._requeue_duplicates, done)
         brought = {"most": ceil(PLACES_PER_SECOND * period), "seconds": period}
         yield find("find_recovered_services", "bring_forward", "service", {"seconds": period}, **brought)
+        yield find("find_idle_budgets", "use_idle_budget", "service", {"seconds": period}, **brought)
         yield find("find_stragglers", "cancel_straggler", "doc_id")
         yield find("find_lost_archives", "requeue_lost_archive", "archive_id", max_requeues=self._settings.max_requeues)
         yield find("find_replaced_documents", "delete_replaced_document", "doc_id")

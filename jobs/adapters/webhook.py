@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
+from jobs.adapters.exchange.clients import Unusable, make_client
 from models.errors import ConfigurationError, PermanentError, RateLimitError, RetryableError
 from models.errors import TimeoutError as CallTimeout
 
@@ -41,19 +41,18 @@ class Webhook:
         Raises RateLimitError (429), TimeoutError, RetryableError (5xx, no connection, no client), ConfigurationError (no usable address)
         and PermanentError (any other answer).
         """
-        client = self._client
-        if client is None:
+        if self._client is None:
             try:
-                client = self._client = await asyncio.to_thread(self._make_client)
-            except (OSError, ValueError, ImportError) as error:  # certificates that are not there, a proxy of another kind
-                why = f"({type(error).__name__}): SSL_CERT_FILE or a proxy of the environment is wrong"
-                raise RetryableError(f"No client for the webhook could be made {why}.") from None
-        import httpx2  # noqa: PLC0415 - loaded by the line above, in a thread
+                self._client = await make_client()
+            except Unusable as error:
+                raise RetryableError(f"The webhook cannot be called: {error}") from None
+        import httpx2  # noqa: PLC0415 - loaded with the client, in a thread
 
+        headers = {"Idempotency-Key": idempotency_key}
         try:
             async with asyncio.timeout(self._timeout):
-                request = client.build_request("POST", self._url, json=payload, headers={"Idempotency-Key": idempotency_key})
-                answer = await client.send(request, stream=True)
+                request = self._client.build_request("POST", self._url, json=payload, headers=headers, timeout=self._timeout)
+                answer = await self._client.send(request, stream=True)
                 await answer.aclose()  # its text, which may be of any length, is not wanted
         except (httpx2.TimeoutException, TimeoutError):
             raise CallTimeout(f"The webhook did not answer within {self._timeout:g} s.") from None
@@ -73,14 +72,6 @@ class Webhook:
         if status >= 500 or status in _LATER:
             raise RetryableError(message)
         raise PermanentError(message)
-
-    def _make_client(self) -> httpx2.AsyncClient:
-        # Loading the client and the system's certificates takes a quarter of a second, which no event loop should spend.
-        import httpx2  # noqa: PLC0415
-
-        for name in ("httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses and headers
-        return httpx2.AsyncClient(timeout=self._timeout, follow_redirects=False, headers={"User-Agent": "docmill"})
 
     async def aclose(self) -> None:
         """Close the connections that are kept open between calls."""

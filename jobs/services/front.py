@@ -18,7 +18,7 @@ from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
 from jobs.services.state import Pass, Pool, SharedBreaker, one
 from jobs.services.terms import Terms
 from models.calls import CallPurpose, Reply
-from models.errors import DocmillError, NotSent, PermanentError, RateLimitError, ServiceUnavailable, Turn
+from models.errors import DocmillError, NotSent, PermanentError, RateLimitError, RetryableError, ServiceUnavailable, Turn
 
 T = TypeVar("T")
 _RESENDS = 2  # of a call that was answered 429 with a pause that is short enough to wait for
@@ -60,7 +60,7 @@ class Service:
                     await faults.at("call_answered", _doc(purpose))
             except asyncio.CancelledError:
                 if entry.probes:
-                    self._spawn(self._breaker.give_up(entry.id, 0.0))
+                    self._spawn(self._give_up(entry, 0.0))
                 raise
             except NotSent as error:
                 await self._settle(self._withdraw(entry, error))
@@ -103,22 +103,22 @@ class Service:
                 entry = new_entry(purpose)
             elif asked.hindrance == "cost":
                 if entry.probes:
-                    await self._breaker.give_up(entry.id, 0.0)
+                    await self._settle(self._give_up(entry, 0.0))
                 raise limit_reached(asked.over, self.terms)
             elif asked.hindrance == "budget":
                 if entry.probes:
-                    await self._breaker.give_up(entry.id, asked.wait_seconds)
+                    await self._settle(self._give_up(entry, asked.wait_seconds))
                 words = f"The budget of {self.terms.service} is used up; there is room in {asked.wait_seconds:.0f} s."
                 raise self._waits(RateLimitError(words, asked.wait_seconds), None)
             else:
                 entry, told = await self._let_in(entry, told)
 
     async def _or_withdrawn(self, entry: Entry, step: Awaitable[T]) -> T:
-        """Take a step that comes before a call is sent. Cut off in it, the call was not sent, and must not count as one without an answer:
-        its intent may be written even where the answer to that has not come."""
+        """Take a step that comes before a call is sent. Cut off in it, or ended by a worker that stops while the database is away, the call
+        was not sent, and must not count as one without an answer: its intent may be written even where the answer to that has not come."""
         try:
             return await step
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, RetryableError):
             self._spawn(self._withdraw(entry, NotSent("The call was not made: whoever it was for did not wait for its time.")))
             raise
 
@@ -130,8 +130,12 @@ class Service:
         try:
             return await self._ask_breaker(entry, before)
         except asyncio.CancelledError:
-            self._spawn(self._breaker.give_up(entry.id, 0.0))
+            self._spawn(self._give_up(entry, 0.0))
             raise
+
+    async def _give_up(self, entry: Entry, seconds: float) -> None:
+        """Say that a probe is not sent: the next may be in so many seconds."""
+        await outlive("Giving up a probe", lambda: self._breaker.give_up(entry.id, seconds), until=self._stopping)
 
     async def _ask_breaker(self, entry: Entry, before: Pass | None) -> tuple[Entry, Pass]:
         """Return the call as let through, after a short wait perhaps, and what it was told, or raise ServiceUnavailable."""
@@ -155,7 +159,7 @@ class Service:
         """Enter that a call which was let through is not made, and give back what it was granted."""
         await self._ledger.withdraw(entry, error)
         if entry.probes:
-            await self._breaker.give_up(entry.id, 0.0)
+            await self._give_up(entry, 0.0)
 
     async def _record_success(self, entry: Entry, reply: Reply[Any]) -> None:
         await self._ledger.finish(entry, reply, None)

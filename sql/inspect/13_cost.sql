@@ -5,7 +5,7 @@ CROSS JOIN LATERAL (
     SELECT u.started_at::date AS day, count(*) AS calls, sum(u.tokens_in) AS tokens_in, sum(u.tokens_out) AS tokens_out, sum(u.pages) AS pages,
         sum(coalesce(u.cost, u.estimated_cost)) AS cost
     FROM provider_usage AS u
-    WHERE u.service = c.service AND u.started_at > current_date - 6
+    WHERE u.service = c.service AND u.started_at > current_date - 6 AND u.outcome <> 'not_sent'
     GROUP BY 1
 ) AS u
 ORDER BY u.day DESC, u.cost DESC;

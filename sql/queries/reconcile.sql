@@ -91,6 +91,19 @@ WHERE c.state = 'closed' AND coalesce(c.passes_from, '-infinity') <= now()
 -- name: bring_forward
 SELECT nullif(bring_forward(%(service)s, %(most)s, %(seconds)s), 0) AS brought;
 
+-- name: find_idle_budgets
+-- Those that could give out more now, although somebody was sent back until later than the next pass.
+SELECT p.service
+FROM provider_budgets AS p
+WHERE p.overflow_at > now() + make_interval(secs => %(seconds)s) AND is_idle(p)
+    AND EXISTS (
+        SELECT FROM circuit_breakers AS c
+        WHERE c.service = p.service AND c.state = 'closed' AND coalesce(c.passes_from, '-infinity') <= now()
+    );
+
+-- name: use_idle_budget
+SELECT nullif(use_idle_budget(%(service)s, %(most)s, %(seconds)s), 0) AS brought;
+
 -- name: find_dead_side_jobs
 -- Docmill's jobs that are no stages are judged by the registry: no live worker says that it runs them.
 SELECT j.id

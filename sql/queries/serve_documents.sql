@@ -86,7 +86,7 @@ FROM (
         round(sum(u.tokens_in * s.share)) AS tokens_in, round(sum(u.tokens_out * s.share)) AS tokens_out, sum(u.pages * s.share) AS pages,
         sum(coalesce(u.cost, u.estimated_cost) * s.share::numeric) AS cost
     FROM provider_usage AS u, unnest(u.doc_ids, u.shares) AS s (doc_id, share)
-    WHERE u.doc_ids @> ARRAY[%(doc_id)s::text] AND s.doc_id = %(doc_id)s
+    WHERE u.doc_ids @> ARRAY[%(doc_id)s::text] AND s.doc_id = %(doc_id)s AND u.outcome <> 'not_sent'
     GROUP BY u.kind
 ) AS c
 ORDER BY c.kind;

@@ -32,6 +32,7 @@ LEFT JOIN (
     SELECT date_trunc('day', u.started_at, 'UTC') AS day, count(*) AS calls, sum(coalesce(u.cost, u.estimated_cost)) AS cost
     FROM circuit_breakers AS s
     JOIN provider_usage AS u ON u.service = s.service AND u.started_at >= date_trunc('day', now(), 'UTC') - interval '13 days'
+        AND u.outcome <> 'not_sent'
     GROUP BY 1
 ) AS c ON c.day = d.day
 GROUP BY d.day
@@ -40,7 +41,7 @@ ORDER BY d.day;
 -- name: page_dearest_documents
 SELECT x.doc_id, f.file_name, count(*) AS calls, sum(coalesce(u.cost, u.estimated_cost) * x.share::numeric) AS cost
 FROM circuit_breakers AS s
-JOIN provider_usage AS u ON u.service = s.service AND u.started_at > now() - interval '1 day',
+JOIN provider_usage AS u ON u.service = s.service AND u.started_at > now() - interval '1 day' AND u.outcome <> 'not_sent',
     unnest(u.doc_ids, u.shares) AS x (doc_id, share)
 LEFT JOIN file_extractions AS f ON f.doc_id = x.doc_id
 GROUP BY x.doc_id, f.file_name

@@ -78,6 +78,7 @@ RETURNING u.id;
 -- name: look_at_breaker
 -- The breaker with the evidence of the last calls. Only asked after a failure, and where a call did not pass. Failures in a row are looked
 -- for among the last calls, further back than the window: of a service that hangs, each takes as long as that, and few lie in one window.
+-- What was not sent says nothing of the service. Times are compared with now(), which can be looked for in an index as clock_timestamp() cannot.
 SELECT c.state, c.reason, c.refused, c.revision, c.open_seconds, c.probe_by, c.opened_count,
     extract(epoch FROM clock_timestamp())::float8 AS now,
     extract(epoch FROM c.try_at)::float8 AS try_at,
@@ -88,10 +89,10 @@ FROM circuit_breakers AS c
 LEFT JOIN LATERAL (
     SELECT count(*) AS calls, count(*) FILTER (WHERE u.outcome IN ('failed', 'timeout', 'bad_answer')) AS failures
     FROM provider_usage AS u
-    WHERE u.service = c.service
-        AND u.finished_at > greatest(c.closed_at, clock_timestamp() - make_interval(secs => %(window_seconds)s))
-        AND u.started_at > clock_timestamp() - make_interval(secs => %(window_seconds)s + %(total_seconds)s)
-) AS e ON c.state = 'closed'
+    WHERE c.state = 'closed' AND u.service = c.service AND u.outcome <> 'not_sent'
+        AND u.finished_at > greatest(c.closed_at, now() - make_interval(secs => %(window_seconds)s))
+        AND u.started_at > now() - make_interval(secs => %(window_seconds)s + %(total_seconds)s)
+) AS e ON TRUE
 LEFT JOIN LATERAL (
     SELECT count(*) FILTER (WHERE l.failed AND l.finished_at > coalesce(l.last_good_at, 'epoch')) AS in_a_row
     FROM (
@@ -100,14 +101,16 @@ LEFT JOIN LATERAL (
         FROM (
             SELECT v.finished_at, v.outcome
             FROM provider_usage AS v
-            WHERE v.service = c.service AND v.finished_at > coalesce(c.closed_at, 'epoch') AND v.started_at > greatest(
-                c.closed_at - make_interval(secs => %(total_seconds)s),
-                clock_timestamp() - 10 * make_interval(secs => %(window_seconds)s + %(total_seconds)s)
-            )
+            WHERE c.state = 'closed' AND v.service = c.service AND v.outcome <> 'not_sent'
+                AND v.finished_at > coalesce(c.closed_at, 'epoch')
+                AND v.started_at > greatest(
+                    c.closed_at - make_interval(secs => %(total_seconds)s),
+                    now() - 10 * make_interval(secs => %(window_seconds)s + %(total_seconds)s)
+                )
             ORDER BY v.started_at DESC LIMIT greatest(200, 4 * %(failures)s)
         ) AS u
     ) AS l
-) AS r ON c.state = 'closed'
+) AS r ON TRUE
 WHERE c.service = %(service)s;
 
 -- name: change_breaker

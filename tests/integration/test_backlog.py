@@ -16,7 +16,7 @@ from tests.conftest import migrated_database
 
 FEW = 3 * WINDOW
 """Index entries that one statement may read: a reconciler's window and its probes, a tenth of the documents that there are."""
-BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events", "dead_letters")
+BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events", "dead_letters", "provider_usage")
 
 # A large batch, the first third of which has ended, another whose documents come last and have, and small ones that have; some are put off
 # for a service, forty are in work.
@@ -38,7 +38,8 @@ SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploa
     encode(sha256(convert_to(n::text, 'UTF8')), 'hex'), s.state::document_state,
     CASE s.state WHEN 'complete' THEN 'complete' WHEN 'retrying' THEN 'chunks_stored' ELSE 'uploaded' END::document_milestone, 1,
     CASE WHEN s.state = 'complete' THEN 1 END, CASE WHEN s.state = 'retrying' THEN now() + interval '1 day' END,
-    CASE WHEN s.state = 'retrying' THEN 'embedding https://one.test' END, CASE WHEN s.state = 'retrying' THEN n END,
+    CASE WHEN s.state = 'retrying' THEN CASE WHEN n % 20 = 9 THEN 'embedding https://one.test' ELSE 'embedding https://two.test' END END,
+    CASE WHEN s.state = 'retrying' AND n % 20 = 9 THEN n END,
     CASE WHEN s.state = 'working' THEN now() + (n % 2 - 0.5) * interval '1 hour' END, 1, CASE WHEN s.state = 'working' THEN n END,
     CASE WHEN s.state = 'duplicate' THEN 'doc ' || n - 1 END, CASE WHEN s.state = 'failed' THEN 'PERMANENT'::document_error_type END,
     CASE WHEN s.state = 'failed' THEN 'no' END, 'c', now(), CASE WHEN s.state IN ('complete', 'failed', 'duplicate') THEN now() END
@@ -72,6 +73,16 @@ INSERT INTO document_events (at, doc_id, version, batch_id, user_id, correlation
 SELECT now() - interval '30 minutes', d.doc_id, 1, d.batch_id, d.user_id, 'c', e, 1, '{}'
 FROM file_extractions AS d CROSS JOIN unnest(ARRAY['submitted', 'stage_completed']) AS e""",
     "INSERT INTO circuit_breakers (service) VALUES ('embedding https://one.test'), ('embedding https://two.test')",
+    """
+INSERT INTO provider_budgets (service, requests_per_minute, overflow_at)
+VALUES ('embedding https://two.test', 600, now() + interval '2 days')""",
+    """
+INSERT INTO provider_usage (
+    id, service, kind, doc_ids, batch_ids, user_ids, shares, request_id, outcome, cost, started_at, give_up_at, finished_at
+)
+SELECT md5(n::text)::uuid, CASE WHEN n % 2 = 0 THEN 'embedding https://one.test' ELSE 'embedding https://two.test' END, 'embedding',
+    ARRAY['doc ' || n], ARRAY['batch 0'], ARRAY['user 1'], ARRAY[1], 'request ' || n, 'ok', 1, t.at, t.at, t.at
+FROM generate_series(1, 40000) AS n CROSS JOIN LATERAL (SELECT now() - interval '1 hour' - n * interval '1 minute' AS at) AS t""",
     """
 INSERT INTO worker_registry (worker, host, pid, concurrency, version, active_jobs)
 SELECT 'host:' || n, 'host', n, 4, '1', ARRAY[n] FROM generate_series(1, 30) AS n""",
@@ -115,6 +126,17 @@ NEW: dict[str, Any] = {
 }  # fmt: skip
 ONE = {"doc_id": "doc 200", "user_id": "user 0", "content_sha256": "3" * 64, "file_type": "text", "mime_type": "text/plain"}
 
+CALL: dict[str, Any] = {
+    "id": "00000000-0000-0000-0000-000000000200", "service": "embedding https://two.test", "kind": "embedding", "model": "m",
+    "stage": "embed", "doc_ids": ["doc 200"], "batch_ids": ["batch 0"], "user_ids": ["user 1"], "shares": [1.0], "correlation_id": "c",
+    "worker": "w", "tokens": 9, "admitted": -1, "requests_per_minute": 600, "tokens_per_minute": 0, "patience": 5.0, "estimated_cost": 1,
+    "max_cost_per_document": 100, "max_cost_per_batch": 100_000, "total_seconds": 120.0, "recorded": True,
+}  # fmt: skip
+ANSWER: dict[str, Any] = {
+    "outcome": "ok", "http_status": 200, "request_id": "r", "error_type": None, "error_message": None, "tokens_in": 9, "tokens_out": 0,
+    "pages": None, "cost": 1, "seconds": 1.0, "difference": 0,
+}  # fmt: skip
+
 STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("fetch_job", {"queues": None, "worker_id": None, "after_user": "user 3", "others_first": True, "max_documents": 0}),
     ("fetch_job", {"queues": ["cpu"], "worker_id": None, "after_user": "", "others_first": False, "max_documents": 50}),
@@ -147,7 +169,16 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("requeue_lost_document", {"doc_id": "doc 13001", "max_requeues": 10}),
     ("find_orphaned_duplicates", {"after": 100, "window": WINDOW}),
     ("find_recovered_services", {"seconds": 5.0}),
+    ("look_at_breaker", {"service": "embedding https://one.test", "window_seconds": 60.0, "total_seconds": 120.0, "failures": 5}),
+    ("begin_call", CALL),
+    ("finish_call", {**CALL, **ANSWER}),
+    ("withdraw_call", {**CALL, "message": "no"}),
+    ("settle_pages", {"doc_id": "doc 200", "kind": "embedding", "request_id": "request 200", "pages": 1, "cost": 2}),
+    ("usage_services", {}),
+    ("prune_cost_totals", {"scope": "document", "after": "", "window": 1000}),
     ("bring_forward", {"service": "embedding https://one.test", "most": 50, "seconds": 5.0}),
+    ("find_idle_budgets", {"seconds": 5.0}),
+    ("use_idle_budget", {"service": "embedding https://two.test", "most": 50, "seconds": 5.0}),
     ("find_stragglers", {"most": MOST}),
     ("find_lost_archives", {"most": MOST}),
     ("find_replaced_documents", {"most": MOST}),
@@ -203,6 +234,17 @@ def test_no_statement_of_a_worker_reads_a_table_from_end_to_end(backlog: psycopg
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize(("limit", "brought"), [(600, 45), (0, 50)])
+def test_an_idle_budget_is_used_in_this_backlog(backlog: psycopg.Connection, limit: int, brought: int) -> None:
+    """As far as an even rate goes in five seconds; where the limit has been taken away, as many as the reconciler lets in at all."""
+    with backlog.transaction(force_rollback=True):
+        backlog.execute("UPDATE provider_budgets SET requests_per_minute = %s", [limit])
+        found = backlog.execute(query("find_idle_budgets"), {"seconds": 5.0}).fetchall()
+        assert found == [("embedding https://two.test",)]
+        used = backlog.execute(query("use_idle_budget"), {"service": found[0][0], "most": 50, "seconds": 5.0}).fetchone()
+        assert used == (brought,)
+
+
 def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) -> None:
     with backlog.transaction(force_rollback=True):
         assert len(backlog.execute(query("take_along"), TAKE).fetchall()) > 3
@@ -216,6 +258,7 @@ def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) 
         ("file_extractions_doc_id_key", "claim_document"),
         ("file_extractions_unfinished", "settle_batch"),
         ("file_extractions_waiting", "find_lost_documents"),
+        ("file_extractions_waiting_for_budget", "use_idle_budget"),
         ("procrastinate_jobs_queueing_lock_idx_v1", "find_lost_documents"),
     ],
 )

@@ -17,11 +17,12 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 from jobs.adapters.exchange.verdict import judge
 from jobs.breaker import Rules
 from jobs.database import make_pool
-from jobs.services import Prices, Service, Terms, front
+from jobs.services import Prices, Service, Terms, front, state
 from jobs.services.ledger import Ledger
 from jobs.services.state import SharedBreaker
 from models.calls import CallPurpose, CallShare, Reply
@@ -38,6 +39,7 @@ from models.errors import (
 )
 from models.errors import TimeoutError as CallTimeout
 from models.settings import Settings
+from sql import query
 from tests.running import REPOSITORY
 
 NAME = "embedding https://service.test/v1 key:0123456789ab"
@@ -271,6 +273,50 @@ async def test_a_probe_that_is_cut_off_before_it_is_sent_leaves_its_place_to_the
     assert (await service.call(ok, PURPOSE)).value == "fine"
 
 
+async def test_a_probe_that_the_budget_sends_back_leaves_its_place_also_where_it_is_cut_off_meanwhile(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await opened(make(requests_per_minute=1, rules=replace(QUICK, probe_seconds=600)))
+    await fails(service, answers(refusal(401)))
+    await asyncio.sleep(0.35)
+    there, give_up = asyncio.Event(), SharedBreaker.give_up
+
+    async def slowly(self: Any, *args: Any) -> None:
+        there.set()
+        await asyncio.sleep(0.2)
+        await give_up(self, *args)
+
+    monkeypatch.setattr(SharedBreaker, "give_up", slowly)
+    probe = asyncio.create_task(service.call(ok, PURPOSE))
+    await there.wait()
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("half_open",)]
+    probe.cancel()
+    with suppress(asyncio.CancelledError):
+        await probe
+    await service.aclose()
+    assert rows(conn, "SELECT state, probe_by FROM circuit_breakers") == [("open", None)]
+
+
+async def test_a_call_that_is_entered_by_a_connection_that_breaks_while_the_worker_stops_was_not_sent(
+    make: Make, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await opened(make(requests_per_minute=100, tokens_per_minute=100_000))
+    service._stopping = service._ledger._stopping = lambda: True
+    whole = state.one
+
+    async def breaks(pool: Any, name: str, params: dict[str, Any]) -> Any:
+        answer = await whole(pool, name, params)
+        if name == "begin_call":
+            raise psycopg.OperationalError("the connection is lost")
+        return answer
+
+    monkeypatch.setattr("jobs.services.ledger.one", breaks)
+    assert type(await fails(service, ok)) is RetryableError
+    await service.aclose()
+    assert rows(conn, "SELECT outcome, cost FROM provider_usage") == [("not_sent", 0)]
+    assert rows(conn, "SELECT requests_last_minute, tokens_last_minute FROM provider_budget_use") == [(0, 0)]
+
+
 @pytest.mark.parametrize(
     ("told", "tokens"), [(Reply("", tokens_in=300), 500), (Reply("", tokens_out=50), 850), (Reply("", 300, 50), 350), (Reply(""), 1000)]
 )
@@ -388,6 +434,41 @@ async def test_failures_outside_the_window_and_before_the_closing_do_not_count(m
     conn.execute("SELECT reset_breaker(%s)", [NAME])
     assert type(await fails(service)) is RetryableError
     assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+
+
+async def test_calls_that_were_not_sent_say_nothing_of_a_service_and_are_none_in_any_figure(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    withdrawn = answers(NotSent("Nobody may pay for it."))
+    for number in range(4):
+        await fails(service)
+        if number == 1:
+            await service.call(ok, PURPOSE)
+    for _ in range(60):
+        await fails(service, withdrawn)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("closed",)]
+    await fails(service)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
+    assert rows(conn, "SELECT calls, calls_ok FROM cost_by_document") == [(6, 1)]
+    assert rows(conn, "SELECT calls, calls_ok FROM cost_by_batch") == [(6, 1)]
+    assert rows(conn, "SELECT calls_last_hour, failed_last_hour FROM provider_health") == [(6, 5)]
+    with conn.cursor(row_factory=dict_row) as cursor:
+        for name in ("page_cost_of_document", "page_cost_by_day", "page_dearest_documents"):
+            counted = cursor.execute(query(name), {"doc_id": "a", "limit": 10}).fetchall()
+            assert sum(row["calls"] for row in counted) == 6, name
+
+
+async def test_failures_in_a_row_are_seen_behind_any_number_of_calls_that_were_not_sent(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    for _ in range(4):
+        await fails(service)
+        conn.execute(AGO, ["61 s", "61 s"])
+    conn.execute(
+        """INSERT INTO provider_usage (id, service, kind, outcome, give_up_at, finished_at)
+        SELECT gen_random_uuid(), %s, 'embedding', 'not_sent', now(), now() FROM generate_series(1, 300)""",
+        [NAME],
+    )
+    await fails(service)
+    assert rows(conn, "SELECT state FROM circuit_breakers") == [("open",)]
 
 
 async def test_a_refused_key_opens_it_at_once_with_one_alert_and_a_reset_closes_it(make: Make, conn: psycopg.Connection) -> None:

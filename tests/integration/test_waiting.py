@@ -111,6 +111,31 @@ async def test_who_waits_for_the_budget_waits_on_unless_an_operator_resets(outsi
     assert outside.state() == ("complete", "complete", 0)
 
 
+async def test_what_those_who_are_gone_leave_of_a_budget_is_for_those_behind_them(outside: Outside, endpoint: OpenAIServer) -> None:
+    outside.terms["requests_per_minute"] = 6
+    bench, made = outside.bench, runner(outside, endpoint, Rules())
+    for number in range(12):
+        bench.submit(f"d{number:02}")
+    await work(bench, made)
+    assert [row[:4] for row in waiting(bench)][-2:] == [("d10", "retrying", None, True), ("d11", "retrying", None, True)]
+    bench.conn.execute("UPDATE provider_budgets SET next_request_at = now() + interval '1 hour'")  # used up, whatever the machine has to do
+    assert "use_idle_budget" not in await reconciler(bench).pass_once()
+    for number in range(10):
+        bench.one("SELECT cancel_document(%s)", f"d{number:02}")
+    bench.conn.execute("UPDATE provider_budgets SET next_request_at = now()")  # as some seconds later
+    for count in (1, 2):
+        assert (await reconciler(bench).pass_once())["use_idle_budget"] == 1
+        assert "use_idle_budget" not in await reconciler(bench).pass_once()
+        await asyncio.sleep(PERIOD)
+        await work(bench, made)
+        assert bench.one("SELECT count(*) FROM file_extractions WHERE doc_id >= 'd10' AND state = 'complete'") == (count,)
+        bench.conn.execute("UPDATE provider_budgets SET next_request_at = now(), last_send_at = least(last_send_at, now())")
+    bench.submit("new")
+    assert "use_idle_budget" not in await reconciler(bench).pass_once()
+    told = "SELECT wait_seconds FROM take_budget(%s, 6, 0, 0, -1)"  # who cannot wait at all
+    assert bench.one(told, NAME)[0] < 12
+
+
 async def test_a_document_that_asks_again_keeps_its_place(outside: Outside, endpoint: OpenAIServer) -> None:
     bench, made = outside.bench, runner(outside, endpoint, Rules())
     endpoint.script(faults.always(faults.NAMED["401"]))

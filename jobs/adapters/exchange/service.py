@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import SecretStr
 
+from jobs.adapters.exchange.clients import Unusable, make_client
 from jobs.adapters.exchange.verdict import BRIEF_WAIT, clean, judge
 from models.calls import CallPurpose, Reply
 from models.errors import BadAnswer, ConfigurationError, DocmillError, FailedCall, RetryableError, ServiceUnavailable
@@ -27,7 +27,6 @@ T = TypeVar("T")
 _LARGEST_REFUSAL = 65_536
 _SHORTEST_KEY = 16
 _REQUEST_IDS = ("x-request-id", "request-id", "apim-request-id", "x-correlation-id")
-_IDLE_SECONDS = 4.0  # shorter than servers keep a connection, so that none is used that is just being closed
 
 
 class Direct:
@@ -66,7 +65,7 @@ class Answer:
 
 
 class Service:
-    """One base address. Proxies and a CA of one's own come from HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE, as everywhere."""
+    """One base address."""
 
     def __init__(self, name: str, base_url: str, key: SecretStr | None, timeouts: Timeouts | None = None) -> None:
         """`name` opens every message. A query in the address (Azure's api-version) goes with every request, and then the key does so
@@ -191,8 +190,8 @@ class Service:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             try:
-                made = await asyncio.to_thread(_make_client)
-            except _Unusable as error:
+                made = await make_client()
+            except Unusable as error:
                 told = f"{self._place()} cannot be called: {error}"
                 raise self._failed(ServiceUnavailable(told, BRIEF_WAIT), sent=False) from None
             self._clients.setdefault(loop, made)
@@ -210,10 +209,6 @@ _E = TypeVar("_E", bound=DocmillError)
 
 class _TooLarge(Exception):
     """A body is larger than allowed."""
-
-
-class _Unusable(Exception):
-    """The environment names a proxy or a certificate authority that cannot be used."""
 
 
 class _NotANumber(ValueError):
@@ -255,18 +250,3 @@ def _is_certificate(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _make_client() -> httpx2.AsyncClient:
-    # Loading the client and the system's certificates takes a quarter of a second, which no event loop should spend.
-    import httpx2  # noqa: PLC0415
-
-    for name in ("httpx2", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses and headers
-    # How many run at a time is decided by whoever calls: waiting for a connection would eat the exchange's own time.
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=_IDLE_SECONDS)
-    try:
-        return httpx2.AsyncClient(follow_redirects=False, headers={"User-Agent": "docmill"}, limits=limits)
-    except (httpx2.InvalidURL, ImportError, OSError, ValueError) as error:
-        # Its message may hold the proxy's password.
-        raise _Unusable(f"HTTPS_PROXY, HTTP_PROXY, ALL_PROXY or SSL_CERT_FILE cannot be used ({type(error).__name__}).") from None
