@@ -71,3 +71,5 @@ class Archive:
     """Whether that run has unpacked it whole, archives inside of it included: what is not in the run is no longer in the archive."""
     open: bool = False
     """Whether that run is still unpacking it, or an archive inside of it."""
+    cancelled: bool = False
+    """Whether that run was cancelled: documents of it that were taken up again since belong to no run."""

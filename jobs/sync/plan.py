@@ -219,4 +219,4 @@ def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document
     if document.entry is None and (document.batch_id != archive.batch_id or archive.content_sha256 != file.sha256):
         return False
     # The archive has lost it or, if it was a file of its own, has taken its place.
-    return archive.current and document.run_id not in {archive.run_id, None}
+    return archive.current and document.run_id != archive.run_id and not (document.run_id is None and archive.cancelled)

@@ -22,7 +22,7 @@ WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 SELECT a.entry_path, b.run_id, (array_agg(a.content_sha256 ORDER BY a.id DESC))[1] AS content_sha256, bool_or(a.run_id = b.run_id) AS in_run,
     b.sealed_at IS NOT NULL AND bool_or(a.run_id = b.run_id AND a.state = 'unpacked') AS finished,
     bool_or(a.run_id = b.run_id AND a.state <> 'unpacked') AS unfinished,
-    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open
+    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open, b.status = 'cancelled' AS cancelled
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.batch_id = %(batch_id)s AND b.user_id = %(user_id)s
