@@ -1,7 +1,8 @@
--- Where a sync meets archives.
+-- Where a sync meets archives, and a search meets a version that is not served yet.
 --
 -- A sync leaves alone what was cancelled and brings back what was deleted by hand, but of what lies in archives it did neither: each run
 -- unpacks all archives anew, which took up cancelled entries, and an entry that had been deleted stayed away until something else made a run.
+-- And a filter by type went by what a new version had been found to be, so that it missed the old one that searches still see.
 
 ALTER TABLE batch_archives ADD COLUMN keeps_cancelled boolean NOT NULL DEFAULT FALSE;
 COMMENT ON COLUMN batch_archives.keeps_cancelled IS 'Whether its entries that are cancelled stay so while their content is the same, as in a sync.';
@@ -61,5 +62,39 @@ CREATE FUNCTION run_lacks_deleted(batch processing_jobs) RETURNS boolean LANGUAG
 $$;
 COMMENT ON FUNCTION run_lacks_deleted IS
     'Whether the current run of a batch, unpacked as far as can be, has fewer documents than it was given because some were deleted since.';
+
+ALTER TABLE file_extractions ADD COLUMN served_file_type text;
+COMMENT ON COLUMN file_extractions.served_file_type IS
+    'Type of the version that searches see, while a newer one is known to be of another type, or has failed as such; else null, and file_type holds.';
+
+CREATE FUNCTION keep_served_type() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.served_file_type := CASE
+        WHEN NEW.served_version = OLD.served_version THEN nullif(coalesce(OLD.served_file_type, OLD.file_type), NEW.file_type)
+    END;
+    RETURN NEW;
+END;
+$$;
+COMMENT ON FUNCTION keep_served_type IS 'Keeps by what type searches find the version that is served, until another one is.';
+CREATE TRIGGER file_extractions_served_type BEFORE UPDATE ON file_extractions
+    FOR EACH ROW WHEN (
+        OLD.served_version IS NOT NULL AND (NEW.file_type IS DISTINCT FROM OLD.file_type OR OLD.served_file_type IS NOT NULL)
+    )
+    EXECUTE FUNCTION keep_served_type();
+
+-- Said twice, because what it compares a column with is what the planner can count on.
+CREATE OR REPLACE FUNCTION search_filter(user_id text, batch_id text, file_type text, metadata jsonb) RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN concat(
+    'true',
+    ' AND c.user_id = ' || quote_literal(confined_to()),
+    ' AND c.user_id = ' || quote_literal(user_id),
+    ' AND c.doc_id IN (SELECT d.doc_id FROM file_extractions AS d WHERE true' || nullif(concat(
+        ' AND d.batch_id = ' || quote_literal(batch_id),
+        ' AND (d.file_type = ' || quote_literal(file_type) || ' AND d.served_file_type IS NULL OR d.served_file_type = '
+            || quote_literal(file_type) || ')',
+        ' AND d.metadata @> ' || quote_literal(metadata) || '::jsonb'
+    ), '') || ')'
+);
 
 CALL pin_search_path();
