@@ -319,6 +319,27 @@ async def test_what_is_there_but_not_listed_any_more_stays(front: Bench, folder:
     assert len(names(front, folder)) == 3
 
 
+async def test_a_name_whose_case_alone_has_changed_is_a_move_also_where_both_are_found(
+    front: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await synced(front, folder)
+    (folder / "a.txt").rename(folder / "A.txt")
+    (folder / "sub").rename(folder / "Sub")
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:  # as on a share: this host has no file system that takes both cases for the same
+        place = folder
+        for part in path.relative_to(folder).parts if path.is_relative_to(folder) else ():
+            place = next((entry for entry in place.iterdir() if entry.name.lower() == part.lower()), place / part)
+        return real(place if path.is_relative_to(folder) else path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    result = await synced(front, folder)
+    assert (shown(result)[2], result.kept) == ([("a.txt", "A.txt"), ("sub/c.txt", "Sub/c.txt")], [])
+    assert await reconcile(front) == {"replaced": 2, "renewed": 1}
+    assert names(front, folder) == dict.fromkeys(("A.txt", "Sub/c.txt", "b.txt"), "complete")
+
+
 async def test_a_file_that_comes_back_right_before_its_deletion_stays(front: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await synced(front, folder)
     (folder / "a.txt").unlink()
