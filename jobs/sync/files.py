@@ -27,6 +27,8 @@ class Stored:
     """When it was first submitted, in seconds since the epoch by the database's clock."""
     duplicate_of: str | None = None
     replaced_by: str | None = None
+    successor: State | None = None
+    """State of the document that takes its place, while that has the same content."""
     elsewhere: bool = False
     """Whether it belongs to the batch of a folder around this one, or inside it."""
     entry: str | None = None

@@ -178,6 +178,7 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
         created_at=row["created_at"],
         duplicate_of=row["duplicate_of"],
         replaced_by=row["replaced_by"],
+        successor=State(row["successor_state"]) if row["successor_state"] else None,
         entry=entry,
     )
 

@@ -576,6 +576,23 @@ async def test_documents_of_a_folder_around_that_are_deleted_leave_its_batch_as_
     assert front.all("SELECT status FROM processing_jobs WHERE source_path = %s", str(folder)) == [("completed",)]
 
 
+async def test_what_was_moved_out_to_a_folder_around_answers_until_its_document_there_is_complete(front: Bench, folder: Path) -> None:
+    put(folder / "sub" / "d.txt", "another")
+    await synced(front, folder)
+    await synced(front, folder / "sub")
+    (folder / "sub" / "c.txt").rename(folder / "out.txt")
+    assert shown(await sync(front, folder))[2] == [("sub/c.txt", "out.txt")]
+    inner = await sync(front, folder / "sub")
+    assert (inner.plan.waiting, inner.deleted) == (["c.txt"], [])
+    front.conn.execute(
+        "UPDATE file_extractions SET state = 'failed', error_type = 'PERMANENT', error_message = 'odd' WHERE file_name = 'out.txt'"
+    )
+    inner = await sync(front, folder / "sub")
+    assert ([kept.name for kept in inner.kept], inner.deleted) == (["c.txt"], [])
+    front.conn.execute("SELECT delete_document(doc_id) FROM file_extractions WHERE file_name = 'out.txt'")
+    assert shown(await sync(front, folder / "sub"))[3] == ["c.txt"]
+
+
 def test_application_code_syncs_with_and_without_an_event_loop(folder: Path, settings: Settings, conn: psycopg.Connection) -> None:
     from jobs import sync_folder, sync_folder_async
 
