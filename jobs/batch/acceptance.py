@@ -68,7 +68,7 @@ class Acceptance:
     def is_unchanged(self, path: str, sha256: str | None) -> bool:
         """Say whether an entry's document is known with this content and needs no work."""
         content, state = self._known.get(self._archive.doc_id(path), (None, ""))
-        return content is not None and content == sha256 and state != State.CANCELLED
+        return content is not None and content == sha256 and (state != State.CANCELLED or self._archive.keeps_cancelled)
 
     async def add_archive(self, path: str, stored: StoredUpload) -> None:
         """Take an archive inside of the archive into the run. Raises Superseded, BatchHeld."""
@@ -77,7 +77,7 @@ class Acceptance:
             "batch_id": archive.batch_id, "run_id": archive.run_id, "user_id": archive.user_id,
             "entry_path": f"{archive.entry_path}{path}/", "source_prefix": f"{archive.source_prefix}{path}/",
             "file_path": stored.file_path, "content_sha256": stored.sha256, "priority": archive.priority, "parent_id": archive.id,
-            "lock_timeout_ms": LOCK_MS,
+            "lock_timeout_ms": LOCK_MS, "keeps_cancelled": archive.keeps_cancelled,
         }  # fmt: skip
         try:
             async with self._pool.connection() as conn:

@@ -33,6 +33,8 @@ class Archive:
     content_sha256: str | None
     depth: int
     priority: int
+    keeps_cancelled: bool
+    """Whether entries that are cancelled stay so while their content is the same."""
     retry_count: int
     waited_seconds: float
     """For how long it has waited for the storage, which counts as no attempt."""

@@ -174,7 +174,7 @@ class FolderRun:
         """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""
         if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents):
             return False
-        if self._looked.resume and not batch["whole"]:
+        if batch["lacks_deleted"] or (self._looked.resume and not batch["whole"]):
             return False
         return all(document["run_id"] == batch["run_id"] for document in documents)
 
@@ -231,6 +231,7 @@ class FolderRun:
                 "batch_id": whole.batch_id, "run_id": self.made.run_id, "user_id": whole.user_id, "entry_path": f"{name}/",
                 "source_prefix": f"{entry.source_path}/", "file_path": stored.file_path, "content_sha256": stored.sha256,
                 "priority": whole.priority, "parent_id": None, "lock_timeout_ms": self._lock_timeout_ms,
+                "keeps_cancelled": not self._looked.resume,
             }  # fmt: skip
             try:
                 yield Ask("add_archive", params)

@@ -27,6 +27,8 @@ class Stored:
     """When it was first submitted, in seconds since the epoch by the database's clock."""
     duplicate_of: str | None = None
     replaced_by: str | None = None
+    successor: State | None = None
+    """State of the document that takes its place, while that has the same content."""
     elsewhere: bool = False
     """Whether it belongs to the batch of a folder around this one, or inside it."""
     entry: str | None = None
@@ -71,3 +73,5 @@ class Archive:
     """Whether that run has unpacked it whole, archives inside of it included: what is not in the run is no longer in the archive."""
     open: bool = False
     """Whether that run is still unpacking it, or an archive inside of it."""
+    cancelled: bool = False
+    """Whether that run was cancelled: documents of it that were taken up again since belong to no run."""

@@ -155,10 +155,27 @@ def why_not_gone(
     except OSError as error:
         return f"nobody can say whether it is gone: {error.strerror}"
     else:
-        if not stat.S_ISDIR(found.st_mode):
+        other = _other_spelling(root, name)
+        if other is None and not stat.S_ISDIR(found.st_mode):
             return "it is there, but hidden, a link that leads elsewhere, or new since the folder was listed"
-        above = path.parent  # a folder lies where the file was
+        above = other or path.parent  # a folder lies where the file was
     return _why_not_lost(root, above, since, trusted=trusted)
+
+
+def _other_spelling(root: Path, name: str) -> Path | None:
+    """Return the folder in which a path that is found is listed by another name; None: it is listed as it is, or nobody can say.
+
+    File systems that take `a` and `A` for the same, as those of many shares do, find a file by the name that it had before, too.
+    """
+    place = root
+    for part in name.split("/"):
+        try:
+            if part not in os.listdir(place):  # noqa: PTH208 - the names alone
+                return place
+        except OSError:
+            return None
+        place /= part
+    return None
 
 
 def _lies_in(folder: Path, root: Path, own: Iterable[Path]) -> bool:

@@ -178,6 +178,7 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
         created_at=row["created_at"],
         duplicate_of=row["duplicate_of"],
         replaced_by=row["replaced_by"],
+        successor=State(row["successor_state"]) if row["successor_state"] else None,
         entry=entry,
     )
 
@@ -195,7 +196,7 @@ def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> 
         current = row["finished"] and not any(part["unfinished"] for part in inside)
         name = listed.get(shown) or unescaped(shown)
         is_open = any(part["open"] for part in inside)
-        made[name] = Archive(batch_id, name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, is_open)
+        made[name] = Archive(batch_id, name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, is_open, row["cancelled"])
     return made
 
 

@@ -175,8 +175,24 @@ def make_plan(
         elif document.name in unsettled or document.file_size in written or (zip_is_written and document.entry is not None):
             plan.waiting.append(document.shown)
         else:
-            _place_missing(plan, document, holders.successor(document, archives.get(document.name), entry_id))
+            successor = holders.successor(document, archives.get(document.name), entry_id)
+            if successor is None and document.replaced_by not in by_id and _is_served_until_replaced(document):
+                _place_moved_out(plan, document)
+            else:
+                _place_missing(plan, document, successor)
     return plan
+
+
+def _is_served_until_replaced(document: Stored) -> bool:
+    return document.served and document.successor not in {None, State.COMPLETE, State.DUPLICATE, State.CANCELLED}
+
+
+def _place_moved_out(plan: Plan, document: Stored) -> None:
+    """A missing document that the sync of a folder around this one has found elsewhere: it answers searches until it is complete there."""
+    if document.successor is State.FAILED:
+        plan.kept.append(Kept(document.shown, "it was moved out of the folder, and the document in its new place has failed"))
+    else:
+        plan.waiting.append(document.shown)
 
 
 def _place_file(plan: Plan, file: Found, document: Stored | None, archive: Archive | None) -> None:
@@ -219,4 +235,4 @@ def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document
     if document.entry is None and (document.batch_id != archive.batch_id or archive.content_sha256 != file.sha256):
         return False
     # The archive has lost it or, if it was a file of its own, has taken its place.
-    return archive.current and document.run_id not in {archive.run_id, None}
+    return archive.current and document.run_id != archive.run_id and not (document.run_id is None and archive.cancelled)

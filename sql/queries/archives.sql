@@ -23,7 +23,7 @@ CROSS JOIN LATERAL submit_zip(
 -- name: add_archive
 SELECT add_archive(
     %(batch_id)s, %(run_id)s, %(user_id)s, %(entry_path)s, %(source_prefix)s, %(file_path)s, %(content_sha256)s, %(priority)s,
-    %(parent_id)s, %(lock_timeout_ms)s
+    %(parent_id)s, %(lock_timeout_ms)s, %(keeps_cancelled)s
 ) AS archive_id;
 
 -- name: begin_unpacking
@@ -31,7 +31,7 @@ SELECT begin_unpacking(%(archive_id)s, %(max_attempts)s) AS outcome;
 
 -- name: look_at_archive
 SELECT a.id, a.batch_id, a.run_id, a.user_id, a.entry_path, a.source_prefix, a.file_path, a.content_sha256, a.depth, a.priority,
-    a.retry_count, coalesce(extract(epoch FROM now() - a.waiting_since)::float8, 0) AS waited_seconds, b.source_path, b.correlation_id
+    a.keeps_cancelled, a.retry_count, coalesce(extract(epoch FROM now() - a.waiting_since)::float8, 0) AS waited_seconds, b.source_path, b.correlation_id
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.id = %(archive_id)s;

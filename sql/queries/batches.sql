@@ -7,7 +7,7 @@ WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 
 -- name: look_at_batch
 SELECT b.user_id, b.run_id, b.sealed_at IS NOT NULL AS sealed, b.direct_files, b.content_sha256, b.status,
-    run_is_whole(b) AS whole
+    run_is_whole(b) AS whole, run_lacks_deleted(b) AS lacks_deleted
 FROM processing_jobs AS b
 WHERE b.batch_id = %(batch_id)s;
 

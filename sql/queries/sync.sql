@@ -2,8 +2,12 @@
 
 -- name: find_stored_files
 -- Documents that came in with a folder: this one, one around it or one inside it. `below`: the folder's path with a slash at its end.
+-- `successor_state`: of the document that takes its place, while that has the same content.
 SELECT d.doc_id, d.batch_id, d.run_id, d.source_path, d.content_sha256, d.file_size, d.version, d.state, d.duplicate_of, d.replaced_by,
-    d.served_version IS NOT NULL AS served, extract(epoch FROM d.created_at)::float8 AS created_at, b.source_path AS folder
+    d.served_version IS NOT NULL AS served, extract(epoch FROM d.created_at)::float8 AS created_at, b.source_path AS folder, (
+        SELECT s.state FROM file_extractions AS s
+        WHERE d.replaced_by IS NOT NULL AND s.doc_id = d.replaced_by AND s.content_sha256 = d.content_sha256
+    ) AS successor_state
 FROM processing_jobs AS b
 JOIN file_extractions AS d ON d.batch_id = b.batch_id AND d.user_id = b.user_id
 WHERE b.user_id = %(user_id)s AND starts_with(d.source_path, %(below)s) AND (
@@ -12,7 +16,8 @@ WHERE b.user_id = %(user_id)s AND starts_with(d.source_path, %(below)s) AND (
 
 -- name: find_files_by_id
 SELECT d.doc_id, d.batch_id, d.run_id, d.source_path, d.content_sha256, d.file_size, d.version, d.state, d.duplicate_of, d.replaced_by,
-    d.served_version IS NOT NULL AS served, extract(epoch FROM d.created_at)::float8 AS created_at, NULL AS folder
+    d.served_version IS NOT NULL AS served, extract(epoch FROM d.created_at)::float8 AS created_at, NULL AS folder,
+    NULL AS successor_state
 FROM file_extractions AS d
 WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 
@@ -22,7 +27,7 @@ WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 SELECT a.entry_path, b.run_id, (array_agg(a.content_sha256 ORDER BY a.id DESC))[1] AS content_sha256, bool_or(a.run_id = b.run_id) AS in_run,
     b.sealed_at IS NOT NULL AND bool_or(a.run_id = b.run_id AND a.state = 'unpacked') AS finished,
     bool_or(a.run_id = b.run_id AND a.state <> 'unpacked') AS unfinished,
-    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open
+    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open, b.status = 'cancelled' AS cancelled
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.batch_id = %(batch_id)s AND b.user_id = %(user_id)s

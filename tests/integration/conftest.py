@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -18,6 +19,7 @@ from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.sandbox_child import Limits
 from jobs.adapters.storage import LocalStorage
 from jobs.database import make_pool
+from jobs.front import close_async
 from jobs.leases import LeaseKeeper
 from jobs.pipeline.claiming import Job
 from jobs.pipeline.claims import Connection
@@ -150,6 +152,25 @@ async def bench(settings: Settings, database: str, conn: psycopg.Connection) -> 
     finally:
         leases.close()
         await pool.close()
+
+
+@pytest.fixture
+async def front(bench: Bench) -> AsyncIterator[Bench]:
+    """A bench beside which the front door is used."""
+    yield bench
+    await close_async()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of three small files, as it was an hour ago."""
+    from tests.integration.syncing import put
+
+    made = tmp_path / "documents"
+    (made / "sub").mkdir(parents=True)
+    for name in ("a.txt", "b.txt", "sub/c.txt"):
+        put(made / name, f"text of {name}")
+    return made
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import time
 import zipfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,82 +14,28 @@ import pytest
 
 from jobs.adapters.folders import list_folder
 from jobs.adapters.storage.sources import read_blocks
-from jobs.arguments import path_doc_id
 from jobs.batch import submit_folder
 from jobs.front import close_async
-from jobs.reconcile import Reconciler
 from jobs.sync.folder import FolderSync
 from jobs.sync.looking import Look, digest_files, look_at_folder
 from jobs.sync.memory import folder_lock
-from jobs.sync.result import SyncOptions, SyncResult
+from jobs.sync.result import SyncOptions
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from tests.integration.conftest import Bench
+from tests.integration.syncing import doc_id, names, put, reconcile, shown, sync, synced, work
 
 TABLES = ("processing_jobs", "file_extractions", "document_events", "procrastinate_jobs", "folder_files", "document_chunks")
-OLD = time.time() - 3600
 
 
-@pytest.fixture
-async def front(bench: Bench) -> AsyncIterator[Bench]:
-    yield bench
-    await close_async()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "documents"
-    (made / "sub").mkdir(parents=True)
-    for name in ("a.txt", "b.txt", "sub/c.txt"):
-        put(made / name, f"text of {name}")
-    return made
-
-
-def put(path: Path, text: str) -> None:
-    path.write_text(text)
-    os.utime(path, (OLD, OLD))
-
-
-async def sync(bench: Bench, folder: Path, **options: Any) -> SyncResult:
-    return await FolderSync(bench.settings, folder, SyncOptions(**options)).run()
-
-
-async def synced(bench: Bench, folder: Path, **options: Any) -> SyncResult:
-    """Sync and let the documents be worked on to the end."""
-    result = await sync(bench, folder, **options)
-    await work(bench)
-    return result
-
-
-async def work(bench: Bench) -> None:
-    sizes = bench.all("SELECT doc_id, file_size FROM file_extractions")
-    await bench.drain()
-    for document, size in sizes:  # which the plain stages invent
-        bench.conn.execute("UPDATE file_extractions SET file_size = %s WHERE doc_id = %s", [size, document])
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered of what files look like, so that it does not matter how long ago a test has made them."""
+    monkeypatch.setattr("jobs.sync.looking.RACY_NS", 10**15)
 
 
 def written(conn: psycopg.Connection) -> dict[str, list[Any]]:
     return {t: conn.execute(f"SELECT t.xmin::text, t.ctid::text, t.* FROM {t} AS t ORDER BY 1, 2").fetchall() for t in TABLES}
-
-
-def names(bench: Bench, folder: Path) -> dict[str, str]:
-    """State by path inside the folder."""
-    found = bench.all("SELECT source_path, state::text FROM file_extractions ORDER BY 1")
-    return {str(Path(path).relative_to(folder)): state for path, state in found}
-
-
-def doc_id(path: Path) -> str:
-    return path_doc_id("default", path)
-
-
-def shown(result: SyncResult) -> tuple[list[str], list[str], list[tuple[str, str]], list[str]]:
-    """New and changed files, moves, deletions."""
-    moves = [(move.old.name, move.name) for move in result.moved]
-    return result.plan.new, result.plan.changed, moves, [document.shown for document in result.deleted]
-
-
-async def reconcile(bench: Bench) -> dict[str, int]:
-    return await Reconciler(bench.settings, bench.pool).pass_once()
 
 
 async def test_new_changed_moved_and_vanished_files_are_all_done_and_then_nothing_is_written(front: Bench, folder: Path) -> None:
@@ -232,7 +176,6 @@ async def test_a_file_is_read_again_only_if_it_looks_different_or_was_changed_ju
         return digest_files(root, looks, limit)
 
     monkeypatch.setattr("jobs.sync.folder.digest_files", note)
-    monkeypatch.setattr("jobs.sync.looking.RACY_NS", 10**12)
     await synced(front, folder)
     await sync(front, folder)
     assert (sorted(read), front.one("SELECT count(*) FROM folder_files")) == (["a.txt", "b.txt", "sub/c.txt"], (0,))
@@ -374,6 +317,27 @@ async def test_what_is_there_but_not_listed_any_more_stays(front: Bench, folder:
     result = await sync(front, folder)
     assert [kept.reason for kept in result.kept if kept.name == "sub/c.txt"] == [f"{folder / 'sub'} has become a link"]
     assert len(names(front, folder)) == 3
+
+
+async def test_a_name_whose_case_alone_has_changed_is_a_move_also_where_both_are_found(
+    front: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await synced(front, folder)
+    (folder / "a.txt").rename(folder / "A.txt")
+    (folder / "sub").rename(folder / "Sub")
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:  # as on a share: this host has no file system that takes both cases for the same
+        place = folder
+        for part in path.relative_to(folder).parts if path.is_relative_to(folder) else ():
+            place = next((entry for entry in place.iterdir() if entry.name.lower() == part.lower()), place / part)
+        return real(place if path.is_relative_to(folder) else path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    result = await synced(front, folder)
+    assert (shown(result)[2], result.kept) == ([("a.txt", "A.txt"), ("sub/c.txt", "Sub/c.txt")], [])
+    assert await reconcile(front) == {"replaced": 2, "renewed": 1}
+    assert names(front, folder) == dict.fromkeys(("A.txt", "Sub/c.txt", "b.txt"), "complete")
 
 
 async def test_a_file_that_comes_back_right_before_its_deletion_stays(front: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,6 +574,23 @@ async def test_documents_of_a_folder_around_that_are_deleted_leave_its_batch_as_
     put(folder / "sub" / "d.txt", "another")
     assert shown(await synced(front, folder / "sub"))[3] == ["c.txt"]
     assert front.all("SELECT status FROM processing_jobs WHERE source_path = %s", str(folder)) == [("completed",)]
+
+
+async def test_what_was_moved_out_to_a_folder_around_answers_until_its_document_there_is_complete(front: Bench, folder: Path) -> None:
+    put(folder / "sub" / "d.txt", "another")
+    await synced(front, folder)
+    await synced(front, folder / "sub")
+    (folder / "sub" / "c.txt").rename(folder / "out.txt")
+    assert shown(await sync(front, folder))[2] == [("sub/c.txt", "out.txt")]
+    inner = await sync(front, folder / "sub")
+    assert (inner.plan.waiting, inner.deleted) == (["c.txt"], [])
+    front.conn.execute(
+        "UPDATE file_extractions SET state = 'failed', error_type = 'PERMANENT', error_message = 'odd' WHERE file_name = 'out.txt'"
+    )
+    inner = await sync(front, folder / "sub")
+    assert ([kept.name for kept in inner.kept], inner.deleted) == (["c.txt"], [])
+    front.conn.execute("SELECT delete_document(doc_id) FROM file_extractions WHERE file_name = 'out.txt'")
+    assert shown(await sync(front, folder / "sub"))[3] == ["c.txt"]
 
 
 def test_application_code_syncs_with_and_without_an_event_loop(folder: Path, settings: Settings, conn: psycopg.Connection) -> None:

@@ -1,0 +1,61 @@
+"""Folder sync and what lies in archives: cancelled, deleted and taken up again like any file of the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Bench
+from tests.integration.syncing import doc_id, names, put, put_zip, shown, sync, unpack, work
+
+ENTRY = "z.zip/in/one.txt"
+
+
+@pytest.fixture
+async def unpacked(front: Bench, folder: Path) -> Bench:
+    """A bench with documents of the folder and of an archive in it, which wait for their work."""
+    put_zip(folder / "z.zip", "one", "two")
+    await sync(front, folder)
+    await unpack(front)
+    return front
+
+
+async def test_an_entry_that_was_cancelled_stays_so_in_every_run_until_its_content_changes(unpacked: Bench, folder: Path) -> None:
+    unpacked.conn.execute("SELECT cancel_document(doc_id) FROM file_extractions WHERE file_name = 'one.txt'")
+    await work(unpacked)
+    put(folder / "new.txt", "new")  # a new run, which unpacks the archive once more
+    await sync(unpacked, folder)
+    await unpack(unpacked)
+    assert names(unpacked, folder)[ENTRY] == "cancelled"
+    assert unpacked.one("SELECT count(DISTINCT run_id) FROM file_extractions") == (1,)
+    put_zip(folder / "z.zip", "two", one="changed")
+    await sync(unpacked, folder)
+    await unpack(unpacked)
+    assert names(unpacked, folder)[ENTRY] == "queued"
+
+
+async def test_an_entry_that_was_deleted_by_hand_comes_back_with_the_next_sync_and_costs_one_run(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    unpacked.conn.execute("SELECT delete_document(doc_id) FROM file_extractions WHERE file_name = 'one.txt'")
+    assert (await sync(unpacked, folder)).did_something()
+    await unpack(unpacked)
+    await work(unpacked)
+    assert names(unpacked, folder)[ENTRY] == "complete"
+    unpacked.conn.execute("UPDATE batch_archives SET entry_count = entry_count + 1")  # as if one could never become a document
+    assert not (await sync(unpacked, folder)).did_something()
+
+
+async def test_an_entry_that_was_taken_up_after_its_run_was_cancelled_goes_with_its_archive(unpacked: Bench, folder: Path) -> None:
+    unpacked.conn.execute("SELECT cancel_batch(%s)", [doc_id(folder)])
+    unpacked.conn.execute(
+        "SELECT submit_document(file_path, doc_id => doc_id, content_sha256 => content_sha256) FROM file_extractions WHERE file_name = %s",
+        ["one.txt"],
+    )
+    await work(unpacked)
+    assert unpacked.one("SELECT state, run_id FROM file_extractions WHERE file_name = 'one.txt'") == ("complete", None)
+    assert shown(await sync(unpacked, folder))[3] == [], "of a run that is cancelled it is not known that it has lost anything"
+    put_zip(folder / "z.zip", "two", "three")
+    await sync(unpacked, folder)
+    await unpack(unpacked)
+    assert shown(await sync(unpacked, folder))[3] == [ENTRY]
