@@ -1,7 +1,8 @@
--- How many files of a batch failed, were cancelled or are unfinished is said in one place, the view batch_status. A batch's files are its documents
--- and those of its archives that are not unpacked: one that could not be unpacked has failed, one that waits is unfinished. An archive that has
--- been unpacked is its entries. What counted documents alone goes on doing so; the new columns named files... count files. The view
--- batch_progress, the verdict on a run, its summary and batch_statistics take their counts from there; run_files says the same of each file.
+-- How many files of a batch failed, were cancelled or are unfinished is said in one place, the view batch_status. A batch's files are its
+-- documents and those of its archives that are not unpacked: one that could not be unpacked has failed, one that waits is unfinished. An
+-- archive that has been unpacked is its entries. What counted documents alone goes on doing so; the new columns named files... count files.
+-- The view batch_progress, the verdict on a run, its summary and batch_statistics take their counts from there; run_files says the same of
+-- each file.
 
 CREATE OR REPLACE VIEW batch_status WITH (security_invoker = true) AS
 SELECT
@@ -10,17 +11,20 @@ SELECT
     greatest(d.last_progress_at, z.last_progress_at) AS last_progress_at,
     z.archives, z.archives_open, z.archives_failed, z.archive_files, z.unpacked_files, z.archives_cancelled,
     d.queued, d.working, d.retrying, d.complete, d.duplicate, d.failed AS documents_failed, d.cancelled AS documents_cancelled,
-    s.documents, s.documents + z.archives_open + z.archives_failed + z.archives_cancelled AS files, s.succeeded AS files_succeeded, s.failed AS files_failed,
-    s.cancelled AS files_cancelled, s.unfinished AS files_unfinished,
+    s.documents, s.documents + z.archives_open + z.archives_failed + z.archives_cancelled AS files, s.succeeded AS files_succeeded,
+    s.failed AS files_failed, s.cancelled AS files_cancelled, s.unfinished AS files_unfinished,
     s.documents + z.archives_open + z.archives_failed + z.archives_cancelled + z.still_packed AS files_expected,
     d.ended_recently, b.run_started_at AS started_at, b.error_message
 FROM processing_jobs AS b
 CROSS JOIN LATERAL (
+    -- The inner SELECT is worked out once, not once for each document.
     SELECT count(*) FILTER (WHERE f.state = 'queued') AS queued, count(*) FILTER (WHERE f.state = 'working') AS working,
         count(*) FILTER (WHERE f.state = 'retrying') AS retrying, count(*) FILTER (WHERE f.state = 'complete') AS complete,
         count(*) FILTER (WHERE f.state = 'duplicate') AS duplicate, count(*) FILTER (WHERE f.state = 'failed') AS failed,
         count(*) FILTER (WHERE f.state = 'cancelled') AS cancelled, count(*) FILTER (WHERE f.status = 'pending') AS pending,
-        count(*) FILTER (WHERE f.processing_completed_at > greatest(now() - interval '5 minutes', b.run_started_at)) AS ended_recently,
+        count(*) FILTER (
+            WHERE f.processing_completed_at > greatest((SELECT now() - interval '5 minutes'), b.run_started_at)
+        ) AS ended_recently,
         max(f.updated_at) AS last_progress_at
     FROM file_extractions AS f
     WHERE f.batch_id = b.batch_id AND f.run_id = b.run_id
@@ -90,7 +94,8 @@ SELECT
 FROM batch_status AS b
 CROSS JOIN LATERAL (
     SELECT b.files - b.files_unfinished AS ended,
-        b.files - b.files_unfinished < b.files_expected AND b.ended_recently > 0 AND (b.completed_at IS NULL OR b.files_unfinished > 0) AS goes_on,
+        b.files - b.files_unfinished < b.files_expected AND b.ended_recently > 0
+            AND (b.completed_at IS NULL OR b.files_unfinished > 0) AS goes_on,
         b.ended_recently / greatest(1, least(300, extract(epoch FROM now() - b.started_at)))::double precision AS rate
 ) AS t;
 COMMENT ON VIEW batch_progress IS
@@ -127,7 +132,8 @@ BEGIN ATOMIC
         FROM batch_status AS c
         WHERE c.batch_id = (batch).batch_id AND c.run_id = (batch).run_id
     ), archives AS (
-        SELECT min(a.error_message) AS first_error, min(a.error_message) FILTER (WHERE a.entry_path = '' AND a.state = 'failed') AS whole_error
+        SELECT min(a.error_message) AS first_error,
+            min(a.error_message) FILTER (WHERE a.entry_path = '' AND a.state = 'failed') AS whole_error
         FROM batch_archives AS a
         WHERE a.run_id = (batch).run_id AND a.state <> 'unpacked'
     )
