@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 from psycopg.types.json import Jsonb
@@ -39,6 +39,8 @@ class FileResult:
     error: DocmillError | None = None
     content_sha256: str | None = None
     """Of what was read and submitted; None where nothing was read."""
+    archive_state: Literal["failed", "cancelled"] | None = None
+    """How an archive ended that was submitted and not unpacked; `error` says why it failed."""
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,8 @@ class Ingest:
         if self._unfinished():
             if worker is not None:
                 worker.start()
-            await wait_for_documents(self.settings, self.doc_ids(), worker, self.display)
+            archives = Counter(result.archive_state for result in self.files if result.archive_state is not None)
+            await wait_for_documents(self.settings, self.doc_ids(), Counter[str](archives), worker, self.display)
         if worker is not None and worker.task is not None:
             await wait_for_batches(self.settings, self.batches)
 

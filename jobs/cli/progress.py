@@ -17,11 +17,12 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far the documents are."""
+    """How far the files are: documents, and archives that were not unpacked."""
 
     total: int
     done: int
     failed: int = 0
+    cancelled: int = 0
     states: Counter[str] = field(default_factory=Counter)
     """Unfinished documents by state."""
     stages: Counter[str] = field(default_factory=Counter)
@@ -34,6 +35,7 @@ class Standing:
         parts = [f"{working} working" + (f" ({stages})" if stages else "")] if working else []
         parts += [f"{self.states[state]} {state}" for state in ("queued", "retrying") if self.states[state]]
         parts += [f"{self.failed} failed"] if self.failed else []
+        parts += [f"{self.cancelled} cancelled"] if self.cancelled else []
         return ", ".join(parts)
 
 
@@ -78,10 +80,10 @@ class Display:
         self._line(f"{done} of {total} files unpacked" if total else "opening the archive")
 
     def show(self, standing: Standing) -> None:
-        """Show how far the documents are."""
+        """Show how far the files are."""
         words = standing.words()
-        self._bar.update(self._task, what="documents", total=standing.total, completed=standing.done, words=words)
-        self._line(f"{standing.done} of {standing.total} documents done" + (f": {words}" if words else ""))
+        self._bar.update(self._task, what="files", total=standing.total, completed=standing.done, words=words)
+        self._line(f"{standing.done} of {standing.total} files done" + (f": {words}" if words else ""))
 
     def _line(self, text: str) -> None:
         if self._console.is_terminal or text == self._last_line or time.monotonic() < self._next_line:

@@ -19,7 +19,7 @@ GOOD = frozenset({State.COMPLETE, State.DUPLICATE})
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One file in the report. `state` is the document's, or `refused`."""
+    """One file in the report. `state` is the document's or the archive's, or `refused`."""
 
     result: FileResult
     row: Mapping[str, Any]
@@ -27,7 +27,9 @@ class Line:
     @property
     def state(self) -> str:
         """Where it stands."""
-        return "refused" if self.result.submission is None else str(self.row.get("state", "deleted"))
+        if self.result.submission is None:
+            return self.result.archive_state or "refused"
+        return str(self.row.get("state", "deleted"))
 
     @property
     def unchanged(self) -> bool:
@@ -51,7 +53,7 @@ class Report:
     seconds: float
 
     def lines(self) -> Iterator[Line]:
-        """Yield one line a document or refused file, in the order of submission."""
+        """Yield one line a document, archive that was not unpacked or refused file, in the order of submission."""
         seen: set[str] = set()
         for result in self.files:
             doc_id = None if result.submission is None else result.submission.doc_id

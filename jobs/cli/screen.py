@@ -90,10 +90,10 @@ def _queues(queues: Sequence[Row], stages: Sequence[Row]) -> Table:
 
 
 def _batches(batches: Sequence[Row]) -> Table:
-    columns = ["batch", "source", "status", "files", "done %", "working", "retrying", "failed", "left"]
+    columns = ["batch", "source", "status", "files", "done %", "working", "retrying", "failed", "cancelled", "left"]
     cells = [
         [b["batch_id"], b["source_path"], b["status"], b["total_files"], b["percent"], b["working"], b["retrying"], b["failed"],
-         duration(b["seconds_left"])] for b in batches
+         b["cancelled"], duration(b["seconds_left"])] for b in batches
     ]  # fmt: skip
     return _table("Latest batches", columns, cells, numbers=set(columns[3:]))
 

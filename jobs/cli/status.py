@@ -61,9 +61,9 @@ def _print_overview(found: Mapping[str, Any]) -> None:
         columns = ["queue", "waiting", "scheduled", "running"]
         table("Queue", columns, [[row[c] for c in columns] for row in found["queues"]], numbers=columns[1:])
     if found["batches"]:
-        columns = ["batch_id", "source_path", "status", "total_files", "completed", "failed", "left", "begun"]
-        cells = [[*(row[c] for c in columns[:6]), duration(row["seconds_left"]), moment(row["created_at"])] for row in found["batches"]]
-        table("Latest batches", columns, cells, numbers=columns[3:7])
+        columns = ["batch_id", "source_path", "status", "total_files", "completed", "failed", "cancelled", "unfinished", "left", "begun"]
+        cells = [[*(row[c] for c in columns[:-2]), duration(row["seconds_left"]), moment(row["created_at"])] for row in found["batches"]]
+        table("Latest batches", columns, cells, numbers=columns[3:-1])
     letters = found["dead_letters"]
     if letters:
         cells = [[r["file_name"] or r["doc_id"], r["stage"], r["error_type"], r["error_message"], moment(r["created_at"])] for r in letters]
@@ -144,9 +144,8 @@ def _details(event: Row) -> str:
 
 
 async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
-    row = (await rows(settings, "show_batch", batch_id=batch_id))[0] | (await rows(settings, "progress_of_batch", batch_id=batch_id))[0]
-    count = row["completed"] + row["failed"] - row["archives_failed"] + row["processing"] + row["pending"]
-    is_long = count > LONGEST_TABLE and not json
+    row = (await rows(settings, "show_batch", batch_id=batch_id))[0]
+    is_long = row["documents"] > LONGEST_TABLE and not json
     limit = MOST_FAILED if is_long else None
     documents = await rows(settings, "documents_of_batch", batch_id=batch_id, only_failed=is_long, limit=limit)
     archives = await rows(settings, "archives_of_batch", batch_id=batch_id)
@@ -160,10 +159,10 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
         "source": row["source_path"],
         "user": row["user_id"],
         "run": row["run_id"],
-        "files": f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, "
-        f"{row['processing']} processing, {row['pending']} pending",
+        "files": _files(row),
         "progress": None if row["completed_at"] else _progress(row),
-        "archives": f"{row['archives']}: {row['archives_open']} to be unpacked, {row['archives_failed']} failed; "
+        "archives": f"{row['archives']}: {row['archives_open']} to be unpacked, {row['archives_failed']} failed, "
+        f"{row['archives_cancelled']} cancelled; "
         f"{row['unpacked_files']} of {row['archive_files']} files unpacked"
         if row["archives"]
         else None,
@@ -183,9 +182,18 @@ async def _batch(settings: Settings, batch_id: str, *, json: bool) -> ExitCode:
     ]
     if cells or not is_long:
         table("", columns, cells, numbers=["pages", "passages", "time"])
-    if is_long and (hidden := count - len(documents)):
+    if is_long and (hidden := row["documents"] - len(documents)):
         say(f"{hidden} more documents: --json lists all.")
     return ExitCode.OK
+
+
+def _files(row: Row) -> str:
+    """Say what became of a batch's files, such as `12: 7 completed, 1 failed, 1 cancelled, 3 unfinished (2 queued, 1 to be unpacked)`."""
+    waits = {word: row[word] for word in ("queued", "working", "retrying")} | {"to be unpacked": row["archives_open"]}
+    which = ", ".join(f"{count} {word}" for word, count in waits.items() if count)
+    packed = row["total_files"] - row["files"]
+    said = f"{row['total_files']}: {row['completed']} completed, {row['failed']} failed, {row['cancelled']} cancelled, "
+    return said + f"{row['unfinished']} unfinished" + (f" ({which})" if which else "") + (f", {packed} still packed" if packed else "")
 
 
 def _progress(row: Row) -> str:

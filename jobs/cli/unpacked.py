@@ -1,4 +1,4 @@
-"""What has come out of the archives of a call: their documents, and those archives that could not be unpacked."""
+"""What has come out of the archives of a call: their documents, and those archives that were not unpacked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ async def open_archives(settings: Settings, batches: Sequence[BatchSubmission]) 
 
 
 async def documents_in_archives(settings: Settings, batches: Sequence[BatchSubmission], known: Collection[str]) -> list[FileResult]:
-    """Return the documents in archives, those that are known left out, and the archives that failed, by name. Counts what they skipped."""
+    """Return, by name, the documents in archives, those that are known left out, and archives that failed or were cancelled.
+
+    Counts what they skipped.
+    """
     found: list[FileResult] = []
     for batch in batches:
         if not batch.archives:
@@ -31,7 +34,7 @@ async def documents_in_archives(settings: Settings, batches: Sequence[BatchSubmi
         archives = await rows(settings, "archives_of_batches", batch_ids=[batch.batch_id])
         documents = await rows(settings, "unpacked_documents", batch_id=batch.batch_id)
         batch.skipped += sum(row["skipped_count"] for row in archives)
-        made = [*_documents(batch, archives, documents, known), *_failures(batch, archives)]
+        made = [*_documents(batch, archives, documents, known), *_ended_packed(batch, archives)]
         batch.files += made
         found += made
     return found
@@ -49,12 +52,13 @@ def _documents(batch: BatchSubmission, archives: Sequence[Row], documents: Seque
             yield FileResult(name, submission)
 
 
-def _failures(batch: BatchSubmission, archives: Sequence[Row]) -> Iterator[FileResult]:
+def _ended_packed(batch: BatchSubmission, archives: Sequence[Row]) -> Iterator[FileResult]:
     for row in archives:
-        if row["state"] == "failed":
+        if row["state"] in ("failed", "cancelled"):
             name = row["entry_path"].rstrip("/")
             prefix = f"{batch.archives[0]}/" if _is_zip(archives) else ""
-            yield FileResult(f"{prefix}{name}".rstrip("/"), error=PermanentError(row["error_message"]))
+            error = PermanentError(row["error_message"]) if row["state"] == "failed" else None
+            yield FileResult(f"{prefix}{name}".rstrip("/"), error=error, archive_state=row["state"])
 
 
 def _is_zip(archives: Sequence[Row]) -> bool:

@@ -78,13 +78,17 @@ class OwnWorker:
         raise WorkerDied(f"The worker in this process has stopped ({why}). The documents stay queued; `docmill worker` goes on.") from error
 
 
-async def wait_for_documents(settings: Settings, doc_ids: Collection[str], worker: OwnWorker | None, display: Display) -> None:
-    """Return when all documents have ended. Outages of the database shorter than DATABASE_TIMEOUT are sat out.
+async def wait_for_documents(
+    settings: Settings, doc_ids: Collection[str], archives: Counter[str], worker: OwnWorker | None, display: Display
+) -> None:
+    """Return when all documents have ended. `archives`: how many failed or were cancelled; they are shown as files that have ended.
+
+    Outages of the database shorter than DATABASE_TIMEOUT are sat out.
 
     Raises what `OwnWorker.check` raises, and the database's error after a longer outage.
     """
     unfinished = set(doc_ids)
-    ended: Counter[str] = Counter()
+    ended = archives.copy()
     reached = time.monotonic()
     while True:
         started = time.monotonic()
@@ -100,7 +104,7 @@ async def wait_for_documents(settings: Settings, doc_ids: Collection[str], worke
                 if state not in UNFINISHED_STATES:
                     unfinished.discard(doc_id)
                     ended[state] += 1
-            display.show(_standing(len(doc_ids), ended, [found[doc_id] for doc_id in unfinished]))
+            display.show(_standing(len(doc_ids) + archives.total(), ended, [found[doc_id] for doc_id in unfinished]))
             if not unfinished:
                 return
         if worker is not None:
@@ -142,7 +146,8 @@ def _standing(total: int, ended: Counter[str], unfinished: list[Row]) -> Standin
     return Standing(
         total=total,
         done=ended.total(),
-        failed=ended[State.FAILED] + ended[State.CANCELLED],
+        failed=ended[State.FAILED],
+        cancelled=ended[State.CANCELLED],
         states=Counter(row["state"] for row in unfinished),
         # The first checkpoint comes long after validate, so of those that have had none the stage is not known.
         stages=Counter(row["stage_due"] for row in unfinished if row["state"] == State.WORKING and row["stage_due"] != STAGES[0].name),

@@ -78,9 +78,14 @@ async def queues(look: Look) -> list[Metric]:
 
 
 async def batches(look: Look) -> list[Metric]:
-    """Batches by status."""
+    """Batches by status, and their archives that are not unpacked."""
     rows = await look.rows("metric_batches")
-    return [_gauge("docmill_batches", "Batches by status.", ["status"], _pairs(rows, "status", "batches"))]
+    archives = dict.fromkeys(("waiting", "unpacking", "failed", "cancelled"), 0)
+    archives |= {row["state"]: row["archives"] for row in await look.rows("metric_archives")}
+    return [
+        _gauge("docmill_batches", "Batches by status.", ["status"], _pairs(rows, "status", "batches")),
+        _gauge("docmill_archives", "Archives that are not unpacked; with the documents, the batches' files.", ["state"], archives.items()),
+    ]
 
 
 async def dead_letters(look: Look) -> list[Metric]:

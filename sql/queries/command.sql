@@ -46,20 +46,13 @@ GROUP BY j.queue_name
 ORDER BY j.queue_name;
 
 -- name: latest_batches
--- By id, so that only the documents of these are counted. An archive that could not be unpacked is a file that failed.
-SELECT b.batch_id, b.source_path, b.status, b.total_files, b.complete + b.duplicate AS completed, b.failed + b.cancelled + z.failed AS failed,
-    b.queued, b.working, b.retrying, b.percent::float8 AS percent, b.per_second, b.seconds_left, b.started_at AS created_at
+-- By id, so that only the documents of these are counted.
+SELECT b.batch_id, b.source_path, b.status, b.files_expected AS total_files, b.files_succeeded AS completed, b.files_failed AS failed,
+    b.files_cancelled AS cancelled, b.files_unfinished AS unfinished, b.archives_open, b.queued, b.working, b.retrying,
+    b.percent::float8 AS percent, b.per_second, b.seconds_left, b.started_at AS created_at
 FROM batch_progress AS b
-CROSS JOIN LATERAL (
-    SELECT count(*) AS failed FROM batch_archives AS a WHERE a.batch_id = b.batch_id AND a.run_id = b.run_id AND a.state = 'failed'
-) AS z
 WHERE b.batch_id IN (SELECT j.batch_id FROM processing_jobs AS j ORDER BY j.id DESC LIMIT %(limit)s)
 ORDER BY b.started_at DESC;
-
--- name: progress_of_batch
-SELECT b.percent::float8 AS percent, b.per_second, b.seconds_left, b.last_progress_at, b.unfinished
-FROM batch_progress AS b
-WHERE b.batch_id = %(batch_id)s;
 
 -- name: stuck_causes
 SELECT s.cause, min(s.reason) AS reason, count(*) AS documents, min(s.since) AS since, min(s.doc_id) AS for_example,
@@ -162,11 +155,11 @@ WHERE e.doc_id = %(doc_id)s
 ORDER BY e.id;
 
 -- name: show_batch
--- An archive that could not be unpacked is a file that failed.
-SELECT b.batch_id, b.run_id, b.user_id, b.source_path, b.status, b.total_files, b.pending, b.processing, b.completed,
-    b.failed + b.archives_failed AS failed, b.created_at, b.sealed_at, b.completed_at, b.last_progress_at, b.archives, b.archives_open,
-    b.archives_failed, b.archive_files, b.unpacked_files, j.error_message, j.correlation_id
-FROM batch_status AS b
+SELECT b.batch_id, b.run_id, b.user_id, b.source_path, b.status, b.files_expected AS total_files, b.files, b.files_succeeded AS completed,
+    b.files_failed AS failed, b.files_cancelled AS cancelled, b.files_unfinished AS unfinished, b.documents, b.queued, b.working, b.retrying,
+    b.archives, b.archives_open, b.archives_failed, b.archives_cancelled, b.archive_files, b.unpacked_files, b.percent::float8 AS percent,
+    b.per_second, b.seconds_left, b.last_progress_at, j.created_at, b.sealed_at, b.completed_at, b.error_message, j.correlation_id
+FROM batch_progress AS b
 JOIN processing_jobs AS j ON j.batch_id = b.batch_id
 WHERE b.batch_id = %(batch_id)s;
 

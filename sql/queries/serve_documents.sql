@@ -1,8 +1,7 @@
 -- What the pages of batches and documents and the search box of `docmill serve` ask.
 
 -- name: page_batches
-SELECT n.id, p.batch_id, p.user_id, p.source_path, p.status, p.total_files, p.ended, p.complete, p.duplicate, p.failed, p.cancelled,
-    p.unfinished, p.percent, p.per_second, p.seconds_left, p.started_at, p.completed_at
+SELECT n.id, p.batch_id, p.user_id, p.source_path, p.status, p.files_expected, p.files_ended, p.files_failed, p.files_cancelled, p.percent, p.per_second, p.seconds_left, p.started_at, p.completed_at
 FROM batch_progress AS p
 JOIN (
     SELECT b.id, b.batch_id
@@ -14,9 +13,9 @@ JOIN (
 ORDER BY n.id DESC;
 
 -- name: page_batch
-SELECT p.batch_id, p.user_id, p.source_path, p.status, p.total_files, p.queued, p.working, p.retrying, p.complete, p.duplicate, p.failed,
-    p.cancelled, p.archives_open, p.ended, p.unfinished, p.percent, p.per_second, p.seconds_left, p.last_progress_at, p.started_at,
-    p.sealed_at, p.completed_at, p.error_message, p.run_id, b.correlation_id, cost_of_batch(p.batch_id) AS cost
+SELECT p.batch_id, p.user_id, p.source_path, p.status, p.files_expected, p.files_ended, p.files_succeeded, p.files_failed, p.files_cancelled,
+    p.files_unfinished, p.duplicate, p.queued, p.working, p.retrying, p.archives, p.archives_open, p.archives_failed, p.archives_cancelled,
+    p.percent, p.per_second, p.seconds_left, p.last_progress_at, p.started_at, p.sealed_at, p.completed_at, p.error_message, p.run_id, b.correlation_id, cost_of_batch(p.batch_id) AS cost
 FROM batch_progress AS p
 JOIN processing_jobs AS b ON b.batch_id = p.batch_id
 WHERE p.batch_id = %(batch_id)s;

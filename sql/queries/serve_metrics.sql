@@ -46,6 +46,14 @@ SELECT (
 -- name: metric_documents
 SELECT d.state, count(*) AS documents FROM file_extractions AS d GROUP BY d.state;
 
+-- name: metric_archives
+-- Of the batches' current runs. Those that are unpacked are their entries' documents.
+SELECT a.state, count(*) AS archives
+FROM batch_archives AS a
+JOIN processing_jobs AS b ON b.batch_id = a.batch_id AND b.run_id = a.run_id
+WHERE a.state <> 'unpacked'
+GROUP BY a.state;
+
 -- name: metric_unfinished
 SELECT due_stage(d.milestone) AS stage, d.state, count(*) AS documents
 FROM file_extractions AS d

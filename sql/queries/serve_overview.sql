@@ -55,7 +55,8 @@ ORDER BY q.id DESC
 LIMIT %(limit)s;
 
 -- name: page_newest_batches
-SELECT p.batch_id, p.source_path, p.status, p.total_files, p.ended, p.failed, p.percent, p.per_second, p.seconds_left, p.started_at
+SELECT p.batch_id, p.source_path, p.status, p.files_expected, p.files_ended, p.files_failed, p.files_cancelled, p.percent, p.per_second,
+    p.seconds_left, p.started_at
 FROM batch_progress AS p
 JOIN (SELECT b.id, b.batch_id FROM processing_jobs AS b ORDER BY b.id DESC LIMIT %(limit)s) AS n ON n.batch_id = p.batch_id
 ORDER BY n.id DESC;

@@ -31,7 +31,7 @@ def test_a_zip_is_a_batch_whose_files_are_reported_and_the_second_time_nothing_i
     again = docmill("ingest", path, "--batch-id", "mine")
     assert "nothing to do: 3 documents unchanged (1 of them not complete)" in again.stdout
     shown = docmill("status", "mine")
-    assert "2: 0 to be unpacked, 0 failed; 4 of 4 files unpacked" in shown.stdout
+    assert "2: 0 to be unpacked, 0 failed, 0 cancelled; 4 of 4 files unpacked" in shown.stdout
 
 
 def test_a_zip_that_is_bad_as_a_whole_is_reported_with_its_reason(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_the_numbers_of_a_batch_add_up_and_an_archive_that_fails_is_told_of_once
         (folder / name).write_text("The same text about pumps.")
     (folder / "broken.zip").write_bytes(b"PK\x03\x04 and nothing more")
     done = docmill("ingest", folder, "--batch-id", "mine")
-    assert ("3 documents: 2 complete, 1 refused" in done.stdout, "broken.zip" in done.stderr) == (True, False), done.stderr
-    assert "  files         3: 2 completed, 1 failed, 0 processing, 0 pending\n" in docmill("status", "mine").stdout
+    assert ("3 documents: 2 complete, 1 failed" in done.stdout, "broken.zip" in done.stderr) == (True, False), done.stderr
+    assert "  files         3: 2 completed, 1 failed, 0 cancelled, 0 unfinished\n" in docmill("status", "mine").stdout
     assert "  files         3: 2 succeeded (duplicates among them: 1), 1 failed\n" in docmill("summary", "mine").stdout
     batches = [
         answer(docmill("status", "mine", "--json")),
