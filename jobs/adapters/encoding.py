@@ -8,6 +8,8 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 
+from jobs.adapters.legacy_encoding import ebcdic, legacy_encoding
+
 SAMPLE_BYTES = 64 * 1024
 """How much of a file is looked at to name its encoding."""
 
@@ -23,10 +25,6 @@ _CONTROL_CHARACTERS = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9
 _ASCII_RUN = re.compile(rb"[\t\n\r\x20-\x7e]{200}")
 """Bytes that hardly any text has in a row in UTF-16: a program has written UTF-16 behind ASCII, as Windows PowerShell does."""
 _LETTERS = b"abc\n"
-_HALF_WIDTH = "\uff61"
-_GUESSED_BYTES = 16 * 1024
-_WITHIN_A_CHARACTER = bytes(range(0x30, 0x100))
-"""What a character of several bytes is made of in the East Asian encodings."""
 _ISO_2022_JP = re.compile(rb"\x1b\$[@B]|\x1b\([IJ]")
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _NOT_ASCII_BYTES = bytes(range(0x80, 0x100))
@@ -34,11 +32,6 @@ _WTF8 = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]|\xc0\x80")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_LIKELY = [
-    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "iso8859_2", "iso8859_5", "iso8859_7",
-    "iso8859_8", "iso8859_9", "koi8_r", "koi8_u", "cp866", "cp932", "shift_jis", "euc_jp", "euc_kr", "cp949", "big5", "gb18030",
-    "tis_620",
-]  # fmt: skip
 _WIDER = {
     "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874",
     "shift_jis": "cp932", "gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949",
@@ -102,7 +95,7 @@ def _byte_encoding(sample: bytes, declared: str | None, whole: bool) -> str | No
     controls = len(sample) - len(sample.translate(None, _CONTROL_BYTES)) - nuls
     good, bad = _utf8_evidence(sample, whole)
     if nuls * 4 > len(sample) or controls * (10 if bad else 2) > len(sample):
-        return _ebcdic(sample)
+        return ebcdic(sample)
     if bad == 0:
         found = declared if good == 0 and declared in _ASCII_LOOKALIKES else "utf-8"
         return "iso2022_jp" if _ISO_2022_JP.search(sample) and _decodes(sample, "iso2022_jp", whole) else found
@@ -110,7 +103,7 @@ def _byte_encoding(sample: bytes, declared: str | None, whole: bool) -> str | No
         return declared
     if good >= 3 * bad or _some_lines_are_utf8(sample):
         return "utf-8"
-    return _ebcdic(sample) or (None if (controls + nuls) * 50 > len(sample) else _legacy_encoding(sample))
+    return ebcdic(sample) or (None if (controls + nuls) * 50 > len(sample) else legacy_encoding(sample))
 
 
 _ASCII_LOOKALIKES = frozenset({"iso2022_jp", "iso2022_kr", "hz", "utf-7"})
@@ -210,60 +203,6 @@ def _decode_utf8(body: bytes) -> tuple[str, int]:
         table[0xDC00 + byte] = letter if letter.isalpha() else "\ufffd"
     damaged = len(_ESCAPED_BYTE.findall(text))
     return text.translate(table), damaged
-
-
-def _legacy_encoding(sample: bytes) -> str:
-    """Name the most plausible one-byte or East Asian encoding; among equals Windows-1252, which most such files are in."""
-    from charset_normalizer import from_bytes  # noqa: PLC0415 - 20 ms that plain UTF-8 need not pay
-
-    sample = part_to_guess_by(sample)
-    matches = from_bytes(sample, cp_isolation=_LIKELY, threshold=0.3)
-    best = matches.best()
-    if best is None or _reads_as_western(sample, best.encoding):
-        return "cp1252"
-    equals = (match for match in matches if match.chaos <= best.chaos and match.coherence >= best.coherence)
-    if not any("cp1252" in match.could_be_from_charset for match in equals):
-        return str(best.encoding)
-    rivals = (str(match.encoding) for match in matches if match.chaos <= best.chaos)
-    return next((rival for rival in rivals if _reads_as_western(sample, rival) is False), "cp1252")
-
-
-def part_to_guess_by(text: bytes) -> bytes:
-    """Return the beginning of a text in an unknown encoding, cut where no character goes on: half of one rules its own out."""
-    if len(text) <= _GUESSED_BYTES:
-        return text
-    part = text[:_GUESSED_BYTES]
-    whole = part.rstrip(_WITHIN_A_CHARACTER)
-    return whole if len(whole) > _GUESSED_BYTES // 2 else part
-
-
-def _reads_as_western(sample: bytes, encoding: str) -> bool | None:
-    """Tell by where those signs of Windows-1252 stand that another encoding reads differently: True if all stand alone, as in `£950`,
-    False if many stand within words, as in `ma³a`, where the other one has letters; None where they do not tell."""
-    ours, other = sample.decode("cp1252", errors="replace"), sample.decode(encoding, errors="replace")
-    if len(ours) != len(other):
-        return None
-    differing = {at for at, (one, two) in enumerate(zip(ours, other, strict=True)) if one != two}
-    touching = [sum(map(_is_letter, ours[max(0, at - 1) : at + 2])) for at in differing]
-    if differing and not any(touching) and not any(at + 1 in differing for at in differing):
-        return True
-    # Half-width katakana are what signs such as those of `m²K` and `20°C` look like in cp932.
-    seen = [_is_letter(other[at]) and other[at] < _HALF_WIDTH and not _is_letter(ours[at]) for at in differing]
-    within = sum(is_letter and letters == 2 for is_letter, letters in zip(seen, touching, strict=True))
-    return False if within * 5 >= len(differing) > 0 else None
-
-
-def _is_letter(character: str) -> bool:
-    return character.isalpha() or character == "\ufffd"
-
-
-def _ebcdic(sample: bytes) -> str | None:
-    """Return cp500 if the bytes read as EBCDIC: letters and digits, with 0x40 as the commonest byte or nearly."""
-    if not sample or sample.count(0x40) * 20 < len(sample):
-        return None
-    text = sample.decode("cp500")
-    wordlike = sum(character.isalnum() or character in " .,;:-'\"()\n\r\t\x85" for character in text)
-    return "cp500" if wordlike * 10 >= 9 * len(text) else None
 
 
 def _text_codec(name: str | None) -> str | None:

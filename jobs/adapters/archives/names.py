@@ -7,8 +7,8 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from jobs.adapters.encoding import part_to_guess_by
 from jobs.adapters.folders import is_hidden
+from jobs.adapters.legacy_encoding import part_to_guess_by
 from jobs.adapters.storage import storable_text
 from jobs.adapters.zip_directory import DirectoryEntry
 
