@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 
 class Places:
     """Counts as a semaphore does, but may be overdrawn: who comes back to a place that is taken works beside its borrower."""
 
     def __init__(self, count: int, *, lendable: int) -> None:
-        """`lendable`: how many places are lent at most at a time."""
+        """`lendable`: how many documents wait at most at a time for which places are lent."""
         self._count, self._free, self._lendable = count, count, lendable
         self._lent = 0
         self._closed = False
@@ -38,17 +38,51 @@ class Places:
             await self._news.wait()
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Lend the caller's place to another for as long as the block takes, where that is still allowed."""
-        if self._lendable <= 0:
+    def lent(self, documents: int = 1) -> Iterator[None]:
+        """Lend the caller's place, with so many documents in it, to another for as long as the block takes, where that is still allowed."""
+        if self._lendable < documents:
             yield
             return
-        self._lendable -= 1
+        self._lendable -= documents
         self._lent += 1
         self.release()
         try:
             yield
         finally:
-            self._lendable += 1
+            self._lendable += documents
             self._lent -= 1
             self._free -= 1
+
+
+class SharedPlace:
+    """A place that several documents are worked on in. It is lent while all that are still in it merely wait."""
+
+    def __init__(self, documents: int, lent: Callable[[int], AbstractContextManager[None]]) -> None:
+        """`lent` lends a place with so many documents in it."""
+        self._documents, self._waiting, self._lent = documents, 0, lent
+        self._loan: ExitStack | None = None
+
+    def leave(self) -> None:
+        """Be in it no more."""
+        self._documents -= 1
+        self._look()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Merely wait for as long as the block takes."""
+        self._waiting += 1
+        self._look()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            self._look()
+
+    def _look(self) -> None:
+        all_wait = 0 < self._documents <= self._waiting
+        if all_wait and self._loan is None:
+            self._loan = ExitStack()
+            self._loan.enter_context(self._lent(self._documents))
+        elif not all_wait and self._loan is not None:
+            self._loan.close()
+            self._loan = None

@@ -208,9 +208,9 @@ class DocmillApp(App):
         """Say whether this worker has been asked to stop."""
         return self._running is not None and self._running.stopping()
 
-    def lent_place(self) -> AbstractContextManager[None]:
-        """Lend the place of a document that waits for an outside service to another; see jobs.places."""
-        return nullcontext() if self._running is None else self._running.places.lent()
+    def lent_place(self, documents: int = 1) -> AbstractContextManager[None]:
+        """Lend the place of so many documents that wait for an outside service to others; see jobs.places."""
+        return nullcontext() if self._running is None else self._running.places.lent(documents)
 
     def _worker(self, **kwargs: Any) -> DocmillWorker:
         self._running = DocmillWorker(app=self, **{**self.worker_defaults, **kwargs})

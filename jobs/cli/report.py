@@ -89,7 +89,7 @@ def _document(line: Line) -> dict[str, Any]:
     return {
         "file": line.result.name,
         "doc_id": None if submission is None else submission.doc_id,
-        "outcome": "refused" if submission is None else submission.outcome,
+        "outcome": line.state if submission is None else submission.outcome,
         "state": line.state,
         "status": row.get("status"),
         "version": row.get("version"),

@@ -38,7 +38,7 @@ class Claiming:
     def __init__(
         self, settings: Settings, pool: AsyncConnectionPool[Connection], *, worker: str, stopping: Callable[[], bool], may_share: bool
     ) -> None:
-        """`may_share`: whether working on several small documents at once is quick and waits for no outside service."""
+        """`may_share`: whether working on several small documents at once is quick, or waits for requests that they share."""
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self.takes_along = may_share and settings.small_documents_together > 1
         """Whether small documents are taken up together."""

@@ -88,8 +88,8 @@ async def checkpoint_durably(
         write = _TOGETHER[outcome.state]
         try:
             await work.together.ask((outcome.state, work.document.milestone), work, partial(_write_all, write, pool, worker, give_up))
-        except NotTogether:
-            attempt = 1
+        except NotTogether as alone:
+            attempt = int(alone.tried)
         else:
             _mark_saved(work, outcome)
             return

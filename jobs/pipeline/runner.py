@@ -27,6 +27,7 @@ from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.stage_runs import StageRuns
 from jobs.pipeline.together import Together
 from jobs.pipeline.work import SMALL_BYTES, Work
+from jobs.places import SharedPlace
 from jobs.redaction import describe
 from jobs.registry import give_back_memory
 from jobs.retry import StageRetry
@@ -37,6 +38,10 @@ from models.stages import Stage, due_stage
 from sql import query
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
+
+
+def _not_lent(documents: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Runner:
@@ -55,10 +60,10 @@ class Runner:
         finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
         company: Company | None = None,
-        lent_place: Callable[[], AbstractContextManager[None]] = nullcontext,
+        lent_place: Callable[[int], AbstractContextManager[None]] = _not_lent,
         claimed: Callable[[], None] | None = None,
     ) -> None:
-        """`lent_place`: what is open while a document does nothing but wait for a request that it shares with others.
+        """`lent_place`: what is open while so many documents in a place do nothing but wait for a request that they share with others.
         `claimed` is called once a job has claimed what it takes up.
         """
         self._claimed = claimed or (lambda: None)
@@ -77,6 +82,7 @@ class Runner:
         self.takes_along = self._claiming.takes_along
         """Whether small documents are taken up together."""
         self._in_hand: Counter[str | None] = Counter()
+        self._lent_place = lent_place
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)
         self._runs = StageRuns(
             settings,
@@ -123,13 +129,14 @@ class Runner:
 
     async def _work_together(self, job: Job, works: Sequence[Work], claimed_at: float, *, cancelled: bool) -> None:
         """Work on a job's document and on those that were taken along with it, each as if it were alone with its lease and its failures."""
-        together = Together(len(works))
+        together, place = Together(len(works)), SharedPlace(len(works), self._lent_place)
 
         async def go(work: Work) -> None:
-            work.together, work.shares_place = together, True
+            work.together, work.place = together, place
             try:
                 await self._work(replace(job, id=work.job_id), work, self._hold(work, claimed_at), cancelled=cancelled)
             finally:
+                place.leave()
                 if work is not works[0]:
                     await self._endings.end_job(work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -49,7 +49,7 @@ class StageRuns:
         lease_seconds: float,
         stopping: Callable[[], bool],
         stages: dict[str, StageFunction] | None,
-        lent_place: Callable[[], AbstractContextManager[None]],
+        lent_place: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         """`stages`: by name, None for docmill's own; the others as in Runner."""
         self._settings, self._pool, self._tools, self._endings, self._retry = settings, pool, tools, endings, retry
@@ -92,7 +92,7 @@ class StageRuns:
             checkpoint=self._endings.keep,
             stopping=self._stopping,
             sharing=self._sharing,
-            lent_place=nullcontext if work.shares_place else self._lent_place,
+            lent_place=partial(self._lent_place, 1) if work.place is None else work.place.waiting,
             keeps_vectors=keeps_vectors,
         )
         tools = self._tools if work.together is None else shared(self._tools, work.together)

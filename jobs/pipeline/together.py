@@ -26,6 +26,11 @@ _PATIENCE = 1.0
 class NotTogether(Exception):
     """It could not be had for several at once. Ask alone."""
 
+    def __init__(self, *, tried: bool = False) -> None:
+        super().__init__()
+        self.tried = tried
+        """Whether it was asked for, and failed: nobody may know how far it came."""
+
 
 @dataclass(slots=True)
 class _Meeting:
@@ -123,7 +128,7 @@ async def _answer(what: Hashable, meeting: _Meeting) -> None:
     except BaseException as error:
         if not isinstance(error, NotTogether):
             logger.debug("{} small documents could not share {}, so each asks alone: {}", len(asks), what, describe(error))
-        _tell(asks, [NotTogether() for _ in asks])
+        _tell(asks, [NotTogether(tried=not isinstance(error, NotTogether)) for _ in asks])
         if not isinstance(error, Exception):
             raise
     else:

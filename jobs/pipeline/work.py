@@ -9,6 +9,7 @@ from typing import Any
 from jobs import clock
 from jobs.adapters.usage import Usage
 from jobs.pipeline.together import Together
+from jobs.places import SharedPlace
 from models.documents import Document
 from models.stages import Milestone
 
@@ -66,8 +67,8 @@ class Work:
     """An outside service has been called for what is not durable yet."""
     together: Together | None = None
     """Those that it was taken up with; None where it is worked on by itself."""
-    shares_place: bool = False
-    """Others are worked on in the same place of the worker, also once it goes on alone."""
+    place: SharedPlace | None = None
+    """The place of the worker in which others are worked on too, also once it goes on alone; None where it has one to itself."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
     began_at: float = field(default_factory=clock.seconds)

@@ -84,7 +84,7 @@ async def batches(look: Look) -> list[Metric]:
     archives |= {row["state"]: row["archives"] for row in await look.rows("metric_archives")}
     return [
         _gauge("docmill_batches", "Batches by status.", ["status"], _pairs(rows, "status", "batches")),
-        _gauge("docmill_archives", "Archives that are not unpacked; with the documents, the batches' files.", ["state"], archives.items()),
+        _gauge("docmill_archives", "Archives of the batches' current runs that are not unpacked.", ["state"], archives.items()),
     ]
 
 

@@ -40,6 +40,8 @@ class Plan:
     """Files that somebody is writing: left for the next time."""
     waiting: list[str] = field(default_factory=list)
     """Missing files that have been missing for too short a time, or may be one that somebody is writing: left for the next time."""
+    moved_out: list[str] = field(default_factory=list)
+    """Missing files that the sync of a folder around this one has found elsewhere, and whose document there is not complete yet."""
     moved: list[Move] = field(default_factory=list)
     vanished: list[Stored] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
@@ -184,15 +186,15 @@ def make_plan(
 
 
 def _is_served_until_replaced(document: Stored) -> bool:
-    return document.served and document.successor not in {None, State.COMPLETE, State.DUPLICATE, State.CANCELLED}
+    return document.served and document.successor not in {None, State.COMPLETE, State.DUPLICATE}
 
 
 def _place_moved_out(plan: Plan, document: Stored) -> None:
     """A missing document that the sync of a folder around this one has found elsewhere: it answers searches until it is complete there."""
-    if document.successor is State.FAILED:
-        plan.kept.append(Kept(document.shown, "it was moved out of the folder, and the document in its new place has failed"))
+    if document.successor in {State.FAILED, State.CANCELLED}:
+        plan.kept.append(Kept(document.shown, f"it was moved out of the folder, and the document in its new place is {document.successor}"))
     else:
-        plan.waiting.append(document.shown)
+        plan.moved_out.append(document.shown)
 
 
 def _place_file(plan: Plan, file: Found, document: Stored | None, archive: Archive | None) -> None:

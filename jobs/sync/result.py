@@ -50,5 +50,5 @@ class SyncResult:
         return bool(plan.new or plan.changed or plan.moved or plan.vanished or plan.restored)
 
     def is_unsettled(self) -> bool:
-        """Say whether something was left for the next time."""
+        """Say whether something was left that a look in some seconds may settle. What was moved out may take as long as a backlog does."""
         return bool(self.plan.busy or self.plan.waiting or self.plan.unpacking)

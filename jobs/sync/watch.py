@@ -205,7 +205,7 @@ def summary(result: SyncResult) -> str:
         (len(plan.changed), "changed"),
         (len(plan.moved if dry else result.moved), "moved"),
         (len(plan.vanished), "vanished") if dry else (len(result.deleted), "deleted"),
-        (len(plan.busy) + len(plan.waiting), "left for the next time"),
+        (len(plan.busy) + len(plan.waiting) + len(plan.moved_out), "left for the next time"),
         (len(result.kept), "kept though missing"),
         (len(plan.unchanged), "unchanged"),
     ]

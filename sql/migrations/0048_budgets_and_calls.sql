@@ -18,22 +18,33 @@ DECLARE
     b provider_budgets;
     horizon CONSTANT timestamptz := now() + make_interval(secs => seconds);
     part float8;
+    documents float8;
     tokens float8;
+    requests float8;
     room integer;
     brought integer := 0;
 BEGIN
+    -- Two at once would each bring as many as there is room for.
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('docmill idle budget ' || use_idle_budget.service, 0)) THEN
+        RETURN 0;
+    END IF;
     SELECT p.* INTO b FROM provider_budgets AS p WHERE p.service = use_idle_budget.service;
     IF NOT FOUND OR NOT is_idle(b) THEN
         RETURN 0;
     END IF;
     part := budget_share(b.share, b.share_at, now()) * seconds / 66;
-    SELECT avg(u.estimated_tokens)::float8 INTO tokens
+    -- A request may hold many documents.
+    SELECT greatest(1, avg(cardinality(u.doc_ids))), avg(u.estimated_tokens)::float8 INTO documents, tokens
     FROM (
-        SELECT l.estimated_tokens FROM provider_usage AS l WHERE l.service = use_idle_budget.service ORDER BY l.started_at DESC LIMIT 20
+        SELECT l.doc_ids, l.estimated_tokens
+        FROM provider_usage AS l
+        WHERE l.service = use_idle_budget.service
+        ORDER BY l.started_at DESC
+        LIMIT 20
     ) AS u;
-    room := greatest(1, floor(least(
-        at_most, part * nullif(b.requests_per_minute, 0), part * nullif(b.tokens_per_minute, 0) / nullif(tokens, 0)
-    ))) - (
+    requests := least(part * nullif(b.requests_per_minute, 0), part * nullif(b.tokens_per_minute, 0) / nullif(tokens, 0));
+    -- One may always be sent where nothing is under way; without limits any number.
+    room := least(at_most, coalesce(documents * CASE WHEN requests < 1 THEN 1 ELSE floor(requests) END, at_most)) - (
         -- Others may have brought some forward just now.
         SELECT count(*) FROM (
             SELECT FROM file_extractions AS d
@@ -68,6 +79,13 @@ END;
 $$;
 COMMENT ON FUNCTION use_idle_budget IS
     'Where a service''s budget lies idle: has as many of the documents that wait for it as fit into so many seconds start within them, at most so many, and returns how many. Every worker does so every few seconds.';
+
+COMMENT ON COLUMN file_extractions.waiting_place IS
+    'Its place among those that wait for the breaker. Once the service is up, the document is brought forward in this order; null: it waits for the service''s budget, and is brought forward where that lies idle.';
+COMMENT ON COLUMN provider_budgets.overflow_at IS
+    'The time given to the last call that was sent back to the queue, or of the last that still waits.';
+COMMENT ON FUNCTION bring_forward IS
+    'Has at most so many documents with a place among those that wait for a service for longer than `seconds` start within them, evenly spread, and returns how many. Every worker does so every few seconds.';
 
 CREATE OR REPLACE VIEW cost_by_document WITH (security_invoker = true) AS
 SELECT

@@ -1,8 +1,8 @@
 -- The one transaction that makes completed stages durable. See jobs/pipeline/checkpoint.py.
 
 -- name: advance_documents
--- First statement of every checkpoint but the last, of one document or of several that go on alike. Whose doc_id is not returned: its claim
--- has moved on and nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
+-- First statement of every checkpoint but the last, of one document or, once they are held, of several that go on alike. Whose doc_id is not
+-- returned: its claim has moved on and nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
 WITH held AS MATERIALIZED (
     SELECT d.id, g.*
     FROM unnest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,14 @@ class Bench:
     also: dict[str, Callable[[Document], Awaitable[None]]] = field(default_factory=dict)
     stopping: bool = False
 
-    def runner(self, worker: str = "test:1", *, given: Mapping[str, Any] | None = None, **changes: Any) -> Runner:
+    def runner(
+        self,
+        worker: str = "test:1",
+        *,
+        given: Mapping[str, Any] | None = None,
+        lent_place: Callable[[int], AbstractContextManager[None]] | None = None,
+        **changes: Any,
+    ) -> Runner:
         """Return one with plain stages, and tools of its own but for those `given`; `changes`: settings that are others."""
         settings = self.settings.model_copy(update=changes)
 
@@ -105,6 +113,7 @@ class Bench:
             worker=worker,
             stopping=lambda: self.stopping,
             finished_jobs=set(),
+            lent_place=lent_place or (lambda _: nullcontext()),
             stages={s.name: stage(s.name) for s in STAGES},
         )
 

@@ -60,7 +60,7 @@ class Outside:
 
     def runner(self, stages: dict[str, Any], worker: str = "test:1", settings: dict[str, Any] | None = None, **tools: Any) -> Runner:
         """A runner with real stages, by name, and tools for them; the other stages are plain."""
-        made = self.bench.runner(worker, given=tools, **(settings or {}))
+        made = self.bench.runner(worker, lent_place=tools.pop("lent_place", None), given=tools, **(settings or {}))
         made._runs._retry = made._endings._retry = _Soon(max_attempts=3, base=0.01, max_delay=0.02)
 
         async def chunk(document: Document, _: Any) -> Document:

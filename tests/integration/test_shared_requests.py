@@ -36,9 +36,10 @@ def endpoint() -> Iterator[Fragile]:
         yield running
 
 
-def runner(outside: Outside, endpoint: OpenAIServer, **settings: Any) -> Runner:
+def runner(outside: Outside, endpoint: OpenAIServer, lent_place: Any = None, **settings: Any) -> Runner:
     changed = {"embedding_gather_ms": GATHER_MS, **settings}
-    return outside.runner({"embed": embed.run}, settings=changed, embedder=outside.embedder(endpoint.url, max_texts=256))
+    embedder = outside.embedder(endpoint.url, max_texts=256)
+    return outside.runner({"embed": embed.run}, settings=changed, embedder=embedder, lent_place=lent_place)
 
 
 async def at_once(outside: Outside, worker: Runner) -> None:
@@ -82,8 +83,8 @@ async def test_forty_small_documents_send_a_few_requests_and_each_pays_its_share
 async def test_documents_that_wait_for_a_request_lend_their_places_to_others(outside: Outside, endpoint: Fragile) -> None:
     for doc_id in DOCUMENTS[:6]:
         outside.bench.submit(doc_id)
-    worker, places = runner(outside, endpoint), Places(2, lendable=2)
-    worker._runs._lent_place = places.lent
+    places = Places(2, lendable=2)
+    worker = runner(outside, endpoint, lent_place=places.lent)
     endpoint.latency = 1.0
     in_hand: set[str] = set()
     most = 0

@@ -12,6 +12,7 @@ import pytest
 
 from jobs.pipeline import together
 from jobs.pipeline.runner import Runner
+from jobs.places import Places
 from jobs.stages import embed
 from tests.integration.conftest import Bench
 from tests.integration.outside import Outside
@@ -187,6 +188,62 @@ async def test_a_shutdown_hands_on_what_has_been_paid_for(outside: Outside, endp
     assert outside.bench.one("SELECT count(*) FROM document_chunks WHERE embedding IS NOT NULL") == (160,)
     most = 0 if stop_at == "extract" else 144  # a request that is cut off was sent, and may have been paid for
     assert endpoint.tally.paid_twice() <= most
+
+
+async def test_groups_that_wait_for_a_request_lend_their_places_to_others(outside: Outside, endpoint: Gated) -> None:
+    for number in range(12):
+        outside.bench.submit(f"d{number:02}", user_id=f"user {number // 2}")
+    outside.bench.conn.execute("UPDATE file_extractions SET file_size = 100")
+    places = Places(2, lendable=4)
+    embedder = outside.embedder(endpoint.url, max_texts=256)
+    worker = outside.runner({"embed": embed.run}, settings={"embedding_gather_ms": 10_000}, embedder=embedder, lent_place=places.lent)
+    endpoint.latency = 1.0
+    in_hand, most = 0, 0
+
+    async def one(job: Any, doc_id: str) -> None:
+        nonlocal in_hand, most
+        in_hand += 1
+        most = max(most, in_hand)
+        await worker.run(job, doc_id)
+        in_hand -= 1
+        places.release()
+
+    running = []
+    async with asyncio.timeout(60):
+        for number in range(6):
+            await places.acquire()
+            found = outside.bench.fetch()
+            assert found is not None
+            running.append(asyncio.create_task(one(*found)))
+            while outside.bench.one("SELECT count(*) FROM file_extractions WHERE claim > 0") != (2 * number + 2,):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # its companion is not its own yet
+        await asyncio.gather(*running)
+    assert (most, outside.bench.all(STATES)) == (4, [])
+
+
+async def test_the_texts_of_all_are_sized_in_one_thread(outside: Outside, endpoint: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    sized: list[int] = []
+    in_thread = asyncio.to_thread
+
+    async def counted(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        before = len(sizes)
+        result = await in_thread(function, *args, **kwargs)
+        if len(sizes) > before:
+            sized.append(len(sizes) - before)
+        return result
+
+    embedder = outside.embedder(endpoint.url, max_texts=256)
+    size, sizes = embedder.size, list[int]()
+
+    def noted(texts: Any) -> Any:
+        sizes.append(len(texts))
+        return size(texts)
+
+    monkeypatch.setattr(embedder, "size", noted)
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    submit(outside.bench)
+    await run_first(outside, outside.runner({"embed": embed.run}, embedder=embedder))
+    assert sized == [16]
 
 
 async def test_what_takes_long_for_each_is_taken_up_alone(outside: Outside, endpoint: Gated) -> None:

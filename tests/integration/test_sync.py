@@ -576,16 +576,19 @@ async def test_documents_of_a_folder_around_that_are_deleted_leave_its_batch_as_
     assert front.all("SELECT status FROM processing_jobs WHERE source_path = %s", str(folder)) == [("completed",)]
 
 
-async def test_what_was_moved_out_to_a_folder_around_answers_until_its_document_there_is_complete(front: Bench, folder: Path) -> None:
+@pytest.mark.parametrize("ends", ["failed", "cancelled"])
+async def test_what_was_moved_out_to_a_folder_around_answers_until_its_document_there_is_complete(
+    front: Bench, folder: Path, ends: str
+) -> None:
     put(folder / "sub" / "d.txt", "another")
     await synced(front, folder)
     await synced(front, folder / "sub")
     (folder / "sub" / "c.txt").rename(folder / "out.txt")
     assert shown(await sync(front, folder))[2] == [("sub/c.txt", "out.txt")]
     inner = await sync(front, folder / "sub")
-    assert (inner.plan.waiting, inner.deleted) == (["c.txt"], [])
+    assert (inner.plan.moved_out, inner.deleted, inner.is_unsettled()) == (["c.txt"], [], False)
     front.conn.execute(
-        "UPDATE file_extractions SET state = 'failed', error_type = 'PERMANENT', error_message = 'odd' WHERE file_name = 'out.txt'"
+        "UPDATE file_extractions SET state = %s, error_type = 'PERMANENT', error_message = 'odd' WHERE file_name = 'out.txt'", [ends]
     )
     inner = await sync(front, folder / "sub")
     assert ([kept.name for kept in inner.kept], inner.deleted) == (["c.txt"], [])

@@ -136,6 +136,35 @@ async def test_what_those_who_are_gone_leave_of_a_budget_is_for_those_behind_the
     assert bench.one(told, NAME)[0] < 12
 
 
+async def test_an_idle_budget_is_used_by_as_many_documents_as_its_requests_hold_and_by_one_worker_at_a_time(
+    bench: Bench, database: str
+) -> None:
+    for number in range(100):
+        bench.submit(f"d{number:02}")
+    bench.conn.execute("SET session_replication_role = replica")
+    bench.conn.execute(
+        """UPDATE file_extractions
+        SET state = 'retrying', not_before = now() + interval '1 hour', waiting_for = %s, milestone = 'chunks_stored'""",
+        [NAME],
+    )
+    bench.conn.execute("RESET session_replication_role")
+    bench.conn.execute("SELECT take_budget(%s, 60, 0, 0, 60)", [NAME])
+    bench.conn.execute("UPDATE provider_budgets SET next_request_at = now(), last_send_at = now()")
+    bench.conn.execute(
+        """INSERT INTO provider_usage (id, service, kind, doc_ids, batch_ids, user_ids, shares, estimated_cost, give_up_at)
+        SELECT gen_random_uuid(), %s, 'embedding', array_fill('d'::text, ARRAY[20]), array_fill(NULL::text, ARRAY[20]),
+            array_fill('ann'::text, ARRAY[20]), array_fill(0.05::float8, ARRAY[20]), 0, now() FROM generate_series(1, 20)""",
+        [NAME],
+    )
+    ask = "SELECT use_idle_budget(%s, 1000, 2.2)"  # in which the limit lets two requests through
+    with psycopg.connect(database) as other:
+        assert other.execute(ask, [NAME]).fetchone() == (40,)
+        assert bench.one(ask, NAME) == (0,)
+    assert bench.one(ask, NAME) == (0,)
+    soon = "SELECT count(*) FROM file_extractions WHERE not_before <= now() + interval '3 seconds'"
+    assert bench.one(soon) == (40,)
+
+
 async def test_a_document_that_asks_again_keeps_its_place(outside: Outside, endpoint: OpenAIServer) -> None:
     bench, made = outside.bench, runner(outside, endpoint, Rules())
     endpoint.script(faults.always(faults.NAMED["401"]))

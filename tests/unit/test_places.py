@@ -7,7 +7,7 @@ import inspect
 
 from procrastinate.worker import Worker
 
-from jobs.places import Places
+from jobs.places import Places, SharedPlace
 
 
 async def is_free(places: Places) -> bool:
@@ -58,6 +58,35 @@ async def test_who_waits_for_a_place_is_woken_by_one_that_is_lent() -> None:
     with places.lent():
         async with asyncio.timeout(10):
             assert await waiting
+
+
+async def test_a_shared_place_is_lent_while_all_that_are_in_it_wait() -> None:
+    places = Places(1, lendable=3)
+    assert await places.acquire()
+    shared = SharedPlace(3, places.lent)
+    with shared.waiting(), shared.waiting():
+        assert not await is_free(places)
+        with shared.waiting():
+            assert await is_free(places)
+            assert not await is_free(places)
+        places.release()
+        assert not await is_free(places)
+        shared.leave()
+        assert await is_free(places)
+    places.release()
+    shared.leave()
+    shared.leave()
+    places.release()
+    assert await is_free(places)
+
+
+async def test_places_are_lent_for_no_more_documents_than_may_wait() -> None:
+    places = Places(2, lendable=3)
+    assert await places.acquire()
+    assert await places.acquire()
+    with places.lent(2), places.lent(2):
+        assert await is_free(places)
+        assert not await is_free(places)
 
 
 async def test_closing_waits_for_all_who_work_or_wait_and_lets_nobody_in() -> None:
