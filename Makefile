@@ -92,6 +92,7 @@ export CHECK_BILL
 
 test: lint ## lint, then all tests with their coverage, and the types beside them
 	@$(BIN)/coverage erase
+	@$(BIN)/python -m compileall -q jobs models sql procrastinate_app.py # or each of some hundred processes does it, where none may keep it
 	@$(BIN)/mypy --no-error-summary & types=$$!; \
 	$(BIN)/python -m pytest -q --cov --cov-report= $(PYTEST_ARGS); tests=$$?; \
 	wait $$types || { echo 'mypy found errors: see above, or run make check' >&2; exit 1; }; exit $$tests
