@@ -30,7 +30,9 @@ TESTS = (ROOT / "tests",)
 
 @pytest.fixture
 async def sandbox(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=30, memory_mb=2048, max_output_mb=4), writable=tmp_path, readable=TESTS)
+    sandbox = ProcessSandbox(
+        children=1, limits=Limits(timeout=30, memory_mb=2048, max_output_mb=4), writable=tmp_path, readable=TESTS, loaded=False
+    )
     yield sandbox
     await sandbox.aclose()
 
@@ -95,7 +97,7 @@ async def test_an_exit_is_a_parse_error_that_names_the_code(sandbox: ProcessSand
 
 
 async def test_a_wait_is_our_timeout_error_that_names_the_limit(tmp_path: Path) -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS, writable=tmp_path)
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS, writable=tmp_path, loaded=False)
     with pytest.raises(TimeoutError, match=r"time limit of 5\.5 s"):
         await sandbox.run(work.hang_after, str(tmp_path / "mark"))
     await sandbox.aclose()
@@ -103,14 +105,14 @@ async def test_a_wait_is_our_timeout_error_that_names_the_limit(tmp_path: Path) 
 
 async def test_a_loop_until_the_time_is_up_is_no_timeout_because_it_would_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_module, "COMPUTING", 0.01)  # a busy machine gives it next to nothing
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS)
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=5.5), readable=TESTS, loaded=False)
     with pytest.raises(Exhausted, match=r"time limit of 5\.5 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
 
 
 async def test_cpu_time_beyond_the_limit_is_no_timeout_either() -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, cpu_seconds=1), readable=TESTS)
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=60, cpu_seconds=1), readable=TESTS, loaded=False)
     with pytest.raises(Exhausted, match="CPU limit of 1 s"):
         await sandbox.run(work.hang)
     await sandbox.aclose()
@@ -167,7 +169,7 @@ async def test_cancelling_the_caller_kills_the_call(sandbox: ProcessSandbox, tmp
 
 
 async def test_closing_stops_calls_and_children_and_refuses_more(tmp_path: Path) -> None:
-    sandbox = ProcessSandbox(children=1, writable=tmp_path, readable=TESTS)
+    sandbox = ProcessSandbox(children=1, writable=tmp_path, readable=TESTS, loaded=False)
     mark = tmp_path / "pid"
     task = asyncio.create_task(sandbox.run(work.hang_after, str(mark)))
     await until(lambda: mark.exists() and mark.read_text())
@@ -187,7 +189,7 @@ async def test_an_idle_child_killed_from_outside_is_replaced(sandbox: ProcessSan
 
 
 async def test_an_idle_child_that_takes_nothing_in_keeps_no_call_beyond_the_time_limit() -> None:
-    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=2), readable=TESTS)
+    sandbox = ProcessSandbox(children=1, limits=Limits(timeout=2), readable=TESTS, loaded=False)
     stopped = await sandbox.run(work.process_id)
     os.kill(stopped, signal.SIGSTOP)
     async with asyncio.timeout(30):
@@ -197,7 +199,7 @@ async def test_an_idle_child_that_takes_nothing_in_keeps_no_call_beyond_the_time
 
 
 async def test_children_are_replaced_after_their_share_of_calls() -> None:
-    sandbox = ProcessSandbox(children=1, calls_per_child=2, readable=TESTS)
+    sandbox = ProcessSandbox(children=1, calls_per_child=2, readable=TESTS, loaded=False)
     assert len({await sandbox.run(work.process_id) for _ in range(4)}) == 2
     await sandbox.aclose()
 

@@ -25,7 +25,7 @@ TESTS = (Path(__file__).parents[1],)
 
 @pytest.fixture
 async def sandbox(tmp_path: Path) -> AsyncIterator[ProcessSandbox]:
-    sandbox = ProcessSandbox(children=4, limits=Limits(timeout=30, memory_mb=2048), writable=tmp_path, readable=TESTS)
+    sandbox = ProcessSandbox(children=4, limits=Limits(timeout=30, memory_mb=2048), writable=tmp_path, readable=TESTS, loaded=False)
     yield sandbox
     await sandbox.aclose()
 
