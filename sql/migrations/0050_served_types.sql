@@ -16,4 +16,11 @@ FROM (
 ) AS s
 WHERE d.id = s.id AND d.served_version = s.served_version AND d.served_file_type IS NULL AND d.file_type <> s.file_type;
 
-ANALYZE file_extractions (served_file_type);
+DO $$
+BEGIN
+    -- Of an empty table the planner would learn that it is empty, and go on reading it from end to end while it fills.
+    IF EXISTS (SELECT FROM file_extractions) THEN
+        ANALYZE file_extractions (served_file_type);
+    END IF;
+END;
+$$;

@@ -2,9 +2,9 @@
 
 -- name: advance_documents
 -- First statement of every checkpoint but the last, of one document or, once they are held, of several that go on alike. Whose doc_id is not
--- returned: its claim has moved on and nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
-WITH held AS MATERIALIZED (
-    SELECT d.id, g.*
+-- returned: its claim has moved on and nothing of it may be written.
+WITH given AS MATERIALIZED (
+    SELECT g.*
     FROM unnest(
         %(doc_ids)b::text[], %(claims)b::bigint[], %(job_ids)b::bigint[], %(gained)b::boolean[], %(file_sizes)b::bigint[], %(hashes)b::text[],
         %(file_types)b::text[], %(mime_types)b::text[], %(page_counts)b::integer[], %(chunk_counts)b::integer[], %(duplicates_of)b::text[],
@@ -12,10 +12,6 @@ WITH held AS MATERIALIZED (
     ) AS g (
         doc_id, claim, job_id, gained, file_size, content_sha256, file_type, mime_type, page_count, chunk_count, duplicate_of, events
     )
-    JOIN file_extractions AS d ON d.doc_id = g.doc_id
-    WHERE d.claim = g.claim AND d.state = 'working'
-    ORDER BY d.id
-    FOR NO KEY UPDATE OF d
 ), fenced AS (
     UPDATE file_extractions AS d
     SET milestone = %(milestone)s::document_milestone,
@@ -28,10 +24,10 @@ WITH held AS MATERIALIZED (
         waiting_place = CASE WHEN %(state)s = 'working' THEN d.waiting_place ELSE %(waiting_place)s END,
         waiting_since = CASE
             WHEN %(state)s = 'retrying' AND %(waits)s THEN CASE
-                WHEN d.milestone = %(milestone)s::document_milestone AND NOT h.gained THEN coalesce(d.waiting_since, now())
+                WHEN d.milestone = %(milestone)s::document_milestone AND NOT g.gained THEN coalesce(d.waiting_since, now())
                 ELSE now()
             END
-            WHEN %(state)s IN ('working', 'queued') AND NOT h.gained THEN d.waiting_since
+            WHEN %(state)s IN ('working', 'queued') AND NOT g.gained THEN d.waiting_since
         END,
         crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
         lone_crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.lone_crash_count ELSE 0 END,
@@ -39,20 +35,20 @@ WITH held AS MATERIALIZED (
         alone = d.alone AND %(state)s = 'working',
         error_type = %(error_type)s::document_error_type,
         error_message = %(error_message)s,
-        file_size = coalesce(h.file_size, d.file_size),
-        content_sha256 = coalesce(h.content_sha256, d.content_sha256),
-        file_type = coalesce(h.file_type, d.file_type),
-        mime_type = coalesce(h.mime_type, d.mime_type),
-        page_count = coalesce(h.page_count, d.page_count),
-        chunk_count = coalesce(h.chunk_count, d.chunk_count),
-        duplicate_of = coalesce(h.duplicate_of, d.duplicate_of),
+        file_size = coalesce(g.file_size, d.file_size),
+        content_sha256 = coalesce(g.content_sha256, d.content_sha256),
+        file_type = coalesce(g.file_type, d.file_type),
+        mime_type = coalesce(g.mime_type, d.mime_type),
+        page_count = coalesce(g.page_count, d.page_count),
+        chunk_count = coalesce(g.chunk_count, d.chunk_count),
+        duplicate_of = coalesce(g.duplicate_of, d.duplicate_of),
         served_version = CASE WHEN %(state)s <> 'duplicate' THEN d.served_version END,
         raw_extraction = CASE WHEN %(state)s <> 'duplicate' THEN d.raw_extraction END,
         processing_completed_at = CASE WHEN %(state)s IN ('failed', 'duplicate') THEN clock_timestamp() END,
         updated_at = now()
-    FROM held AS h
-    WHERE d.id = h.id
-    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim, h.job_id, h.events
+    FROM given AS g
+    WHERE d.doc_id = g.doc_id AND d.claim = g.claim AND d.state = 'working'
+    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim, g.job_id, g.events
 ), finished AS (
     -- The job ends with the work that it was for, so that no crash can come between the two.
     UPDATE procrastinate_jobs AS j
