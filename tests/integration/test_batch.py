@@ -26,15 +26,6 @@ async def front(settings: Settings) -> AsyncIterator[Settings]:
     await close_async()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "documents"
-    (made / "sub").mkdir(parents=True)
-    for name in ("a.txt", "b.txt", "sub/c.txt"):
-        (made / name).write_text(f"text of {name}")
-    return made
-
-
 def outcomes(made: BatchSubmission) -> dict[str, str]:
     return {file.name: file.submission.outcome if file.submission is not None else "refused" for file in made.files}
 
