@@ -56,7 +56,8 @@ def meet_new_files(outside: Service, server: LlamaParseServer) -> set[str]:
     outside.submit(MEANWHILE)
     new = set(outside.documents) - paid_for
     outside.hold(lambda: states(outside, new) == {"complete"}, "new files to be parsed here", 120)
-    assert states(outside, paid_for) <= {"retrying", "working", "queued"}
+    before = states(outside, paid_for)
+    assert before <= {"retrying", "working", "queued"}, before
     assert outside.parsed_there() == 0
     return new
 

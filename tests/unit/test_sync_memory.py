@@ -12,7 +12,7 @@ RUN = uuid.uuid4()
 
 def row(path: str, **told: bool) -> dict[str, Any]:
     return {"entry_path": path, "run_id": RUN, "content_sha256": "1" * 64, "in_run": True, "finished": True, "unfinished": False,
-            "open": False, **told}  # fmt: skip
+            "open": False, "cancelled": False, **told}  # fmt: skip
 
 
 def test_an_archive_is_whole_if_all_that_lie_in_it_are() -> None:
