@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def have_jobs_under_way(outside: Service, trusting: Path | None = None) -> Llama
 
 
 def finish_jobs(server: LlamaParseServer) -> None:
-    """Have the jobs that are under way done, and others at once: at the service work goes on, which only does not answer."""
+    """Have the jobs that are under way done, and others at once: at the service work goes on, which only does not answer.
+
+    Not before those are answered who asked before it failed, unless it lets them hang: they would be told that their job is done.
+    """
+    until = time.monotonic() + 1
+    while server.tally.in_flight and time.monotonic() < until:
+        time.sleep(0.001)
     for job in server.jobs.values():
         job.ready_at = 0
     server.seconds = 0
