@@ -58,6 +58,8 @@ class Searcher(threading.Thread):
 
 
 def test_workers_killed_at_every_step_of_a_reembedding_lose_nothing_and_searches_never_miss_a_passage(arena: Arena) -> None:
+    # A document may be alone with what dies here again and again: steps of a re-embedding that compute nothing wait for nobody.
+    arena.environment["MAX_CRASHES"] = "20"
     first = documents(24)
     arena.submit(first)
     undisturbed = arena.worker("--concurrency", "2")
@@ -88,8 +90,7 @@ def test_workers_killed_at_every_step_of_a_reembedding_lose_nothing_and_searches
     assert searcher.searches > 20
     assert killed == len(STEPS)
     assert [model for model, _ in models] == [NEW.model]
-    unfinished = arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'")
-    assert unfinished == 0
+    assert arena.all("SELECT doc_id, state, error_message FROM file_extractions WHERE state <> 'complete'") == []
     with arena.connect() as conn:
         register_vector(conn)
         rows = conn.execute("SELECT content, embedding FROM document_chunks").fetchall()

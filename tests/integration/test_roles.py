@@ -15,6 +15,7 @@ from psycopg import errors
 from psycopg.rows import dict_row
 
 import sql.migrate
+from jobs import reembedding
 from jobs.cli import main
 from jobs.database import make_pool
 from jobs.maintenance import index_name, look_after_index
@@ -302,6 +303,7 @@ async def test_a_re_embedding_by_workers_that_may_build_no_index_goes_on_where_t
     grant_as(clean.settings(), clean.new_login("plain"), "worker")
     monkeypatch.setenv("DATABASE_URL", clean.url("postgres"))
     monkeypatch.setenv("VECTOR_INDEX_THRESHOLD", "5")
+    monkeypatch.setattr(reembedding, "FAILED_SECONDS", 0.05)  # a minute, four times
 
     def index() -> object:
         with pytest.raises(SystemExit) as end:
@@ -316,7 +318,8 @@ async def test_a_re_embedding_by_workers_that_may_build_no_index_goes_on_where_t
         assert await asyncio.to_thread(index) == 0
         shelf.start()
         made, asked = shelf.slice(), set()
-        while await shelf.step(made) is not None:
+        while (pause := await shelf.step(made)) is not None:
+            await asyncio.sleep(pause)
             state, why = shelf.one("SELECT state, coalesce(error_message, '') FROM reembeddings")
             if "`docmill index`" in why:
                 assert (state, shelf.one("SELECT string_agg(step, ' ') FROM reembedding_steps()")) not in asked, "it did not help"

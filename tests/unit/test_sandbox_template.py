@@ -113,11 +113,19 @@ async def test_who_gives_up_while_a_child_is_made_costs_no_other_call() -> None:
 async def test_many_starts_and_kills_leave_no_process_and_no_scratch_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     others = set(descendants(os.getpid()))
+    made: set[int] = set()
+
+    async def watch() -> None:
+        while True:
+            made.update(set(descendants(os.getpid())) - others)
+            await asyncio.sleep(0.005)
+
+    watching = asyncio.create_task(watch())
     sandbox = ProcessSandbox(children=4, calls_per_child=2, readable=TESTS)
     harm = [sandbox.run(work.crash) if number % 3 == 0 else sandbox.run(work.echo, number) for number in range(24)]
     outcomes = await asyncio.gather(*harm, return_exceptions=True)
     assert sum(isinstance(outcome, Crashed) for outcome in outcomes) == 8
-    made = set(descendants(os.getpid())) - others
+    watching.cancel()
     assert len(made) > 1
     await sandbox.aclose()
     assert not any(map(exists, made))
