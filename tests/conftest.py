@@ -94,7 +94,8 @@ def migrated_database(server: PostgresServer) -> Iterator[str]:
 def _database(server: PostgresServer, template: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(server.get_uri(), autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # A copy of its files: written to the log block by block, as Postgres does by default, it takes half as long again.
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
     try:
         yield server.get_uri(database=name)
     finally:
