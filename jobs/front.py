@@ -71,7 +71,11 @@ async def _async_pool(settings: Settings) -> _AsyncPool:
 
 async def _open_async(settings: Settings) -> tuple[_AsyncPool, asyncio.Task[None]]:
     pool = make_pool(settings, await prepare_database(settings))
-    await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
+    try:
+        await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
+    except BaseException:
+        await _close_cancelled(pool)
+        raise
     return pool, asyncio.create_task(_close_with_loop(pool))
 
 
@@ -80,13 +84,18 @@ def _has_failed(opening: Future[Any] | asyncio.Task[Any]) -> bool:
 
 
 async def _close_with_loop(pool: _AsyncPool) -> None:
-    """Close a pool when `asyncio.run` cancels what is left: a task of the pool that is connecting outlives that otherwise."""
+    """Close a pool when `asyncio.run` cancels what is left."""
     try:
         await asyncio.Event().wait()
     finally:
         _async_pools.pop(asyncio.get_running_loop(), None)
-        with suppress(asyncio.CancelledError):  # the pool waits for its tasks, which have been cancelled too
-            await pool.close()
+        await _close_cancelled(pool)
+
+
+async def _close_cancelled(pool: _AsyncPool) -> None:
+    """Close a pool when all tasks are being cancelled: one of its own that is connecting outlives that, and keeps the loop."""
+    with suppress(asyncio.CancelledError):  # the pool waits for its tasks, which have been cancelled too
+        await pool.close()
 
 
 def _begin_anew() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import get_document, get_document_async, submit_batch, submit_document, submit_document_async
+from jobs import front, get_document, get_document_async, submit_batch, submit_document, submit_document_async
 from jobs.adapters.storage import local
 from jobs.front import async_connection, close_async
 from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
@@ -349,6 +349,35 @@ def test_a_program_ends_while_a_connection_is_still_being_made(settings: Setting
     thread.start()
     thread.join(20)
     assert ended.is_set()
+    assert not thread.is_alive()
+
+
+def test_a_program_ends_while_its_first_connection_is_still_being_made(
+    settings: Settings, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def program() -> None:
+        connecting = asyncio.Event()
+
+        async def connect_slowly(*_: Any, **__: Any) -> None:
+            connecting.set()
+            await asyncio.sleep(3600)
+
+        async def use() -> None:
+            async with async_connection(settings, None):
+                pass
+
+        async def prepared(_: Settings) -> str:
+            return database
+
+        monkeypatch.setattr(front, "prepare_database", prepared)
+        monkeypatch.setattr(psycopg.AsyncConnection, "connect", connect_slowly)
+        user = asyncio.create_task(use())
+        await connecting.wait()
+        assert not user.done()
+
+    thread = threading.Thread(target=asyncio.run, args=[program()], daemon=True)
+    thread.start()
+    thread.join(20)
     assert not thread.is_alive()
 
 
