@@ -10,6 +10,7 @@ import re
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None)
         open=False,
         name="docmill",
     )
+
+
+async def close_cancelled(pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
+    """Close a pool when all tasks are being cancelled: one of its own that is connecting outlives that, and keeps the loop."""
+    with suppress(asyncio.CancelledError):  # the pool waits for its tasks, which have been cancelled too
+        await pool.close()
 
 
 def _check_facts(facts: dict[str, Any]) -> None:

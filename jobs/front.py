@@ -12,14 +12,14 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from jobs.database import make_pool, prepare_database
+from jobs.database import close_cancelled, make_pool, prepare_database
 from jobs.sessions import connect_options, pin_session
 from models.settings import Settings
 
@@ -74,7 +74,7 @@ async def _open_async(settings: Settings) -> tuple[_AsyncPool, asyncio.Task[None
     try:
         await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
     except BaseException:
-        await _close_cancelled(pool)
+        await close_cancelled(pool)
         raise
     return pool, asyncio.create_task(_close_with_loop(pool))
 
@@ -89,13 +89,7 @@ async def _close_with_loop(pool: _AsyncPool) -> None:
         await asyncio.Event().wait()
     finally:
         _async_pools.pop(asyncio.get_running_loop(), None)
-        await _close_cancelled(pool)
-
-
-async def _close_cancelled(pool: _AsyncPool) -> None:
-    """Close a pool when all tasks are being cancelled: one of its own that is connecting outlives that, and keeps the loop."""
-    with suppress(asyncio.CancelledError):  # the pool waits for its tasks, which have been cancelled too
-        await pool.close()
+        await close_cancelled(pool)
 
 
 def _begin_anew() -> None:

@@ -23,8 +23,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import front, get_document, get_document_async, submit_batch, submit_document, submit_document_async
+from jobs import connector, front, get_document, get_document_async, submit_batch, submit_document, submit_document_async
 from jobs.adapters.storage import local
+from jobs.connector import DocmillConnector
 from jobs.front import async_connection, close_async
 from models.errors import ConfigurationError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
@@ -352,8 +353,9 @@ def test_a_program_ends_while_a_connection_is_still_being_made(settings: Setting
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("door", ["front", "worker"])
 def test_a_program_ends_while_its_first_connection_is_still_being_made(
-    settings: Settings, database: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, database: str, monkeypatch: pytest.MonkeyPatch, door: str
 ) -> None:
     async def program() -> None:
         connecting = asyncio.Event()
@@ -363,13 +365,16 @@ def test_a_program_ends_while_its_first_connection_is_still_being_made(
             await asyncio.sleep(3600)
 
         async def use() -> None:
+            if door == "worker":
+                await DocmillConnector(settings).open_async()
             async with async_connection(settings, None):
                 pass
 
         async def prepared(_: Settings) -> str:
             return database
 
-        monkeypatch.setattr(front, "prepare_database", prepared)
+        for module in (front, connector):
+            monkeypatch.setattr(module, "prepare_database", prepared)
         monkeypatch.setattr(psycopg.AsyncConnection, "connect", connect_slowly)
         user = asyncio.create_task(use())
         await connecting.wait()
