@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from models.settings import Settings, allowed_values, default_value
@@ -50,8 +54,23 @@ def configuration_page() -> str:
 
 
 def meaning(name: str) -> str:
-    """Return a setting's description on one line."""
-    return " ".join((Settings.model_fields[name].description or "").split())
+    """Return on one line what stands below a setting."""
+    return " ".join(_docstrings()[name].split())
+
+
+@cache
+def _docstrings() -> dict[str, str]:
+    """Read them here: pydantic would do so each time that a worker or a command starts."""
+    found: dict[str, str] = {}
+    for part in Settings.__mro__:
+        if part.__module__.startswith("models.settings"):
+            (definition,) = ast.parse(inspect.getsource(part)).body
+            assert isinstance(definition, ast.ClassDef)
+            for field, below in pairwise(definition.body):
+                match field, below:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        found[name] = text
+    return found
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from importlib.util import find_spec
 from pathlib import Path
 
 import psycopg
 from loguru import logger
-from procrastinate.schema import SchemaManager, migrations_path
 
 from models.errors import ConfigurationError
 from sql import query
@@ -42,6 +42,13 @@ def _applied(conn: psycopg.Connection, component: str) -> set[str]:
 
 def _own() -> list[Traversable]:
     return sorted((p for p in files("sql").joinpath("migrations").iterdir() if p.name.endswith(".sql")), key=lambda p: p.name)
+
+
+def procrastinates_migrations() -> list[Path]:
+    """Return the files of procrastinate.schema.migrations_path in order, without importing it: each command asks for them as it starts."""
+    package = find_spec("procrastinate")
+    assert package is not None and package.origin is not None
+    return sorted(Path(package.origin).parent.joinpath("sql", "migrations").glob("*.sql"), key=lambda p: p.name)
 
 
 def _apply(conn: psycopg.Connection, watcher: Watcher, migration: _Migration) -> None:
@@ -74,9 +81,11 @@ def _make_procrastinate(conn: psycopg.Connection) -> list[str]:
     """Apply procrastinate's whole schema to a new database, which then has all its migrations."""
     row = conn.execute(query("procrastinate_exists")).fetchone()
     if row is not None and not row[0]:
+        from procrastinate.schema import SchemaManager  # noqa: PLC0415 - for a new database alone
+
         with conn.transaction():
             conn.execute(SchemaManager.get_schema())
-            for path in migrations_path.glob("*.sql"):
+            for path in procrastinates_migrations():
                 conn.execute(query("record_migration"), {"component": "procrastinate", "name": path.name})
         return ["procrastinate schema"]
     if not _applied(conn, "procrastinate"):
@@ -88,7 +97,7 @@ def _make_procrastinate(conn: psycopg.Connection) -> list[str]:
 
 
 def _missing(conn: psycopg.Connection) -> list[_Migration]:
-    theirs = [("procrastinate", path.name, path) for path in sorted(migrations_path.glob("*.sql"), key=lambda p: p.name)]
+    theirs = [("procrastinate", path.name, path) for path in procrastinates_migrations()]
     ours = [("docmill", path.name, path) for path in _own()]
     applied = {component: _applied(conn, component) for component in ("procrastinate", "docmill")}
     return [(component, name, path) for component, name, path in [*theirs, *ours] if name not in applied[component]]

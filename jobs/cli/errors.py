@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 import psycopg
-from procrastinate.exceptions import ConnectorException
 
 from jobs.cli.output import complain
 from jobs.redaction import redact, render_traceback
@@ -70,6 +69,8 @@ def report(error: Exception) -> ExitCode:
             f"The role of DATABASE_URL may not do this: {redact(str(refused.diag.message_primary))}. docs/row-security.md says who may."
         )
     else:
+        from procrastinate.exceptions import ConnectorException  # noqa: PLC0415 - most commands need nothing else of it
+
         code = ExitCode.FAILED
         kind = "The database refused" if isinstance(error, psycopg.Error | ConnectorException) else "Something unforeseen happened"
         hint = "" if details else " LOG_LEVEL=DEBUG shows where."

@@ -14,7 +14,7 @@ from models.settings.checks import AnyCase, OptionalFile, SizesByType, Words, si
 class DocumentSettings(BaseSettings):
     """Part of `Settings`."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(defer_build=True)
 
     # Zip archives
     max_archive_mb: Annotated[int, Interval(ge=1, le=1_000_000)] = 10_000

@@ -29,7 +29,7 @@ class Settings(ProviderSettings, ServingSettings, UpkeepSettings, DocumentSettin
         env_ignore_empty=True,  # compose files pass unset variables on as empty ones
         hide_input_in_errors=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        defer_build=False,  # as its parts do, of which nobody makes one
     )
 
     @classmethod

@@ -19,7 +19,7 @@ SERVER_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGDATABASE", "P
 class PlaceSettings(BaseSettings):
     """Part of `Settings`."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(defer_build=True)
 
     # Database
     database_url: Conninfo = None

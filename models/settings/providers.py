@@ -14,7 +14,7 @@ from models.settings.checks import AnyCase, BaseUrl, Key, Price, Words
 class ProviderSettings(BaseSettings):
     """Part of `Settings`; EMBEDDING_PROVIDER stands there."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(defer_build=True)
 
     # Calls, breakers and budgets
     provider_connect_seconds: Annotated[float, Interval(ge=0.1, le=300)] = 10

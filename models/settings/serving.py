@@ -46,7 +46,7 @@ def _token(value: SecretStr | None) -> SecretStr | None:
 class ServingSettings(BaseSettings):
     """Part of `Settings`."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(defer_build=True)
 
     # docmill serve
     serve_host: Annotated[str, AfterValidator(_host), Words(allowed="a host name or address")] = "127.0.0.1"

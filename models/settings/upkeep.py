@@ -13,7 +13,7 @@ from models.settings.checks import WebUrl
 class UpkeepSettings(BaseSettings):
     """Part of `Settings`."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(defer_build=True)
 
     # Alerts
     alert_webhook_url: WebUrl = None

@@ -13,7 +13,7 @@ from models.settings.checks import AnyCase
 class WorkSettings(BaseSettings):
     """Part of `Settings`."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(defer_build=True)
 
     # Retries
     max_retry_attempts: Annotated[int, Interval(ge=0, le=100)] = 3

@@ -6,9 +6,10 @@ import threading
 
 import psycopg
 import pytest
+from procrastinate.schema import migrations_path
 
 from models.stages import STAGES, Milestone, State
-from sql.migrate import migrate
+from sql.migrate import migrate, procrastinates_migrations
 
 
 def submit(conn: psycopg.Connection, doc_id: str = "a", sha: str | None = "1" * 64, **more: object) -> str:
@@ -25,6 +26,11 @@ def one(conn: psycopg.Connection, statement: str, *args: object) -> tuple[object
     row = conn.execute(statement, args).fetchone()
     assert row is not None
     return tuple(row)
+
+
+def test_the_migrations_of_procrastinate_are_found_where_it_has_them() -> None:
+    assert procrastinates_migrations() == sorted(migrations_path.glob("*.sql"))
+    assert procrastinates_migrations()
 
 
 def test_every_table_view_function_and_column_has_a_comment(conn: psycopg.Connection) -> None:

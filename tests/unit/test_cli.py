@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -155,3 +156,12 @@ def test_help_imports_neither_the_database_driver_nor_a_model() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "ingest" in done.stdout
     assert "130" in done.stdout
+
+
+@pytest.mark.parametrize("asks", ["from jobs.cli import main; main(['status'])", "import jobs; jobs.get_document('a')"])
+def test_who_only_asks_the_database_loads_nothing_of_the_queue(asks: str) -> None:
+    code = f"import sys\ntry:\n    {asks}\nexcept BaseException as e: print(e)\nsys.exit('procrastinate' in sys.modules)"
+    given = {**os.environ, "DATABASE_URL": "postgresql://127.0.0.1:1/x"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=given)
+    assert done.returncode == 0, done.stderr
+    assert "DATABASE_URL" in done.stdout + done.stderr, "it has not come as far as the database"
