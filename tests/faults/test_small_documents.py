@@ -55,16 +55,16 @@ def progress(arena: Arena, done: int) -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_worker_killed_with_several_in_hand_loses_and_doubles_none(arena: Arena, point: str) -> None:
-    wanted = documents(100)
+    wanted = documents(200)
     arena.submit(wanted)
-    faults = [f"kill@{point};doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[10::40]]
+    faults = [f"kill@{point};doc={doc};once={arena.mark(doc)}" for doc in list(wanted)[10::90]]
     arena.worker(faults=faults, restart=True)
     arena.reconciler()
     arena.settle(180)
     assert arena.marks(), "the fault point was never reached"
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     together(arena)
-    arena.judge("16 small documents together", f"kill -9 at {point} of some of 100")
+    arena.judge("16 small documents together", f"kill -9 at {point} of some of 200")
 
 
 @pytest.mark.parametrize("point", HOSTED_POINTS)
