@@ -3,7 +3,7 @@
 One fault a line, `action[:argument]@point[;option=value...]`, for example `kill@after_checkpoint:parse_complete;doc=a;once=/tmp/mark`.
 Actions: kill, stop, exit, segfault, abort, memory:MB, sleep:S, block:S, raise:WHAT (an SQLSTATE, an errno name or an exception class).
 Points may hold `*`. Options: `doc`, which may hold `*`; `p`, the probability; `once`, a file that the first to come by creates, in whatever
-process; `times`, how many may come by before that file counts as there.
+process; `times`, how many may come by before that file counts as there; `after`, how many come by unharmed before.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Fault:
     probability: float = 1.0
     once: str | None = None
     times: int = 1
+    after: int = 0
 
     def hits(self, point: str, doc_id: str) -> bool:
         """Say whether this fault happens now, and take its mark if it does."""
@@ -44,7 +45,12 @@ class Fault:
             return False
         if self.probability < 1 and random.random() >= self.probability:  # noqa: S311  # chance, not a secret
             return False
-        return self.once is None or any(_taken(f"{self.once}.{number}") for number in range(self.times))
+        if self.once is None:
+            return True
+        unharmed = Path(self.once).with_name(f"unharmed-{Path(self.once).name}")
+        if any(_taken(f"{unharmed}.{number}") for number in range(self.after)):
+            return False
+        return any(_taken(f"{self.once}.{number}") for number in range(self.times))
 
 
 def _taken(mark: str) -> bool:
@@ -65,9 +71,10 @@ def _parse_line(line: str) -> Fault:
     action, _, argument = what.partition(":")
     point, *options = rest.split(";")
     given = dict(option.split("=", 1) for option in options)
-    if action not in _ACTIONS or not point or not set(given) <= {"doc", "p", "once", "times"}:
+    if action not in _ACTIONS or not point or not set(given) <= _OPTIONS or ("after" in given and "once" not in given):
         raise ValueError(f"DOCMILL_FAULTS: {line!r} is no fault")
-    return Fault(action, argument, point, given.get("doc", "*"), float(given.get("p", 1)), given.get("once"), int(given.get("times", 1)))
+    times, after = int(given.get("times", 1)), int(given.get("after", 0))
+    return Fault(action, argument, point, given.get("doc", "*"), float(given.get("p", 1)), given.get("once"), times, after)
 
 
 def _error(what: str) -> BaseException:
@@ -115,6 +122,7 @@ async def _act(action: str, argument: str) -> None:
 
 
 _ACTIONS = frozenset({"kill", "stop", "abort", "exit", "segfault", "memory", "sleep", "block", "raise"})
+_OPTIONS = frozenset({"doc", "p", "once", "times", "after"})
 _FAULTS = parse(os.environ.get("DOCMILL_FAULTS", ""))
 
 

@@ -48,6 +48,14 @@ def paid_again(arena: Arena, server: OpenAIServer) -> Counter[str]:
     return again
 
 
+def hosted(server: OpenAIServer) -> dict[str, str]:
+    """Settings for a service that takes a few texts at a time."""
+    return {
+        "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": server.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
+        "EMBEDDING_MAX_TEXTS": str(TEXTS), "EMBEDDING_CONCURRENT_REQUESTS": "2",
+    }  # fmt: skip
+
+
 def progress(arena: Arena, done: int) -> None:
     """Wait until more than so many are complete."""
     arena.wait(lambda: bool(arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") > done), "progress", 60)
@@ -67,14 +75,27 @@ def test_a_worker_killed_with_several_in_hand_loses_and_doubles_none(arena: Aren
     arena.judge("16 small documents together", f"kill -9 at {point} of some of 200")
 
 
+@pytest.mark.parametrize(("point", "doc", "after"), [("call_answered", "*", 90), ("keeping", "d0020", 1), ("kept", "d0020", 1)])
+def test_what_was_kept_before_a_kill_is_not_paid_for_again(arena: Arena, point: str, doc: str, after: int) -> None:
+    """Killed when most have had the first of their two requests: only the second may have been under way."""
+    with OpenAIServer(dimensions=32, latency=0.05) as server:
+        arena.environment |= hosted(server)
+        arena.submit(documents(64))
+        arena.worker(faults=[f"kill@{point};doc={doc};once={arena.mark('kill')};after={after}"], restart=True)
+        arena.reconciler()
+        arena.settle(120)
+        assert len(arena.marks()) == 1, "the fault point was never reached"
+        assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+        again = paid_again(arena, server)
+        assert max(again.values(), default=0) <= TEXTS, again
+        arena.judge("16 small documents together", f"kill -9 at {point} after {after} others, embedded by a service", compared=False)
+
+
 @pytest.mark.parametrize("point", HOSTED_POINTS)
 def test_a_worker_killed_with_several_at_a_service_pays_at_most_one_request_of_each_twice(arena: Arena, point: str) -> None:
     wanted = documents(200)
     with OpenAIServer(dimensions=32, latency=0.05) as server:
-        arena.environment |= {
-            "EMBEDDING_PROVIDER": "openai", "EMBEDDING_BASE_URL": server.url, "EMBEDDING_MODEL": "m", "EMBEDDING_DIMENSIONS": "32",
-            "EMBEDDING_MAX_TEXTS": str(TEXTS), "EMBEDDING_CONCURRENT_REQUESTS": "2",
-        }  # fmt: skip
+        arena.environment |= hosted(server)
         arena.submit(wanted)
         # A call is known by the first of its documents, which need not be one that was chosen.
         chosen = ["*"] * 3 if point.startswith("call_") else list(wanted)[10::90]
