@@ -43,10 +43,10 @@ def start(settings: Settings) -> tuple[float, float, float]:
             return seconds, memory_mb(process.pid), memory_mb(process.pid, "Pss")
 
 
-def help_seconds(settings: Settings) -> float:
-    """Return the seconds that `docmill --help` takes."""
+def command_seconds(settings: Settings, argument: str) -> float:
+    """Return the seconds that `docmill` takes with an argument."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "jobs.cli", "--help"]
+    command = [sys.executable, "-m", "jobs.cli", argument]
     subprocess.run(command, env=environment(settings), cwd=Path(__file__).parents[1], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
@@ -68,8 +68,9 @@ def main() -> None:
                 f"| {os.getloadavg()[0]:.1f} |",
                 flush=True,
             )
-        helped = sorted(help_seconds(settings) for _ in range(given.rounds))
-        print(f"docmill --help: {median(helped):.2f} s, {helped[0]:.2f} to {helped[-1]:.2f}; load {os.getloadavg()[0]:.1f}")
+        for argument in ("--help", "status"):
+            taken = sorted(command_seconds(settings, argument) for _ in range(given.rounds))
+            print(f"docmill {argument}: {median(taken):.2f} s, {taken[0]:.2f} to {taken[-1]:.2f}; load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

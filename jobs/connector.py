@@ -14,7 +14,7 @@ from procrastinate import PsycopgConnector
 from procrastinate.connector import Notify
 from psycopg_pool import AsyncConnectionPool
 
-from jobs.database import close_cancelled, conninfo_of, make_pool, prepare_database
+from jobs.database import conninfo_of, make_pool, prepare_database
 from jobs.outages import outlive, outlive_start
 from jobs.sessions import connect_async
 from models.settings import Settings
@@ -41,16 +41,6 @@ class DocmillConnector(PsycopgConnector):
             return row
         finally:
             del self._asked_at[token]
-
-    async def open_async(self, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] | None = None) -> None:
-        """Open the pool, or use a given one. One whose first connection cannot be had, or is not waited for, is closed."""
-        try:
-            await super().open_async(pool)
-        except BaseException:
-            if pool is None and self._async_pool is not None:
-                await close_cancelled(self._async_pool)
-                self._async_pool = None
-            raise
 
     async def _create_pool(self, pool_args: dict[str, Any]) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
         # Procrastinate would have the pool check each connection at each checkout: a round trip for every query.

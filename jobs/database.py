@@ -108,9 +108,26 @@ async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> 
         raise ConfigurationError("The database has no vector type: run `docmill migrate` first.") from error
 
 
-def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None) -> AsyncConnectionPool[psycopg.AsyncConnection[Any]]:
+class Pool(AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
+    """A pool that keeps no event loop from ending. A task of its own that is connecting outlives its cancellation, until the pool is closed."""
+
+    async def open(self, wait: bool = False, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as psycopg has it
+        """Open it, and close it where that fails or is waited for no longer: then nobody else would."""
+        try:
+            await super().open(wait, timeout)
+        except BaseException:
+            await self.close_cancelled()
+            raise
+
+    async def close_cancelled(self) -> None:
+        """Close it, also where its tasks, for which it waits, have been cancelled."""
+        with suppress(asyncio.CancelledError):
+            await self.close()
+
+
+def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None) -> Pool:
     """Return an unopened pool of autocommit connections that know the vector type; waiting for one ends after DATABASE_TIMEOUT."""
-    return AsyncConnectionPool(
+    return Pool(
         conninfo,
         connection_class=PooledConnection if behind_pooler(settings) else psycopg.AsyncConnection,
         kwargs={**connect_options(settings), "autocommit": True},
@@ -122,12 +139,6 @@ def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None)
         open=False,
         name="docmill",
     )
-
-
-async def close_cancelled(pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
-    """Close a pool when all tasks are being cancelled: one of its own that is connecting outlives that, and keeps the loop."""
-    with suppress(asyncio.CancelledError):  # the pool waits for its tasks, which have been cancelled too
-        await pool.close()
 
 
 def _check_facts(facts: dict[str, Any]) -> None:

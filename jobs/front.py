@@ -17,15 +17,14 @@ from functools import partial
 from typing import Any
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from psycopg_pool import ConnectionPool
 
-from jobs.database import close_cancelled, make_pool, prepare_database
+from jobs.database import Pool, make_pool, prepare_database
 from jobs.sessions import connect_options, pin_session
 from models.settings import Settings
 
 _SyncPool = ConnectionPool[psycopg.Connection[Any]]
-_AsyncPool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
-_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, asyncio.Task[tuple[_AsyncPool, asyncio.Task[None]]]]]
+_Loops = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, asyncio.Task[tuple[Pool, asyncio.Task[None]]]]]
 _sync_pools: dict[Settings, Future[_SyncPool]] = {}
 _sync_lock = threading.Lock()
 _async_pools: _Loops = weakref.WeakKeyDictionary()
@@ -60,7 +59,7 @@ def _open_sync(settings: Settings) -> _SyncPool:
     return pool
 
 
-async def _async_pool(settings: Settings) -> _AsyncPool:
+async def _async_pool(settings: Settings) -> Pool:
     pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
     opening = pools.get(settings)
     if opening is None or _has_failed(opening):
@@ -69,13 +68,9 @@ async def _async_pool(settings: Settings) -> _AsyncPool:
     return pool
 
 
-async def _open_async(settings: Settings) -> tuple[_AsyncPool, asyncio.Task[None]]:
+async def _open_async(settings: Settings) -> tuple[Pool, asyncio.Task[None]]:
     pool = make_pool(settings, await prepare_database(settings))
-    try:
-        await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
-    except BaseException:
-        await close_cancelled(pool)
-        raise
+    await pool.open(wait=True)  # else the first user makes the pool grow while its first connection is on the way
     return pool, asyncio.create_task(_close_with_loop(pool))
 
 
@@ -83,13 +78,13 @@ def _has_failed(opening: Future[Any] | asyncio.Task[Any]) -> bool:
     return opening.done() and (opening.cancelled() or opening.exception() is not None)
 
 
-async def _close_with_loop(pool: _AsyncPool) -> None:
+async def _close_with_loop(pool: Pool) -> None:
     """Close a pool when `asyncio.run` cancels what is left."""
     try:
         await asyncio.Event().wait()
     finally:
         _async_pools.pop(asyncio.get_running_loop(), None)
-        await close_cancelled(pool)
+        await pool.close_cancelled()
 
 
 def _begin_anew() -> None:
