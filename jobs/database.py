@@ -109,7 +109,7 @@ async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> 
 
 
 class Pool(AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
-    """A pool that keeps no event loop from ending. A task of its own that is connecting outlives its cancellation, until the pool is closed."""
+    """A pool that keeps no event loop from ending: one of its tasks that is connecting outlives being cancelled until the pool closes."""
 
     async def open(self, wait: bool = False, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as psycopg has it
         """Open it, and close it where that fails or is waited for no longer: then nobody else would."""
