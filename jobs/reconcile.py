@@ -19,7 +19,6 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock, faults
 from jobs.alerts import RULE_SECONDS, log_changes
-from jobs.breaker import PLACES_PER_SECOND
 from jobs.outages import end_if_cancelled
 from jobs.redaction import describe
 from jobs.retry import is_away
@@ -38,6 +37,10 @@ EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 
+
+_BROUGHT_PER_SECOND = 200
+"""Documents that come back in a second for each worker once a service has answered through the time of its growing rate: more than a worker
+takes up, so that it waits for none of them. How many of their requests are under way the workers limit as they always do."""
 
 _Step = tuple[str, Callable[[], Awaitable[Any]]]
 """A part of a pass, after its name."""
@@ -102,7 +105,7 @@ class Reconciler:
         yield "_reopen", partial(self._reopen, done)
         yield "_requeue_lost", partial(self._requeue_lost, done)
         yield "_requeue_duplicates", partial(self._requeue_duplicates, done)
-        brought = {"most": ceil(PLACES_PER_SECOND * period), "seconds": period}
+        brought = {"most": ceil(_BROUGHT_PER_SECOND * period), "seconds": period}
         yield find("find_recovered_services", "bring_forward", "service", {"seconds": period}, **brought)
         yield find("find_idle_budgets", "use_idle_budget", "service", {"seconds": period}, **brought)
         yield find("find_stragglers", "cancel_straggler", "doc_id")

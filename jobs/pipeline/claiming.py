@@ -20,6 +20,8 @@ from sql import query
 
 _SMALL_KB = 64
 """What a document may weigh that is taken along."""
+_TAKEN_ALONG_AT = {"validate": Milestone.UPLOADED, "embed": Milestone.CHUNKS_STORED}
+"""The stages that begin together: that of new documents, and that of those which waited for a service or a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +93,9 @@ class Claiming:
     async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
         """Claim small documents that wait like this one."""
         settings = self._settings
-        if not self.takes_along or job.stage != "validate" or work.suspect or work.retry_count or self._stopping():
+        if not self.takes_along or work.suspect or work.retry_count or self._stopping():
             return []
-        if work.document.milestone is not Milestone.UPLOADED or (work.document.file_size or 0) > _SMALL_KB * 1000:
+        if work.document.milestone is not _TAKEN_ALONG_AT.get(job.stage) or (work.document.file_size or 0) > _SMALL_KB * 1000:
             return []
         works = await take_along(
             conn,

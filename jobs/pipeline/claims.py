@@ -82,7 +82,7 @@ async def claim_document(
 async def take_along(
     conn: Connection, work: Work, *, worker: str, lease_seconds: float, serialise: bool, at_most: int, max_kb: int, max_documents: int
 ) -> list[Work]:
-    """Fetch and claim small documents that wait behind one whose `validate` has just been claimed; see the SQL function of this name.
+    """Fetch and claim small documents that wait as one does that has just been claimed; see the SQL function of this name.
 
     None where the database says no: two workers may have wished for equal documents at once.
     """

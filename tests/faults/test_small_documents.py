@@ -13,6 +13,7 @@ import pytest
 from tests.faults.harness import Arena, documents
 from tests.running import descendants
 from tests.servers import OpenAIServer
+from tests.servers.faults import NAMED, always, never
 
 POINTS = [
     "claimed",
@@ -23,6 +24,9 @@ POINTS = [
     "committed:complete",
 ]
 HOSTED_POINTS = ["in_checkpoint:chunks_stored", "committed:chunks_stored", "call_entered", "call_answered", "keeping", "kept"]
+WAITED_POINTS = [("claimed", 20), ("call_answered", 2), ("keeping", 20), ("kept", 20), ("before_checkpoint:complete", 20)]
+"""With how many others before it are spared."""
+WAITING = "SELECT count(*) FROM file_extractions WHERE state = 'retrying' AND milestone = 'chunks_stored'"
 TEXTS = 4
 """Most texts of one request: fewer than a document has, so that what is kept of one is needed after a kill."""
 UNFINISHED = "SELECT count(*) FROM file_extractions WHERE state NOT IN ('complete', 'failed')"
@@ -107,6 +111,32 @@ def test_a_worker_killed_with_several_at_a_service_loses_and_doubles_none(arena:
         assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
         assert arena.mode == "queue" or arena.one(KEPT_TOGETHER) > 0, "no documents were taken up together"
         arena.judge("16 small documents together", f"kill -9 at {point} of some of 200 embedded by a service", compared=False)
+
+
+@pytest.mark.parametrize(("point", "after"), WAITED_POINTS)
+def test_a_worker_killed_with_several_that_waited_for_a_service_loses_and_doubles_none(arena: Arena, point: str, after: int) -> None:
+    """They wait at the service with their passages stored, and are taken up together once it is back."""
+    with OpenAIServer(dimensions=32, latency=0.05) as server:
+        arena.environment |= hosted(server) | {"EMBEDDING_MAX_TEXTS": "256", "BREAKER_OPEN_SECONDS": "60"}
+        server.script(always(NAMED["502_html"]))
+        arena.submit(documents(120))
+        first = arena.worker()
+        arena.wait(lambda: arena.one(WAITING) == 120, "the documents to wait for the service")
+        first.signal(signal.SIGTERM)
+        first.wait()
+        # All are due at once, as after a long outage.
+        arena.one("WITH due AS (UPDATE circuit_breakers SET try_at = now() WHERE state = 'open') SELECT 1")
+        arena.one("WITH due AS (UPDATE file_extractions SET not_before = now() WHERE state = 'retrying') SELECT 1")
+        arena.one("WITH due AS (UPDATE procrastinate_jobs SET scheduled_at = NULL WHERE status = 'todo') SELECT 1")
+        server.script(never)
+        arena.worker(faults=[f"kill@{point};once={arena.mark('kill')};after={after}"], restart=True)
+        arena.reconciler()
+        arena.settle(180)
+        assert len(arena.marks()) == 1, "the fault point was never reached"
+        assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+        together(arena)
+        did = f"kill -9 at {point} after {after} others of 120 that waited for a service"
+        arena.judge("16 small documents together", did, compared=False)
 
 
 def test_a_lease_that_is_lost_by_all_at_once_is_made_good_by_another_worker(arena: Arena) -> None:

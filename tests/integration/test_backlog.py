@@ -19,7 +19,7 @@ FEW = 3 * WINDOW
 BIG = ("file_extractions", "procrastinate_jobs", "procrastinate_events", "document_events", "dead_letters", "provider_usage")
 
 # A large batch, the first third of which has ended, another whose documents come last and have, and small ones that have; some are put off
-# for a service, forty are in work.
+# for a service, some are to be embedded now, forty are in work.
 FILL = (
     "SET session_replication_role = replica",
     """
@@ -32,23 +32,26 @@ INSERT INTO file_extractions (
     doc_id, user_id, batch_id, run_id, file_name, file_path, file_size, content_sha256, state, milestone, version, served_version,
     not_before,
     waiting_for, waiting_place, lease_until, claim, claim_job_id, duplicate_of, error_type, error_message, correlation_id,
-    processing_started_at, processing_completed_at
+    processing_started_at, processing_completed_at, chunk_count, owns_content
 )
 SELECT 'doc ' || n, 'user ' || n % 20, b.batch_id, b.run_id, n || '.txt', 'uploads/' || n, 100,
     encode(sha256(convert_to(n::text, 'UTF8')), 'hex'), s.state::document_state,
-    CASE s.state WHEN 'complete' THEN 'complete' WHEN 'retrying' THEN 'chunks_stored' ELSE 'uploaded' END::document_milestone, 1,
+    CASE WHEN s.state = 'complete' THEN 'complete' WHEN s.state = 'retrying' OR e.due THEN 'chunks_stored' ELSE 'uploaded' END
+        ::document_milestone, 1,
     CASE WHEN s.state = 'complete' THEN 1 END, CASE WHEN s.state = 'retrying' THEN now() + interval '1 day' END,
     CASE WHEN s.state = 'retrying' THEN CASE WHEN n % 20 = 9 THEN 'embedding https://one.test' ELSE 'embedding https://two.test' END END,
     CASE WHEN s.state = 'retrying' AND n % 20 = 9 THEN n END,
     CASE WHEN s.state = 'working' THEN now() + (n % 2 - 0.5) * interval '1 hour' END, 1, CASE WHEN s.state = 'working' THEN n END,
     CASE WHEN s.state = 'duplicate' THEN 'doc ' || n - 1 END, CASE WHEN s.state = 'failed' THEN 'PERMANENT'::document_error_type END,
-    CASE WHEN s.state = 'failed' THEN 'no' END, 'c', now(), CASE WHEN s.state IN ('complete', 'failed', 'duplicate') THEN now() END
+    CASE WHEN s.state = 'failed' THEN 'no' END, 'c', now(), CASE WHEN s.state IN ('complete', 'failed', 'duplicate') THEN now() END,
+    CASE WHEN e.due THEN 9 END, e.due
 FROM generate_series(1, 40000) AS n
 CROSS JOIN LATERAL (
     SELECT CASE WHEN n <= 40 THEN 'working' WHEN n <= 12000 THEN 'complete' WHEN n % 10 < 6 THEN 'queued'
         WHEN n % 10 < 8 THEN 'complete' WHEN n % 20 = 8 THEN 'duplicate'
         WHEN n % 20 = 18 THEN 'failed' ELSE 'retrying' END AS state
 ) AS s
+CROSS JOIN LATERAL (SELECT n % 10 = 5 AND (s.state = 'queued' OR n = 35) AS due) AS e
 JOIN processing_jobs AS b ON b.batch_id = 'batch ' || CASE
     WHEN n <= 12000 OR s.state IN ('queued', 'working', 'retrying') THEN 0 WHEN n > 20000 THEN 500 ELSE n % 499 + 1 END""",
     "UPDATE file_extractions SET raw_extraction = jsonb_build_object('failure', 'no') WHERE state = 'complete' AND id % 10 = 0",
@@ -56,11 +59,11 @@ JOIN processing_jobs AS b ON b.batch_id = 'batch ' || CASE
 INSERT INTO dead_letters (doc_id, version, user_id, correlation_id, stage, error_type, error_message)
 SELECT d.doc_id, 1, d.user_id, 'c', 'parse', 'PERMANENT', 'no' FROM file_extractions AS d WHERE d.state = 'failed'""",
     """
-INSERT INTO procrastinate_jobs (id, queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user)
+INSERT INTO procrastinate_jobs (id, queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user, docmill_begun)
 OVERRIDING SYSTEM VALUE
 SELECT d.id, stage_queue(s.name), s.name, s.name || ':' || d.doc_id, jsonb_build_object('doc_id', d.doc_id),
     CASE d.state WHEN 'queued' THEN 'todo' WHEN 'retrying' THEN 'todo' WHEN 'working' THEN 'doing' ELSE 'succeeded' END
-        ::procrastinate_job_status, d.not_before, d.user_id
+        ::procrastinate_job_status, d.not_before, d.user_id, d.milestone <> 'uploaded'
 FROM file_extractions AS d CROSS JOIN LATERAL (SELECT coalesce(due_stage(d.milestone), 'finalize') AS name) AS s""",
     "SELECT setval(pg_get_serial_sequence('procrastinate_jobs', 'id'), max(id)) FROM procrastinate_jobs",
     """
@@ -152,6 +155,7 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("complete_documents", complete(*range(1, 17))),
     ("take_along", TAKE),
     ("take_along", {**TAKE, "max_documents": 5}),
+    ("take_along", {**TAKE, "job_id": 35}),
     ("settle_batch", {"batch_id": "batch 0"}),
     ("settle_batch", {"batch_id": "batch 7"}),
     ("accept_document", NEW),
@@ -245,9 +249,11 @@ def test_an_idle_budget_is_used_in_this_backlog(backlog: psycopg.Connection, lim
         assert used == (brought,)
 
 
-def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection) -> None:
+@pytest.mark.parametrize("job_id", [3, 35])
+def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection, job_id: int) -> None:
+    """New ones, and such as are to be embedded."""
     with backlog.transaction(force_rollback=True):
-        assert len(backlog.execute(query("take_along"), TAKE).fetchall()) > 3
+        assert len(backlog.execute(query("take_along"), {**TAKE, "job_id": job_id}).fetchall()) > 3
 
 
 @pytest.mark.parametrize(

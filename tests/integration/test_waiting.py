@@ -93,7 +93,7 @@ async def test_a_reset_has_the_documents_that_wait_for_the_breaker_start_within_
     await asyncio.sleep(PERIOD)
     await work(bench, made)
     assert [outside.state(doc_id) for doc_id in "abc"] == [("complete", "complete", 0)] * 3
-    assert endpoint.tally.requests == 1 + 3
+    assert endpoint.tally.requests == 1 + 1  # together
     assert bench.all("SELECT DISTINCT waiting_for, waiting_revision, waiting_place FROM file_extractions") == [(None, None, None)]
 
 
