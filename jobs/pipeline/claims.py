@@ -144,6 +144,11 @@ def _work(row: DictRow, job_id: int) -> Work:
     )
 
 
+def has_stored(document: Document) -> bool:
+    """Say whether checkpoints have stored anything for the stages still to come."""
+    return document.milestone not in (Milestone.UPLOADED, Milestone.UPLOAD_VALIDATED)
+
+
 async def load_document(conn: Connection, document: Document) -> Document:
     """Return the document with what earlier checkpoints stored, as far as the stages still to come need it.
 

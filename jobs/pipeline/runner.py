@@ -18,7 +18,7 @@ from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claiming import Claiming, Job
-from jobs.pipeline.claims import Connection, load_document
+from jobs.pipeline.claims import Connection, has_stored, load_document
 from jobs.pipeline.company import Company
 from jobs.pipeline.durable import CheckpointFailed
 from jobs.pipeline.endings import Endings
@@ -232,6 +232,8 @@ class Runner:
 
     async def _load(self, work: Work, lease: Lease, stage: Stage | None) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
+        if not has_stored(work.document):
+            return
         async with self._pool.connection() as conn:
             work.document = work.saved = await load_document(conn, work.document)
         work.buffered = work.document.chunks is not None
