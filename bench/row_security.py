@@ -25,6 +25,7 @@ from psycopg.conninfo import make_conninfo
 from bench.running import WORDS, bench_server, fresh_settings, url_of
 from jobs.pipeline.rows import chunk_params
 from jobs.roles import create_roles, grant_as, grant_to_person
+from jobs.vector_array import register_vector_array
 from models.chunks import Chunk
 from models.documents import Document
 from models.settings import Settings
@@ -47,6 +48,7 @@ def connect(settings: Settings, login: str | None = None) -> psycopg.Connection[
     url = url_of(settings) if login is None else make_conninfo(url_of(settings), user=login)
     conn = psycopg.connect(url, autocommit=True)
     register_vector(conn)
+    register_vector_array(conn)
     return conn
 
 

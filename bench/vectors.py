@@ -40,6 +40,7 @@ from jobs.pipeline.checkpoint import Outcome, checkpoint
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
 from jobs.roles import create_roles
+from jobs.vector_array import register_vector_array
 from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
@@ -156,6 +157,7 @@ async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, 
         await asyncio.to_thread(create_roles, settings)
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
         await register_vector_async(conn)
+        register_vector_array(conn)
         for table in ("same", "beside"):
             await conn.execute(f"CREATE TABLE {table} (LIKE document_chunks INCLUDING ALL)".encode())
         await conn.execute("CREATE TABLE texts (LIKE document_markdown INCLUDING ALL)")
@@ -239,6 +241,7 @@ def indexed(settings: Settings, server_pid: int, corpus: Corpus, queries: NDArra
 async def incremental(settings: Settings, corpus: Corpus) -> None:
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
         await register_vector_async(conn)
+        register_vector_array(conn)
         works = await claimed(conn, corpus, range(5), "incremental")
         began, cpu = time.perf_counter(), cpu_seconds(conn.info.backend_pid)
         await by_checkpoint("NONE")(conn, works)
@@ -251,6 +254,7 @@ async def load(settings: Settings, corpus: Corpus) -> None:
     """Have all documents complete, through checkpoints."""
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
         await register_vector_async(conn)
+        register_vector_array(conn)
         await conn.execute("SET synchronous_commit = off")
         for start in range(0, len(corpus), 100):
             await by_checkpoint("NONE")(conn, await claimed(conn, corpus, range(start, min(len(corpus), start + 100)), "load"))

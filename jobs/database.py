@@ -23,6 +23,7 @@ from psycopg_pool import AsyncConnectionPool
 from jobs.redaction import describe
 from jobs.sessions import PooledConnection, behind_pooler, connect, connect_async, connect_options, pin_async_session
 from jobs.transport import warn_of_clear_text
+from jobs.vector_array import register_vector_array
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import query
@@ -104,6 +105,7 @@ async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> 
             await pin_async_session(conn, settings)
     try:
         await register_vector_async(conn)
+        register_vector_array(conn)
     except psycopg.ProgrammingError as error:
         raise ConfigurationError("The database has no vector type: run `docmill migrate` first.") from error
 

@@ -23,6 +23,7 @@ from jobs.pipeline.company import Company
 from jobs.redaction import describe
 from jobs.retry import calculate_backoff, classify_error
 from jobs.stages import Embedder
+from jobs.vector_array import VectorArray
 from models.errors import CostLimitReached, ErrorType, RateLimitError, ServiceUnavailable
 from models.settings import Settings
 from sql import query
@@ -136,7 +137,7 @@ class Filling:
         if not names:
             return False
         params = {"embedding_model": embedder.model, "doc_ids": names, "chunk_ids": [row["id"] for row in kept]}
-        embeddings = [vectors[text_of(row)] for row in kept]
+        embeddings = VectorArray.of(vectors[text_of(row)] for row in kept)
         stored = settled = got_on = 0
         for pause in (*_KEEP_SECONDS, None) if isinstance(embedder, HostedEmbedder) else (None,):
             found = await self._store(embedder, **params, embeddings=embeddings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
 from jobs.pipeline.work import StageEvent, Work
+from jobs.vector_array import VectorArray
 from models.chunks import Chunk
 from models.documents import Document
 
@@ -101,8 +103,8 @@ def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:
         "embedding_models": [document.embedding_model for document in documents],
     }
     for part in parts(_passages(documents)):
-        passages = columns([chunk for _, chunk, _ in part])
-        yield {**whose, **passages, "embeddings": [vector for _, _, vector in part], "whose": [place for place, _, _ in part]}
+        passages = columns([chunk for _, _, chunk in part])
+        yield {**whose, **passages, "embeddings": VectorArray(_blocks(documents, part)), "whose": [place for place, _, _ in part]}
 
 
 def buffer_params(*documents: Document) -> Iterator[dict[str, Any]]:
@@ -117,16 +119,29 @@ def vector_params(vectors: Sequence[tuple[Document, Iterable[tuple[int, NDArray[
     documents = [document for document, _ in vectors]
     whose = {"doc_ids": [document.doc_id for document in documents], "versions": [document.version for document in documents]}
     for part in parts((place, index, vector) for place, (_, own) in enumerate(vectors, 1) for index, vector in own):
-        made = {"indexes": [index for _, index, _ in part], "embeddings": [vector for _, _, vector in part]}
+        made = {"indexes": [index for _, index, _ in part], "embeddings": VectorArray.of(vector for _, _, vector in part)}
         yield {**whose, **made, "whose": [place for place, _, _ in part]}
 
 
-def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, Chunk, NDArray[np.float32]]]:
-    """Yield passages with the place of their document, from 1, and their vectors, each an object that a large document has no room for."""
+def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, int, Chunk]]:
+    """Yield passages with the place of their document, from 1, and their own in it, from 0."""
     for place, document in enumerate(documents, 1):
-        vectors = () if document.vectors is None else document.vectors
-        for chunk, vector in zip(document.chunks or (), vectors, strict=True):
-            yield place, chunk, vector
+        chunks = document.chunks or ()
+        vectors = 0 if document.vectors is None else len(document.vectors)
+        if len(chunks) != vectors:
+            raise ValueError(f"{document.doc_id} has {len(chunks)} passages, and {vectors} vectors")
+        for number, chunk in enumerate(chunks):
+            yield place, number, chunk
+
+
+def _blocks(documents: Sequence[Document], passages: Sequence[tuple[int, int, Chunk]]) -> list[NDArray[np.float32]]:
+    """Return the vectors of passages, an array a document: a vector each as an object is what a large document has no room for."""
+    found = []
+    for place, own in groupby(passages, key=itemgetter(0)):
+        numbers = [number for _, number, _ in own]
+        if (vectors := documents[place - 1].vectors) is not None:
+            found.append(vectors[numbers[0] : numbers[-1] + 1])
+    return found
 
 
 def parts(rows: Iterable[T]) -> Iterator[list[T]]:

@@ -16,6 +16,7 @@ from jobs.pipeline import completing
 from jobs.pipeline.checkpoint import Outcome, checkpoint
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
+from jobs.vector_array import register_vector_array
 from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.stages import Milestone, State
@@ -59,6 +60,7 @@ async def conn(walls: Walls) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
     """A connection of the tables' owner, of which nothing stays."""
     async with await psycopg.AsyncConnection.connect(walls.url("postgres"), autocommit=True) as conn:
         await register_vector_async(conn)
+        register_vector_array(conn)
         async with conn.transaction(force_rollback=True):
             yield conn
 
