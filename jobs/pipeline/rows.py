@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby, islice
 from operator import itemgetter
@@ -163,13 +163,18 @@ def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
         "page_ends": [chunk.page_end for chunk in chunks],
         "char_starts": [chunk.char_start for chunk in chunks],
         "char_ends": [chunk.char_end for chunk in chunks],
-        "metadata": [Jsonb(dict(chunk.metadata)) for chunk in chunks],
+        "metadata": [_json_text(chunk.metadata) for chunk in chunks],
     }
 
 
 def _passing(text: str) -> str:
     """Return a text to be sent and dropped: one that is sent and not ASCII keeps its UTF-8 beside it for as long as it lives."""
     return text if text.isascii() else text.encode().decode()
+
+
+def _json_text(values: Mapping[str, Any]) -> str:
+    """Return an object as JSON; most passages have an empty one, which is not worth an encoder each."""
+    return json.dumps(dict(values)) if values else "{}"
 
 
 def _array_text(values: Sequence[str]) -> str:

@@ -191,7 +191,7 @@ INSERT INTO extraction_buffer AS b (doc_id, version, raw_extraction)
 VALUES (%(doc_id)s, %(version)s, %(raw_extraction)s)
 ON CONFLICT (doc_id, version) DO UPDATE SET raw_extraction = EXCLUDED.raw_extraction;
 
--- Rows come as one array a column, and an array in a column as its text; why not by COPY: docs/decisions/0016-insert-not-copy.md.
+-- Rows come as one array a column, and an array or JSON in a column as its text; why not by COPY: docs/decisions/0016-insert-not-copy.md.
 
 -- name: store_chunks
 -- Passages of one document or of several; `whose` says which of them by its place in `doc_ids`.
@@ -203,7 +203,7 @@ SELECT c.id, d.doc_id, d.user_id, d.version, c.chunk_index, c.content, c.content
     c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, d.language, c.metadata, c.embedding, d.embedding_model
 FROM unnest(
     %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
-    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[],
+    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::text[]::jsonb[],
     %(embeddings)b::vector[], %(whose)b::integer[]
 ) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, embedding, whose)
 JOIN unnest(
@@ -219,7 +219,7 @@ SELECT d.doc_id, d.version, c.chunk_index, c.id, c.content, c.content_sha256,
     c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, c.metadata
 FROM unnest(
     %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
-    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::jsonb[],
+    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::text[]::jsonb[],
     %(whose)b::integer[]
 ) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, whose)
 JOIN unnest(%(doc_ids)b::text[], %(versions)b::integer[]) WITH ORDINALITY AS d (doc_id, version, place) ON d.place = c.whose;

@@ -24,6 +24,11 @@ from tests.integration.conftest import sha
 from tests.walls import MODEL, Walls
 
 HEADINGS = ('a "quoted" word', "back\\slash", "{braces, commas}", "", "NULL", " blank ", "ümlaut\nline")
+METADATA: tuple[dict[str, Any], ...] = (
+    {},
+    {"rows": [1, None], "of": {"Maß „für“ 量": 'a "quoted" back\\slash, {braces}\n'}},
+    {"number": 2.5},
+)
 STORED = """SELECT id, doc_id, user_id, version, chunk_index, content, content_sha256, heading_path, page_start, page_end,
     char_start, char_end, language, metadata, embedding, embedding_model, fulltext IS NOT NULL
     FROM document_chunks WHERE doc_id = ANY(%s) ORDER BY doc_id, chunk_index"""
@@ -33,7 +38,8 @@ def made(work: Work, texts: Sequence[str], language: str | None) -> Work:
     """Give a document passages that leave no column to chance."""
     chunks = [
         Chunk(uuid5(NAMESPACE_URL, f"{work.document.doc_id} {number}"), number, text, sha(text), HEADINGS if number == 0 else (),
-              None if number == 1 else number + 1, None if number == 1 else number + 2, number, number + len(text), {"number": number})
+              None if number == 1 else number + 1, None if number == 1 else number + 2, number, number + len(text),
+              METADATA[number % len(METADATA)])
         for number, text in enumerate(texts)
     ]  # fmt: skip
     text = "\n".join(texts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal, cast
+from unittest.mock import patch
 from uuid import UUID
 
 import numpy as np
@@ -226,6 +228,15 @@ async def test_a_document_without_passages_has_an_empty_array_of_vectors() -> No
     embedded = await run_embed(replace(WHOLE, chunks=(), vectors=None), cast(Tools, tools))
     assert embedded.vectors is not None
     assert embedded.vectors.shape == (0, 4)
+
+
+def test_metadata_is_sent_as_text_and_an_empty_one_without_an_encoder() -> None:
+    metadata: tuple[dict[str, Any], ...] = ({}, {"Maß": [1, None]}, {})
+    chunks = tuple(replace(chunk(number), metadata=each) for number, each in enumerate(metadata))
+    with patch.object(json, "dumps", wraps=json.dumps) as dumps:
+        (params,) = chunk_params(replace(WHOLE, chunks=chunks, vectors=np.ones((3, 4), np.float32)))
+    assert params["metadata"] == ["{}", '{"Ma\\u00df": [1, null]}', "{}"]
+    assert dumps.call_count == 1
 
 
 def test_what_a_checkpoint_sends_leaves_nothing_beside_the_passages() -> None:
