@@ -104,14 +104,14 @@ def chunk_params(*documents: Document) -> Iterator[dict[str, Any]]:
     }
     for part in parts(_passages(documents)):
         passages = columns([chunk for _, _, chunk in part])
-        yield {**whose, **passages, "embeddings": VectorArray(_blocks(documents, part)), "whose": [place for place, _, _ in part]}
+        yield {**whose, **passages, "embeddings": VectorArray(_blocks(documents, part)), "whose": _integers(place for place, _, _ in part)}
 
 
 def buffer_params(*documents: Document) -> Iterator[dict[str, Any]]:
     """Yield the parameters of `store_chunk_buffer` for passages of documents, so many at a time as one statement takes."""
     whose = {"doc_ids": [document.doc_id for document in documents], "versions": [document.version for document in documents]}
     for part in parts((place, chunk) for place, document in enumerate(documents, 1) for chunk in document.chunks or ()):
-        yield {**whose, **columns([chunk for _, chunk in part]), "whose": [place for place, _ in part]}
+        yield {**whose, **columns([chunk for _, chunk in part]), "whose": _integers(place for place, _ in part)}
 
 
 def vector_params(vectors: Sequence[tuple[Document, Iterable[tuple[int, NDArray[np.float32]]]]]) -> Iterator[dict[str, Any]]:
@@ -119,8 +119,8 @@ def vector_params(vectors: Sequence[tuple[Document, Iterable[tuple[int, NDArray[
     documents = [document for document, _ in vectors]
     whose = {"doc_ids": [document.doc_id for document in documents], "versions": [document.version for document in documents]}
     for part in parts((place, index, vector) for place, (_, own) in enumerate(vectors, 1) for index, vector in own):
-        made = {"indexes": [index for _, index, _ in part], "embeddings": VectorArray.of(vector for _, _, vector in part)}
-        yield {**whose, **made, "whose": [place for place, _, _ in part]}
+        made = {"indexes": _integers(index for _, index, _ in part), "embeddings": VectorArray.of(vector for _, _, vector in part)}
+        yield {**whose, **made, "whose": _integers(place for place, _, _ in part)}
 
 
 def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, int, Chunk]]:
@@ -151,18 +151,18 @@ def parts(rows: Iterable[T]) -> Iterator[list[T]]:
         yield part
 
 
-def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
-    """Return passages as parameters, a list for each column."""
+def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any] | str]:
+    """Return passages as parameters, a list or the text of an array for each column."""
     return {
         "ids": [chunk.id for chunk in chunks],
-        "indexes": [chunk.index for chunk in chunks],
+        "indexes": _integers(chunk.index for chunk in chunks),
         "contents": [_passing(chunk.content) for chunk in chunks],
         "hashes": [chunk.content_sha256 for chunk in chunks],
         "heading_paths": [_array_text(chunk.heading_path) for chunk in chunks],
-        "page_starts": [chunk.page_start for chunk in chunks],
-        "page_ends": [chunk.page_end for chunk in chunks],
-        "char_starts": [chunk.char_start for chunk in chunks],
-        "char_ends": [chunk.char_end for chunk in chunks],
+        "page_starts": _integers(chunk.page_start for chunk in chunks),
+        "page_ends": _integers(chunk.page_end for chunk in chunks),
+        "char_starts": _integers(chunk.char_start for chunk in chunks),
+        "char_ends": _integers(chunk.char_end for chunk in chunks),
         "metadata": [_json_text(chunk.metadata) for chunk in chunks],
     }
 
@@ -170,6 +170,12 @@ def columns(chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
 def _passing(text: str) -> str:
     """Return a text to be sent and dropped: one that is sent and not ASCII keeps its UTF-8 beside it for as long as it lives."""
     return text if text.isascii() else text.encode().decode()
+
+
+def _integers(values: Iterable[int | None]) -> str:
+    """Return integers as Postgres writes an array of them: of a list psycopg would choose the type by the greatest, and the server would
+    parse and plan the statement again for each of the types that come together."""
+    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
 
 
 def _json_text(values: Mapping[str, Any]) -> str:

@@ -202,9 +202,9 @@ INSERT INTO document_chunks (
 SELECT c.id, d.doc_id, d.user_id, d.version, c.chunk_index, c.content, c.content_sha256,
     c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, d.language, c.metadata, c.embedding, d.embedding_model
 FROM unnest(
-    %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
-    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::text[]::jsonb[],
-    %(embeddings)b::vector[], %(whose)b::integer[]
+    %(ids)b::uuid[], %(indexes)s::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
+    %(page_starts)s::integer[], %(page_ends)s::integer[], %(char_starts)s::integer[], %(char_ends)s::integer[], %(metadata)b::text[]::jsonb[],
+    %(embeddings)b::vector[], %(whose)s::integer[]
 ) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, embedding, whose)
 JOIN unnest(
     %(doc_ids)b::text[], %(user_ids)b::text[], %(versions)b::integer[], %(languages)b::text[], %(embedding_models)b::text[]
@@ -218,9 +218,9 @@ INSERT INTO chunk_buffer (
 SELECT d.doc_id, d.version, c.chunk_index, c.id, c.content, c.content_sha256,
     c.heading_path::text[], c.page_start, c.page_end, c.char_start, c.char_end, c.metadata
 FROM unnest(
-    %(ids)b::uuid[], %(indexes)b::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
-    %(page_starts)b::integer[], %(page_ends)b::integer[], %(char_starts)b::integer[], %(char_ends)b::integer[], %(metadata)b::text[]::jsonb[],
-    %(whose)b::integer[]
+    %(ids)b::uuid[], %(indexes)s::integer[], %(contents)b::text[], %(hashes)b::text[], %(heading_paths)b::text[],
+    %(page_starts)s::integer[], %(page_ends)s::integer[], %(char_starts)s::integer[], %(char_ends)s::integer[], %(metadata)b::text[]::jsonb[],
+    %(whose)s::integer[]
 ) AS c (id, chunk_index, content, content_sha256, heading_path, page_start, page_end, char_start, char_end, metadata, whose)
 JOIN unnest(%(doc_ids)b::text[], %(versions)b::integer[]) WITH ORDINALITY AS d (doc_id, version, place) ON d.place = c.whose;
 

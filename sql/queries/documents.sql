@@ -115,7 +115,7 @@ WHERE a.doc_id = %(doc_id)s AND a.version = %(version)s;
 -- not known that it was written. `whose` says whose they are by the place in `doc_ids`.
 INSERT INTO vector_buffer AS b (doc_id, version, chunk_index, embedding_model, embedding)
 SELECT d.doc_id, d.version, v.chunk_index, %(embedding_model)s, v.embedding
-FROM unnest(%(indexes)b::integer[], %(embeddings)b::vector[], %(whose)b::integer[]) AS v (chunk_index, embedding, whose)
+FROM unnest(%(indexes)s::integer[], %(embeddings)b::vector[], %(whose)s::integer[]) AS v (chunk_index, embedding, whose)
 JOIN unnest(%(doc_ids)b::text[], %(versions)b::integer[]) WITH ORDINALITY AS d (doc_id, version, place) ON d.place = v.whose
 ON CONFLICT (doc_id, version, chunk_index) DO UPDATE
 SET embedding_model = EXCLUDED.embedding_model, embedding = EXCLUDED.embedding;

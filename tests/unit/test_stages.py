@@ -14,11 +14,12 @@ from uuid import UUID
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from psycopg._queries import PostgresQuery
 from psycopg.adapt import PyFormat, Transformer
 
 from jobs.adapters.embedders import HashedText
 from jobs.adapters.storage import Fingerprint
-from jobs.pipeline.rows import chunk_params
+from jobs.pipeline.rows import buffer_params, chunk_params
 from jobs.stages import Tools
 from jobs.stages.check import checked, normalise, normalise_pages
 from jobs.stages.embed import AT_ONCE, missing_texts, refuse_vectors
@@ -29,6 +30,7 @@ from models.chunks import Chunk
 from models.documents import Document, FileType, PageMark
 from models.errors import ParseError, PermanentError
 from models.stages import Milestone
+from sql import query
 
 
 def chunk(index: int, text: str = "text") -> Chunk:
@@ -237,6 +239,17 @@ def test_metadata_is_sent_as_text_and_an_empty_one_without_an_encoder() -> None:
         (params,) = chunk_params(replace(WHOLE, chunks=chunks, vectors=np.ones((3, 4), np.float32)))
     assert params["metadata"] == ["{}", '{"Ma\\u00df": [1, null]}', "{}"]
     assert dumps.call_count == 1
+
+
+def test_a_statement_is_the_same_one_whatever_numbers_it_is_given() -> None:
+    def types_of(*chunks: Chunk) -> tuple[tuple[int, ...], list[Any]]:
+        (params,) = buffer_params(replace(WHOLE, chunks=chunks))
+        made = PostgresQuery(Transformer())
+        made.convert(query("store_chunk_buffer"), params)
+        return made.types, list(made.formats or ())
+
+    small, large = chunk(0), replace(chunk(40_000), char_start=1, char_end=3_000_000, page_start=1, page_end=70_000)
+    assert types_of(small) == types_of(large) == types_of(small, large)
 
 
 def test_what_a_checkpoint_sends_leaves_nothing_beside_the_passages() -> None:
