@@ -8,13 +8,14 @@ from importlib.resources import files
 from typing import LiteralString, cast
 
 _HEADER = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+_COMMENT = re.compile(r"^ *--(?! name: ).*\n", re.MULTILINE)
 
 
 @cache
 def _all() -> dict[str, LiteralString]:
     found: dict[str, LiteralString] = {}
     for path in sorted(files("sql").joinpath("queries").iterdir(), key=lambda p: p.name):
-        parts = _HEADER.split(path.read_text(encoding="utf-8"))
+        parts = _HEADER.split(_COMMENT.sub("", path.read_text(encoding="utf-8")))
         for name, text in zip(parts[1::2], parts[2::2], strict=True):
             if name in found:
                 raise ValueError(f"{path.name}: the query {name} is defined twice")
@@ -24,5 +25,5 @@ def _all() -> dict[str, LiteralString]:
 
 
 def query(name: str) -> LiteralString:
-    """Return the text of a named query, with psycopg's `%(name)s` parameters; an unknown name is a KeyError."""
+    """Return the text of a named query, with psycopg's `%(name)s` parameters and without comments; an unknown name is a KeyError."""
     return _all()[name]
