@@ -90,7 +90,8 @@ async def _store(conn: Connection, works: Sequence[Work]) -> None:
         await conn.execute(query("store_chunks"), passages)
     for document, model, vectors in aside:
         await _keep_aside(conn, document, model, vectors)
-    # From then on no other model can come to serve until this transaction has ended.
+    # From then on no other model can come to serve until this transaction has ended. To be asked in a statement of its own: the one that
+    # stored the passages may have waited for a switch, and sees what was committed before it began.
     serving = await one(conn, "serving_model", {})
     for work in works:
         if serving is not None and serving["embedding_model"] != work.document.embedding_model and not work.takes_any_model:
