@@ -77,6 +77,7 @@ SHORT = {
     "test_small_documents": [
         "test_a_worker_killed_with_several_in_hand_loses_and_doubles_none[inline-in_checkpoint:complete]",
         "test_what_was_kept_before_a_kill_is_not_paid_for_again[inline-kept-d0020-1]",
+        "test_a_worker_killed_with_several_that_waited_for_a_service_loses_and_doubles_none[inline-kept-20]",
         "test_a_lease_that_is_lost_by_all_at_once_is_made_good_by_another_worker[inline]",
         "test_parsers_killed_under_several_documents_cost_none_of_them[inline]",
     ],
