@@ -36,13 +36,18 @@ class Service:
         }
         """Of workers that embed with it."""
 
-    def _control(self, what: str, method: str = "GET") -> dict[str, Any]:
-        root = self.url.removesuffix("/v1")
-        with urllib.request.urlopen(urllib.request.Request(f"{root}/_{what}", method=method), timeout=30) as answer:
+    def _control(self, what: str, method: str = "GET", told: dict[str, Any] | None = None) -> dict[str, Any]:
+        root, body = self.url.removesuffix("/v1"), None if told is None else json.dumps(told).encode()
+        asked = urllib.request.Request(f"{root}/_{what}", body, {"content-type": "application/json"}, method=method)
+        with urllib.request.urlopen(asked, timeout=30) as answer:
             return dict(json.load(answer))
 
+    def fail(self) -> None:
+        """Have it answer HTTP 502 until it is reset."""
+        self._control("script", "POST", {"when": "outage", "fault": "502_html", "start": 0, "end": 1e6})
+
     def reset(self) -> None:
-        """Have it forget everything."""
+        """Have it forget everything, and be well."""
         self._control("reset", "POST")
 
     def tally(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Usage: python -m bench.vectors [--vectors 100000] [--rounds 5] [--written 10000]
 The vectors are those that come with SciFact (384 dimensions), each many times with a little noise; the texts its abstracts, cut at 1,000
 characters. written: documents of so many passages, complete in one checkpoint each (row, markdown, passages, event, job), against plain
 binary COPY of the same rows, a transaction for each document, into a table with the same columns and indexes, into such a one with the
-document's text into another, into one with the foreign key and the trigger of document_chunks too, which is the COPY an application would
-write, and into one with a primary key alone; alternately, medians, all tables growing alike. --role docmill_worker:
+document's text into another, into one with the foreign key and the trigger of document_chunks too, as COPY into that table itself would
+meet them, and into one with a primary key alone; alternately, medians, all tables growing alike. --role docmill_worker:
 the checkpoint is written as a role that row security applies to, for which Postgres refuses COPY. index: built as
 maintenance builds it, and with other settings of the server; then rows a second into the standing index. recall@10: search_by_vector
 against exact search, for the queries that come with the corpus.
@@ -285,7 +285,7 @@ def main() -> None:
     with bench_server() as (server, folder):
         server_pid = int((folder / "postgres" / "postmaster.pid").read_text().split()[0])
         if "written" in given.only:
-            shares = "of COPY, clock | CPU | of COPY with key and trigger, clock | CPU"
+            shares = "of COPY, clock | of COPY, CPU | of COPY with key and trigger, clock | the same, CPU"
             print(f"| {given.passages} passages a document | rows/s | rows per CPU s | {shares} | load |\n|{'---|' * 8}")
             settings = fresh_settings(server, folder, "written")
             asyncio.run(written(settings, corpus, given.written, given.passages, given.rounds, given.role))

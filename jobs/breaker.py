@@ -19,7 +19,7 @@ RAMP_FAILURES = 2
 SMALLEST_PART = 0.1
 """Of the calls of the window that must have failed."""
 PLACES_PER_SECOND = 20.0
-"""How many of those who wait may come back in a second."""
+"""How many of those who wait are given a time in one second; reconcilers bring them forward once calls pass unasked."""
 PROBE_LOOK_SECONDS = 10.0
 """When those who meet a probe under way come back, at the latest."""
 

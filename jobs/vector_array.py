@@ -30,7 +30,7 @@ class VectorArray:
 
     @classmethod
     def of(cls, vectors: Iterable[NDArray[np.float32]]) -> VectorArray:
-        """Return an array of vectors that do not lie together, each an array of its own."""
+        """Return an array of vectors that are arrays of their own; they are copied."""
         import numpy as np  # noqa: PLC0415 - an idle worker does without
 
         return cls([np.stack(list(alike)) for _, alike in groupby(vectors, key=len)])
@@ -49,7 +49,7 @@ class VectorArrayDumper(Dumper):
         self.oid, self._element = vector.array_oid, vector.oid
 
     def dump(self, obj: VectorArray) -> Buffer:
-        """Return the array's bytes; they are the one copy that is made of its vectors."""
+        """Return the array's bytes, the only copy of its vectors that is made here."""
         import numpy as np  # noqa: PLC0415 - an idle worker does without
 
         count = sum(len(block) for block in obj.blocks)

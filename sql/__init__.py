@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import LiteralString, cast
 
 _HEADER = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
+# psycopg parses a statement of more than 4,096 bytes anew each time. Lines that are comments from their beginning are not sent.
 _COMMENT = re.compile(r"^ *--(?! name: ).*\n", re.MULTILINE)
 
 

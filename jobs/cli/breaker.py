@@ -30,7 +30,7 @@ def reset(
     *,
     json: Json = False,
 ) -> None:
-    """Close breakers at once and forget what slowed their budgets down. Documents that wait for them go on, 20 a second for each worker."""
+    """Close breakers at once and forget what slowed their budgets down. Documents that wait for them go on within seconds."""
     from jobs.cli.breakers import reset_some  # noqa: PLC0415
 
     raise typer.Exit(reset_some(service, json=json))

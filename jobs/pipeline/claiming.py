@@ -21,7 +21,8 @@ from sql import query
 _SMALL_KB = 64
 """What a document may weigh that is taken along."""
 _TAKEN_ALONG_AT = {"validate": Milestone.UPLOADED, "embed": Milestone.CHUNKS_STORED}
-"""The stages that begin together: that of new documents, and that of those which waited for a service or a worker."""
+"""The stages for which others are taken along, with the milestone that all of them have: new documents, and those whose passages are stored
+and which waited for a service or were handed on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,9 +82,9 @@ async def claim_document(
 async def take_along(
     conn: Connection, work: Work, *, worker: str, lease_seconds: float, serialise: bool, at_most: int, max_kb: int, max_documents: int
 ) -> list[Work]:
-    """Fetch and claim small documents that wait as one does that has just been claimed; see the SQL function of this name.
+    """Fetch and claim small documents that wait for the same stage behind one that has just been claimed: see its SQL function.
 
-    None where the database says no: two workers may have wished for equal documents at once.
+    An empty list where the database refuses: two workers may have wished for equal documents at once.
     """
     params = {
         "job_id": work.job_id,
@@ -145,8 +145,12 @@ def _work(row: DictRow, job_id: int) -> Work:
 
 
 def has_stored(document: Document) -> bool:
-    """Say whether checkpoints have stored anything for the stages still to come."""
-    return document.milestone not in (Milestone.UPLOADED, Milestone.UPLOAD_VALIDATED)
+    """Say whether `load_document` would find anything: nothing is stored before a document is parsed."""
+    return _reached(document.milestone) >= _reached(Milestone.PARSE_COMPLETE)
+
+
+def _reached(milestone: Milestone) -> int:
+    return list(Milestone).index(milestone)
 
 
 async def load_document(conn: Connection, document: Document) -> Document:
@@ -154,10 +158,9 @@ async def load_document(conn: Connection, document: Document) -> Document:
 
     Vectors of two models stay out: those of one were being replaced.
     """
-    order = list(Milestone)
-    reached = order.index(document.milestone)
+    reached = _reached(document.milestone)
     params = {"doc_id": document.doc_id, "version": document.version}
-    if reached >= order.index(Milestone.PARSE_COMPLETE) and (row := await one(conn, "load_markdown", params)):
+    if has_stored(document) and (row := await one(conn, "load_markdown", params)):
         document = replace(
             document,
             markdown=row["markdown"],
@@ -166,9 +169,9 @@ async def load_document(conn: Connection, document: Document) -> Document:
             parser=row["parser"],
             parse_metadata=row["parse_metadata"],
         )
-    if reached >= order.index(Milestone.CHUNKS_STORED):
+    if reached >= _reached(Milestone.CHUNKS_STORED):
         document = replace(document, chunks=tuple(_chunk(row) for row in await rows(conn, "load_chunks", params)))
-    if reached >= order.index(Milestone.EMBEDDINGS_STORED):
+    if reached >= _reached(Milestone.EMBEDDINGS_STORED):
         import numpy as np  # noqa: PLC0415 - an idle worker does without
 
         stored = await rows(conn, "load_vectors", params)
@@ -177,7 +180,7 @@ async def load_document(conn: Connection, document: Document) -> Document:
             found = [row["embedding"].to_numpy() for row in stored]
             vectors = np.stack(found).astype(np.float32) if found else np.empty((0, 0), np.float32)
             document = replace(document, vectors=vectors, embedding_model=next(iter(models), None))
-    if reached >= order.index(Milestone.EXTRACTED) and (row := await one(conn, "load_extraction", params)):
+    if reached >= _reached(Milestone.EXTRACTED) and (row := await one(conn, "load_extraction", params)):
         document = replace(document, raw_extraction=row["raw_extraction"])
     return document
 

@@ -1,4 +1,4 @@
-"""What has been made of documents, as parameters of the statements that store it: a list for each column."""
+"""What has been made of documents, as parameters of the statements that store it: for each column a list, an array's text or an array."""
 
 from __future__ import annotations
 
@@ -135,12 +135,12 @@ def _passages(documents: Sequence[Document]) -> Iterator[tuple[int, int, Chunk]]
 
 
 def _blocks(documents: Sequence[Document], passages: Sequence[tuple[int, int, Chunk]]) -> list[NDArray[np.float32]]:
-    """Return the vectors of passages, an array a document: a vector each as an object is what a large document has no room for."""
+    """Return the vectors of passages as a slice for each document: a large one has no room for an object for each vector."""
     found = []
     for place, own in groupby(passages, key=itemgetter(0)):
-        numbers = [number for _, number, _ in own]
-        if (vectors := documents[place - 1].vectors) is not None:
-            found.append(vectors[numbers[0] : numbers[-1] + 1])
+        numbers, vectors = [number for _, number, _ in own], documents[place - 1].vectors
+        assert vectors is not None  # as many as passages
+        found.append(vectors[numbers[0] : numbers[-1] + 1])
     return found
 
 
@@ -173,8 +173,8 @@ def _passing(text: str) -> str:
 
 
 def _integers(values: Iterable[int | None]) -> str:
-    """Return integers as Postgres writes an array of them: of a list psycopg would choose the type by the greatest, and the server would
-    parse and plan the statement again for each of the types that come together."""
+    """Return integers as the text of a Postgres array. For a list psycopg chooses the type by the greatest number, and the server would
+    parse and plan the statement anew for each combination of types."""
     return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
 
 

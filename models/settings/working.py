@@ -55,8 +55,9 @@ class WorkSettings(BaseSettings):
     checkpoint_seconds: Annotated[float, Interval(ge=0, le=3600)] = 1.0
     """A stage that took longer than this many seconds is made durable before the next one starts."""
     small_documents_together: Annotated[int, Interval(ge=1, le=64)] = 16
-    """Most small new documents of one user that a worker takes up at once where many wait; 1 for each by itself. Each may be 64 KB. Not
-    with HANDOFF=queue, and not where the local model, a hosted parser or a model that extracts works on each."""
+    """Most small documents of one user that a worker takes up at once where many wait, new ones or those that wait to be embedded; 1 for
+    each by itself. Each may be 64 KB. Not with HANDOFF=queue, and not where the local model, a hosted parser or a model that extracts works
+    on each."""
     carry_limit_mb: Annotated[int, Interval(ge=1, le=100_000)] = 64
     """Results of one document that may wait in memory for the next checkpoint, in MB of 1,000,000 bytes."""
     worker_memory_limit_mb: Annotated[int, Interval(ge=0, le=1_000_000)] = 0

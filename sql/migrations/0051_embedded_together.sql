@@ -1,5 +1,5 @@
--- After an outage of the embedding service thousands of documents wait for it with their passages stored, and each was taken up alone: at twice
--- the CPU of new ones, which go together. Now they go together too.
+-- After an outage of the embedding service thousands of documents wait for it with their passages stored, and each was taken up alone, at more
+-- than twice the CPU of new ones, which go together. Now they go together too.
 
 CREATE OR REPLACE FUNCTION take_along(
     leader_job_id bigint, worker text, lease_seconds double precision, serialise boolean, at_most integer, max_bytes bigint, max_documents integer
@@ -10,10 +10,10 @@ SET enable_bitmapscan = off
 SET enable_sort = off
 SET plan_cache_mode = force_generic_plan
 AS $$
--- Documents of the same user whose jobs come next in the same queue: small ones that are new and unlike any other of the user's, so that none of
--- them waits for another or can be spared, behind a new one; behind one that is to be embedded, those that are to be embedded too. What is not
--- so is left to be fetched alone. No more is taken than each worker would get if they shared what waits. Whatever somebody's transaction holds
--- is skipped, so this waits for nobody. Claims as claim_document does.
+-- Small documents of the same user whose jobs come next in the same queue and are for the same stage. Behind validate: new ones unlike any other
+-- of the user's, so that none of them waits for another or can be spared. Behind embed: those whose passages are stored. All others are left to
+-- be fetched alone. No more is taken than each worker would get if they shared what waits. Whatever somebody's transaction holds is skipped, so
+-- this waits for nobody. Claims as claim_document does.
 DECLARE
     most_passages CONSTANT integer := 100;  -- a small file can hold a large text
     leader procrastinate_jobs;
@@ -29,7 +29,7 @@ BEGIN
     FROM procrastinate_jobs AS j
     JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
     WHERE j.id = leader_job_id AND j.status = 'doing' AND d.user_id = j.docmill_user
-        -- Behind one of validate that was begun may wait others that were: they go before what is new.
+        -- Jobs of documents that were begun go before new ones: behind one of validate that was, it is those that come next.
         AND (j.task_name = 'validate' AND NOT j.docmill_begun OR j.task_name = 'embed');
     IF NOT FOUND THEN
         RETURN;
@@ -100,6 +100,9 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION take_along IS
-    'Fetches and claims for a worker small documents that wait behind the one whose job it has, new ones behind a job of validate, such as are to be embedded behind one of embed: at most so many, and no more than its part of what waits. max_bytes: of each file. max_documents: in work at once per user, 0 for any number.';
+    'Fetches and claims for a worker small documents that wait behind the one whose job it has, new ones behind a job of validate, those whose passages are stored behind one of embed: at most so many, and no more than its part of what waits. max_bytes: of each file. max_documents: in work at once per user, 0 for any number.';
+
+COMMENT ON FUNCTION reset_breaker IS
+    'Closes a service''s breaker at once and forgets what slowed its budget down; false if there is no such service. Documents that wait for it are brought forward by the workers within seconds.';
 
 CALL pin_search_path();

@@ -191,7 +191,8 @@ INSERT INTO extraction_buffer AS b (doc_id, version, raw_extraction)
 VALUES (%(doc_id)s, %(version)s, %(raw_extraction)s)
 ON CONFLICT (doc_id, version) DO UPDATE SET raw_extraction = EXCLUDED.raw_extraction;
 
--- Rows come as one array a column, and an array or JSON in a column as its text; why not by COPY: docs/decisions/0016-insert-not-copy.md.
+-- Rows come as one array a column: integers as the text of that array, an array or JSON in a column as its text, vectors as a VectorArray.
+-- Why not by COPY: docs/decisions/0016-insert-not-copy.md.
 
 -- name: store_chunks
 -- Passages of one document or of several; `whose` says which of them by its place in `doc_ids`.

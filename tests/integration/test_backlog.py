@@ -251,7 +251,7 @@ def test_an_idle_budget_is_used_in_this_backlog(backlog: psycopg.Connection, lim
 
 @pytest.mark.parametrize("job_id", [3, 35])
 def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection, job_id: int) -> None:
-    """New ones, and such as are to be embedded."""
+    """New ones, and those that are to be embedded."""
     with backlog.transaction(force_rollback=True):
         assert len(backlog.execute(query("take_along"), {**TAKE, "job_id": job_id}).fetchall()) > 3
 
