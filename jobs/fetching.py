@@ -11,7 +11,6 @@ from procrastinate.jobs import Job
 from procrastinate.manager import JobManager
 
 from jobs.outages import outlive
-from models.stages import STAGES
 from sql import query
 
 _SIGN_OFF_SECONDS = 3.0
@@ -30,8 +29,9 @@ class DocmillJobManager(JobManager):
         self._wake_ups = 0
         self._claimed = asyncio.Event()
         self._claimed.set()
-        self.takes_along = False
-        """Whether who claims a document takes others along: then no more is fetched until it has, or each would be left with few."""
+        self.takes_along: frozenset[str] = frozenset()
+        """Stages for which whoever claims a document takes others along: then no more is fetched until it has, or each would be left with
+        few."""
 
     def claimed(self) -> None:
         """Say that the job that was fetched last has its documents, or gets none."""
@@ -60,7 +60,7 @@ class DocmillJobManager(JobManager):
                 # Jobs that are nobody's take turns with all users', unless their priority is below 0.
                 self._others_first = row["docmill_user"] != ""
                 self._served = row["docmill_user"] or self._served
-                if self.takes_along and row["task_name"] == STAGES[0].name:
+                if row["task_name"] in self.takes_along:
                     self._claimed.clear()
                 return Job.from_row(row)
             if before == self._wake_ups:

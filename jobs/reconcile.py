@@ -39,6 +39,7 @@ SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting doc
 # Most documents that each worker brings forward in a second, once a service's calls pass unasked or its budget lies idle: more than it
 # embeds. How many of their requests are under way the workers limit as for new documents.
 _BROUGHT_PER_SECOND = 400
+BROUGHT_AT_ONCE = 2000  # in one transaction, which holds their rows for half a second
 
 _Step = tuple[str, Callable[[], Awaitable[Any]]]
 """A part of a pass, after its name."""
@@ -103,7 +104,7 @@ class Reconciler:
         yield "_reopen", partial(self._reopen, done)
         yield "_requeue_lost", partial(self._requeue_lost, done)
         yield "_requeue_duplicates", partial(self._requeue_duplicates, done)
-        brought = {"most": ceil(_BROUGHT_PER_SECOND * period), "seconds": period}
+        brought = {"most": min(ceil(_BROUGHT_PER_SECOND * period), BROUGHT_AT_ONCE), "seconds": period}
         yield find("find_recovered_services", "bring_forward", "service", {"seconds": period}, **brought)
         yield find("find_idle_budgets", "use_idle_budget", "service", {"seconds": period}, **brought)
         yield find("find_stragglers", "cancel_straggler", "doc_id")

@@ -43,8 +43,8 @@ class Claiming:
     ) -> None:
         """`may_share`: whether working on several small documents at once is quick, or waits for requests that they share."""
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
-        self.takes_along = may_share and settings.small_documents_together > 1
-        """Whether small documents are taken up together."""
+        self.takes_along = frozenset(_TAKEN_ALONG_AT) if may_share and settings.small_documents_together > 1 else frozenset[str]()
+        """Stages for which small documents are taken up together."""
 
     async def claim(self, job: Job, doc_id: str) -> tuple[list[Work], bool]:
         """Return the document, and after it those that are taken along, or nothing where it cannot be had and its job has no more to do.
@@ -94,9 +94,9 @@ class Claiming:
     async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
         """Claim small documents that wait like this one."""
         settings = self._settings
-        if not self.takes_along or work.suspect or work.retry_count or self._stopping():
+        if job.stage not in self.takes_along or work.suspect or work.retry_count or self._stopping():
             return []
-        if work.document.milestone is not _TAKEN_ALONG_AT.get(job.stage) or (work.document.file_size or 0) > _SMALL_KB * 1000:
+        if work.document.milestone is not _TAKEN_ALONG_AT[job.stage] or (work.document.file_size or 0) > _SMALL_KB * 1000:
             return []
         works = await take_along(
             conn,

@@ -80,7 +80,7 @@ class Runner:
         may_share = settings.handoff == "inline" and quick and not hosted
         self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share)
         self.takes_along = self._claiming.takes_along
-        """Whether small documents are taken up together."""
+        """Stages for which small documents are taken up together."""
         self._in_hand: Counter[str | None] = Counter()
         self._lent_place = lent_place
         self._sharing = Sharing(gather_seconds=settings.embedding_gather_ms / 1000, most_requests=settings.embedding_concurrent_requests)

@@ -30,7 +30,7 @@ BEGIN
     JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
     WHERE j.id = leader_job_id AND j.status = 'doing' AND d.user_id = j.docmill_user
         -- Jobs of documents that were begun go before new ones: behind one of validate that was, it is those that come next.
-        AND (j.task_name = 'validate' AND NOT j.docmill_begun OR j.task_name = 'embed');
+        AND (j.task_name = 'validate' AND NOT j.docmill_begun OR j.task_name = 'embed' AND d.chunk_count <= most_passages);
     IF NOT FOUND THEN
         RETURN;
     END IF;

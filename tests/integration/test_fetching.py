@@ -175,11 +175,15 @@ async def test_a_job_that_arrives_while_a_fetch_looks_is_not_left_lying(conn: ps
     assert (looked, job.task_kwargs, nothing) == ([None], {"doc_id": "ann1"}, None)
 
 
-async def test_no_more_is_fetched_until_who_takes_others_along_has_claimed_them(conn: psycopg.Connection, settings: Settings) -> None:
+@pytest.mark.parametrize(("stage", "at_once"), [("validate", 1), ("embed", 2)])
+async def test_no_more_is_fetched_until_who_takes_others_along_has_claimed_them(
+    conn: psycopg.Connection, settings: Settings, stage: str, at_once: int
+) -> None:
+    """Which is so where others are taken along for the job's stage, and these are jobs of validate."""
     submit(conn, "ann", 3)
     connector = DocmillConnector(settings)
     jobs = DocmillJobManager(connector, max_documents_per_user=0)
-    jobs.takes_along = True
+    jobs.takes_along = frozenset({stage})
     row = conn.execute("SELECT worker_id FROM procrastinate_register_worker_v1()").fetchone()
     assert row is not None
     await connector.open_async()
@@ -193,7 +197,7 @@ async def test_no_more_is_fetched_until_who_takes_others_along_has_claimed_them(
         assert await jobs.fetch_job(None, row[0]) is not None  # nobody says so, and it goes on all the same
     finally:
         await connector.close_async()
-    assert fetched == (1,)
+    assert fetched == (at_once,)
 
 
 def test_an_upgrade_of_a_queue_in_use_gives_each_job_its_user_and_old_workers_go_on(

@@ -18,7 +18,8 @@ from models.stages import State
 from tests.integration.conftest import sha
 from tests.integration.test_stored_passages import made
 
-WAITING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+WAITING = """SELECT count(*) FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
+    WHERE l.locktype = 'advisory' AND NOT l.granted AND d.datname = current_database()"""
 
 
 @pytest.fixture
