@@ -159,7 +159,8 @@ async def test_one_of_many_passages_takes_no_others_along(outside: Outside, endp
     await outage(outside, endpoint)
     endpoint.script(faults.never)
     come(outside.bench)
-    outside.bench.conn.execute("UPDATE file_extractions SET chunk_count = 101")
+    (first,) = outside.bench.one("SELECT args->>'doc_id' FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id LIMIT 1")
+    outside.bench.conn.execute("UPDATE file_extractions SET chunk_count = 101 WHERE doc_id = %s", [first])
     await run_first(outside.bench, embedding(outside, endpoint))
     assert outside.bench.all(COMPLETED) == [(1,)]
 
