@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import psycopg
 from numpy.typing import NDArray
-from pgvector.psycopg import register_vector, register_vector_async
+from pgvector.psycopg import register_vector
 from psycopg.types.json import Jsonb
 
 from bench.copying import COPY, TYPES, rows_of
@@ -41,7 +41,7 @@ from jobs.pipeline.checkpoint import Outcome, checkpoint
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
 from jobs.roles import create_roles
-from jobs.vector_array import register_vector_array
+from jobs.vector_array import register_vectors
 from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
@@ -158,8 +158,7 @@ async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, 
     if role != "NONE":
         await asyncio.to_thread(create_roles, settings)
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
-        await register_vector_async(conn)
-        register_vector_array(conn)
+        await register_vectors(conn)
         for table in ("same", "beside", "checked"):
             await conn.execute(f"CREATE TABLE {table} (LIKE document_chunks INCLUDING ALL)".encode())
         await conn.execute("ALTER TABLE checked ADD FOREIGN KEY (doc_id) REFERENCES file_extractions (doc_id) ON DELETE CASCADE")
@@ -246,8 +245,7 @@ def indexed(settings: Settings, server_pid: int, corpus: Corpus, queries: NDArra
 
 async def incremental(settings: Settings, corpus: Corpus) -> None:
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
-        await register_vector_async(conn)
-        register_vector_array(conn)
+        await register_vectors(conn)
         works = await claimed(conn, corpus, range(5), "incremental")
         began, cpu = time.perf_counter(), cpu_seconds(conn.info.backend_pid)
         await by_checkpoint("NONE")(conn, works)
@@ -259,8 +257,7 @@ async def incremental(settings: Settings, corpus: Corpus) -> None:
 async def load(settings: Settings, corpus: Corpus) -> None:
     """Have all documents complete, through checkpoints."""
     async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
-        await register_vector_async(conn)
-        register_vector_array(conn)
+        await register_vectors(conn)
         await conn.execute("SET synchronous_commit = off")
         for start in range(0, len(corpus), 100):
             await by_checkpoint("NONE")(conn, await claimed(conn, corpus, range(start, min(len(corpus), start + 100)), "load"))

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from pgvector.psycopg import register_vector_async
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.redaction import describe
 from jobs.sessions import PooledConnection, behind_pooler, connect, connect_async, connect_options, pin_async_session
 from jobs.transport import warn_of_clear_text
-from jobs.vector_array import register_vector_array
+from jobs.vector_array import register_vectors
 from models.errors import ConfigurationError
 from models.settings import Settings
 from sql import query
@@ -104,8 +103,7 @@ async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> 
             await conn.execute(query("limit_transactions"), {**limits, "local": False})
             await pin_async_session(conn, settings)
     try:
-        await register_vector_async(conn)
-        register_vector_array(conn)
+        await register_vectors(conn)
     except psycopg.ProgrammingError as error:
         raise ConfigurationError("The database has no vector type: run `docmill migrate` first.") from error
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from psycopg import BaseConnection
+from pgvector.psycopg import register_vector_async
+from psycopg import AsyncConnection, BaseConnection
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -72,3 +73,9 @@ class VectorArrayDumper(Dumper):
 def register_vector_array(conn: BaseConnection[Any]) -> None:
     """Have a connection take VectorArrays, after pgvector's own `register_vector`."""
     conn.adapters.register_dumper(VectorArray, VectorArrayDumper)
+
+
+async def register_vectors(conn: AsyncConnection[Any]) -> None:
+    """Have a connection take and give pgvector's types, and take VectorArrays. Asks the database for the types' oids."""
+    await register_vector_async(conn)
+    register_vector_array(conn)

@@ -10,13 +10,12 @@ from uuid import NAMESPACE_URL, uuid5
 import numpy as np
 import psycopg
 import pytest
-from pgvector.psycopg import register_vector_async
 
 from jobs.pipeline import completing
 from jobs.pipeline.checkpoint import Outcome, checkpoint
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
-from jobs.vector_array import register_vector_array
+from jobs.vector_array import register_vectors
 from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.stages import Milestone, State
@@ -65,8 +64,7 @@ def expected(document: Document, language: str | None) -> list[tuple[Any, ...]]:
 async def conn(walls: Walls) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
     """A connection of the tables' owner, of which nothing stays."""
     async with await psycopg.AsyncConnection.connect(walls.url("postgres"), autocommit=True) as conn:
-        await register_vector_async(conn)
-        register_vector_array(conn)
+        await register_vectors(conn)
         async with conn.transaction(force_rollback=True):
             yield conn
 
