@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,17 +131,33 @@ async def _store_results(conn: Connection, works: Sequence[Work]) -> None:
         await conn.execute(query("store_chunk_buffer"), passages)
     for work in cut:
         work.buffered = True
+    await _store_made_vectors(conn, works)
     for work in works:
         document = work.document
-        if document.vectors is not None and document.vectors is not work.saved.vectors:
-            kept = work.kept_vectors if work.kept_model == document.embedding_model else set()
-            made = zip((chunk.index for chunk in document.chunks or ()), document.vectors, strict=True)
-            await store_vectors(conn, str(document.embedding_model), [(document, (pair for pair in made if pair[0] not in kept))])
-            work.buffered = True
         if document.raw_extraction is not None and document.raw_extraction is not work.saved.raw_extraction:
             params = {"doc_id": document.doc_id, "version": document.version, "raw_extraction": Jsonb(document.raw_extraction)}
             await conn.execute(query("store_extraction"), params)
             work.buffered = True
+
+
+async def _store_made_vectors(conn: Connection, works: Sequence[Work]) -> None:
+    """Store the vectors that are not durable yet, of all documents of one model together."""
+    by_model: dict[str, list[tuple[Document, Iterable[tuple[int, NDArray[np.float32]]]]]] = {}
+    for work in works:
+        if work.document.vectors is not None and work.document.vectors is not work.saved.vectors:
+            by_model.setdefault(str(work.document.embedding_model), []).append((work.document, _not_kept(work)))
+            work.buffered = True
+    for model, made in by_model.items():
+        await store_vectors(conn, model, made)
+
+
+def _not_kept(work: Work) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the numbers and vectors of passages whose vectors are not durable."""
+    document, vectors = work.document, work.document.vectors
+    kept = work.kept_vectors if work.kept_model == document.embedding_model else set()
+    for chunk, vector in zip(document.chunks or (), () if vectors is None else vectors, strict=True):
+        if chunk.index not in kept:
+            yield chunk.index, vector
 
 
 async def store_vectors(
