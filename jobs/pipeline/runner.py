@@ -266,6 +266,8 @@ class Runner:
             work.part()
             give_back_memory()  # what the stage has left free is needed at the next one's peak, and elsewhere
         much = carried > settings.carry_limit_mb * 1_000_000
+        # Of documents that are worked on together each has its part of the time: all of them are what would be done again.
+        elapsed /= 1 if work.together is None else work.together.members
         if work.suspect or work.paid or much or elapsed >= settings.checkpoint_seconds:
             await self._endings.keep(work)
         return following

@@ -42,7 +42,8 @@ class Together:
     """Belongs to one event loop. Every member leaves exactly once."""
 
     def __init__(self, members: int) -> None:
-        self._members = members
+        self.members = members
+        """Those who have not left."""
         self._away = 0
         self._waiting = 0
         self._meetings: dict[Hashable, _Meeting] = {}
@@ -57,7 +58,7 @@ class Together:
         """Return the answer to an item, or raise the exception that is its answer. `answer_all` gets all items of this meeting and
         returns one answer each; where it raises, or there is but one item, everybody gets NotTogether. `at_once`: only those are waited
         for who come within the same turn of the event loop, as they do who have just been told something together."""
-        if self._members < 2:
+        if self.members < 2:
             raise NotTogether
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
@@ -86,16 +87,16 @@ class Together:
 
     def leave(self) -> None:
         """Come to no meeting any more."""
-        self._members -= 1
+        self.members -= 1
         self._look_around()
 
     def _look_around(self) -> None:
         """Begin once all who are there wait. Those who have just been told the same from outside come back within this turn of the loop."""
-        if self._waiting and self._waiting >= self._members - self._away:
+        if self._waiting and self._waiting >= self.members - self._away:
             asyncio.get_running_loop().call_soon(self._begin_if_all_wait)
 
     def _begin_if_all_wait(self) -> None:
-        if self._waiting and self._waiting >= self._members - self._away:
+        if self._waiting and self._waiting >= self.members - self._away:
             self._begin()
 
     def _begin_one(self, what: Hashable) -> None:

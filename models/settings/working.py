@@ -53,7 +53,8 @@ class WorkSettings(BaseSettings):
     stage_timeout_seconds: Annotated[float, Interval(ge=1, le=86_400)] = 1800
     """Deadline of one stage, in seconds."""
     checkpoint_seconds: Annotated[float, Interval(ge=0, le=3600)] = 1.0
-    """A stage that took longer than this many seconds is made durable before the next one starts."""
+    """A stage that took longer than this many seconds is made durable before the next one starts; of documents that are worked on together
+    each took its part of them."""
     small_documents_together: Annotated[int, Interval(ge=1, le=64)] = 16
     """Most small documents of one user that a worker takes up at once where many wait, new ones or those that wait to be embedded; 1 for
     each by itself. Each may be 64 KB. Not with HANDOFF=queue, and not where the local model, a hosted parser or a model that extracts works

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.pipeline.claiming import Job
 from jobs.pipeline.runner import Runner
+from jobs.pipeline.stage_runs import StageRuns
 from models.documents import Document
 from models.errors import PermanentError, RetryableError
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
@@ -53,6 +54,27 @@ async def test_together_they_leave_the_same_rows_as_alone(bench: Bench) -> None:
     await bench.drain()
     assert max(bench.all(TOGETHER)) > (8,)
     assert bench.all(RESULTS) == alone
+
+
+@pytest.mark.parametrize(("together", "kept"), [(16, False), (4, True)])
+async def test_a_stage_that_was_long_for_all_is_kept_where_it_was_long_for_each(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, together: int, kept: bool
+) -> None:
+    run, seen = StageRuns.run, set[tuple[Any, ...]]()
+
+    async def ten_seconds(runs: StageRuns, *given: Any) -> float:
+        await run(runs, *given)
+        return 10.0
+
+    async def look(document: Document) -> None:
+        seen.add(bench.one("SELECT milestone FROM file_extractions WHERE doc_id = %s", document.doc_id))
+
+    monkeypatch.setattr(StageRuns, "run", ten_seconds)
+    bench.also["finalize"] = look
+    submit(bench, 16)
+    await run_first(bench, bench.runner(small_documents_together=together, checkpoint_seconds=1.0))
+    assert seen == {("extracted" if kept else "uploaded",)}
+    assert bench.all(TOGETHER) == [(together,)]
 
 
 async def test_who_fails_fails_alone(bench: Bench) -> None:
