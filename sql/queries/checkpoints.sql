@@ -50,9 +50,10 @@ WITH given AS MATERIALIZED (
     WHERE d.doc_id = g.doc_id AND d.claim = g.claim AND d.state = 'working'
     RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim, g.job_id, g.events
 ), finished AS (
-    -- The job ends with the work that it was for, so that no crash can come between the two.
+    -- The job ends with the work that it was for, so that no crash can come between the two. It names its worker no
+    -- longer: who removes a worker's row has to rewrite whatever names it.
     UPDATE procrastinate_jobs AS j
-    SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE
+    SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE, worker_id = NULL
     FROM fenced AS f
     WHERE j.id = f.job_id AND j.status = 'doing' AND %(state)s <> 'working'
 ), told AS (
@@ -134,7 +135,7 @@ WITH given AS MATERIALIZED (
 ), finished AS (
     -- The job ends with the work that it was for, so that no crash can come between the two.
     UPDATE procrastinate_jobs AS j
-    SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE
+    SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE, worker_id = NULL
     FROM fenced AS f
     WHERE j.id = f.job_id AND j.status = 'doing'
 ), told AS (
@@ -267,7 +268,8 @@ SET version = EXCLUDED.version, stage = EXCLUDED.stage, error_type = EXCLUDED.er
     traceback = EXCLUDED.traceback, context = EXCLUDED.context, created_at = now();
 
 -- name: end_job
-UPDATE procrastinate_jobs AS j SET status = 'succeeded', attempts = j.attempts + 1 WHERE j.id = %(job_id)s AND j.status = 'doing';
+UPDATE procrastinate_jobs AS j SET status = 'succeeded', attempts = j.attempts + 1, worker_id = NULL
+WHERE j.id = %(job_id)s AND j.status = 'doing';
 
 -- name: settle_batch
 SELECT settle_batch(%(batch_id)s);

@@ -116,7 +116,7 @@ LIMIT %(most)s;
 -- Never the same row: the old one is ended and a new one deferred, unless an equal one waits already.
 WITH ended AS (
     UPDATE procrastinate_jobs AS j
-    SET status = 'aborted', attempts = j.attempts + 1, abort_requested = FALSE
+    SET status = 'aborted', attempts = j.attempts + 1, abort_requested = FALSE, worker_id = NULL
     WHERE j.id = %(job_id)s AND j.status = 'doing'
     RETURNING j.queue_name, j.task_name, j.priority, j.lock, j.queueing_lock, j.args
 )

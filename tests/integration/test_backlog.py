@@ -256,6 +256,24 @@ def test_documents_are_taken_along_in_this_backlog(backlog: psycopg.Connection, 
         assert len(backlog.execute(query("take_along"), {**TAKE, "job_id": job_id}).fetchall()) > 3
 
 
+def test_removing_a_workers_row_reads_and_rewrites_only_the_jobs_that_it_holds(backlog: psycopg.Connection) -> None:
+    with backlog.transaction(force_rollback=True):
+        row = backlog.execute("SELECT worker_id FROM procrastinate_register_worker_v1()").fetchone()
+        assert row is not None
+        # What an older release has finished names its worker still.
+        given = "UPDATE procrastinate_jobs SET worker_id = %s WHERE id BETWEEN 1 AND 40 OR id BETWEEN 100 AND 109"
+        backlog.execute(given, row)
+        ended = {**complete(*range(1, 37)), "job_ids": list(range(1, 37))}
+        assert len(backlog.execute(query("complete_documents"), ended).fetchall()) == 36
+        written = "SELECT pg_stat_get_xact_tuples_updated('procrastinate_jobs'::regclass)"
+        read_before, written_before = entries_read(backlog), backlog.execute(written).fetchone()
+        backlog.execute("DELETE FROM procrastinate_workers WHERE id = %s", row)
+        read, written_after = entries_read(backlog), backlog.execute(written).fetchone()
+        assert [relation for relation, count in read.items() if count > read_before[relation]] == ["procrastinate_jobs_docmill_worker"]
+        assert written_before is not None
+        assert written_after == (written_before[0] + 4 + 10,)
+
+
 @pytest.mark.parametrize(
     ("index", "name"),
     [
