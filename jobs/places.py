@@ -6,14 +6,18 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+Lend = Callable[[int, float], AbstractContextManager[None]]
+"""Lends a place with so many documents in it, whose texts fill so many requests to the service that they wait for."""
+
 
 class Places:
     """Counts as a semaphore does, but may be overdrawn: who comes back to a place that is taken works beside its borrower."""
 
-    def __init__(self, count: int, *, lendable: int) -> None:
-        """`lendable`: how many documents wait at most at a time for which places are lent."""
-        self._count, self._free, self._lendable = count, count, lendable
-        self._lent = 0
+    def __init__(self, count: int, *, most_documents: int, most_requests: float) -> None:
+        """Places are lent while so many documents at most wait in them, whose texts fill so many requests at most; one place always is."""
+        self._count, self._free = count, count
+        self._most_documents, self._most_requests = most_documents, most_requests
+        self._lent, self._documents, self._requests = 0, 0, 0.0
         self._closed = False
         self._news = asyncio.Event()
 
@@ -38,28 +42,30 @@ class Places:
             await self._news.wait()
 
     @contextmanager
-    def lent(self, documents: int = 1) -> Iterator[None]:
-        """Lend the caller's place, with so many documents in it, to another for as long as the block takes, where that is still allowed."""
-        if self._lendable < documents:
+    def lent(self, documents: int, requests: float) -> Iterator[None]:
+        """Lend the caller's place to another for as long as the block takes, where that is still allowed.
+
+        `documents` in it wait for a service, and their texts fill so many `requests`; a part of one counts as such.
+        """
+        too_many = self._documents + documents > self._most_documents or self._requests + requests > self._most_requests
+        if self._lent and too_many:
             yield
             return
-        self._lendable -= documents
-        self._lent += 1
+        self._lent, self._documents, self._requests = self._lent + 1, self._documents + documents, self._requests + requests
         self.release()
         try:
             yield
         finally:
-            self._lendable += documents
-            self._lent -= 1
+            self._lent, self._documents, self._requests = self._lent - 1, self._documents - documents, self._requests - requests
             self._free -= 1
 
 
 class SharedPlace:
     """A place that several documents are worked on in. It is lent while all that are still in it merely wait."""
 
-    def __init__(self, documents: int, lent: Callable[[int], AbstractContextManager[None]]) -> None:
-        """`lent` lends a place with so many documents in it."""
+    def __init__(self, documents: int, lent: Lend) -> None:
         self._documents, self._waiting, self._lent = documents, 0, lent
+        self._requests = 0.0
         self._loan: ExitStack | None = None
 
     def leave(self) -> None:
@@ -68,21 +74,21 @@ class SharedPlace:
         self._look()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Merely wait for as long as the block takes."""
-        self._waiting += 1
+    def waiting(self, requests: float) -> Iterator[None]:
+        """Merely wait for as long as the block takes, with texts that fill so much of a request."""
+        self._waiting, self._requests = self._waiting + 1, self._requests + requests
         self._look()
         try:
             yield
         finally:
-            self._waiting -= 1
+            self._waiting, self._requests = self._waiting - 1, self._requests - requests
             self._look()
 
     def _look(self) -> None:
         all_wait = 0 < self._documents <= self._waiting
         if all_wait and self._loan is None:
             self._loan = ExitStack()
-            self._loan.enter_context(self._lent(self._documents))
+            self._loan.enter_context(self._lent(self._documents, self._requests))
         elif not all_wait and self._loan is not None:
             self._loan.close()
             self._loan = None

@@ -40,8 +40,9 @@ from models.settings import Settings
 from sql import query
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
-_LENDABLE = 4
-"""Documents that wait for the embedding service beside each that is in work: so many that requests fill, so few that memory holds them."""
+_MOST_WAITING = 256
+"""Documents that wait for the embedding service beside those in work, unless their texts fill all requests: as many as one request holds.
+With far fewer a worker stands still while a request with all of them is under way; each of them runs alone once if it dies."""
 
 
 def _leave_at_once(number: int) -> None:
@@ -154,7 +155,11 @@ class DocmillWorker(Worker):
 
     def _start_side_tasks(self) -> list[asyncio.Task[Any]]:
         # Procrastinate has just made a semaphore for this run, where it takes and leaves places.
-        self.places = Places(self.concurrency, lendable=_LENDABLE * self.concurrency)
+        self.places = Places(
+            self.concurrency,
+            most_documents=_MOST_WAITING,
+            most_requests=self.app.settings.embedding_concurrent_requests,
+        )
         setattr(self, "_job_semaphore", self.places)  # noqa: B010 - not part of its typed surface
         reconciler = Reconciler(self.app.settings, self.app.pool)
         forwarder = AlertForwarder(self.app.settings)
@@ -208,9 +213,9 @@ class DocmillApp(App):
         """Say whether this worker has been asked to stop."""
         return self._running is not None and self._running.stopping()
 
-    def lent_place(self, documents: int = 1) -> AbstractContextManager[None]:
-        """Lend the place of so many documents that wait for an outside service to others; see jobs.places."""
-        return nullcontext() if self._running is None else self._running.places.lent(documents)
+    def lent_place(self, documents: int, requests: float) -> AbstractContextManager[None]:
+        """Lend the place of documents that wait for an outside service to others; see jobs.places."""
+        return nullcontext() if self._running is None else self._running.places.lent(documents, requests)
 
     def _worker(self, **kwargs: Any) -> DocmillWorker:
         self._running = DocmillWorker(app=self, **{**self.worker_defaults, **kwargs})

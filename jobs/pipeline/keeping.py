@@ -52,11 +52,11 @@ class Keeping:
         checkpoint: Callable[[Work], Awaitable[None]],
         stopping: Callable[[], bool],
         sharing: Sharing,
-        lent_place: Callable[[], AbstractContextManager[None]],
+        lent_place: Callable[[float], AbstractContextManager[None]],
         keeps_vectors: bool = True,
     ) -> None:
-        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's; `lent_place` as in Runner. Without
-        `keeps_vectors` those that are kept already, of another model, stay as they are."""
+        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's; `lent_place` as in Runner, for the part
+        of a request that this document fills. Without `keeps_vectors` those that are kept already, of another model, stay as they are."""
         self._pool, self._work, self._lease, self._sharing = pool, work, lease, sharing
         self._margin = _MARGIN * lease_seconds
         self._checkpoint, self._stopping, self._lent_place = checkpoint, stopping, lent_place
@@ -75,10 +75,11 @@ class Keeping:
     async def embed(self, embedder: HostedEmbedder, texts: Sequence[SizedText], *, alone: bool = False) -> Embedded:
         """Embed the first of the texts with one request that other documents may share, once this one may pay for it."""
         told: Embedded | None = None
+        filled = min(1.0, len(texts) / embedder.limits.max_texts)
         while told is None:
             await self.ready()
             others = self._work.together
-            with self._lent_place(), nullcontext() if others is None else others.away():
+            with self._lent_place(filled), nullcontext() if others is None else others.away():
                 told = await self._sharing.embed(embedder, texts, share=self.shares[0], may_call=self.may_call, alone=alone)
         return told
 

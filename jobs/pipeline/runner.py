@@ -27,7 +27,7 @@ from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.stage_runs import StageRuns
 from jobs.pipeline.together import Together
 from jobs.pipeline.work import SMALL_BYTES, Work
-from jobs.places import SharedPlace
+from jobs.places import Lend, SharedPlace
 from jobs.redaction import describe
 from jobs.registry import give_back_memory
 from jobs.retry import StageRetry
@@ -40,7 +40,7 @@ from sql import query
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
 
-def _not_lent(documents: int) -> AbstractContextManager[None]:
+def _not_lent(documents: int, requests: float) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -60,10 +60,10 @@ class Runner:
         finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
         company: Company | None = None,
-        lent_place: Callable[[int], AbstractContextManager[None]] = _not_lent,
+        lent_place: Lend = _not_lent,
         claimed: Callable[[], None] | None = None,
     ) -> None:
-        """`lent_place`: what is open while so many documents in a place do nothing but wait for a request that they share with others.
+        """`lent_place` is open while the documents in a place do nothing but wait for requests that they share with others.
         `claimed` is called once a job has claimed what it takes up.
         """
         self._claimed = claimed or (lambda: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +20,7 @@ from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage, run
 from jobs.pipeline.shared_tools import shared
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.work import StageEvent, Work
+from jobs.places import Lend
 from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, extract
@@ -49,7 +49,7 @@ class StageRuns:
         lease_seconds: float,
         stopping: Callable[[], bool],
         stages: dict[str, StageFunction] | None,
-        lent_place: Callable[[int], AbstractContextManager[None]],
+        lent_place: Lend,
     ) -> None:
         """`stages`: by name, None for docmill's own; the others as in Runner."""
         self._settings, self._pool, self._tools, self._endings, self._retry = settings, pool, tools, endings, retry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from jobs.pipeline.claiming import Job
 from jobs.pipeline.claims import Connection
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Runner
+from jobs.places import Lend
 from jobs.retry import StageRetry
 from jobs.stages import Tools
 from models.chunks import Chunk
@@ -83,7 +84,7 @@ class Bench:
         worker: str = "test:1",
         *,
         given: Mapping[str, Any] | None = None,
-        lent_place: Callable[[int], AbstractContextManager[None]] | None = None,
+        lent_place: Lend | None = None,
         **changes: Any,
     ) -> Runner:
         """Return one with plain stages, and tools of its own but for those `given`; `changes`: settings that are others."""
@@ -113,7 +114,7 @@ class Bench:
             worker=worker,
             stopping=lambda: self.stopping,
             finished_jobs=set(),
-            lent_place=lent_place or (lambda _: nullcontext()),
+            lent_place=lent_place or (lambda *_: nullcontext()),
             stages={s.name: stage(s.name) for s in STAGES},
         )
 

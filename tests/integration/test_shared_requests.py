@@ -83,7 +83,7 @@ async def test_forty_small_documents_send_a_few_requests_and_each_pays_its_share
 async def test_documents_that_wait_for_a_request_lend_their_places_to_others(outside: Outside, endpoint: Fragile) -> None:
     for doc_id in DOCUMENTS[:6]:
         outside.bench.submit(doc_id)
-    places = Places(2, lendable=2)
+    places = Places(2, most_documents=2, most_requests=4)
     worker = runner(outside, endpoint, lent_place=places.lent)
     endpoint.latency = 1.0
     in_hand: set[str] = set()

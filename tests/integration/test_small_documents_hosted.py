@@ -194,7 +194,7 @@ async def test_groups_that_wait_for_a_request_lend_their_places_to_others(outsid
     for number in range(12):
         outside.bench.submit(f"d{number:02}", user_id=f"user {number // 2}")
     outside.bench.conn.execute("UPDATE file_extractions SET file_size = 100")
-    places = Places(2, lendable=4)
+    places = Places(2, most_documents=4, most_requests=4)
     embedder = outside.embedder(endpoint.url, max_texts=256)
     worker = outside.runner({"embed": embed.run}, settings={"embedding_gather_ms": 10_000}, embedder=embedder, lent_place=places.lent)
     endpoint.latency = 1.0

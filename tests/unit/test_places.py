@@ -10,6 +10,10 @@ from procrastinate.worker import Worker
 from jobs.places import Places, SharedPlace
 
 
+def places_of(count: int, documents: int) -> Places:
+    return Places(count, most_documents=documents, most_requests=4)
+
+
 async def is_free(places: Places) -> bool:
     try:
         async with asyncio.timeout(0.01):
@@ -19,11 +23,11 @@ async def is_free(places: Places) -> bool:
 
 
 async def test_a_lent_place_is_anothers_until_it_comes_back_and_then_one_must_leave_for_good() -> None:
-    places = Places(2, lendable=1)
+    places = places_of(2, 1)
     assert await places.acquire()
     assert await places.acquire()
     assert not await is_free(places)
-    with places.lent():
+    with places.lent(1, 0):
         assert await is_free(places)
         assert not await is_free(places)
     # Three work now on two places.
@@ -34,15 +38,15 @@ async def test_a_lent_place_is_anothers_until_it_comes_back_and_then_one_must_le
 
 
 async def test_no_more_places_are_lent_than_may_be_and_each_comes_back_also_after_an_error() -> None:
-    places = Places(1, lendable=1)
+    places = places_of(1, 1)
     assert await places.acquire()
-    with places.lent(), places.lent():
+    with places.lent(1, 0), places.lent(1, 0):
         assert await is_free(places)
         assert not await is_free(places)
     places.release()
     places.release()
     try:
-        with places.lent():
+        with places.lent(1, 0):
             raise ValueError
     except ValueError:
         pass
@@ -51,22 +55,22 @@ async def test_no_more_places_are_lent_than_may_be_and_each_comes_back_also_afte
 
 
 async def test_who_waits_for_a_place_is_woken_by_one_that_is_lent() -> None:
-    places = Places(1, lendable=1)
+    places = places_of(1, 1)
     assert await places.acquire()
     waiting = asyncio.create_task(places.acquire())
     await asyncio.sleep(0)
-    with places.lent():
+    with places.lent(1, 0):
         async with asyncio.timeout(10):
             assert await waiting
 
 
 async def test_a_shared_place_is_lent_while_all_that_are_in_it_wait() -> None:
-    places = Places(1, lendable=3)
+    places = places_of(1, 3)
     assert await places.acquire()
     shared = SharedPlace(3, places.lent)
-    with shared.waiting(), shared.waiting():
+    with shared.waiting(0.25), shared.waiting(0.25):
         assert not await is_free(places)
-        with shared.waiting():
+        with shared.waiting(0.25):
             assert await is_free(places)
             assert not await is_free(places)
         places.release()
@@ -81,18 +85,60 @@ async def test_a_shared_place_is_lent_while_all_that_are_in_it_wait() -> None:
 
 
 async def test_places_are_lent_for_no_more_documents_than_may_wait() -> None:
-    places = Places(2, lendable=3)
+    places = places_of(2, 3)
     assert await places.acquire()
     assert await places.acquire()
-    with places.lent(2), places.lent(2):
+    with places.lent(2, 0), places.lent(2, 0):
         assert await is_free(places)
         assert not await is_free(places)
 
 
-async def test_closing_waits_for_all_who_work_or_wait_and_lets_nobody_in() -> None:
-    places = Places(2, lendable=1)
+async def test_places_are_lent_until_the_texts_that_wait_fill_all_requests() -> None:
+    places = Places(3, most_documents=100, most_requests=1.5)
+    for _ in range(3):
+        assert await places.acquire()
+    with places.lent(1, 1), places.lent(1, 0.5), places.lent(1, 0.1):
+        assert await is_free(places)
+        assert await is_free(places)
+        assert not await is_free(places)
+    places.release()
+    places.release()
+    with places.lent(1, 1), places.lent(1, 0.1):
+        assert await is_free(places)
+        assert await is_free(places)
+        assert not await is_free(places)
+
+
+async def test_one_place_is_always_lent_however_much_waits_in_it() -> None:
+    places = Places(2, most_documents=4, most_requests=1)
     assert await places.acquire()
-    with places.lent():
+    assert await places.acquire()
+    with places.lent(16, 3), places.lent(1, 0):
+        assert await is_free(places)
+        assert not await is_free(places)
+    places.release()
+    with places.lent(1, 0):
+        assert await is_free(places)
+
+
+async def test_a_shared_place_weighs_as_much_as_all_that_wait_in_it() -> None:
+    places = Places(3, most_documents=100, most_requests=1)
+    for _ in range(3):
+        assert await places.acquire()
+    shared, other = SharedPlace(2, places.lent), SharedPlace(1, places.lent)
+    with other.waiting(0.5), shared.waiting(0.3), shared.waiting(0.3):
+        assert await is_free(places)
+        assert not await is_free(places)
+    places.release()
+    with other.waiting(0.5), shared.waiting(0.3), shared.waiting(0.2):
+        assert await is_free(places)
+        assert await is_free(places)
+
+
+async def test_closing_waits_for_all_who_work_or_wait_and_lets_nobody_in() -> None:
+    places = places_of(2, 1)
+    assert await places.acquire()
+    with places.lent(1, 0):
         closing = asyncio.create_task(places.close())
         await asyncio.sleep(0)
         assert not await is_free(places)
