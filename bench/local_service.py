@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -53,19 +52,6 @@ class Service:
     def tally(self) -> dict[str, Any]:
         """Return what it has counted since: see tests.servers.tally."""
         return self._control("tally")
-
-    def answers_in(self, texts: int) -> float:
-        """Return the median seconds until a request of so many passages is answered whole."""
-        words = [f"{number} {' '.join(WORDS)} {' '.join(WORDS)} {' '.join(WORDS)} {' '.join(WORDS)}" for number in range(texts)]
-        body = json.dumps({"model": "bench", "input": words, "encoding_format": "base64"}).encode()
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            asked = urllib.request.Request(f"{self.url}/embeddings", body, {"content-type": "application/json"})
-            with urllib.request.urlopen(asked, timeout=30) as answer:
-                answer.read()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def latency(rows: list[Row]) -> str:
         taken = [middle(rows, "taken_s", latency_ms=step, **which) for step in steps]
         series[f"{documents:,} documents of {passages}"] = [documents * passages / each if each else None for each in taken]
     documents, passages, count = shapes[-1]
-    for name, key in {"a request for each": "ideal_s", "without a service": "alone_s"}.items():
+    for name, key in {"a request for each": "one_each_s", "without a service": "alone_s"}.items():
         which = {"documents": documents, "passages": passages, "workers": count}
         taken = [middle(rows, key, latency_ms=step, **which) for step in steps]
         series[name] = [documents * passages / each if each else None for each in taken]

@@ -1,20 +1,22 @@
 """1,000 passages through an embedding service with 200 ms latency: how much of what is possible is used.
 
-Usage: python -m bench.services [--workers 1 5 20] [--concurrency 4] [--shapes 1x1000 100x10 1000x1] [--whole]
+Usage: python -m bench.services [--workers 1 5 20] [--concurrency 4] [--shapes 1x1000 100x10 1000x1] [--whole] [--rounds 1]
     [--latency 200] [--json FILE]
 
 The service is the tests' own server of OpenAI's protocol in a process of its own, with any number of requests at a time. All workers run,
-and each has called it once, before the clock starts.
+each with one process that parses, and each has called it once, before the clock starts.
 
-ideal: WORKER_CONCURRENCY documents a worker are in hand at once, and each has one request under way, of at most 256 texts, because a
-finished request is durable before the next begins. Nothing costs time but the latency (--latency, ms): it times the rounds that this takes.
-bare: the same rounds with the time that this server really takes to answer such a request, alone on the machine.
 taken: passages wait, cut and stored, for workers that listen to the queue `embed` alone; from the begin of the first document's stage
-until the last vector is stored. served: in the same run, from the first request's arrival to the last one's answer.
-alone: the same with the `hash` provider, without any service: where that is longer than the ideal, it is the machine that is measured.
-share: ideal / taken. of possible: the longer of bare and alone / taken.
+until the last vector is stored.
+alone: the same with the `hash` provider, without any service.
+ideal: the least time alone, with however many workers of those measured, and the latency (--latency, ms) of the requests that one
+document needs in turn, of at most 256 texts, because a finished request is durable before the next begins. Of different documents all
+requests may be under way at once, so nothing else must be waited for. share: ideal / taken.
+one each: if every document had a request for itself, WORKER_CONCURRENCY documents a worker at a time, and nothing cost time but the
+latency. Of the small documents of one worker a request holds many.
 needed: texts / 256.
 --whole: from the first submission to idle workers until the last document is complete, and the same with the `hash` provider.
+--rounds: medians of so many, each in new databases.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import argparse
 import asyncio
 import math
 import os
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,35 +149,59 @@ class Run:
             raise RuntimeError(f"(passages, failed documents) are {found} instead of {(shape.texts, 0)}")
 
 
-def served(tally: dict[str, Any], latency: float) -> float:
-    """Return the seconds from the first request's arrival to the last one's answer."""
-    return float(max(tally["at"]) - min(tally["at"]) + latency)
+@dataclass(slots=True)
+class Times:
+    """Seconds of all rounds of one shape and number of workers, and the requests of the service."""
+
+    taken: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
+
+    def share(self, least_alone: float, latency: float) -> float:
+        """Return how much of the ideal speed was reached, where all latencies that cannot be had at once take so long."""
+        return (least_alone + latency) / statistics.median(self.taken)
 
 
-def throughput(server: PostgresServer, folder: Path, seen: Service, shapes: list[Shape], count: int, given: argparse.Namespace) -> None:
-    """Measure all shapes with so many workers, and print their rows."""
-    made: dict[str, Measured] = {}
-    for what in ("embed", "whole") if given.whole else ("embed",):
-        for provider, own in (("openai", seen.settings), ("hash", {"embedding_provider": "hash"})):
-            run = Run(server, folder, f"{what}_{provider}_{count}_{seen.latency * 1000:.0f}", worker_concurrency=given.concurrency, **own)
-            made[f"{what} {provider}"] = (run.embed if what == "embed" else run.whole)(shapes, count, seen)
-    for shape in shapes:
-        rounds, (taken, tally), alone = shape.rounds(count, given.concurrency), made["embed openai"][shape], made["embed hash"][shape][0]
-        ideal, bare = rounds * seen.latency, rounds * seen.answers_in(min(TEXTS, shape.passages))
-        about = {"documents": shape.documents, "passages": shape.passages, "workers": count, "latency_ms": seen.latency * 1000}
-        write_row(given.json, "services", **about, ideal_s=ideal, bare_s=bare, alone_s=alone, taken_s=taken, requests=tally["requests"])
-        whole = ""
-        if given.whole:
-            (seconds, all_in_all), hashed = made["whole openai"][shape], made["whole hash"][shape][0]
-            whole = f" {seconds:.2f} | {hashed:.2f} | {all_in_all['requests']} |"
-        requests = f"{tally['requests']} / {shape.needed}"
-        name = f"{shape.documents} x {shape.passages}"
+Table = dict[tuple[Shape, int], Times]
+
+
+def measure(server: PostgresServer, folder: Path, seen: Service, what: str, given: argparse.Namespace) -> Table:
+    """Return the times of all shapes and numbers of workers: `embed`, or `whole`."""
+    shapes = [Shape(*map(int, shape.split("x"))) for shape in given.shapes]
+    table: Table = {(shape, count): Times() for count in given.workers for shape in shapes}
+    for number in range(given.rounds):
+        for count in given.workers:
+            for provider, own in (("openai", seen.settings), ("hash", {"embedding_provider": "hash"})):
+                name = f"{what}_{provider}_{count}_{seen.latency * 1000:.0f}_{number}"
+                run = Run(server, folder, name, worker_concurrency=given.concurrency, **own)
+                for shape, (seconds, tally) in (run.embed if what == "embed" else run.whole)(shapes, count, seen).items():
+                    times = table[shape, count]
+                    (times.taken if provider == "openai" else times.alone).append(seconds)
+                    if provider == "openai":
+                        times.requests.append(tally["requests"])
+                        if tally["paid_twice"]:
+                            raise RuntimeError(f"{tally['paid_twice']} texts were paid for twice")
+    return table
+
+
+def show(what: str, table: Table, seen: Service, given: argparse.Namespace) -> None:
+    """Print and write a table's rows."""
+    print(f"\n{what}, {seen.latency * 1000:.0f} ms, medians of {given.rounds}, load {os.getloadavg()[0]:.1f}:\n")
+    print("| documents x passages | workers | alone s | ideal s | taken s | share | one each s | requests / needed |\n" + "|---" * 8 + "|")
+    for (shape, count), times in table.items():
+        turns = seen.latency * math.ceil(shape.passages / TEXTS)
+        least = min(statistics.median(other.alone) for (same, _), other in table.items() if same == shape)
+        taken, alone = statistics.median(times.taken), statistics.median(times.alone)
+        one_each = shape.rounds(count, given.concurrency) * seen.latency
+        requests = statistics.median(times.requests)
         print(
-            f"| {name} | {count} | {ideal:.2f} | {bare:.2f} | {alone:.2f} | {taken:.2f} | {served(tally, seen.latency):.2f} "
-            f"| {ideal / taken:.2f} | {max(bare, alone) / taken:.2f} | {requests} "
-            f"| {tally['most_in_flight']} | {tally['paid_twice']} |{whole} {os.getloadavg()[0]:.1f} |",
+            f"| {shape.documents} x {shape.passages} | {count} | {alone:.2f} | {least + turns:.2f} | {taken:.2f} "
+            f"| {times.share(least, turns):.2f} | {one_each:.2f} | {requests:.0f} / {shape.needed} |",
             flush=True,
         )
+        about = {"documents": shape.documents, "passages": shape.passages, "workers": count, "latency_ms": seen.latency * 1000}
+        seconds = {"ideal_s": least + turns, "one_each_s": one_each, "alone_s": alone, "taken_s": taken}
+        write_row(given.json, "services" if what == "embedding" else "services, whole", **about, **seconds, requests=requests)
 
 
 def main() -> None:
@@ -184,25 +211,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=["1x1000", "100x10", "1000x1"], help="documents x passages of each")
     parser.add_argument("--concurrency", type=int, default=4, help="WORKER_CONCURRENCY")
     parser.add_argument("--whole", action="store_true", help="measure from submission to completion too")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--latency", type=float, nargs="*", default=[LATENCY * 1000], help="ms before each answer; a table for each")
     add_option(parser)
     given = parser.parse_args()
-    shapes = [Shape(*map(int, shape.split("x"))) for shape in given.shapes]
     with bench_server(connections=400) as (server, folder):
         for latency in given.latency:
             with service(latency / 1000) as seen:
-                table(server, folder, seen, shapes, given)
-
-
-def table(server: PostgresServer, folder: Path, seen: Service, shapes: list[Shape], given: argparse.Namespace) -> None:
-    """Print a row for each shape and number of workers, with the service at one latency."""
-    if len(given.latency) > 1:
-        print(f"\n{seen.latency * 1000:.0f} ms:\n")
-    print("| documents x passages | workers | ideal s | bare s | alone s | taken s | served s | share | of possible ", end="")
-    whole = " whole s | whole alone s | requests |" if given.whole else ""
-    print(f"| requests / needed | in flight | paid twice |{whole} load |\n|" + "---|" * (16 if given.whole else 13))
-    for count in given.workers:
-        throughput(server, folder, seen, shapes, count, given)
+                show("embedding", measure(server, folder, seen, "embed", given), seen, given)
+                if given.whole:
+                    show("whole", measure(server, folder, seen, "whole", given), seen, given)
 
 
 if __name__ == "__main__":
