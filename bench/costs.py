@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import psycopg
 
 from bench.cpu import cpu_seconds
 
-_TICKS = os.sysconf("SC_CLK_TCK")
 _DONE = """SELECT d.xact_commit + d.xact_rollback, w.wal_bytes::float8, i.fsyncs::float8, i.writes::float8
     FROM pg_stat_database AS d, pg_stat_wal AS w,
         (SELECT sum(o.fsyncs) AS fsyncs, sum(o.writes) AS writes FROM pg_stat_io AS o WHERE o.object = 'wal') AS i

@@ -1,4 +1,4 @@
-"""The clock that leases are measured with."""
+"""The clock that leases, waits and pauses are measured with."""
 
 from __future__ import annotations
 

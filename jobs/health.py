@@ -10,7 +10,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,6 @@ from sql.migrate import missing_migrations
 Health = Literal["ok", "degraded", "down", "unknown"]
 """degraded: it works, and somebody should look. unknown: it could not be asked, because the database is away or the role may not."""
 COMPONENTS = ("database", "migrations", "storage", "workers", "queues", "services", "indexes")
-NEEDED = frozenset({"database", "migrations", "storage"})
-"""Without these nothing can be submitted or searched."""
 LIMIT = 10.0  # seconds for all of them
 ENOUGH = 1.0  # second: who has not answered in less may be well
 SCARCE = 0.05  # of the disk: what is left when storage is degraded
@@ -52,11 +50,6 @@ class Component:
     health: Health
     message: str
     detail: dict[str, Any] = field(default_factory=dict)
-
-
-def is_ready(components: Sequence[Component]) -> bool:
-    """Say whether documents can be submitted and searched: the components in NEEDED are not down."""
-    return all(component.health in ("ok", "degraded") for component in components if component.name in NEEDED)
 
 
 async def check_health(settings: Settings, *, host: str | None = None, limit: float | None = None) -> list[Component]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import random
 import socket
@@ -68,7 +67,7 @@ def classify_error(error: BaseException) -> ErrorType:
     """Return the error type of any exception, by class, SQLSTATE, errno and HTTP status, never by message text."""
     if isinstance(error, DocmillError):
         return error.error_type
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+    if isinstance(error, TimeoutError):
         return ErrorType.TIMEOUT
     if isinstance(error, psycopg.Error):
         return _of_database_error(error)

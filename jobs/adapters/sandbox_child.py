@@ -88,7 +88,7 @@ def serve(fd: int, parent: int) -> None:
 
 
 def keep(part: Any) -> None:
-    """Hand a part of the result over at once: the worker has it even if a limit then ends this child. See `sandbox.kept_parts`."""
+    """Hand a part of the result over at once: the worker has it even if a limit then ends this child. See `DocmillError.kept`."""
     if _channel:
         send_blocking(_channel[0], PART, pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL))
 

@@ -206,7 +206,7 @@ class Runner:
                         break
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
                         elapsed = await self._runs.run(stage, work, lease)
-                        stage = await self._after(job, stage, work, lease, elapsed)
+                        stage = await self._after(job, work, lease, elapsed)
         except FencedOff:
             await self._endings.tell_fenced(work, stage)
         except asyncio.CancelledError:
@@ -251,7 +251,7 @@ class Runner:
                 await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
             yield
 
-    async def _after(self, job: Job, stage: Stage, work: Work, lease: Lease, elapsed: float) -> Stage | None:
+    async def _after(self, job: Job, work: Work, lease: Lease, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
         following = due_stage(work.document.milestone)
         if following is None:

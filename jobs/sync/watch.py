@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import psycopg
@@ -121,12 +121,11 @@ async def watch_folder(
     options: SyncOptions,
     *,
     poll_seconds: float | None = None,
-    on_pass: Callable[[SyncResult], None] = lambda _: None,
 ) -> None:
     """Sync a folder now and whenever something in it changes, until cancelled. Waits for no document.
 
-    `poll_seconds`: look at the folder this often and expect no events. `on_pass` is told of each pass. What is wrong with the first pass is
-    raised, as `FolderSync.run` does; later an outage of the database and a folder that is away are waited for, and nothing is deleted.
+    `poll_seconds`: look at the folder this often and expect no events. What is wrong with the first pass is raised, as
+    `FolderSync.run` does; later an outage of the database and a folder that is away are waited for, and nothing is deleted.
     """
     settling = Settling(settings.sync_settle_seconds)
     sync = FolderSync(settings, folder, options, is_settled=settling)
@@ -150,7 +149,6 @@ async def watch_folder(
                 wait = min(rest, RETRY_SECONDS)
             else:
                 told.well(result)
-                on_pass(result)
                 # What was done may have been seen half; and files that are being written are looked at again soon.
                 soon = result.is_unsettled() or result.did_something()
                 wait = min(rest, settings.sync_settle_seconds + 0.05) if soon else rest

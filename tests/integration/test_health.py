@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from jobs import health
 from jobs.adapters.storage import LocalStorage
-from jobs.health import COMPONENTS, Component, check_health, is_ready
+from jobs.health import COMPONENTS, Component, check_health
 from models.settings import Settings
 from tests.integration.test_cli import answer, docmill
 from tests.integration.test_views import beat
@@ -129,18 +129,12 @@ async def test_without_a_database_it_is_down_the_rest_is_unknown_and_storage_is_
     away = settings.model_copy(update={"database_url": SecretStr(server.get_uri(database="nowhere"))})
     found = {component.name: component.health for component in await check_health(away)}
     assert found == {**dict.fromkeys(COMPONENTS, "unknown"), "database": "down", "storage": "ok"}
-    assert not is_ready(await check_health(away))
 
 
 async def test_a_database_of_an_older_schema_is_asked_nothing_that_it_does_not_know(empty_database: str, settings: Settings) -> None:
     older = settings.model_copy(update={"database_url": SecretStr(empty_database)})
     found = {component.name: component.health for component in await check_health(older)}
     assert (found["database"], found["migrations"], found["workers"]) == ("ok", "down", "unknown")
-
-
-async def test_documents_can_be_submitted_without_workers_and_services(settings: Settings, conn: psycopg.Connection) -> None:
-    conn.execute(SERVICE.format("TRUE").encode())
-    assert is_ready(await check_health(settings))
 
 
 def test_the_exit_code_is_that_of_the_components_asked_for(settings: Settings, conn: psycopg.Connection) -> None:

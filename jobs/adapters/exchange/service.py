@@ -94,33 +94,30 @@ class Service:
         queries = "&".join(part for part in (self._parts.query, query) if part)
         return urlunsplit((self._parts.scheme, self._parts.netloc, joined, queries, ""))
 
-    async def exchange(
-        self, method: str, path: str, *, limit: int, query: str = "", timeouts: Timeouts | None = None, **content: Any
-    ) -> Answer:
+    async def exchange(self, method: str, path: str, *, limit: int, query: str = "", **content: Any) -> Answer:
         """Send one request and return its 2xx answer of at most `limit` bytes. `content` is httpx's `json`, or `files` and `data`.
 
         Raises CredentialRefused, RateLimitError, ServiceUnavailable, TimeoutError, RequestRefused, BadAnswer and RetryableError, each
         with `call` set.
         """
         client = await self._client()
-        times = timeouts or self._timeouts
         try:
-            async with asyncio.timeout(times.total):
-                request = self._request(client, method, self.url(path, query), times, content)
-                return await self._send(client, request, times, limit)
+            async with asyncio.timeout(self._timeouts.total):
+                return await self._send(client, self._request(client, method, self.url(path, query), content), limit)
         except TimeoutError:
-            raise self._failed(CallTimeout(f"{self._place()} did not finish its answer within {times.total:g} s."), sent=True) from None
+            late = f"{self._place()} did not finish its answer within {self._timeouts.total:g} s."
+            raise self._failed(CallTimeout(late), sent=True) from None
 
-    def _request(self, client: httpx2.AsyncClient, method: str, url: str, times: Timeouts, content: Mapping[str, Any]) -> httpx2.Request:
+    def _request(self, client: httpx2.AsyncClient, method: str, url: str, content: Mapping[str, Any]) -> httpx2.Request:
         import httpx2  # noqa: PLC0415 - loaded with the client, in a thread
 
-        waits = httpx2.Timeout(times.read, connect=times.connect, pool=None)
+        waits = httpx2.Timeout(self._timeouts.read, connect=self._timeouts.connect, pool=None)
         try:
             return client.build_request(method, url, headers=self._headers(), timeout=waits, **content)
         except httpx2.InvalidURL as error:
-            raise self._unanswered(error, times) from None
+            raise self._unanswered(error) from None
 
-    async def _send(self, client: httpx2.AsyncClient, request: httpx2.Request, times: Timeouts, limit: int) -> Answer:
+    async def _send(self, client: httpx2.AsyncClient, request: httpx2.Request, limit: int) -> Answer:
         import httpx2  # noqa: PLC0415
 
         try:
@@ -138,7 +135,7 @@ class Service:
         except _TooLarge:
             raise self._failed(BadAnswer(f"{self._place()} sent an answer of more than {limit:,} bytes."), sent=True) from None
         except (httpx2.HTTPError, httpx2.StreamError, OSError, ssl.SSLError) as error:
-            raise self._unanswered(error, times) from None
+            raise self._unanswered(error) from None
         headers = {name.lower(): self._without_key(value.encode()).decode() for name, value in response.headers.items()}
         body = self._without_key(body)
         if not good:
@@ -149,17 +146,17 @@ class Service:
         """Return what a service said without the key, should it quote it. A shorter one could be part of anything, of vectors even."""
         return told.replace(self._secret.encode(), b"***") if len(self._secret) >= _SHORTEST_KEY else told
 
-    def _unanswered(self, error: Exception, times: Timeouts) -> DocmillError:
+    def _unanswered(self, error: Exception) -> DocmillError:
         """Return the error for an exchange without a whole answer. The foreign message is dropped: it may hold a header or an address."""
         import httpx2  # noqa: PLC0415
 
         kind = type(error).__name__
         if isinstance(error, httpx2.ConnectTimeout):
             return self._failed(
-                ServiceUnavailable(f"{self._place()} could not be reached within {times.connect:g} s.", BRIEF_WAIT), sent=False
+                ServiceUnavailable(f"{self._place()} could not be reached within {self._timeouts.connect:g} s.", BRIEF_WAIT), sent=False
             )
         if isinstance(error, httpx2.TimeoutException):
-            return self._failed(CallTimeout(f"{self._place()} was silent for {times.read:g} s ({kind})."), sent=True)
+            return self._failed(CallTimeout(f"{self._place()} was silent for {self._timeouts.read:g} s ({kind})."), sent=True)
         if isinstance(error, httpx2.ConnectError | httpx2.ProxyError):
             why = " [its certificate is not trusted; SSL_CERT_FILE names a CA of one's own]" if _is_certificate(error) else ""
             return self._failed(ServiceUnavailable(f"{self._place()} could not be reached ({kind}).{why}", BRIEF_WAIT), sent=False)
