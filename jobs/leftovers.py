@@ -4,6 +4,9 @@ The same content may be submitted again under the same doc_id, and so to the sam
 it, no transaction is open that could have begun to before the file was noted, and nobody has stored it again within the last minutes: what
 has been stored but not yet been submitted, a row does not speak for. Whoever submits it from now on waits for the note's row, and finds
 either the file unnoted or no file, and then stores its own.
+
+Only what docmill stored itself is removed, for that document where the note names one. What was submitted from SQL where it lay is its
+submitter's, and a path that another document's file has may be given there too: such a note is forgotten and the file stays.
 """
 
 from __future__ import annotations
@@ -11,13 +14,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from pathlib import PurePosixPath
 from typing import Any
 
 import psycopg
 from loguru import logger
 
-from jobs.adapters.storage import LocalStorage, discard
+from jobs.adapters.storage import LocalStorage, discard, is_upload
 from jobs.redaction import describe
 from models.errors import PermanentError, RetryableError
 from models.settings import Settings
@@ -44,14 +46,14 @@ def remove_noted_files(
     """
     storage = LocalStorage.from_settings(settings)
     noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
-    paths = {path: None for path, _ in noted}
+    owners = dict(noted)
     for path, owner in noted:
         if stop():
             break
         for older in _versions(storage, path, owner):
             conn.execute(query("note_older_file"), {"path": older, "doc_id": owner})
-            paths[older] = None
-    return sum(_remove(storage, conn, path, untouched_for) for path in paths if not stop())
+            owners.setdefault(older, owner)
+    return sum(_remove(storage, conn, path, owner, untouched_for) for path, owner in owners.items() if not stop())
 
 
 def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) -> int:
@@ -64,22 +66,25 @@ def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) ->
 
 
 def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]:
-    """Return the other files of a document's upload folder, which hold its earlier versions."""
-    folder = PurePosixPath(path).parent
-    if doc_id is None or folder != PurePosixPath(storage.uploads_dir) / hashlib.sha256(doc_id.encode()).hexdigest():
+    """Return the other files that were stored for a document: those of its earlier versions."""
+    if doc_id is None:
         return []
     try:
-        return [name for name in storage.list_files("*", str(folder)) if name != path]
+        names = storage.list_files("*", f"{storage.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}")
+        return [name for name in names if name != path and is_upload(storage, name, doc_id)]
     except (PermanentError, RetryableError):
         return []
 
 
-def _remove(storage: LocalStorage, conn: Connection, path: str, untouched_for: float) -> bool:
+def _remove(storage: LocalStorage, conn: Connection, path: str, owner: str | None, untouched_for: float) -> bool:
     with conn.transaction():
         row = conn.execute(query("judge_file"), {"path": path}).fetchone()
         if row is None or row[0] != "free":
             return False
         try:
+            if not is_upload(storage, path, owner):
+                conn.execute(query("forget_file"), {"path": path})
+                return False
             gone = discard(storage, path, untouched_for=untouched_for)
         except PermanentError as error:
             logger.warning("A deleted document's file is none that could be removed: {}", describe(error))

@@ -71,14 +71,13 @@ def prune_rows(
     SomebodyElsePrunes: at once, or when another process has come in between.
     """
     removed: dict[str, int] = {}
-    uploads = f"{settings.storage_uploads_dir}/"
     for policy in POLICIES:
         days: int = getattr(settings, policy.setting)
         if days == 0:
             continue
         removed[policy.what] = 0
         for more in _parts(conn, policy):
-            params = {"window": WINDOW, **policy.params, **more, "days": days, "after": policy.start, "uploads": uploads}
+            params = {"window": WINDOW, **policy.params, **more, "days": days, "after": policy.start}
             while not stop():
                 began = time.monotonic()
                 row = _window(conn, policy.query, params, dry_run=dry_run)

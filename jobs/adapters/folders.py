@@ -1,19 +1,25 @@
-"""Listing a folder for ingestion: nested files in a stable order, without what the system put there and without leaving the folder."""
+"""Listing a folder for ingestion: nested files in a stable order, without what the system put there and without leaving the folder.
+
+And what of the storage is docmill's own, which neither a folder nor a path in SQL brings in.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.adapters.storage.faults import source_faults
-from models.errors import DocmillError
+from models.errors import DocmillError, PermanentError
 from models.settings import Settings
 
 SYSTEM_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"})
 """Lower case. Names that begin with a dot, and the owner files `~$...` of open Office documents, are skipped as well."""
+_DIGEST = re.compile("[0-9a-f]{64}", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -47,6 +53,48 @@ def own_folders(settings: Settings) -> list[Path]:
 def storage_folders(settings: Settings) -> list[Path]:
     """Return the folders not to ingest from: the storage and, for a folder that is the storage or lies in it, what is docmill's there."""
     return [settings.storage_base_path, *own_folders(settings)]
+
+
+def refuse_foreign_file(settings: Settings, path: Path, name: str, stored_for: str) -> None:
+    """Raise a PermanentError where a submission from SQL names a file that docmill keeps for itself, or has stored for somebody else.
+
+    `path`: the file, symbolic links followed. `name`: what its submitter calls it. `stored_for`: the name that its own upload would be
+    stored under. Other files in the folder of uploads are people's own.
+    """
+    digest = hashlib.sha256(stored_for.encode()).hexdigest()
+    if path.parent.name == digest:
+        return  # its own, and that of nearly all; nothing else makes a folder of that name
+    base = Path(os.path.realpath(settings.storage_base_path))
+    uploads, *others = [Path(os.path.realpath(folder)) for folder in own_folders(settings)]
+    for folder in others:
+        if _lies_in(path, folder, base) is not None:
+            raise PermanentError(
+                f"File {name!r} lies in {folder.name!r}, which docmill keeps for itself (temporary files, logs or its database). "
+                "Submit files from other folders of the storage."
+            )
+    inside = _lies_in(path, uploads, base)
+    if inside is not None and _DIGEST.fullmatch(inside):
+        raise PermanentError(
+            f"File {name!r} is an upload that docmill has stored for another document or archive. Submit the file that it was made of."
+        )
+
+
+def _lies_in(path: Path, folder: Path, base: Path) -> str | None:
+    """Return the name of what lies in a folder below the base and is, or holds, a file; None if it lies elsewhere."""
+    below = path
+    while (parent := below.parent) not in (base, below):
+        if parent == folder or _is_same(parent, folder):
+            return below.name
+        below = parent
+    return None
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Say whether two names are of one folder, as where the file system does not tell upper case from lower."""
+    try:
+        return os.path.samefile(one, other)  # noqa: PTH121 - as in own_folders
+    except OSError:
+        return False
 
 
 def list_folder(folder: Path, *, leave_out: Iterable[Path] = ()) -> Listing:

@@ -18,6 +18,7 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs.adapters.archives import ArchiveLimits, Listing, list_archive, remove_leftovers, workspace
+from jobs.adapters.folders import refuse_foreign_file
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.stored_file import StoredFile
@@ -25,6 +26,7 @@ from jobs.batch.acceptance import LOCK_MS, Acceptance, BatchHeld, Superseded
 from jobs.batch.archive import Archive, in_groups
 from jobs.batch.failure import fail_archive
 from jobs.batch.intake import Intake, reach
+from jobs.batch.submission import archive_upload_id
 from jobs.logs import bound
 from jobs.pipeline.claims import Connection, one
 from jobs.retry import StageRetry
@@ -111,6 +113,8 @@ class Unpacker:
         """Do what is left to do; False if the rest has been put off."""
         await asyncio.to_thread(remove_leftovers, self._storage)
         file = self._storage.file(archive.file_path)
+        stored_for = archive_upload_id(archive.batch_id, archive.entry_path)
+        await asyncio.to_thread(refuse_foreign_file, self._settings, file.path, archive.file_path, stored_for)
         with workspace(self._storage) as folder:
             async with aclosing(self._sandbox(folder)) as sandbox:
                 return await self._unpack_into(folder, archive, file, sandbox)

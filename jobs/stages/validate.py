@@ -1,4 +1,5 @@
-"""validate: a stored upload is what it claims to be: non-empty, within its limits, of a supported type, unchanged, not encrypted.
+"""validate: a stored upload is what it claims to be: non-empty, within its limits, of a supported type, unchanged, not encrypted, and
+no file of docmill's own or of another document.
 
 A document that is an archive inside is unpacked here, in the sandbox, before any parser or outside service gets it.
 """
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from jobs.adapters.archives import ArchiveLimits, check_package
+from jobs.adapters.folders import refuse_foreign_file
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
 from jobs.adapters.storage import Fingerprint, fingerprint
 from jobs.stages import Tools
@@ -69,6 +71,7 @@ async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
 
     def look() -> tuple[Fingerprint, Sniffed]:
+        refuse_foreign_file(tools.settings, tools.storage.resolve(document.file_path), document.file_path, document.doc_id)
         with tools.storage.open(document.file_path) as file:
             found = fingerprint(file)
             refuse_file(document, found, tools.settings.max_file_size_mb)

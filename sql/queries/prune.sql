@@ -127,7 +127,7 @@ WITH looked AS MATERIALIZED (
     FROM batch_archives AS a
     WHERE a.batch_id IN (SELECT l.batch_id FROM looked AS l)
 ), free AS MATERIALIZED (
-    SELECT a.id, a.file_path
+    SELECT a.id
     FROM batch_archives AS a
     WHERE a.id IN (
         SELECT r.id FROM ranked AS r WHERE r.id > %(after)s AND r.id <= (SELECT max(l.id) FROM looked AS l) AND r.latest > r.id
@@ -136,17 +136,19 @@ WITH looked AS MATERIALIZED (
         AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = a.batch_id AND b.run_id <> a.run_id)
     FOR UPDATE OF a SKIP LOCKED
 ), inside AS (
-    SELECT f.id, f.file_path FROM free AS f
+    SELECT f.id FROM free AS f
     UNION
-    SELECT a.id, a.file_path
+    SELECT a.id
     FROM free AS f
     JOIN batch_archives AS p ON p.parent_id = f.id
     JOIN batch_archives AS a ON a.id = p.id OR a.parent_id = p.id
 ), gone AS (
-    DELETE FROM batch_archives AS a USING inside AS i WHERE a.id = i.id RETURNING a.file_path
+    DELETE FROM batch_archives AS a USING inside AS i WHERE a.id = i.id RETURNING a.batch_id, a.entry_path, a.file_path
+), left_over AS (
+    SELECT DISTINCT g.file_path FROM gone AS g WHERE is_stored_archive(g.file_path, g.batch_id, g.entry_path)
 )
 SELECT (SELECT count(*) FROM gone) AS removed,
-    (SELECT count(note_file(g.file_path)) FROM (SELECT DISTINCT file_path FROM gone) AS g WHERE starts_with(g.file_path, %(uploads)s)) AS noted,
+    (SELECT count(note_file(o.file_path)) FROM left_over AS o) AS noted,
     max(l.id) AS next, count(*) = %(window)s AS more
 FROM looked AS l;
 

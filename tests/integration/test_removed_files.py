@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 import jobs
 from jobs.adapters.storage import LocalStorage, StoredUpload
 from jobs.leftovers import remove_noted_files
+from jobs.orphans import find_orphans
 from tests.archives import write_zip
 from tests.integration.conftest import Bench
 from tests.running import wait_for
@@ -40,6 +42,25 @@ def sweep(bench: Bench, *paths: Path) -> None:
         return not any(path.exists() for path in paths)
 
     wait_for(gone, "the files to be removed")
+
+
+def forget_all(bench: Bench) -> None:
+    """See every note gone, and what may be removed with it."""
+
+    def forgotten() -> bool:
+        remove_noted_files(bench.settings, bench.conn, untouched_for=-1)
+        return bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+    wait_for(forgotten, "the notes to be forgotten")
+
+
+def own_file(bench: Bench, name: str, content: bytes = b"mine") -> Path:
+    """Put a file of somebody's own into the storage."""
+    path = LocalStorage.from_settings(bench.settings).base / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    grow_old(path)
+    return path
 
 
 async def test_delete_removes_the_files_of_all_versions_and_their_folder(bench: Bench) -> None:
@@ -104,7 +125,11 @@ async def test_a_file_waits_for_transactions_that_may_have_begun_to_refer_to_it(
     assert remove_noted_files(bench.settings, bench.conn) == 0
     assert path.exists()
     assert jobs.delete_document("copy")
-    sweep(bench, path)
+    forget_all(bench)
+    assert path.exists(), "it was not stored for that document"
+    storage = LocalStorage.from_settings(bench.settings)
+    assert find_orphans(bench.settings, bench.conn, now=time.time() + 86_400 * 100).noted == 1
+    sweep(bench, storage.base / path)
 
 
 async def test_a_submission_that_is_rolled_back_gives_the_file_up_again(bench: Bench, database: str) -> None:
@@ -145,6 +170,62 @@ async def test_deleting_and_submitting_the_same_at_once_never_loses_a_file_that_
             thread.join()
     jobs.submit_document(b"one", doc_id="a")
     assert storage.fingerprint(bench.one("SELECT file_path FROM file_extractions")[0]).size == 3
+
+
+OWN = ("inbox/a.zip", "a.zip", "logs/a.zip", "uploads/a.zip", "uploads/mine/a.zip", f"inbox/{'1' * 64}/{'2' * 64}")
+
+
+@pytest.mark.parametrize("name", OWN)
+async def test_a_file_that_was_submitted_where_it_lies_outlives_its_document_and_its_batch(bench: Bench, name: str) -> None:
+    path = own_file(bench, name)
+    bench.conn.execute("SELECT submit_document(%s, doc_id => 'a')", [name])
+    bench.conn.execute("SELECT submit_batch(%s, batch_id => 'b')", [name])
+    assert jobs.delete_document("a")
+    assert jobs.delete_batch("b") == 0
+    forget_all(bench)
+    assert path.read_bytes() == b"mine"
+
+
+async def test_an_own_file_outlives_what_it_was_a_version_of_and_the_stored_versions_go(bench: Bench) -> None:
+    jobs.submit_document(b"stored", doc_id="a")
+    stored = file_of(bench, "a")
+    first, last = own_file(bench, "inbox/first.txt", b"first"), own_file(bench, "inbox/last.txt", b"last")
+    for name in ("inbox/first.txt", "inbox/last.txt"):
+        bench.conn.execute(
+            "SELECT submit_document(%s, doc_id => 'a', content_sha256 => %s)", [name, hashlib.sha256(name.encode()).hexdigest()]
+        )
+    grow_old(stored)
+    assert jobs.delete_document("a")
+    forget_all(bench)
+    assert (first.read_bytes(), last.read_bytes(), stored.exists()) == (b"first", b"last", False)
+
+
+@pytest.mark.parametrize("as_batch", [False, True], ids=["a document", "a batch"])
+async def test_nobody_removes_by_a_submission_of_theirs_what_was_stored_for_somebody_else(bench: Bench, as_batch: bool) -> None:
+    """An earlier version of Bob's, say, to which no row refers; whoever knows his doc_id and its content can name it."""
+    jobs.submit_document(b"one", doc_id="bob's", user_id="bob")
+    earlier = file_of(bench, "bob's")
+    jobs.submit_document(b"two", doc_id="bob's", user_id="bob")
+    grow_old(earlier)
+    name = earlier.relative_to(LocalStorage.from_settings(bench.settings).base).as_posix()
+    if as_batch:
+        bench.conn.execute("SELECT submit_batch(%s, batch_id => 'b', user_id => 'alice')", [name])
+        jobs.delete_batch("b")
+    else:
+        bench.conn.execute("SELECT submit_document(%s, doc_id => 'a', user_id => 'alice')", [name])
+        jobs.delete_document("a")
+    forget_all(bench)
+    assert earlier.read_bytes() == b"one"
+
+
+async def test_a_link_in_the_place_of_a_stored_file_takes_no_other_file_along(bench: Bench) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path, other = file_of(bench, "a"), own_file(bench, "inbox/other.txt")
+    path.unlink()
+    path.symlink_to(other)
+    assert jobs.delete_document("a")
+    forget_all(bench)
+    assert other.read_bytes() == b"mine"
 
 
 ALIASES = ("inbox//a.txt", "./inbox/a.txt", "inbox/./a.txt", "inbox/a.txt/", "inbox/a.txt/.", "inbox/x/../a.txt", "/inbox/a.txt")

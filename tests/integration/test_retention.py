@@ -18,6 +18,7 @@ import pytest
 import jobs
 from jobs import retention
 from jobs.adapters.storage import LocalStorage
+from jobs.batch.submission import archive_upload_id
 from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
 from jobs.orphans import FEW, Orphans, find_orphans
@@ -316,6 +317,22 @@ def test_an_archive_goes_once_another_was_unpacked_in_its_place_and_its_document
     eventually(lambda: docmill("prune").returncode == 0 and sum((base / path).exists() for (path,) in stored) == 3)
     assert "nothing to do" in docmill("ingest", folder).stdout
     assert prune(bench, archive_retention_days=7) == {}
+
+
+def test_a_replaced_archive_takes_no_file_along_that_was_not_stored_for_its_batch(bench: Bench) -> None:
+    storage = storage_of(bench)
+    others = storage.store_upload(archive_upload_id("bob's", ""), b"an earlier version of Bob's", 100).file_path
+    own = storage.store_upload(archive_upload_id("b", ""), b"an earlier version of her own", 100).file_path
+    (storage.base / "inbox").mkdir()
+    (storage.base / "inbox/june.zip").write_bytes(b"hers")
+    for number, path in enumerate(("inbox/june.zip", others, own, "inbox/july.zip")):
+        bench.conn.execute(
+            "SELECT submit_batch(%s, batch_id => 'b', user_id => 'alice', content_sha256 => repeat(%s, 64))", [path, str(number)]
+        )
+        bench.conn.execute("UPDATE batch_archives SET state = 'unpacked', ended_at = now() - interval '8 days'")
+    assert prune(bench, archive_retention_days=7) == {"replaced archives": 3}
+    assert bench.all("SELECT path FROM files_to_remove") == [(own,)]
+    assert [path for path in (others, own, "inbox/june.zip") if (storage.base / path).exists()] == [others, own, "inbox/june.zip"]
 
 
 def test_a_file_whose_submission_was_cut_off_goes_and_those_of_documents_stay(bench: Bench) -> None:

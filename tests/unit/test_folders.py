@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
-from jobs.adapters.folders import is_hidden, list_folder, storage_folders
-from models.errors import SubmitError
+from jobs.adapters.folders import is_hidden, list_folder, refuse_foreign_file, storage_folders
+from jobs.adapters.storage import LocalStorage
+from models.errors import PermanentError, SubmitError
 from models.settings import Settings
 
 
@@ -100,3 +102,37 @@ def test_a_folder_inside_that_may_not_be_listed_is_reported_and_its_neighbours_a
         (tmp_path / "shut").chmod(0o700)
     assert listing.files == ["a.txt"]
     assert [name for name, _ in listing.unreadable] == ["shut"]
+
+
+OTHERS = hashlib.sha256(b"bob's").hexdigest()
+FOREIGN = (f"uploads/{OTHERS}/{'1' * 64}", f"uploads/{OTHERS}/x/y", f"uploads/{OTHERS.upper()}/{'1' * 64}", "temp/a.part",
+           "temp/unpack-1/0/1", "logs/docmill.worker-host-1.log", "postgres/base/1/2", "inbox/link.txt", "inbox/folder/a.log")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_path_in_sql_names_no_file_of_docmills_own_and_none_of_somebody_elses(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, "postgres/PG_VERSION", "logs/a.log", "inbox/a.txt", f"uploads/{OTHERS}/{'1' * 64}")
+    (tmp_path / "inbox/link.txt").symlink_to(tmp_path / f"uploads/{OTHERS}/{'1' * 64}")
+    (tmp_path / "inbox/folder").symlink_to(tmp_path / "logs")
+    settings = Settings(storage_base_path=tmp_path, log_file_path=Path("docmill.log"))
+    with pytest.raises(PermanentError, match=f"File '{name}' (lies in .* which docmill keeps for itself|is an upload that docmill has)"):
+        refuse_foreign_file(settings, LocalStorage.from_settings(settings).resolve(name), name, "alice's")
+
+
+def test_a_path_in_sql_names_uploads_of_its_own_and_what_people_have_put_into_the_storage(tmp_path: Path) -> None:
+    """Also where it is called as docmill calls folders that it does not use here."""
+    own = hashlib.sha256("alice's ä".encode()).hexdigest()
+    names = (f"uploads/{own}/{'1' * 64}", f"uploads/{own}/refused", "uploads/a.txt", f"uploads/mine/{OTHERS}/a.txt", "a.txt", "inbox/a.txt",
+             "logs/a.txt", "postgres/a.txt", "extracted/a.txt", "inbox/temp/a.txt", "temporary/a.txt", "uploads", "temp")  # fmt: skip
+    settings = Settings(storage_base_path=tmp_path)
+    for name in names:
+        refuse_foreign_file(settings, LocalStorage.from_settings(settings).resolve(name), name, "alice's ä")
+
+
+def test_a_folder_of_docmills_own_is_known_by_another_name_of_it(tmp_path: Path) -> None:
+    """As on file systems that do not tell upper case from lower; here a link to the base makes another name."""
+    fill(tmp_path, "storage/temp/a.part")
+    (tmp_path / "link").symlink_to(tmp_path / "storage")
+    settings = Settings(storage_base_path=tmp_path / "storage")
+    with pytest.raises(PermanentError, match="keeps for itself"):
+        refuse_foreign_file(settings, tmp_path / "link" / "temp" / "a.part", "TEMP/a.part", "a")

@@ -3,7 +3,7 @@
 from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
 from jobs.adapters.storage.local import LocalStorage
 from jobs.adapters.storage.names import restored_text, safe_display_name, storable_path, storable_text
-from jobs.adapters.storage.removal import discard
+from jobs.adapters.storage.removal import discard, is_upload
 from jobs.adapters.storage.uploads import StoredUpload, Upload
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Upload",
     "discard",
     "fingerprint",
+    "is_upload",
     "restored_text",
     "safe_display_name",
     "storable_path",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from contextlib import suppress
 from pathlib import PurePosixPath
@@ -11,6 +13,20 @@ from jobs.adapters.storage.durable import regular
 from jobs.adapters.storage.faults import storage_fault, storage_faults
 from jobs.adapters.storage.local import LocalStorage
 from models.errors import StorageAway
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def is_upload(storage: LocalStorage, relative: str, stored_for: str | None = None) -> bool:
+    """Say whether a file is one that `store_upload` has stored, for this doc_id if one is given: whatever else lies in the storage is
+    somebody's own. PermanentError if the name leaves the base."""
+    name = PurePosixPath(relative)
+    folder = name.parent.name
+    if name.parent.parent != PurePosixPath(storage.uploads_dir) or not _DIGEST.fullmatch(name.name) or not _DIGEST.fullmatch(folder):
+        return False
+    if stored_for is not None and folder != hashlib.sha256(stored_for.encode()).hexdigest():
+        return False
+    return storage.resolve(relative) == storage.resolve(storage.uploads_dir) / folder / name.name  # no link to a file of somebody's
 
 
 def discard(storage: LocalStorage, relative: str, *, untouched_for: float) -> bool:

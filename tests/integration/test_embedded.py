@@ -1,0 +1,153 @@
+"""The embedded server's socket knows no passwords: nobody gets to it but the user that the server runs as, and root."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.embedded import _close_to_others
+from models.errors import ConfigurationError
+from tests.running import REPOSITORY
+
+NAMES = ("a folder with blanks", "Ümläute", "long" * 25, "plain")
+NOBODY = 65534
+LOOK = """
+import json, os
+from pathlib import Path
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from jobs.database import conninfo_of
+from models.settings import load_settings
+
+def tried(folder):
+    '''What somebody else can do, tried in a process of theirs.'''
+    there, mine = os.pipe()
+    if os.fork() == 0:
+        os.setgroups([])
+        os.setgid(%(nobody)d)
+        os.setuid(%(nobody)d)
+        done = []
+        try:
+            psycopg.connect(uri).close()
+            done.append("connected")
+        except psycopg.OperationalError as error:
+            done += [] if "Permission denied" in str(error) else [str(error)]
+        try:
+            (folder / "x").touch()
+            done.append("wrote")
+        except PermissionError:
+            pass
+        os.write(mine, json.dumps(done).encode())
+        os._exit(0)
+    os.wait()
+    return json.loads(os.read(there, 1000))
+
+uri = conninfo_of(load_settings())
+folder = Path(conninfo_to_dict(uri)["host"])
+with psycopg.connect(uri) as conn:
+    superuser = conn.execute("SELECT usesuper FROM pg_user WHERE usename = current_user").fetchone()[0]
+modes = [path.stat().st_mode & 0o777 for path in (folder, folder / ".s.PGSQL.5432")]
+facts = {"superuser": superuser, "folder": str(folder), "modes": modes}
+if os.geteuid() == 0:
+    facts["tried"] = tried(folder)
+    folder.chmod(0o777)
+    facts["tried in an open folder"] = tried(folder)
+    folder.chmod(0o700)
+print(json.dumps(facts))
+""" % {"nobody": NOBODY}  # noqa: UP031 - full of braces
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A folder with a short path, which the server's own user may enter; pytest's is neither."""
+    made = Path(tempfile.mkdtemp(prefix="docmill-"))
+    made.chmod(0o755)
+    (made / "tmp").mkdir()
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def look(base: Path, storage: Path) -> subprocess.CompletedProcess[str]:
+    """Start the server in a process of its own and look at it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG") and name != "DATABASE_URL"}
+    given = {**environment, "PYTHONPATH": str(REPOSITORY), "STORAGE_BASE_PATH": str(storage), "TMPDIR": str(base / "tmp")}
+    return subprocess.run([sys.executable, "-c", LOOK], env=given, cwd=base, capture_output=True, text=True, timeout=120, check=False)
+
+
+def facts_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["blanks", "umlauts", "long", "plain"])
+def test_nobody_else_gets_to_the_embedded_server(base: Path, name: str) -> None:
+    storage = base / name
+    for _ in range(2):  # the folder of the socket is there the second time
+        facts = facts_of(look(base, storage))
+        assert facts["superuser"] is True
+        assert Path(facts["folder"]).is_relative_to(base / "tmp") == (name != "plain")
+        assert facts["modes"] == [0o700, 0o700]
+        if os.geteuid() == 0:
+            assert facts["tried"] == []
+            assert facts["tried in an open folder"] == ["wrote"], "the socket by itself lets nobody in"
+    text = (storage / "postgres" / "postgresql.conf").read_text()
+    assert text.count("\nunix_socket_permissions") == 1
+
+
+def socket_folder(base: Path, storage: Path) -> Path:
+    return base / "tmp" / f"docmill-{hashlib.sha256(os.fsencode(storage / 'postgres')).hexdigest()[:16]}"
+
+
+@pytest.mark.parametrize("kind", ["a link", "a folder of somebody else's"])
+def test_a_socket_folder_that_somebody_else_has_made_is_refused(base: Path, kind: str) -> None:
+    storage = base / "a folder with blanks"
+    folder = socket_folder(base, storage)
+    if kind == "a link":
+        (base / "elsewhere").mkdir()
+        folder.symlink_to(base / "elsewhere")
+    elif os.geteuid() == 0:
+        folder.mkdir()
+        os.chown(folder, NOBODY, NOBODY)
+    else:
+        pytest.skip("needs root")
+    done = look(base, storage)
+    assert done.returncode != 0
+    assert f"ConfigurationError: The embedded Postgres needs the folder {folder} for its socket" in done.stderr
+    assert not list((base / "elsewhere").glob("*") if kind == "a link" else folder.iterdir())
+
+
+def test_a_socket_folder_that_an_older_version_left_open_is_closed(base: Path) -> None:
+    storage = base / "a folder with blanks"
+    folder = socket_folder(base, storage)
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert facts_of(look(base, storage))["modes"] == [0o700, 0o700]
+
+
+def test_a_socket_that_is_not_the_servers_is_not_spoken_to(base: Path) -> None:
+    """Where root starts the server, others can get at the folder for a moment."""
+    folder, pgdata = base / "tmp", base / "postgres"
+    pgdata.mkdir()
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(folder / ".s.PGSQL.5432"))
+        _close_to_others(pgdata, folder / ".s.PGSQL.5432")
+        if os.geteuid() == 0:
+            os.chown(folder / ".s.PGSQL.5432", NOBODY, NOBODY)
+            with pytest.raises(ConfigurationError, match="is not the server's"):
+                _close_to_others(pgdata, folder / ".s.PGSQL.5432")
+    (folder / ".s.PGSQL.5432").unlink()
+    (folder / ".s.PGSQL.5432").touch()
+    with pytest.raises(ConfigurationError, match="is not the server's"):
+        _close_to_others(pgdata, folder / ".s.PGSQL.5432")
