@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
 
+from jobs.database import make_pool
 from jobs.pipeline.claiming import Job
 from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
@@ -507,22 +510,31 @@ async def test_a_text_or_page_map_that_check_has_changed_is_stored(
     assert bench.one("SELECT markdown, page_map->0->'start' FROM document_markdown") == (text, start)
 
 
-async def test_connections_are_replaced_after_a_large_text_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced: list[str] = []
-    drain = bench.pool.drain
+async def connections(bench: Bench, count: int) -> set[int]:
+    """Return the processes of so many connections of the pool, having used them at once."""
+    async with AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(bench.pool.connection()) for _ in range(count)]
+        return {conn.info.backend_pid for conn in held}
 
-    async def replace_all() -> None:
-        replaced.append(bench.calls[-1])
-        await drain()
 
-    monkeypatch.setattr(bench.pool, "drain", replace_all)
-    bench.submit("a")
-    await bench.drain(carry_limit_mb=0)
-    assert replaced == []
-    monkeypatch.setattr("jobs.pipeline.durable.SMALL_BYTES", 10)
-    bench.submit("b")
-    await bench.drain(carry_limit_mb=0)
-    assert replaced == ["parse"]  # not after what came later
+async def test_the_connection_that_sent_a_large_text_is_replaced_alone_and_without_a_warning(
+    bench: Bench, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.pool = make_pool(bench.settings, database, max_size=3)
+    await bench.pool.open()
+    try:
+        before = await connections(bench, 3)
+        bench.submit("a")
+        await bench.drain(carry_limit_mb=0)
+        assert await connections(bench, 3) == before
+        monkeypatch.setattr("jobs.pipeline.durable.SMALL_BYTES", 10)
+        bench.submit("b")
+        await bench.drain(carry_limit_mb=0)  # a checkpoint after each stage: one of them has a text that is new
+        after = await connections(bench, 3)
+    finally:
+        await bench.pool.close()
+    assert len(before & after) == 2
+    assert [record for record in caplog.records if record.name == "psycopg.pool" and record.levelno >= logging.WARNING] == []
     assert bench.all("SELECT state FROM file_extractions") == [("complete",)] * 2
 
 
