@@ -33,7 +33,8 @@ SIDE_TASKS = [
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
-EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget"}  # what is due rather than broken
+# What is due rather than broken.
+EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget", "wake_forgotten_equal"}
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 # Most documents that each worker brings forward in a second, once a service's calls pass unasked or its budget lies idle: more than it
@@ -175,6 +176,8 @@ class Reconciler:
             for row in seen:
                 if row["lost"]:
                     await self._repair(done, "requeue_lost_document", doc_id=row["doc_id"], max_requeues=self._settings.max_requeues)
+                elif row["forgotten"]:
+                    await self._repair(done, "wake_forgotten_equal", doc_id=row["doc_id"])
             self._after = seen[-1]["id"] if len(seen) == WINDOW else 0
             if self._after == 0 or clock.seconds() >= end:
                 return
