@@ -140,6 +140,20 @@ async def test_what_is_paid_for_is_kept_where_the_worker_stops_or_the_time_ends_
     assert endpoint.tally.paid_twice() == 0
 
 
+async def test_a_try_that_reaches_its_deadline_counts_unless_it_has_kept_something(outside: Outside, endpoint: OpenAIServer) -> None:
+    """Each try but the last sends one request, and hangs in the next; then none is answered any more."""
+    outside.passages = 27
+    outside.bench.submit()
+    worker = runner(outside, endpoint, stage_timeout_seconds=2.5)
+    answered = 4  # tries that count would be over
+    endpoint.script(lambda number, seconds: faults.NAMED["hang_in_headers"] if number % 2 == 0 or number > 2 * answered else None)
+    await outside.work(worker, until=lambda: endpoint.tally.requests >= 2 * answered, seconds=60)
+    assert outside.state() == ("chunks_stored", "retrying", 0)
+    assert outside.bench.one("SELECT count(*) FROM vector_buffer") == (4 * answered + 1,)
+    await outside.work(worker, until=lambda: endpoint.tally.requests > 2 * answered, seconds=60)
+    assert outside.state() == ("chunks_stored", "retrying", 1)
+
+
 async def test_a_worker_that_was_fenced_off_in_mid_embed_keeps_nothing_and_asks_nothing_more(
     outside: Outside, endpoint: OpenAIServer
 ) -> None:
