@@ -155,14 +155,18 @@ def _reached(milestone: Milestone) -> int:
     return list(Milestone).index(milestone)
 
 
-async def load_document(conn: Connection, document: Document) -> Document:
-    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it.
+async def load_document(conn: Connection, document: Document, *, with_text: bool = True) -> Document:
+    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it; of its text the digest alone
+    where they do without.
 
     Vectors of two models stay out: those of one were being replaced.
     """
     reached = _reached(document.milestone)
     params = {"doc_id": document.doc_id, "version": document.version}
-    if has_stored(document) and (row := await one(conn, "load_markdown", params)):
+    if has_stored(document) and not with_text:
+        digest = await one(conn, "load_digest", params)
+        document = replace(document, markdown_sha256=digest["markdown_sha256"] if digest else None)
+    elif has_stored(document) and (row := await one(conn, "load_markdown", params)):
         document = replace(
             document,
             markdown=row["markdown"],

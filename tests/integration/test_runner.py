@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from jobs.database import make_pool
 from jobs.pipeline.claiming import Job
 from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
-from models.stages import STAGES
+from models.stages import STAGE_BY_NAME, STAGES
 from tests.integration import conftest
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
 
@@ -536,6 +537,39 @@ async def test_the_connection_that_sent_a_large_text_is_replaced_alone_and_witho
     assert len(before & after) == 2
     assert [record for record in caplog.records if record.name == "psycopg.pool" and record.levelno >= logging.WARNING] == []
     assert bench.all("SELECT state FROM file_extractions") == [("complete",)] * 2
+
+
+@pytest.mark.parametrize(
+    ("handoff", "workers", "without"),
+    [
+        ("queue", ["cpu embed extract"], ["embed", "finalize"]),
+        ("inline", ["cpu", "embed", "extract"], ["embed", "finalize"]),
+        ("inline", ["cpu", "embed extract"], ["finalize"]),
+        ("inline", ["cpu embed extract"], []),
+    ],
+)
+async def test_a_text_is_loaded_for_the_stages_alone_that_read_it_and_stays_as_it_is(
+    bench: Bench, handoff: str, workers: list[str], without: list[str]
+) -> None:
+    """`workers`: the queues that each listens to."""
+    read: dict[str, bool] = {}
+
+    def note(stage: str) -> Callable[[Document], Awaitable[None]]:
+        async def noted(document: Document) -> None:
+            read[stage] = document.markdown is not None
+
+        return noted
+
+    bench.also = {name: note(name) for name in STAGE_NAMES[3:]}
+    bench.submit()
+    while found := bench.fetch():
+        job, doc_id = found
+        listening = next(frozenset(queues.split()) for queues in workers if STAGE_BY_NAME[job.stage].queue in queues.split())
+        await bench.runner(handoff=handoff).run(replace(job, queues=listening), doc_id)
+    assert [name for name, there in read.items() if not there] == without
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+    text = "text of a version 1"
+    assert bench.one("SELECT markdown, markdown_sha256, parser FROM document_markdown") == (text, sha(text), "plain 1")
 
 
 async def test_the_job_is_finished_in_the_checkpoint_that_ends_the_work(bench: Bench) -> None:
