@@ -45,6 +45,13 @@ def end_if_cancelled(error: Exception) -> None:
         raise asyncio.CancelledError from error
 
 
+def cancel_later() -> None:
+    """Have this task, which has just been cancelled, be cancelled at its next await instead: it has something that must not get lost."""
+    if (task := asyncio.current_task()) is not None:
+        task.uncancel()  # it is one cancellation, also for a timeout that counts them
+        task.cancel()
+
+
 async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:
     """Run an action until it succeeds, with backoff while the database is away; give up, with None, once `until` says so."""
     attempt = 0

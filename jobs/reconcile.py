@@ -33,13 +33,15 @@ SIDE_TASKS = [
     "remove_noted_files",
     "unpack",
 ]  # docmill's tasks that are no stages; an application's own are none of our business
-EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget"}  # what is due rather than broken
+# What is due rather than broken.
+EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget", "wake_forgotten_equal"}
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 # Most documents that each worker brings forward in a second, once a service's calls pass unasked or its budget lies idle: more than it
 # embeds. How many of their requests are under way the workers limit as for new documents.
 _BROUGHT_PER_SECOND = 400
 BROUGHT_AT_ONCE = 2000  # in one transaction, which holds their rows for half a second
+_JUDGE_WHO_LIVES = frozenset({"rescue_document", "end_abandoned_job", "requeue_side_job", "fail_stalled_batch"})
 
 _Step = tuple[str, Callable[[], Awaitable[Any]]]
 """A part of a pass, after its name."""
@@ -51,7 +53,9 @@ class Reconciler:
     def __init__(self, settings: Settings, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
         self._settings = settings
         self._pool = pool
-        self._awake_since = self._last_pass = clock.seconds()
+        self._awake_since = self._noted_at = clock.seconds()
+        self._doing = ""
+        self._took: dict[str, float] = {}
         self._after = self._after_duplicate = 0
         self._disturbed_at: float | None = None
         self._after_batch = ""
@@ -70,33 +74,49 @@ class Reconciler:
 
     async def pass_once(self) -> dict[str, int]:
         """Look for everything once and return what was done: outcome -> how often."""
-        lease = self._settings.lease_seconds
         done: dict[str, int] = {}
-        now = clock.seconds()
-        if now - self._last_pass > lease / 2 + self._settings.reconcile_seconds:
-            self._disturb(now)  # this process was paused, or the database away
-        self._last_pass = now
-        # One lease length after waking up every worker that lives has renewed what it holds.
-        steps = [*(self._living(done, now) if now - self._awake_since >= lease else ()), *self._others(done)]
-        for name, step in steps:
-            try:
-                await step()
-            except psycopg.Error as error:
-                end_if_cancelled(error)
-                if is_away(error):
-                    raise
-                # One that always meets a timeout or a lock must not keep the others from being done.
-                logger.warning("The reconciler's step {} failed: {}", name, describe(error))
+        for judges, steps in ((True, self._living(done)), (False, self._others(done))):
+            for name, step in steps:
+                self._note(name)
+                if judges and not self._may_judge():
+                    continue
+                try:
+                    await step()
+                except psycopg.Error as error:
+                    end_if_cancelled(error)
+                    if is_away(error):
+                        raise
+                    # One that always meets a timeout or a lock must not keep the others from being done.
+                    logger.warning("The reconciler's step {} failed: {}", name, describe(error))
+        self._note("")
         return done
 
-    def _living(self, done: dict[str, int], now: float) -> Iterator[_Step]:
+    def _note(self, doing: str) -> None:
+        """Note what is done from now on: a step, a repair, or nothing until the next pass.
+
+        What was done until now and took too long says that this process was paused or the database away, unless it took so long the last
+        time too: a statement that is always slow would keep leases from ever being judged, and so would a pass, were it measured as one.
+        """
+        now = clock.seconds()
+        took = now - self._noted_at
+        if took - self._took.get(self._doing, 0.0) > self._settings.lease_seconds / 2 + self._settings.reconcile_seconds:
+            self._disturb(now)
+        if self._doing:
+            self._took[self._doing] = took
+        self._noted_at, self._doing = now, doing
+
+    def _may_judge(self) -> bool:
+        """Say whether every worker that lives has had the time to renew what it holds: one lease length since this one woke up."""
+        return clock.seconds() - self._awake_since >= self._settings.lease_seconds
+
+    def _living(self, done: dict[str, int]) -> Iterator[_Step]:
         """Yield what is judged by who lives."""
         lease, rules = self._settings.lease_seconds, self._settings
         find = partial(self._repair_found, done)
         yield find("find_expired_leases", "rescue_document", "doc_id", {"lease_seconds": lease}, max_crashes=rules.max_crashes)
         yield find("find_abandoned_jobs", "end_abandoned_job", "job_id", {"grace_seconds": lease}, grace_seconds=lease)
         yield find("find_dead_side_jobs", "requeue_side_job", "job_id", {"grace_seconds": lease, "tasks": SIDE_TASKS})
-        yield "_fail_stalled", partial(self._fail_stalled, done, now)
+        yield "_fail_stalled", partial(self._fail_stalled, done)
         yield "forget_dead_workers", partial(self._rows, "forget_dead_workers")
 
     def _others(self, done: dict[str, int]) -> Iterator[_Step]:
@@ -141,9 +161,9 @@ class Reconciler:
     def _disturb(self, now: float) -> None:
         self._awake_since = self._disturbed_at = now
 
-    async def _fail_stalled(self, done: dict[str, int], now: float) -> None:
+    async def _fail_stalled(self, done: dict[str, int]) -> None:
         """Fail batches that got no further for too long. Time in which this process was paused or the database away does not count."""
-        undisturbed = float("inf") if self._disturbed_at is None else now - self._disturbed_at
+        undisturbed = float("inf") if self._disturbed_at is None else clock.seconds() - self._disturbed_at
         limits = {"timeout_seconds": self._settings.batch_processing_timeout, "undisturbed_seconds": undisturbed}
         for row in await self._rows("find_stalled_batches", most=MOST, **limits):
             await self._repair(done, "fail_stalled_batch", batch_id=row["batch_id"], **limits)
@@ -156,6 +176,8 @@ class Reconciler:
             for row in seen:
                 if row["lost"]:
                     await self._repair(done, "requeue_lost_document", doc_id=row["doc_id"], max_requeues=self._settings.max_requeues)
+                elif row["forgotten"]:
+                    await self._repair(done, "wake_forgotten_equal", doc_id=row["doc_id"])
             self._after = seen[-1]["id"] if len(seen) == WINDOW else 0
             if self._after == 0 or clock.seconds() >= end:
                 return
@@ -170,6 +192,9 @@ class Reconciler:
     async def _repair(self, done: dict[str, int], name: str, **params: Any) -> None:
         """Run one repair, a transaction of its own; one that fails keeps no other from being tried."""
         await faults.at(f"before_repair:{name}", params.get("doc_id", ""))
+        self._note(name)
+        if name in _JUDGE_WHO_LIVES and not self._may_judge():
+            return
         try:
             found = await self._rows(name, **params)
         except psycopg.Error as error:

@@ -12,7 +12,16 @@ import psycopg
 from procrastinate import BaseRetryStrategy, RetryDecision
 from procrastinate.jobs import Job
 
-from models.errors import DocmillError, ErrorType, PermanentError, RateLimitError, ServiceUnavailable, StorageAway, WaitedTooLong
+from models.errors import (
+    DocmillError,
+    ErrorType,
+    PermanentError,
+    RateLimitError,
+    ServiceUnavailable,
+    StageTimeout,
+    StorageAway,
+    WaitedTooLong,
+)
 
 _RETRYABLE_SQLSTATES = frozenset({"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "25006", "25P03", "25P04"})
 _RETRYABLE_SQLSTATE_CLASSES = frozenset({"08", "53", "58"})  # connection, resources (disk full, out of memory), system error
@@ -167,6 +176,9 @@ class StageRetry(BaseRetryStrategy):
             told = _UNAVAILABLE_WAIT if error.retry_after is None else error.retry_after
             # Half as much again, at most, spread out, so that those who wait do not all come back in the same second.
             return RetryPlan(told + random.uniform(0, min(told / 2, _WIDEST_SPREAD)), counts=False)  # noqa: S311
+        if isinstance(error, StageTimeout) and error.advanced:
+            # Each such try has less to do than the one before, so that they end.
+            return RetryPlan(calculate_backoff(0, self.base, self.max_delay), counts=False)
         if not should_retry(error_type, attempt, self.max_attempts):
             return None
         return RetryPlan(calculate_backoff(attempt, self.base, self.max_delay), counts=True)

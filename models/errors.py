@@ -81,6 +81,15 @@ class TimeoutError(DocmillError):
     error_type = ErrorType.TIMEOUT
 
 
+class StageTimeout(TimeoutError):
+    """A stage took longer than STAGE_TIMEOUT_SECONDS. Does not count as an attempt where it `advanced` in that time: something was made
+    durable that the next try need not pay for again."""
+
+    def __init__(self, message: str, *, advanced: bool) -> None:
+        super().__init__(message)
+        self.advanced = advanced
+
+
 class RateLimitError(DocmillError):
     """A service asked us to wait. `retry_after` in seconds, None when it did not say. Does not count as an attempt."""
 

@@ -22,7 +22,8 @@ from sql import query
 Connection = psycopg.AsyncConnection[Any]
 
 
-_LONGEST_WAIT = 60.0  # seconds between two looks whether an equal document has ended; its end wakes those that wait
+# Seconds between two looks whether an equal document has ended. Its end wakes those that wait, and the reconciler those that it missed.
+_LONGEST_WAIT = 900.0
 _LOOKS = 3  # at a document that could be claimed but was not: it changed between claim and look, or its row is locked
 
 
@@ -74,8 +75,9 @@ async def claim_document(
         if refused.state not in (State.QUEUED, State.RETRYING) or (refused.wait_seconds or 0) > 1:
             return refused
         if serialise and (owner := await one(conn, "look_at_owner", {"doc_id": doc_id})) is not None:
-            # Looks again at ever longer intervals, should the other one's end not wake it.
-            return replace(refused, wait_seconds=min(_LONGEST_WAIT, max(1.0, owner["seconds"] or 0.0)), waits_for=owner["doc_id"])
+            # Looks again at ever longer intervals, and not before the other one goes on: there may be thousands that do.
+            wait = max(1.0, owner["waited_seconds"] or 0.0, owner["wait_seconds_left"] or 0.0)
+            return replace(refused, wait_seconds=min(_LONGEST_WAIT, wait), waits_for=owner["doc_id"])
     return refused
 
 
@@ -153,14 +155,18 @@ def _reached(milestone: Milestone) -> int:
     return list(Milestone).index(milestone)
 
 
-async def load_document(conn: Connection, document: Document) -> Document:
-    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it.
+async def load_document(conn: Connection, document: Document, *, with_text: bool = True) -> Document:
+    """Return the document with what earlier checkpoints stored, as far as the stages still to come need it; of its text the digest alone
+    where they do without.
 
     Vectors of two models stay out: those of one were being replaced.
     """
     reached = _reached(document.milestone)
     params = {"doc_id": document.doc_id, "version": document.version}
-    if has_stored(document) and (row := await one(conn, "load_markdown", params)):
+    if has_stored(document) and not with_text:
+        digest = await one(conn, "load_digest", params)
+        document = replace(document, markdown_sha256=digest["markdown_sha256"] if digest else None)
+    elif has_stored(document) and (row := await one(conn, "load_markdown", params)):
         document = replace(
             document,
             markdown=row["markdown"],

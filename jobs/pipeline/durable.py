@@ -96,12 +96,14 @@ async def checkpoint_durably(
     while True:
         try:
             async with connection(pool, give_up) as conn:
+                if sends_much:
+                    _expire(conn)
                 # A connection that broke at the commit does not say whether it was written.
                 if attempt == 0 or not await _was_written(conn, work, outcome):
                     await checkpoint(conn, work, outcome, worker=worker)
                     await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
                 _mark_saved(work, outcome)
-            break
+            return
         except psycopg.Error as error:
             answered = not is_away(error)
             enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())
@@ -116,8 +118,12 @@ async def checkpoint_durably(
         except Exception as error:
             # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
             raise CheckpointFailed(error) from error
-    if sends_much:
-        await pool.drain()  # a connection keeps a buffer as large as the largest statement that it has sent
+
+
+def _expire(conn: Connection) -> None:
+    """Have the pool replace a connection when it comes back, as one that is too old: it keeps a buffer as large as the largest statement
+    that it has sent. The pool offers no other way that closes this one alone, and warns of one that comes back closed."""
+    conn._expire_at = 0.0
 
 
 async def _write_all(

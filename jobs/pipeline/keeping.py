@@ -124,7 +124,7 @@ class Keeping:
         keep_all = partial(_keep_all, self._pool, self._stopping, model)
         # At once: what is paid for and not kept yet is lost with this worker.
         with_others = None if others is None else partial(others.ask, ("kept vectors", model), made, keep_all, at_once=True)
-        if await self._write(store, with_others):
+        if await self._write(store, with_others, advances=bool(vectors)):
             if work.kept_model != model:
                 work.kept_model, work.kept_vectors = model, set()
             work.kept_vectors |= set(vectors)
@@ -158,7 +158,7 @@ class Keeping:
     async def keep_answer(self, part: int, asked_sha256: str, answer: PartAnswer) -> None:
         """Store a model's answer for a part, or raise FencedOff."""
         params = {**asdict(answer), "data": Jsonb(answer.data)}
-        await self._write(partial(self._do, "store_answer", part=part, asked_sha256=asked_sha256, **params))
+        await self._write(partial(self._do, "store_answer", part=part, asked_sha256=asked_sha256, **params), advances=True)
 
     async def drop_answers(self) -> None:
         """Forget a model's answers for this version, or raise FencedOff."""
@@ -169,10 +169,15 @@ class Keeping:
         await conn.execute(query(name), {"doc_id": document.doc_id, "version": document.version, **params})
 
     async def _write(
-        self, store: Callable[[Connection], Awaitable[None]], with_others: Callable[[], Awaitable[None]] | None = None
+        self,
+        store: Callable[[Connection], Awaitable[None]],
+        with_others: Callable[[], Awaitable[None]] | None = None,
+        *,
+        advances: bool = False,
     ) -> bool:
         """Write in a transaction that is fenced by the claim; say whether it was written, which it is not where the worker stops while
-        the database is away. A cancellation waits for its end. `with_others` does the same for several documents, or raises NotTogether."""
+        the database is away. A cancellation waits for its end. `with_others` does the same for several documents, or raises NotTogether.
+        `advances`: it is a part of the stage's result, of which each is kept once."""
         work = self._work
 
         async def write() -> bool:
@@ -194,6 +199,7 @@ class Keeping:
         # There may be rows of it even where nobody said so.
         work.buffered = True
         work.gained = work.gained or bool(written)
+        work.advanced = work.advanced or (advances and bool(written))
         if cancelled:
             raise asyncio.CancelledError
         await faults.at("kept", work.document.doc_id)

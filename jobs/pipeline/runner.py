@@ -34,7 +34,7 @@ from jobs.retry import StageRetry
 from jobs.stages import Tools
 from jobs.tracing import span
 from models.settings import Settings
-from models.stages import Stage, due_stage
+from models.stages import STAGE_BY_NAME, Stage, due_stage
 from sql import query
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
@@ -199,7 +199,7 @@ class Runner:
                 await self._endings.leave(work, lease, stage)
                 return
             async with self._place(work):
-                await self._load(work, lease, stage)
+                await self._load(work, lease, stage, with_text=self._needs_text(job, stage))
                 while stage is not None:
                     self._sharing.expect(work.job_id, stage.name in _UNTIL_EMBED)
                     if stage.name == "parse" and await self._needs_no_parse(work, lease, stage, fresh=claimed_for is stage):
@@ -230,12 +230,19 @@ class Runner:
             return False
         return True
 
-    async def _load(self, work: Work, lease: Lease, stage: Stage | None) -> None:
+    def _needs_text(self, job: Job, stage: Stage | None) -> bool:
+        """Say whether a stage that runs here from now on reads the text, which may be much larger than all else."""
+        if stage is None or stage.name not in ("embed", "finalize"):
+            return True
+        carries = self._settings.handoff == "inline" and self._listens(job.queues, STAGE_BY_NAME["extract"])
+        return stage.name == "embed" and carries
+
+    async def _load(self, work: Work, lease: Lease, stage: Stage | None, *, with_text: bool) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
         if not has_stored(work.document):
             return
         async with self._pool.connection() as conn:
-            work.document = work.saved = await load_document(conn, work.document)
+            work.document = work.saved = await load_document(conn, work.document, with_text=with_text)
         work.buffered = work.document.chunks is not None
         if stage is not None and stage.name not in _UNTIL_EMBED and work.document.vectors is None:
             await self._runs.embed_once_more(work, lease)

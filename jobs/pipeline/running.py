@@ -16,7 +16,7 @@ from jobs.pipeline.work import StageEvent, Work
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
 from jobs.tracing import span
 from models.documents import Document
-from models.errors import TimeoutError as StageTimeout
+from models.errors import StageTimeout
 from models.stages import Stage
 
 StageFunction = Callable[[Document, Tools], Awaitable[Document]]
@@ -58,8 +58,9 @@ async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, 
 
 
 async def run_within(name: str, work: Work, lease: Lease, run: StageFunction, tools: Tools, *, limit: float) -> Document:
-    """Return what a stage makes of the document in at most `limit` seconds; the work stays as it is. A TimeoutError after that."""
+    """Return what a stage makes of the document in at most `limit` seconds; the work stays as it is. StageTimeout after that."""
     lease.deadline = clock.seconds() + limit
+    work.advanced = False
     try:
         async with asyncio.timeout(limit) as deadline:
             await faults.at(f"stage_started:{name}", work.document.doc_id)
@@ -68,5 +69,6 @@ async def run_within(name: str, work: Work, lease: Lease, run: StageFunction, to
     except TimeoutError as error:
         if not deadline.expired():
             raise
-        raise StageTimeout(f"{work.document.file_name}: {name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}.") from error
+        message = f"{work.document.file_name}: {name} took longer than STAGE_TIMEOUT_SECONDS={limit:g}."
+        raise StageTimeout(message, advanced=work.advanced) from error
     return document

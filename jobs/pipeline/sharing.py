@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from jobs.adapters.embedders import HostedEmbedder, SizedText, fill_request
+from jobs.outages import cancel_later
 from jobs.stages import Embedded
 from models.calls import Caller, CallPurpose, CallShare, Reply
 from models.errors import CostLimitReached, NotSent, RateLimitError, RequestRefused, ServiceUnavailable
@@ -51,6 +52,8 @@ class _Ask:
     at: float
     """When, by the event loop's clock in seconds."""
     answer: asyncio.Future[Embedded | None]
+    late: Embedded | None = None
+    """What its request brought although it had left."""
 
     def may_be_sent(self) -> bool:
         return not self.answer.done() and self.may_call()
@@ -99,7 +102,10 @@ class Sharing:
             return await ask.answer
         except asyncio.CancelledError:
             await self._leave(ask)
-            raise
+            if ask.late is None:
+                raise
+            cancel_later()  # what is paid for can be kept first
+            return ask.late
 
     async def _leave(self, ask: _Ask) -> None:
         """End the request that nobody waits for any more."""
@@ -222,6 +228,8 @@ def _shares(parts: Sequence[_Part]) -> tuple[CallShare, ...]:
 def _tell(ask: _Ask, told: Embedded) -> None:
     if not ask.answer.done():
         ask.answer.set_result(told)
+    else:
+        ask.late = told
 
 
 def _fail(ask: _Ask, error: BaseException) -> None:

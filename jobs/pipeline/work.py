@@ -47,6 +47,8 @@ class Work:
     """When the document began to wait for an outside service at the saved milestone, by `jobs.clock`; None where it does not."""
     gained: bool = False
     """Something paid for has been kept since: a wait from now on is a new one."""
+    advanced: bool = False
+    """A part of what the stage that runs is to make has been kept since it began: the next try has less to do."""
     buffered: bool = False
     """Whether rows of this version lie in the buffer tables."""
     events: list[StageEvent] = field(default_factory=list)

@@ -11,7 +11,7 @@ from loguru import logger
 
 from jobs import clock, faults
 from jobs.adapters.exchange.told import pause_told, retry_after
-from jobs.outages import outlive
+from jobs.outages import cancel_later, outlive
 from jobs.services.ledger import Entry, Ledger, new_entry
 from jobs.services.limits import limit_reached
 from jobs.services.outcomes import BLAMES_SERVICE, Outcome, outcome_of
@@ -43,7 +43,8 @@ class Service:
         self._settling: set[asyncio.Task[Any]] = set()
 
     async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
-        """Make a call: see models.calls.Caller. Cancelled in mid-call, it stays unknown in the ledger."""
+        """Make a call: see models.calls.Caller. Cancelled in mid-call, it stays unknown in the ledger;
+        once it is answered, it returns, and the caller is cancelled at its next await."""
         if 0 < self.terms.tokens_per_minute < purpose.tokens:
             raise PermanentError(
                 f"A request of {purpose.tokens} tokens to {self.terms.service} can never be sent: "
@@ -73,7 +74,10 @@ class Service:
                     resends += 1
                     continue
                 self._raise(outcome, told, error)
-            await self._settle(self._record_success(entry, reply))
+            try:
+                await self._settle(self._record_success(entry, reply))
+            except asyncio.CancelledError:
+                cancel_later()  # it is paid for and entered all the same: whoever called can keep it first
             return reply
 
     async def _enter(self, purpose: CallPurpose) -> Entry:

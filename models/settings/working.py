@@ -51,7 +51,7 @@ class WorkSettings(BaseSettings):
     lease_seconds: Annotated[float, Interval(ge=2, le=3600)] = 60
     """Seconds that a claim on a document holds without renewal."""
     stage_timeout_seconds: Annotated[float, Interval(ge=1, le=86_400)] = 1800
-    """Deadline of one stage, in seconds."""
+    """Deadline of one stage, in seconds. Past it the stage is tried again; that counts unless something paid for was kept."""
     checkpoint_seconds: Annotated[float, Interval(ge=0, le=3600)] = 1.0
     """A stage that took longer than this many seconds is made durable before the next one starts; of documents that are worked on together
     each took its part of them."""

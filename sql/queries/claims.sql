@@ -71,8 +71,9 @@ FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 
 -- name: look_at_owner
--- The equal document that this one waits for, and for how long it has waited.
-SELECT o.doc_id, extract(epoch FROM now() - d.updated_at)::float8 AS seconds
+-- The equal document that this one waits for, for how long it has waited, and for how long the other one waits still.
+SELECT o.doc_id, extract(epoch FROM now() - d.updated_at)::float8 AS waited_seconds,
+    extract(epoch FROM o.not_before - now())::float8 AS wait_seconds_left
 FROM file_extractions AS d
 JOIN file_extractions AS o ON o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.owns_content AND o.id <> d.id
 WHERE d.doc_id = %(doc_id)s AND d.milestone = 'upload_validated';

@@ -5,6 +5,9 @@ SELECT m.markdown, m.markdown_sha256, m.page_map, m.parser, m.parse_metadata
 FROM document_markdown AS m
 WHERE m.doc_id = %(doc_id)s AND m.version = %(version)s;
 
+-- name: load_digest
+SELECT m.markdown_sha256 FROM document_markdown AS m WHERE m.doc_id = %(doc_id)s AND m.version = %(version)s;
+
 -- name: load_chunks
 SELECT b.id, b.chunk_index, b.content, b.content_sha256, b.heading_path, b.page_start, b.page_end, b.char_start, b.char_end, b.metadata
 FROM chunk_buffer AS b

@@ -28,9 +28,12 @@ LIMIT %(most)s;
 SELECT end_abandoned_job(%(job_id)s, %(grace_seconds)s) AS outcome;
 
 -- name: find_lost_documents
--- A window of waiting documents by id, so that a pass costs the same whatever the backlog; the next pass goes on behind it.
+-- A window of waiting documents by id, so that a pass costs the same whatever the backlog; the next pass goes on behind it. `lost`: it has no
+-- job. `forgotten`: it is put off for an equal document that has ended without waking it: its job was held or not written yet at that
+-- moment, or the one that was woken instead has gone too. Where there is nothing to copy only the next one is, as in `wake_equals`.
 WITH looked AS MATERIALIZED (
-    SELECT d.id, d.doc_id, d.milestone
+    SELECT d.id, d.doc_id, d.milestone, d.user_id, d.content_sha256,
+        d.state = 'queued' AND d.requeue_count = 0 AND d.crash_count = 0 AS puts_itself_off
     FROM file_extractions AS d
     WHERE d.state IN ('queued', 'retrying') AND d.id > %(after)s
     ORDER BY d.id
@@ -38,14 +41,39 @@ WITH looked AS MATERIALIZED (
 ), fetched AS MATERIALIZED (
     SELECT j.args ->> 'doc_id' AS doc_id FROM procrastinate_jobs AS j WHERE j.status = 'doing' AND stage_queue(j.task_name) IS NOT NULL
 )
+SELECT l.id, l.doc_id, w.id IS NULL AND NOT EXISTS (SELECT FROM fetched AS f WHERE f.doc_id = l.doc_id) AS lost,
+    CASE WHEN w.scheduled_at > now() AND l.milestone = 'upload_validated' AND l.puts_itself_off THEN
+        NOT EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = l.user_id AND o.content_sha256 = l.content_sha256 AND o.owns_content
+        ) AND (EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = l.user_id AND o.content_sha256 = l.content_sha256 AND o.state = 'complete'
+        ) OR NOT EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = l.user_id AND o.content_sha256 = l.content_sha256 AND o.id < l.id
+                AND o.state = 'queued' AND o.milestone = 'upload_validated'
+        ))
+    ELSE FALSE END AS forgotten
+FROM looked AS l
 -- With a limit, so that each is looked for by the index: all waiting jobs are never read.
-SELECT l.id, l.doc_id, (
-    SELECT j.id FROM procrastinate_jobs AS j
+LEFT JOIN LATERAL (
+    SELECT j.id, j.scheduled_at FROM procrastinate_jobs AS j
     WHERE j.status = 'todo' AND j.queueing_lock = due_stage(l.milestone) || ':' || l.doc_id
     LIMIT 1
-) IS NULL AND NOT EXISTS (SELECT FROM fetched AS f WHERE f.doc_id = l.doc_id) AS lost
-FROM looked AS l
+) AS w ON TRUE
 ORDER BY l.id;
+
+-- name: wake_forgotten_equal
+-- Whether somebody owns the content meanwhile the claim asks anyway.
+UPDATE procrastinate_jobs AS j SET scheduled_at = NULL
+FROM (
+    SELECT w.id FROM procrastinate_jobs AS w
+    WHERE w.status = 'todo' AND w.queueing_lock = 'parse:' || %(doc_id)s AND w.scheduled_at > now()
+    FOR UPDATE SKIP LOCKED
+) AS waiting
+WHERE j.id = waiting.id
+RETURNING 'woken' AS outcome;
 
 -- name: requeue_lost_document
 SELECT requeue_lost_document(%(doc_id)s, %(max_requeues)s) AS outcome;

@@ -171,6 +171,7 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("find_batches_to_reopen", {"after": "", "window": WINDOW}),
     ("find_lost_documents", {"after": 100, "window": WINDOW}),
     ("requeue_lost_document", {"doc_id": "doc 13001", "max_requeues": 10}),
+    ("wake_forgotten_equal", {"doc_id": "doc 13001"}),
     ("find_orphaned_duplicates", {"after": 100, "window": WINDOW}),
     ("find_recovered_services", {"seconds": 5.0}),
     ("look_at_breaker", {"service": "embedding https://one.test", "window_seconds": 60.0, "total_seconds": 120.0, "failures": 5}),

@@ -63,7 +63,7 @@ def end(bench: Bench, doc_id: str, state: str) -> None:
 async def test_of_unfinished_equals_one_is_parsed_and_the_others_wait_ever_longer(bench: Bench) -> None:
     submit_validated(bench, *"abc")
     await claimed(bench, "a")
-    for waited, wait in (("0 s", 1), ("20 s", 20), ("1 h", 60)):
+    for waited, wait in (("0 s", 1), ("20 s", 20), ("1 h", 900)):
         bench.conn.execute("UPDATE file_extractions SET updated_at = now() - %s::interval WHERE doc_id <> 'a'", [waited])
         for doc_id in "bc":
             refused = await claim(bench, doc_id)
@@ -71,6 +71,39 @@ async def test_of_unfinished_equals_one_is_parsed_and_the_others_wait_ever_longe
             assert (refused.state, refused.waits_for) == (State.QUEUED, "a")
             assert refused.wait_seconds is not None
             assert wait <= refused.wait_seconds < wait + 5
+
+
+async def test_who_waits_for_an_equal_that_waits_itself_looks_again_when_that_goes_on(bench: Bench) -> None:
+    submit_validated(bench, *"ab")
+    await claimed(bench, "a")
+    for left, wait in (("5 min", 300), ("6 h", 900)):
+        bench.conn.execute(
+            "UPDATE file_extractions SET state = 'retrying', lease_until = NULL, not_before = now() + %s::interval WHERE doc_id = 'a'",
+            [left],
+        )
+        refused = await claim(bench, "b")
+        assert isinstance(refused, NotClaimed)
+        assert refused.wait_seconds is not None
+        assert wait - 60 < refused.wait_seconds <= wait
+
+
+@pytest.mark.parametrize(("state", "woken"), [("complete", ["b", "c"]), ("failed", ["b"])])
+async def test_who_was_not_woken_by_the_end_of_the_one_that_is_processed_is_woken_by_the_reconciler(
+    bench: Bench, database: str, state: str, woken: list[str]
+) -> None:
+    submit_validated(bench, *"abc")
+    await claimed(bench, "a")
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE queueing_lock = 'parse:a'")
+    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = now() + interval '15 min' WHERE status = 'todo'")
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
+    with psycopg.connect(database) as other:
+        other.execute("SELECT FROM procrastinate_jobs FOR UPDATE")
+        end(bench, "a", state)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE scheduled_at > now()") == (2,)
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {"woken": len(woken)}
+    waiting = bench.all("SELECT args->>'doc_id' FROM procrastinate_jobs WHERE scheduled_at IS NULL AND status = 'todo' ORDER BY id")
+    assert [row[0] for row in waiting] == woken
+    assert await Reconciler(bench.settings, bench.pool).pass_once() == {}
 
 
 async def test_equals_are_validated_without_waiting_and_not_carried_on_to_parse(bench: Bench) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psycopg
 import pytest
 
 from jobs.adapters.embedders import HashedWords
 from jobs.leases import Lease
 from jobs.pipeline.runner import Runner
+from jobs.services import front
 from jobs.stages import embed
 from models.documents import Document
 from tests.integration.outside import MODEL, Outside
@@ -104,6 +106,52 @@ async def test_each_request_is_durable_before_the_next_and_another_worker_sends_
     await whole(outside, endpoint)
     assert outside.bench.calls.count("chunk") == 1
     assert outside.calls().count("ok") == 3
+
+
+@pytest.mark.parametrize("why", ["shutdown", "timeout"])
+async def test_what_is_paid_for_is_kept_where_the_worker_stops_or_the_time_ends_while_it_is_entered(
+    outside: Outside, endpoint: OpenAIServer, database: str, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    outside.bench.submit()
+    found = outside.bench.fetch()
+    assert found is not None
+    monkeypatch.setattr(front, "_SETTLE_SECONDS", 60.0)
+    worker = runner(outside, endpoint, stage_timeout_seconds=60.0 if why == "shutdown" else 4.0)
+    with psycopg.connect(database) as other:
+
+        def lock(number: int, seconds: float) -> None:
+            if number == 2:
+                other.execute("LOCK TABLE provider_usage IN EXCLUSIVE MODE")
+
+        endpoint.script(lock)
+        dying = asyncio.create_task(worker.run(*found))
+        async with asyncio.timeout(20):
+            await asyncio.to_thread(wait_for, lambda: endpoint.tally.requests >= 2 and bool(outside.fronts[0]._settling))
+        if why == "shutdown":
+            dying.cancel()
+        await dying
+    assert outside.bench.one("SELECT count(*) FROM vector_buffer") == (9,)
+    assert outside.bench.one("SELECT event FROM document_events ORDER BY id DESC LIMIT 1") == (
+        "handed_on" if why == "shutdown" else "retry_scheduled",
+    )
+    endpoint.script(faults.never)
+    await outside.work(runner(outside, endpoint, worker="test:2"))
+    assert outside.state()[1] == "complete"
+    assert endpoint.tally.paid_twice() == 0
+
+
+async def test_a_try_that_reaches_its_deadline_counts_unless_it_has_kept_something(outside: Outside, endpoint: OpenAIServer) -> None:
+    """Each try but the last sends one request, and hangs in the next; then none is answered any more."""
+    outside.passages = 27
+    outside.bench.submit()
+    worker = runner(outside, endpoint, stage_timeout_seconds=2.5)
+    answered = 4  # tries that count would be over
+    endpoint.script(lambda number, seconds: faults.NAMED["hang_in_headers"] if number % 2 == 0 or number > 2 * answered else None)
+    await outside.work(worker, until=lambda: endpoint.tally.requests >= 2 * answered, seconds=60)
+    assert outside.state() == ("chunks_stored", "retrying", 0)
+    assert outside.bench.one("SELECT count(*) FROM vector_buffer") == (4 * answered + 1,)
+    await outside.work(worker, until=lambda: endpoint.tally.requests > 2 * answered, seconds=60)
+    assert outside.state() == ("chunks_stored", "retrying", 1)
 
 
 async def test_a_worker_that_was_fenced_off_in_mid_embed_keeps_nothing_and_asks_nothing_more(

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from jobs import faults
 from jobs.database import make_pool
 from jobs.reconcile import Reconciler
 from models.documents import Document
@@ -20,6 +21,14 @@ def reconciler(bench: Bench, **changes: Any) -> Reconciler:
     """One that judges leases at once: as if it had run for longer than a lease, on a Postgres that has."""
     settings = bench.settings.model_copy(update={"lease_seconds": 0.0, "reconcile_seconds": 60.0, **changes})
     return Reconciler(settings, bench.pool)
+
+
+def long_awake(bench: Bench) -> Reconciler:
+    """One with leases of 2 s that has been awake for longer, on a Postgres that has."""
+    bench.conn.execute("SELECT pg_sleep(extract(epoch FROM pg_postmaster_start_time() + interval '2.1 s' - now()))")
+    awake = reconciler(bench, lease_seconds=2.0, reconcile_seconds=0.0)
+    awake._awake_since -= 100.0
+    return awake
 
 
 def crash(bench: Bench, *, alone: bool = False) -> None:
@@ -265,8 +274,47 @@ async def test_a_database_that_was_away_gives_everybody_a_lease_to_come_back(ben
     crash(bench)
     waking = reconciler(bench, lease_seconds=5.0)
     waking._awake_since -= 100.0
-    waking._last_pass -= 100.0
+    waking._noted_at -= 100.0
     assert await waking.pass_once() == {}
+
+
+async def test_passes_that_take_long_do_not_pass_for_pauses_and_leases_are_judged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_FAULTS", faults.parse("sleep:0.4@before_repair:requeue_lost_document"))
+    for n in range(3):
+        bench.submit(f"doc {n}")
+    bench.conn.execute("DELETE FROM procrastinate_jobs")
+    busy = long_awake(bench)
+    assert await busy.pass_once() == {"requeued": 3}
+    crash(bench)
+    assert await busy.pass_once() == {"rescued": 1}
+
+
+async def test_a_pause_in_the_middle_of_a_pass_gives_everybody_a_lease_to_come_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_FAULTS", faults.parse("block:1.2@before_repair:rescue_document;doc=a"))
+    bench.submit("a")
+    crash(bench)
+    bench.submit("b")
+    crash(bench)
+    assert await long_awake(bench).pass_once() == {}
+    assert bench.all("SELECT state FROM file_extractions") == [("working",), ("working",)]
+
+
+async def test_a_statement_that_is_slow_in_every_pass_keeps_no_lease_from_being_judged(bench: Bench, database: str) -> None:
+    pool = make_pool(bench.settings, make_conninfo(database, options="-c statement_timeout=1500"))
+    await pool.open()
+    try:
+        with psycopg.connect(database) as other:
+            other.execute("LOCK TABLE alert_conditions IN ACCESS EXCLUSIVE MODE")
+            slow = long_awake(bench)
+            slow._pool = pool
+            await slow.pass_once()
+            slow._awake_since -= 100.0
+            await slow.pass_once()
+            bench.submit()
+            crash(bench)
+            assert await slow.pass_once() == {"rescued": 1}
+    finally:
+        await pool.close()
 
 
 async def test_a_sealed_batch_whose_last_document_ended_without_saying_so_is_settled(bench: Bench) -> None:

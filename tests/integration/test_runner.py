@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
 
+from jobs.database import make_pool
 from jobs.pipeline.claiming import Job
 from models.documents import Document, PageMark
 from models.errors import ParseError, PermanentError, RateLimitError, RetryableError, ServiceUnavailable
-from models.stages import STAGES
+from models.stages import STAGE_BY_NAME, STAGES
 from tests.integration import conftest
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
 
@@ -507,23 +511,65 @@ async def test_a_text_or_page_map_that_check_has_changed_is_stored(
     assert bench.one("SELECT markdown, page_map->0->'start' FROM document_markdown") == (text, start)
 
 
-async def test_connections_are_replaced_after_a_large_text_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced: list[str] = []
-    drain = bench.pool.drain
+async def connections(bench: Bench, count: int) -> set[int]:
+    """Return the processes of so many connections of the pool, having used them at once."""
+    async with AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(bench.pool.connection()) for _ in range(count)]
+        return {conn.info.backend_pid for conn in held}
 
-    async def replace_all() -> None:
-        replaced.append(bench.calls[-1])
-        await drain()
 
-    monkeypatch.setattr(bench.pool, "drain", replace_all)
-    bench.submit("a")
-    await bench.drain(carry_limit_mb=0)
-    assert replaced == []
-    monkeypatch.setattr("jobs.pipeline.durable.SMALL_BYTES", 10)
-    bench.submit("b")
-    await bench.drain(carry_limit_mb=0)
-    assert replaced == ["parse"]  # not after what came later
+async def test_the_connection_that_sent_a_large_text_is_replaced_alone_and_without_a_warning(
+    bench: Bench, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.pool = make_pool(bench.settings, database, max_size=3)
+    await bench.pool.open()
+    try:
+        before = await connections(bench, 3)
+        bench.submit("a")
+        await bench.drain(carry_limit_mb=0)
+        assert await connections(bench, 3) == before
+        monkeypatch.setattr("jobs.pipeline.durable.SMALL_BYTES", 10)
+        bench.submit("b")
+        await bench.drain(carry_limit_mb=0)  # a checkpoint after each stage: one of them has a text that is new
+        after = await connections(bench, 3)
+    finally:
+        await bench.pool.close()
+    assert len(before & after) == 2
+    assert [record for record in caplog.records if record.name == "psycopg.pool" and record.levelno >= logging.WARNING] == []
     assert bench.all("SELECT state FROM file_extractions") == [("complete",)] * 2
+
+
+@pytest.mark.parametrize(
+    ("handoff", "workers", "without"),
+    [
+        ("queue", ["cpu embed extract"], ["embed", "finalize"]),
+        ("inline", ["cpu", "embed", "extract"], ["embed", "finalize"]),
+        ("inline", ["cpu", "embed extract"], ["finalize"]),
+        ("inline", ["cpu embed extract"], []),
+    ],
+)
+async def test_a_text_is_loaded_for_the_stages_alone_that_read_it_and_stays_as_it_is(
+    bench: Bench, handoff: str, workers: list[str], without: list[str]
+) -> None:
+    """`workers`: the queues that each listens to."""
+    read: dict[str, bool] = {}
+
+    def note(stage: str) -> Callable[[Document], Awaitable[None]]:
+        async def noted(document: Document) -> None:
+            read[stage] = document.markdown is not None
+
+        return noted
+
+    bench.also = {name: note(name) for name in STAGE_NAMES[3:]}
+    bench.submit()
+    while found := bench.fetch():
+        job, doc_id = found
+        listening = next(frozenset(queues.split()) for queues in workers if STAGE_BY_NAME[job.stage].queue in queues.split())
+        await bench.runner(handoff=handoff).run(replace(job, queues=listening), doc_id)
+    assert [name for name, there in read.items() if not there] == without
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+    text = "text of a version 1"
+    assert bench.one("SELECT markdown, markdown_sha256, parser FROM document_markdown") == (text, sha(text), "plain 1")
 
 
 async def test_the_job_is_finished_in_the_checkpoint_that_ends_the_work(bench: Bench) -> None:

@@ -558,6 +558,30 @@ async def test_a_cancelled_call_stays_unknown_and_a_cancelled_probe_lets_another
     assert (await service.call(ok, PURPOSE)).value == "fine"
 
 
+async def test_a_call_that_is_cancelled_once_it_is_answered_returns_its_answer_first(make: Make, conn: psycopg.Connection) -> None:
+    service = await opened(make())
+    kept: list[str] = []
+
+    async def send() -> Reply[str]:
+        conn.execute("BEGIN")
+        conn.execute("LOCK TABLE provider_usage IN EXCLUSIVE MODE")
+        return GOOD
+
+    async def call() -> None:
+        kept.append((await service.call(send, PURPOSE)).value)
+        await asyncio.sleep(60)
+        kept.append("and went on")
+
+    calling = asyncio.create_task(call())
+    await until(lambda: bool(service._settling))
+    calling.cancel()
+    with suppress(asyncio.CancelledError):
+        await calling
+    assert kept == ["fine"]
+    conn.execute("COMMIT")
+    await until(lambda: rows(conn, "SELECT outcome FROM provider_usage") == [("ok",)])
+
+
 async def test_a_429_is_waited_for_in_place_if_short_and_else_in_the_queue(make: Make, conn: psycopg.Connection) -> None:
     service = await opened(make(patience_seconds=1, requests_per_minute=1000))
     assert (await service.call(answers(refusal(429, {"retry-after-ms": "50"}), GOOD), PURPOSE)).value == "fine"

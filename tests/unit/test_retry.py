@@ -27,7 +27,7 @@ from models.errors import (
     StorageAway,
     UnknownError,
 )
-from models.errors import TimeoutError as StageTimeout
+from models.errors import TimeoutError as OutOfTime
 
 REQUEST = httpx2.Request("POST", "http://service.test/v1/embeddings")
 
@@ -51,7 +51,7 @@ def http_error(status: int) -> Exception:
     [
         (RetryableError("x"), "RETRYABLE"),
         (PermanentError("x"), "PERMANENT"),
-        (StageTimeout("x"), "TIMEOUT"),
+        (OutOfTime("x"), "TIMEOUT"),
         (RateLimitError("x"), "RATE_LIMIT"),
         (ParseError("x"), "PARSE_ERROR"),
         (LLMError("x"), "LLM_ERROR"),
