@@ -25,7 +25,7 @@ from jobs.pipeline.copying import Copier
 from models.settings import Settings
 from tests.integration.conftest import Bench, made_by, sha
 from tests.integration.test_small_documents import COMPLETE, TOGETHER, run_first, submit
-from tests.running import docmill
+from tests.running import docmill, wait_for, worker
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("front_door")
@@ -273,6 +273,18 @@ async def test_switched_off_nothing_is_written_and_what_is_there_goes_with_its_t
     await work(bench, keep=False)
     assert tidy(bench) == Tidied()
     assert copies_of(bench) == served(("b", text_of("b")))
+
+
+def test_a_worker_writes_copies_unless_told_not_to(bench: Bench, tmp_path: Path) -> None:
+    def complete() -> bool:
+        return bench.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == (0,)
+
+    for number, keep in enumerate(("true", "false")):
+        (tmp_path / "a.txt").write_text(f"A text about pumps and valves, number {number}.")
+        jobs.submit_document(tmp_path / "a.txt", doc_id=str(number))
+        with worker(tmp_path / "log", STORAGE_KEEP_EXTRACTED=keep) as process:
+            wait_for(complete, "the document to be complete", process=process)
+    assert [text.strip() for text in copies_of(bench).values()] == ["A text about pumps and valves, number 0."]
 
 
 def test_a_writer_that_is_killed_leaves_no_half_copy(settings: Settings) -> None:
