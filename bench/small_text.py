@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from bench.running import bench_server, fresh_settings
@@ -17,6 +18,7 @@ from jobs.adapters.extractor import extract_locally
 from jobs.adapters.parsers import parse_file
 from jobs.adapters.sniff import sniff
 from jobs.adapters.storage import LocalStorage
+from jobs.adapters.storage.copies import TextCopies, copy_name
 from jobs.adapters.stored_file import StoredFile
 from jobs.batch import submit_folder
 from jobs.front import close_async
@@ -68,13 +70,14 @@ def main() -> None:
     with bench_server() as (server, scratch):
         folder = scratch / "folder"
         folder.mkdir()
-        for number in range(given.files):
-            (folder / f"{number:05}.txt").write_text(text(number), encoding="utf-8")
+        for file in range(given.files):
+            (folder / f"{file:05}.txt").write_text(text(file), encoding="utf-8")
         path = folder / "00000.txt"
         settings = fresh_settings(server, scratch, "small_text", embedding_provider="hash")
-        storage = LocalStorage.from_settings(settings)
+        storage = LocalStorage.prepared(settings)
         stored = storage.store_upload("one", path, 1_000_000).file_path
         markdown = text(0)
+        copies, sha256, number = TextCopies(storage), "0" * 64, count()
 
         def look() -> object:
             return storage.fingerprint(stored), sniff(storage.resolve(stored), path.name)
@@ -85,6 +88,7 @@ def main() -> None:
             "check": lambda: normalise(markdown),
             "chunk": lambda: cut(markdown, (), doc_id="doc", size=1000, overlap=100),
             "extract": lambda: extract_locally(markdown, (), path.name, {}),
+            "copy for people": lambda: copies.write(copy_name(str(next(number)), sha256), markdown),
         }
         for name, work in steps.items():
             work()  # what is loaded at the first call

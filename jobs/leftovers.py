@@ -20,6 +20,7 @@ import psycopg
 from loguru import logger
 
 from jobs.adapters.storage import LocalStorage, discard, is_upload
+from jobs.copies import remove_copies_of
 from jobs.redaction import describe
 from models.errors import PermanentError, RetryableError
 from models.settings import Settings
@@ -46,6 +47,7 @@ def remove_noted_files(
     """
     storage = LocalStorage.from_settings(settings)
     noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
+    remove_copies_of(settings, conn, {owner for _, owner in noted if owner is not None})
     owners = dict(noted)
     for path, owner in noted:
         if stop():

@@ -15,6 +15,7 @@ from loguru import logger
 from psycopg import sql as composing
 from psycopg.rows import dict_row
 
+from jobs.copies import tidy_copies
 from jobs.database import conninfo_of
 from jobs.leftovers import remove_noted_files as remove_files
 from jobs.orphans import PARTS, find_orphans
@@ -166,14 +167,18 @@ async def prune(timestamp: int) -> dict[str, int]:
                 removed = prune_rows(app.settings, conn, stop=app.stopping)
             except SomebodyElsePrunes:
                 return {}
-            found = find_orphans(app.settings, conn, part=timestamp // 3600 % PARTS, stop=app.stopping)
-            if found.suspicious:
+            part = timestamp // 3600 % PARTS
+            found = find_orphans(app.settings, conn, part=part, stop=app.stopping)
+            copies = tidy_copies(app.settings, conn, part=part, stop=app.stopping)
+            if copies.written:
+                logger.info("Copies of parsed texts that were missing: {} written", copies.written)
+            if suspicious := found.suspicious + copies.suspicious:
                 logger.warning(
                     "{} files in storage belong to nothing in this database: too many to be left-overs, so they stay. Is it the right "
                     "database? If they are to go: docmill prune --orphans",
-                    found.suspicious,
+                    suspicious,
                 )
-            return removed | {"orphaned files": found.noted, "temporary files": found.temporary}
+            return removed | {"orphaned files": found.noted, "temporary files": found.temporary, "copies of texts": copies.removed}
 
     removed = await asyncio.to_thread(work)
     if told := ", ".join(f"{count} {what}" for what, count in removed.items() if count):

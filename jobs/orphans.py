@@ -19,7 +19,6 @@ from typing import Any
 
 import psycopg
 
-from jobs.adapters.archives import remove_leftovers
 from jobs.adapters.storage import LocalStorage
 from models.settings import Settings
 from sql import query
@@ -137,6 +136,8 @@ def _changed_at(path: Path) -> float:
 
 
 def _remove_temporary(storage: LocalStorage, before: float, *, dry_run: bool) -> int:
+    from jobs.adapters.archives import remove_leftovers  # noqa: PLC0415 - whoever only deletes needs no archives
+
     removed = 0 if dry_run else remove_leftovers(storage)
     folder = storage.base / storage.temp_dir
     with suppress(FileNotFoundError):

@@ -43,11 +43,16 @@ def _runner() -> Runner:
 
 
 def _new_runner() -> Runner:
+    from jobs.adapters.storage import LocalStorage  # noqa: PLC0415
+    from jobs.adapters.storage.copies import TextCopies  # noqa: PLC0415
+    from jobs.pipeline.copying import Copier  # noqa: PLC0415
     from jobs.pipeline.runner import Runner  # noqa: PLC0415
 
     assert app.leases is not None
     tools = _tools()
     app.at_close.append(partial(_close, tools))
+    copier = Copier(TextCopies(LocalStorage.from_settings(_settings)), keep=_settings.storage_keep_extracted)
+    app.at_close.append(copier.aclose)
     return Runner(
         settings=_settings,
         pool=app.pool,
@@ -60,6 +65,7 @@ def _new_runner() -> Runner:
         company=company,
         lent_place=app.lent_place,
         claimed=app.job_manager.claimed,
+        copier=copier,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.adapters.storage.copies import FOLDERS
 from jobs.adapters.storage.faults import source_faults
 from models.errors import DocmillError, PermanentError
 from models.settings import Settings
@@ -43,6 +44,9 @@ def own_folders(settings: Settings) -> list[Path]:
     """Return the folders inside of the storage that are docmill's. Others there are people's own, also where they have a usual name."""
     base = settings.storage_base_path
     own = [base / settings.storage_uploads_dir, base / settings.storage_temp_dir]
+    extracted = base / settings.storage_extracted_dir
+    if settings.storage_keep_extracted or any(map(os.path.isdir, (extracted / folder for folder in FOLDERS))):
+        own.append(extracted)
     if settings.log_file_path is not None and not settings.log_file_path.is_absolute():
         own.append(base / settings.storage_logs_dir)
     if os.path.isfile(server := base / "postgres" / "PG_VERSION"):  # noqa: PTH113 - says no, where pathlib raises, if nobody can say

@@ -7,9 +7,10 @@ import psycopg
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, print_json, say
 from jobs.cli.session import quiet_logs
+from jobs.copies import tidy_copies
 from jobs.front import sync_connection
 from jobs.leftovers import remove_noted_files
-from jobs.orphans import Orphans, find_orphans
+from jobs.orphans import find_orphans
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
 
@@ -27,9 +28,11 @@ def run(*, dry_run: bool, orphans: bool, json: bool) -> ExitCode:
         found = find_orphans(settings, conn, believe=orphans, dry_run=dry_run)
         if not dry_run:
             _remove(settings, conn)
-    removed |= {"orphaned files": found.noted, "temporary files": found.temporary}
-    _show(removed, found, dry_run=dry_run, json=json)
-    return ExitCode.FAILED if found.suspicious else ExitCode.OK
+        copies = tidy_copies(settings, conn, believe=orphans, dry_run=dry_run)
+    removed |= {"orphaned files": found.noted, "temporary files": found.temporary, "copies of texts": copies.removed}
+    suspicious = found.suspicious + copies.suspicious
+    _show(removed, copies.written, suspicious, dry_run=dry_run, json=json)
+    return ExitCode.FAILED if suspicious else ExitCode.OK
 
 
 def _remove(settings: Settings, conn: psycopg.Connection) -> None:
@@ -37,15 +40,17 @@ def _remove(settings: Settings, conn: psycopg.Connection) -> None:
         pass
 
 
-def _show(removed: dict[str, int], found: Orphans, *, dry_run: bool, json: bool) -> None:
+def _show(removed: dict[str, int], written: int, suspicious: int, *, dry_run: bool, json: bool) -> None:
     if json:
-        print_json({"dry_run": dry_run, "removed": removed, "suspicious_files": found.suspicious})
+        print_json({"dry_run": dry_run, "removed": removed, "copies_written": written, "suspicious_files": suspicious})
     else:
         for what, count in removed.items():
             say(f"{count:>9,}", what)
         say("Nothing was removed: this was a dry run." if dry_run else "Removed.", style="dim")
-    if found.suspicious:
+        if written:
+            say(f"Copies of texts that were missing: {written:,} {'would be' if dry_run else 'are'} written.")
+    if suspicious:
         complain(
-            f"{found.suspicious} files in storage belong to nothing in this database: too many to be left-overs, so they stay. "
+            f"{suspicious} files in storage belong to nothing in this database: too many to be left-overs, so they stay. "
             "Is it the right database? If they are to go: docmill prune --orphans"
         )

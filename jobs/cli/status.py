@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from json import dumps
 from typing import Any
 
+from jobs.adapters.storage.copies import copy_name
 from jobs.cli.errors import ExitCode
 from jobs.cli.naming import complain_of, documents_named
 from jobs.cli.output import duration, moment, print_json, say, table
@@ -99,10 +101,10 @@ async def _named_batch(settings: Settings, word: str, *, json: bool) -> ExitCode
 async def _document(settings: Settings, doc_id: str, *, json: bool) -> ExitCode:
     shown = await rows(settings, "show_document", doc_id=doc_id)
     events = await rows(settings, "show_events", doc_id=doc_id)
+    row = {**shown[0], "text_copy": _text_copy(settings, shown[0])}
     if json:
-        print_json({**shown[0], "events": events})
+        print_json({**row, "events": events})
         return ExitCode.OK
-    row = shown[0]
     say(row["file_name"], style="bold")
     facts = {
         "doc_id": doc_id,
@@ -117,6 +119,7 @@ async def _document(settings: Settings, doc_id: str, *, json: bool) -> ExitCode:
         "pages": row["page_count"],
         "passages": row["chunk_count"],
         "version": f"{row['version']} (searches see {row['served_version'] or 'none'})",
+        "text": row["text_copy"],
         "retries": row["retry_count"] or None,
         "crashes": row["crash_count"] or None,
         "duplicate of": row["duplicate_of"],
@@ -129,6 +132,14 @@ async def _document(settings: Settings, doc_id: str, *, json: bool) -> ExitCode:
     cells = [[moment(e["at"]), e["version"], e["stage"], e["event"], _took(e), _details(e), e["worker"]] for e in events]
     table("Timeline", ["at", "version", "stage", "event", "time", "detail", "worker"], cells, numbers=["version", "time"])
     return ExitCode.OK
+
+
+def _text_copy(settings: Settings, row: Row) -> str | None:
+    """Return where the copy of the text in service lies; None where there is none on this machine."""
+    if row["served_text_sha256"] is None:
+        return None
+    path = settings.storage_base_path / settings.storage_extracted_dir / copy_name(row["doc_id"], row["served_text_sha256"])
+    return str(path) if os.path.isfile(path) else None  # noqa: PTH113 - says no, where pathlib raises, if nobody can say
 
 
 def _took(event: Row) -> str:

@@ -125,7 +125,7 @@ async def _keep_aside(conn: Connection, document: Document, model: str, vectors:
 
 
 async def drop_served(conn: Connection, work: Work) -> None:
-    """Take away what readers see of earlier versions."""
+    """Take away what readers see of earlier versions, and note whose texts were among it."""
     params = {"doc_id": work.document.doc_id, "version": work.document.version}
     await conn.execute(query("drop_served_chunks"), params)
-    await conn.execute(query("drop_other_markdown"), params)
+    work.dropped_texts |= {row["markdown_sha256"] for row in await rows(conn, "drop_other_markdown", params)} - {None}

@@ -17,6 +17,7 @@ from jobs.leases import Lease
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, Outcome
 from jobs.pipeline.claims import Connection
+from jobs.pipeline.copying import Copier
 from jobs.pipeline.durable import CheckpointFailed, checkpoint_durably, connection
 from jobs.pipeline.failure import describe_failure, failure_event, fenced_params, outcome_of
 from jobs.pipeline.keeping import unbroken
@@ -38,13 +39,16 @@ class Endings:
         worker: str,
         stopping: Callable[[], bool],
         finished_jobs: set[int],
+        copier: Copier | None = None,
     ) -> None:
-        """`finished_jobs` is told the ids of jobs whose row a checkpoint has finished."""
+        """`finished_jobs` is told the ids of jobs whose row a checkpoint has finished, `copier` of documents whose text has come to be
+        served, or no longer is."""
         self._pool = pool
         self._retry = retry
         self._worker = worker
         self._stopping = stopping
         self._finished_jobs = finished_jobs
+        self._copier = copier
 
     async def leave(self, work: Work, lease: Lease, following: Stage) -> None:
         """Hand the document on to its next stage's queue."""
@@ -83,6 +87,8 @@ class Endings:
         if outcome.state is not State.WORKING:
             work.ended = True
             self._finished_jobs.add(work.job_id)
+        if self._copier is not None and outcome.state in (State.COMPLETE, State.DUPLICATE):
+            self._copier.add(work, served=outcome.state is State.COMPLETE)
         if cancelled:
             raise asyncio.CancelledError
         await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)

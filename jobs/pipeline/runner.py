@@ -20,6 +20,7 @@ from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claiming import Claiming, Job
 from jobs.pipeline.claims import Connection, has_stored, load_document
 from jobs.pipeline.company import Company
+from jobs.pipeline.copying import Copier
 from jobs.pipeline.durable import CheckpointFailed
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.running import StageFunction
@@ -62,9 +63,10 @@ class Runner:
         company: Company | None = None,
         lent_place: Lend = _not_lent,
         claimed: Callable[[], None] | None = None,
+        copier: Copier | None = None,
     ) -> None:
         """`lent_place` is open while the documents in a place do nothing but wait for requests that they share with others.
-        `claimed` is called once a job has claimed what it takes up.
+        `claimed` is called once a job has claimed what it takes up. `copier` writes copies of texts; None: nobody does.
         """
         self._claimed = claimed or (lambda: None)
         self._settings = settings
@@ -72,7 +74,7 @@ class Runner:
         self._leases = leases
         self._worker = worker
         self._stopping = stopping
-        self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs)
+        self._endings = Endings(pool, retry=retry, worker=worker, stopping=stopping, finished_jobs=finished_jobs, copier=copier)
         self._company = company or Company()
         # What takes long for each has no use for company. Requests for embeddings are shared anyway.
         hosted = tools.hosted_parser is not None or tools.extractor is not None

@@ -60,6 +60,8 @@ class Work:
     """It owns its content: no equal document of the user is complete, and none is worked on beside it."""
     ended: bool = False
     """A checkpoint has ended the work on it here."""
+    dropped_texts: set[str] = field(default_factory=set)
+    """SHA-256 of the texts that its last checkpoint takes out of service."""
     takes_any_model: bool = False
     """It has been embedded again for a model that had come to serve; whatever serves now, re-embedding does the rest."""
     kept_model: str | None = None

@@ -65,4 +65,4 @@ def default_value(name: str) -> str:
     """Say in words what a setting is when it is not given."""
     field = Settings.model_fields[name]
     words = next((mark.default for mark in field.metadata if isinstance(mark, Words) and mark.default), None)
-    return words or str(field.default).replace("False", "false")
+    return words or str(field.default).replace("False", "false").replace("True", "true")

@@ -41,7 +41,9 @@ class PlaceSettings(BaseSettings):
     storage_uploads_dir: FolderInBase = "uploads"
     """Copies of the submitted files."""
     storage_extracted_dir: FolderInBase = "extracted"
-    """Parsed text, for people to read."""
+    """Copies of the parsed texts that are served, for people to read; see STORAGE_KEEP_EXTRACTED."""
+    storage_keep_extracted: Annotated[bool, Words(allowed="true or false")] = True
+    """Keep a copy of each text in STORAGE_EXTRACTED_DIR. docmill itself never reads one."""
     storage_temp_dir: FolderInBase = "temp"
     """Files that are being written or unpacked."""
     storage_logs_dir: FolderInBase = "logs"

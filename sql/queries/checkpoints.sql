@@ -242,7 +242,7 @@ WHERE c.doc_id = %(doc_id)s AND c.content_sha256 = ANY(%(hashes)s);
 DELETE FROM document_chunks AS c WHERE c.doc_id = %(doc_id)s;
 
 -- name: drop_other_markdown
-DELETE FROM document_markdown AS m WHERE m.doc_id = %(doc_id)s AND m.version <> %(version)s;
+DELETE FROM document_markdown AS m WHERE m.doc_id = %(doc_id)s AND m.version <> %(version)s RETURNING m.markdown_sha256;
 
 -- name: clear_buffers
 WITH chunks AS (

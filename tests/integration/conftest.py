@@ -24,6 +24,7 @@ from jobs.front import close_async
 from jobs.leases import LeaseKeeper
 from jobs.pipeline.claiming import Job
 from jobs.pipeline.claims import Connection
+from jobs.pipeline.copying import Copier
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Runner
 from jobs.places import Lend
@@ -78,6 +79,7 @@ class Bench:
     calls: list[str] = field(default_factory=list)
     also: dict[str, Callable[[Document], Awaitable[None]]] = field(default_factory=dict)
     stopping: bool = False
+    copier: Copier | None = None
 
     def runner(
         self,
@@ -115,6 +117,7 @@ class Bench:
             stopping=lambda: self.stopping,
             finished_jobs=set(),
             lent_place=lent_place or (lambda *_: nullcontext()),
+            copier=self.copier,
             stages={s.name: stage(s.name) for s in STAGES},
         )
 

@@ -70,7 +70,7 @@ def test_of_the_storage_only_folders_that_are_really_in_use_are_left_out(tmp_pat
     fill(tmp_path, "extracted/a", "logs/b", "postgres/c")
     for log, files in ((None, ["extracted/a", "logs/b", "postgres/c"]), (tmp_path / "log", ["extracted/a", "logs/b", "postgres/c"]),
                        (Path("docmill.log"), ["extracted/a", "postgres/c"])):  # fmt: skip
-        settings = Settings(storage_base_path=tmp_path, log_file_path=log)
+        settings = Settings(storage_base_path=tmp_path, log_file_path=log, storage_keep_extracted=False)
         assert list_folder(tmp_path, leave_out=storage_folders(settings)).files == files
 
 

@@ -21,6 +21,7 @@ from models.documents import FileType
 from models.errors import DocmillError, PermanentError
 from models.settings import Settings
 
+_BLOCK = 1 << 20  # characters
 _prepared: set[Path] = set()
 """Bases that this process has made, or found there."""
 
@@ -132,9 +133,8 @@ class LocalStorage:
         Not `durable`: it may be missing, but not half there, after a power failure; costs no wait for the disk.
         """
         path = self.resolve(relative)
-        data = content.encode() if isinstance(content, str) else content
         with storage_faults(self.base, relative):
-            temporary, _, _ = self._write_temporary([data], durable=durable)
+            temporary, _, _ = self._write_temporary(_blocks(content), durable=durable)
             try:
                 make_folder(path.parent, self.base)
                 temporary.replace(path)
@@ -276,3 +276,12 @@ class LocalStorage:
             path.unlink(missing_ok=True)
             raise
         return path, size, digest.hexdigest()
+
+
+def _blocks(content: bytes | str) -> Iterator[bytes]:
+    """Yield a content in pieces: a large text must not lie in memory a second time."""
+    if isinstance(content, bytes):
+        yield content
+        return
+    for start in range(0, len(content), _BLOCK):
+        yield content[start : start + _BLOCK].encode()
