@@ -32,7 +32,10 @@ LONGEST_LIST = 1000
 def _translated(error: psycopg.Error) -> Exception:
     """Translate what Postgres said; anything unforeseen stays as it is."""
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
-        return SubmitConflict("Another transaction holds this document or batch; nothing was changed. Try again once it has ended.")
+        return SubmitConflict(
+            "Another transaction holds this document or batch: sql/inspect/22_blocked.sql shows whose. Nothing was changed; try again once "
+            "it has ended."
+        )
     refusals = psycopg.errors.NoDataFound | psycopg.errors.ObjectNotInPrerequisiteState | psycopg.errors.InvalidParameterValue
     return OperationRefused(f"{describe(error)}.") if isinstance(error, refusals) else error
 
