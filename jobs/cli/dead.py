@@ -62,6 +62,9 @@ def requeue(
     stage: OfStage = None,
     batch: OfBatch = None,
     user: OfUser = None,
+    priority: Annotated[
+        int | None, typer.Option(metavar="N", min=-(2**31), max=2**31 - 1, help="Higher is worked on first. Default: as before.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Take failed documents up again at the stage that failed. What was done before that stage is kept."""
@@ -72,7 +75,7 @@ def requeue(
         raise typer.BadParameter("give either ids or --all.", param_hint="ID")
     if filters != Filters() and not all:
         raise typer.BadParameter("filters go with --all, not with ids.", param_hint="--all")
-    raise typer.Exit(requeue_all(filters, json=json) if all else requeue_some(id or [], json=json))
+    raise typer.Exit(requeue_all(filters, priority=priority, json=json) if all else requeue_some(id or [], priority=priority, json=json))
 
 
 @dead.command(epilog=EXIT_CODES)

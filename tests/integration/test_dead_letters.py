@@ -153,6 +153,27 @@ async def test_a_letter_whose_document_is_gone_or_no_longer_failed_can_only_be_d
     assert bench.all("SELECT id FROM dead_letter_queue") == []
 
 
+@pytest.mark.parametrize(
+    "call", ["requeue_dead_letter({letter}, priority => 7)", "requeue_document('a', 7)", "requeue_dead_letters(priority => 7)"]
+)
+async def test_a_requeued_document_can_be_given_a_priority(bench: Bench, call: str) -> None:
+    letter = await fail_at(bench, "embed")
+    bench.conn.execute("UPDATE file_extractions SET priority = 3")
+    bench.one(f"SELECT {call.format(letter=letter)}")
+    assert bench.one("SELECT priority FROM file_extractions") == (7,)
+    assert bench.one("SELECT priority FROM procrastinate_jobs WHERE status = 'todo'") == (7,)
+    assert bench.one("SELECT detail -> 'priority' FROM document_events WHERE event = 'requeued_by_operator'") == (7,)
+
+
+@pytest.mark.parametrize("call", ["requeue_dead_letter({letter})", "requeue_document('a')", "requeue_dead_letters()"])
+async def test_a_requeued_document_keeps_its_priority_where_none_is_given(bench: Bench, call: str) -> None:
+    letter = await fail_at(bench, "embed")
+    bench.conn.execute("UPDATE file_extractions SET priority = 3")
+    bench.one(f"SELECT {call.format(letter=letter)}")
+    assert bench.one("SELECT priority FROM procrastinate_jobs WHERE status = 'todo'") == (3,)
+    assert bench.one("SELECT detail ? 'priority' FROM document_events WHERE event = 'requeued_by_operator'") == (False,)
+
+
 async def test_filters_choose_what_is_requeued_in_bulk(bench: Bench) -> None:
     await fail_at(bench, "parse", "a", "b")
     last = await fail_at(bench, "embed", "c", "d", "e")
