@@ -54,6 +54,22 @@ class Mode(StrEnum):
     TEXT = "text"
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        typer.echo(f"docmill {version('docmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    _version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which release this is.")] = False,
+) -> None:
+    """Take what stands before any command."""
+
+
 @app.command(epilog=EXIT_CODES)
 def ingest(
     path: Annotated[
