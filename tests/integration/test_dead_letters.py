@@ -10,6 +10,7 @@ import pytest
 
 from models.documents import Document
 from models.errors import PermanentError
+from sql import migrate as migrations
 from tests.integration.conftest import STAGE_NAMES, Bench
 from tests.running import wait_for
 
@@ -151,6 +152,24 @@ async def test_a_letter_whose_document_is_gone_or_no_longer_failed_can_only_be_d
     assert bench.one("SELECT requeue_dead_letters()") == (0,)
     bench.conn.execute("SELECT discard_dead_letter(id) FROM dead_letters")
     assert bench.all("SELECT id FROM dead_letter_queue") == []
+
+
+@pytest.mark.parametrize("call", ["requeue_document('a')", "requeue_dead_letter($1)", "requeue_dead_letters(max_count => 1)"])
+def test_calls_that_were_prepared_before_the_migration_go_on(empty_database: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = migrations._own()
+    with psycopg.connect(empty_database, autocommit=True) as conn, psycopg.connect(empty_database, autocommit=True) as older:
+        monkeypatch.setattr(migrations, "_own", lambda: [path for path in every if path.name < "0053"])
+        migrations.migrate(conn)
+        monkeypatch.undo()
+        older.execute(f"PREPARE requeue (bigint) AS SELECT {call}")
+        older.execute("SELECT submit_document('uploads/a', doc_id => 'a', priority => 3)")
+        for migrated in (False, True):
+            if migrated:
+                migrations.migrate(conn)
+            older.execute("SELECT fail_document_by_operator('a', 'for a test')")
+            (letter,) = older.execute("SELECT max(id) FROM dead_letters").fetchone() or (None,)
+            older.execute(f"EXECUTE requeue ({letter})")
+            assert older.execute("SELECT state, priority FROM file_extractions").fetchone() == ("queued", 3)
 
 
 @pytest.mark.parametrize(
