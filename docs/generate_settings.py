@@ -25,7 +25,9 @@ when a worker starts, outside of `/run/secrets`. Without `DATABASE_URL`, the var
 Postgres clients know (`PGHOST`, `PGPORT`, `PGUSER`, `PGPASSWORD`, `PGPASSFILE`, `PGDATABASE`, `PGSERVICE`, `PGSSLMODE`, `PGSSLROOTCERT`
 and so on) say where the database is, from the environment or from `.env`; what `DATABASE_URL` leaves open they fill in as well. TLS is a
 matter of the connection string or of these variables, see [operations.md](operations.md#tls). Outside services are called through the
-proxy that `HTTPS_PROXY` names, but for the hosts in `NO_PROXY`, and `SSL_CERT_FILE` names a certificate authority of one's own.
+proxy that `HTTPS_PROXY` names, but for the hosts in `NO_PROXY`, and `SSL_CERT_FILE` names a certificate authority of one's own. These,
+`HTTP_PROXY`, `ALL_PROXY`, `SSL_CERT_DIR` and `FORWARDED_ALLOW_IPS` ([serve.md](serve.md)) may stand in `.env` as well; `OTEL_*` are read
+from the environment alone.
 
 <!-- Made by docs/generate_settings.py. -->
 
@@ -36,7 +38,11 @@ proxy that `HTTPS_PROXY` names, but for the hosts in `NO_PROXY`, and `SSL_CERT_F
 
 def env_example() -> str:
     """Return the text of `.env.example`: every setting at its default."""
-    blocks = ["# Every setting of docmill at its default; an empty one is unset. Copy what you change to .env in the working directory.\n"]
+    blocks = [
+        "# Every setting of docmill at its default; an empty one is unset. Copy what you change to .env in the working directory.\n"
+        "# Read from there too: PG* (PGHOST, PGSSLMODE, ...), HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR\n"
+        "# and FORWARDED_ALLOW_IPS.\n"
+    ]
     for name in NAMES:
         variable, default = name.upper(), default_value(name)
         lines = [f"# {meaning(name)}", f"# Allowed: {allowed_values(name)}; default: {default}"]

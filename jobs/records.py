@@ -32,7 +32,10 @@ LONGEST_LIST = 1000
 def _translated(error: psycopg.Error) -> Exception:
     """Translate what Postgres said; anything unforeseen stays as it is."""
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
-        return SubmitConflict("Another transaction holds this document or batch; nothing was changed. Try again once it has ended.")
+        return SubmitConflict(
+            "Another transaction holds this document or batch: sql/inspect/22_blocked.sql shows whose. Nothing was changed; try again once "
+            "it has ended."
+        )
     refusals = psycopg.errors.NoDataFound | psycopg.errors.ObjectNotInPrerequisiteState | psycopg.errors.InvalidParameterValue
     return OperationRefused(f"{describe(error)}.") if isinstance(error, refusals) else error
 
@@ -191,17 +194,20 @@ async def fail_batch_async(batch_id: str, reason: str, *, connection: Async = No
     await _ask_async(connection, "fail_batch", batch_id=batch_id, reason=reason)
 
 
-def retry_document(doc_id: str, *, connection: Sync = None) -> Retry:
-    """Take a failed document up again at the stage that failed. Its ended batch goes on again, within seconds."""
-    row = _ask(connection, "retry_document", doc_id=doc_id)[0]
+def retry_document(doc_id: str, *, priority: int | None = None, connection: Sync = None) -> Retry:
+    """Take a failed document up again at the stage that failed, with another priority if one is given.
+
+    Its ended batch goes on again, within seconds.
+    """
+    row = _ask(connection, "retry_document", doc_id=doc_id, **_changes(None, priority))[0]
     if connection is None and row["batch_id"] is not None:
         _ask(None, "reopen_batch", batch_id=row["batch_id"])
     return Retry(row["stage"], _ask(connection, "count_retries", doc_id=doc_id)[0]["count"])
 
 
-async def retry_document_async(doc_id: str, *, connection: Async = None) -> Retry:
+async def retry_document_async(doc_id: str, *, priority: int | None = None, connection: Async = None) -> Retry:
     """Do as `retry_document` does."""
-    row = (await _ask_async(connection, "retry_document", doc_id=doc_id))[0]
+    row = (await _ask_async(connection, "retry_document", doc_id=doc_id, **_changes(None, priority)))[0]
     if connection is None and row["batch_id"] is not None:
         await _ask_async(None, "reopen_batch", batch_id=row["batch_id"])
     return Retry(row["stage"], (await _ask_async(connection, "count_retries", doc_id=doc_id))[0]["count"])

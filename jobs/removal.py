@@ -132,7 +132,7 @@ def _translated() -> Iterator[None]:
         raise NotFound(f"{describe(error)}.") from error
     except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure) as error:
         raise SubmitConflict(
-            "Another transaction holds this document or batch. Try again once it has ended "
+            "Another transaction holds this document or batch: sql/inspect/22_blocked.sql shows whose. Try again once it has ended "
             "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
         ) from error
 

@@ -166,8 +166,8 @@ def taken_or_held(error: psycopg.Error, name: str, held: str) -> Exception:
     """Translate what Postgres said where another user or another transaction was first; any other error is returned as it is."""
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
         return SubmitConflict(
-            f"{name}: another transaction holds {held}; nothing was submitted. Try again once it has ended "
-            "(SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
+            f"{name}: another transaction holds {held}; sql/inspect/22_blocked.sql shows whose. Nothing was submitted; try again once "
+            "it has ended (SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
         )
     if isinstance(error, psycopg.errors.UniqueViolation):
         return SubmitError(f"{name} is taken; choose another.")

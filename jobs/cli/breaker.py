@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.commands import EXIT_CODES, Json
+from jobs.cli.commands import EXIT_CODES, Json, name
 
 breaker = typer.Typer(
     help="Look at the outside services that are called, and have one that was down called again at once.",
@@ -26,7 +26,9 @@ def list_breakers(*, json: Json = False) -> None:
 
 @breaker.command(epilog=EXIT_CODES)
 def reset(
-    service: Annotated[list[str], typer.Argument(metavar="SERVICE", help="Names of services as `docmill breaker list` shows them.")],
+    service: Annotated[
+        list[str], typer.Argument(parser=name, metavar="SERVICE", help="Names of services as `docmill breaker list` shows them.")
+    ],
     *,
     json: Json = False,
 ) -> None:

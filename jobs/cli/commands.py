@@ -27,9 +27,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-User = Annotated[str, typer.Option("--user", metavar="USER", help="Whose documents they are.")]
-
 
 def _path(word: str) -> Path:
     """Return a path; an empty word, as of a variable that is not set, is not the working directory."""
@@ -38,12 +35,39 @@ def _path(word: str) -> Path:
     return Path(word)
 
 
+def name(word: str) -> str:
+    """Return what names a document, batch or user; an empty word, as of a variable that is not set, is the beginning of every id."""
+    if not word:
+        raise typer.BadParameter("a name must not be empty.")
+    return word
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+User = Annotated[str, typer.Option("--user", parser=name, metavar="USER", help="Whose documents they are.")]
+
+
 class Mode(StrEnum):
     """How to search."""
 
     HYBRID = "hybrid"
     VECTOR = "vector"
     TEXT = "text"
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        typer.echo(f"docmill {version('docmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    _version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which release this is.")] = False,
+) -> None:
+    """Take what stands before any command."""
 
 
 @app.command(epilog=EXIT_CODES)
@@ -56,7 +80,7 @@ def ingest(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every document has ended.")] = True,
     worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Work on them here, or leave that to other workers.")] = True,
     priority: Annotated[int, typer.Option(metavar="N", help="Higher is worked on first.")] = 0,
-    batch_id: Annotated[str | None, typer.Option(metavar="ID", help="What the batch of one folder or zip is called.")] = None,
+    batch_id: Annotated[str | None, typer.Option(parser=name, metavar="ID", help="What the batch of one folder or zip is called.")] = None,
     json: Json = False,
 ) -> None:
     """Submit documents and see them through.
@@ -104,9 +128,11 @@ def sync(
 
 @app.command(epilog=EXIT_CODES)
 def status(
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="doc_id or batch_id, the beginning of one, or a file name.")] = None,
+    id: Annotated[
+        str | None, typer.Argument(parser=name, metavar="[ID]", help="doc_id or batch_id, the beginning of one, or a file name.")
+    ] = None,
     *,
-    batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="A batch_id, or the beginning of one.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", parser=name, metavar="ID", help="A batch_id, or the beginning of one.")] = None,
     json: Json = False,
 ) -> None:
     """Show where everything stands and what is stuck, or one document with its timeline, or one batch with its progress."""
@@ -119,7 +145,7 @@ def status(
 
 @app.command(epilog=EXIT_CODES)
 def summary(
-    batch: Annotated[str, typer.Argument(metavar="BATCH", help="batch_id or the beginning of one, or a run_id.")],
+    batch: Annotated[str, typer.Argument(parser=name, metavar="BATCH", help="batch_id or the beginning of one, or a run_id.")],
     *,
     nested: Annotated[
         bool, typer.Option("--nested", help="Folders, their files and the sections of these, rather than the files.")
@@ -138,8 +164,8 @@ def search(
     *,
     mode: Annotated[Mode, typer.Option(help="By both, by meaning, or by words.")] = Mode.HYBRID,
     limit: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Most passages to show.")] = 10,
-    user: Annotated[str | None, typer.Option("--user", metavar="USER", help="Only this user's documents.")] = None,
-    batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="Only documents of this batch.")] = None,
+    user: Annotated[str | None, typer.Option("--user", parser=name, metavar="USER", help="Only this user's documents.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", parser=name, metavar="ID", help="Only documents of this batch.")] = None,
     type: Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Only pdf, word, excel, powerpoint, html, ...")] = None,
     metadata: Annotated[
         list[str] | None,
@@ -155,7 +181,7 @@ def search(
 
 @app.command(epilog=EXIT_CODES)
 def cancel(
-    id: Annotated[list[str], typer.Argument(metavar="ID", help="doc_ids or batch_ids, the beginning of one, or a file name.")],
+    id: Annotated[list[str], typer.Argument(parser=name, metavar="ID", help="doc_ids or batch_ids, the beginning of one, or a file name.")],
     *,
     json: Json = False,
 ) -> None:
@@ -167,7 +193,7 @@ def cancel(
 
 @app.command(epilog=EXIT_CODES)
 def delete(
-    id: Annotated[list[str], typer.Argument(metavar="ID", help="Whole doc_ids or batch_ids.")],
+    id: Annotated[list[str], typer.Argument(parser=name, metavar="ID", help="Whole doc_ids or batch_ids.")],
     *,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Json = False,
@@ -180,11 +206,11 @@ def delete(
 
 @app.command(epilog=EXIT_CODES)
 def extract(
-    id: Annotated[list[str] | None, typer.Argument(metavar="DOC_ID", help="Documents whose extraction failed.")] = None,
+    id: Annotated[list[str] | None, typer.Argument(parser=name, metavar="DOC_ID", help="Documents whose extraction failed.")] = None,
     *,
     all: Annotated[bool, typer.Option("--all", help="All such documents, or those that the filters name.")] = False,
-    batch: Annotated[str | None, typer.Option("--batch", metavar="ID", help="Only documents of this batch.")] = None,
-    user: Annotated[str | None, typer.Option("--user", metavar="USER", help="Only this user's documents.")] = None,
+    batch: Annotated[str | None, typer.Option("--batch", parser=name, metavar="ID", help="Only documents of this batch.")] = None,
+    user: Annotated[str | None, typer.Option("--user", parser=name, metavar="USER", help="Only this user's documents.")] = None,
     json: Json = False,
 ) -> None:
     """Extract again where it failed. Nothing else is done or paid for again, and searches see the documents meanwhile."""

@@ -52,22 +52,25 @@ def show_one(word: str, *, json: bool) -> ExitCode:
     return _start(_show(settings, word, json=json), settings)
 
 
-def requeue_some(words: Iterable[str], *, json: bool) -> ExitCode:
-    """Requeue the dead letters that the words name; one that cannot be is reported and keeps no other from it."""
+def requeue_some(words: Iterable[str], *, priority: int | None = None, json: bool) -> ExitCode:
+    """Requeue the dead letters that the words name, with another priority if one is given.
+
+    One that cannot be is reported and keeps no other from it.
+    """
     settings = load_settings()
-    return _start(_resolve(settings, words, "requeue_dead_letter", "requeued", json=json), settings)
+    return _start(_resolve(settings, words, "requeue_dead_letter", "requeued", priority, json=json), settings)
 
 
 def discard_some(words: Iterable[str], *, json: bool) -> ExitCode:
     """Discard the dead letters that the words name; one that cannot be is reported and keeps no other from it."""
     settings = load_settings()
-    return _start(_resolve(settings, words, "discard_dead_letter", "discarded", json=json), settings)
+    return _start(_resolve(settings, words, "discard_dead_letter", "discarded", None, json=json), settings)
 
 
-def requeue_all(filters: Filters, *, json: bool) -> ExitCode:
-    """Requeue all open dead letters that match."""
+def requeue_all(filters: Filters, *, priority: int | None = None, json: bool) -> ExitCode:
+    """Requeue all open dead letters that match, with another priority if one is given."""
     settings = load_settings()
-    return _start(_requeue_all(settings, filters, json=json), settings)
+    return _start(_requeue_all(settings, filters, priority, json=json), settings)
 
 
 async def _list(settings: Settings, filters: Filters, limit: int, *, json: bool) -> ExitCode:
@@ -136,7 +139,7 @@ async def _show(settings: Settings, word: str, *, json: bool) -> ExitCode:
     return ExitCode.OK
 
 
-async def _resolve(settings: Settings, words: Iterable[str], name: str, outcome: str, *, json: bool) -> ExitCode:
+async def _resolve(settings: Settings, words: Iterable[str], name: str, outcome: str, priority: int | None, *, json: bool) -> ExitCode:
     """Do one of the SQL functions to each letter, each in a transaction of its own."""
     before = (await rows(settings, "look_at_dead_letters"))[0]["at"]
     done: list[Row] = []
@@ -144,7 +147,7 @@ async def _resolve(settings: Settings, words: Iterable[str], name: str, outcome:
     for word in dict.fromkeys(words):
         try:
             number = await _find(settings, word)
-            answer = (await rows(settings, name, id=number))[0]
+            answer = (await rows(settings, name, id=number, priority=priority))[0]
         except (NotOneLetter, *_REFUSALS) as error:
             refused.append({"given": word, "error": describe(error)})
             complain(describe(error))
@@ -159,13 +162,12 @@ async def _resolve(settings: Settings, words: Iterable[str], name: str, outcome:
     return ExitCode.FAILED if refused else ExitCode.OK
 
 
-async def _requeue_all(settings: Settings, filters: Filters, *, json: bool) -> ExitCode:
+async def _requeue_all(settings: Settings, filters: Filters, priority: int | None, *, json: bool) -> ExitCode:
     # Documents that fail once more meanwhile get new numbers, so this comes to an end.
     start = (await rows(settings, "look_at_dead_letters"))[0]
     count = 0
-    while made := (await rows(settings, "requeue_dead_letters", max_count=AT_A_TIME, up_to_id=start["last_id"], **asdict(filters)))[0][
-        "requeued"
-    ]:
+    params = {**asdict(filters), "max_count": AT_A_TIME, "up_to_id": start["last_id"], "priority": priority}
+    while made := (await rows(settings, "requeue_dead_letters", **params))[0]["requeued"]:
         count += made
     batches = (await rows(settings, "reopen_batches", since=start["at"]))[0]["batches"]
     if json:

@@ -11,7 +11,7 @@ import typer
 
 from jobs import cancel_batch, cancel_document, delete_batch, delete_document
 from jobs.cli.errors import ExitCode
-from jobs.cli.naming import documents_named
+from jobs.cli.naming import SHOWN, complain_of, documents_named
 from jobs.cli.output import aside, complain, print_json, say
 from jobs.cli.session import Row, quiet_logs, rows, run_async
 from jobs.front import close_sync
@@ -84,26 +84,28 @@ def _resolve(settings: Settings, words: Iterable[str], *, exactly: bool) -> tupl
 
     async def look() -> None:
         for word in dict.fromkeys(words):
-            found = await _named(settings, word, exactly=exactly)
+            documents, batches = await _named(settings, word, exactly=exactly)
+            found = [Target("document", it["doc_id"], word) for it in documents] + [Target("batch", it["batch_id"], word) for it in batches]
             if len(found) == 1:
                 targets.append(found[0])
-                continue
-            what = "id of a document or batch" if exactly else "document and no batch"
-            error = f'"{word}" could be any of {len(found)}.' if found else f'"{word}": there is no such {what}.'
-            refused.append(Refused(word, error))
-            complain(error)
+            elif found:
+                refused.append(Refused(word, f'"{word}" could be any of {len(found)}.'))
+                complain_of(word, documents, batches)
+            else:
+                what = "id of a document or batch" if exactly else "document and no batch"
+                refused.append(Refused(word, f'"{word}": there is no such {what}.'))
+                complain(refused[-1].error)
 
     run_async(look())
     return list(dict.fromkeys(targets)), refused
 
 
-async def _named(settings: Settings, word: str, *, exactly: bool) -> list[Target]:
-    """Return what a word may mean: what has it for an id, else the files of that name and what begins with it."""
-    documents = [row["doc_id"] for row in await documents_named(settings, word, 11)]
-    batches = [row["batch_id"] for row in await rows(settings, "find_batches", word=word, limit=11)]
-    found = [Target("document", it, word) for it in documents] + [Target("batch", it, word) for it in batches]
-    exact = [target for target in found if target.id == word]
-    return exact if exactly or exact else found
+async def _named(settings: Settings, word: str, *, exactly: bool) -> tuple[list[Row], list[Row]]:
+    """Return the documents and batches that a word may mean: what has it for an id, else the files of that name and what begins with it."""
+    documents = await documents_named(settings, word, SHOWN + 1)
+    batches = await rows(settings, "find_batches", word=word, limit=SHOWN + 1)
+    whole = [row for row in documents if row["doc_id"] == word], [row for row in batches if row["batch_id"] == word]
+    return whole if exactly or any(whole) else (documents, batches)
 
 
 def _finish(targets: list[Target], refused: list[Refused], act: Callable[[Target], Row], *, json: bool) -> ExitCode:

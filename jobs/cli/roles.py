@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.commands import EXIT_CODES, Json
+from jobs.cli.commands import EXIT_CODES, Json, name
 
 roles = typer.Typer(
     help="Keep users apart by row-level security, and say which login is which user.\n\nFor administrators: DATABASE_URL must name a "
@@ -17,7 +17,7 @@ roles = typer.Typer(
     rich_markup_mode=None,
 )
 
-LoginName = Annotated[str, typer.Argument(metavar="LOGIN", help="A role that can log in.")]
+LoginName = Annotated[str, typer.Argument(parser=name, metavar="LOGIN", help="A role that can log in.")]
 
 
 class Kind(StrEnum):

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.commands import EXIT_CODES, Json, app
+from jobs.cli.commands import EXIT_CODES, Json, app, name
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="A doc_id, the beginning of one, or a file name.")]
+Id = Annotated[str, typer.Argument(parser=name, metavar="ID", help="A doc_id, the beginning of one, or a file name.")]
 
 
 class ComponentName(StrEnum):

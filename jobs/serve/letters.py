@@ -77,7 +77,7 @@ async def _resolve(database: Database, action: str, ids: list[int]) -> tuple[lis
     try:
         for place, number in enumerate(ids):
             try:
-                await database.act(_ACTIONS[action], id=number)
+                await database.act(_ACTIONS[action], id=number, priority=None)
                 done += 1
             except _REFUSALS as error:
                 refused.append((number, describe(error)))

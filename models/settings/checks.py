@@ -42,6 +42,8 @@ def _log_file(path: Path | None) -> Path | None:
     """Accept a file name whose braces are all ones that get filled in."""
     if path is None:
         return None
+    if path.name in {"", ".."}:
+        raise ValueError("names a folder and no file in it")
     try:
         parts = {name for _, name, _, _ in string.Formatter().parse(str(path)) if name is not None}
     except ValueError:

@@ -24,20 +24,29 @@ FAULTS = {
 }  # fmt: skip
 """pydantic's error types in plain words."""
 
+PASSED_ON = frozenset({"HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "FORWARDED_ALLOW_IPS"})
+"""Variables that are no settings of docmill, but of the libraries that it calls and listens with, which look in the environment alone."""
+
 
 @functools.cache
 def load_settings() -> Settings:
     """Read and check all settings, once a process (`load_settings.cache_clear()` forgets them). ConfigurationError lists every bad value.
 
     PG* variables in `.env` are put into the process's environment, where libpq looks for them, unless they are set there. An empty one
-    counts as set where a server is named without them: it may say that this one is sent no password.
+    counts as set where a server is named without them: it may say that this one is sent no password. Those of PASSED_ON are put there too,
+    unless they have a value there already.
     """
     try:
         _refuse_unreadable_lines()
         settings = Settings()
         names_server = settings.database_conninfo is not None  # asked before anything of .env is among the variables
         for name, value in dotenv_values(".env").items():
-            if name.startswith("PG") and value and (name not in os.environ if names_server else not os.environ.get(name)):
+            if not value:
+                continue
+            if name.startswith("PG") and (name not in os.environ if names_server else not os.environ.get(name)):
+                os.environ[name] = value
+            # Proxies are named in either case, and the lower one would win.
+            if name.upper() in PASSED_ON and not (os.environ.get(name.upper()) or os.environ.get(name.lower())):
                 os.environ[name] = value
         _refuse_way_around_nothing(settings)
     except ValidationError as error:

@@ -30,7 +30,7 @@ WHERE l.id = %(id)s;
 SELECT now() AS at, max(l.id) AS last_id FROM dead_letters AS l;
 
 -- name: requeue_dead_letter
-SELECT requeue_dead_letter(%(id)s) AS stage;
+SELECT requeue_dead_letter(%(id)s, %(priority)s::integer) AS stage;
 
 -- name: discard_dead_letter
 SELECT discard_dead_letter(%(id)s);
@@ -38,7 +38,7 @@ SELECT discard_dead_letter(%(id)s);
 -- name: requeue_dead_letters
 SELECT requeue_dead_letters(
     error_type => %(error_type)s::document_error_type, stage => %(stage)s::text, batch_id => %(batch_id)s::text,
-    user_id => %(user_id)s::text, max_count => %(max_count)s, up_to_id => %(up_to_id)s
+    user_id => %(user_id)s::text, max_count => %(max_count)s, up_to_id => %(up_to_id)s, priority => %(priority)s::integer
 ) AS requeued;
 
 -- name: reopen_batches

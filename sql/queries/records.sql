@@ -60,7 +60,7 @@ SELECT fail_document_by_operator(%(doc_id)s, %(reason)s) AS state,
 SELECT fail_batch(%(batch_id)s, %(reason)s) AS status;
 
 -- name: retry_document
-SELECT requeue_document(%(doc_id)s) AS stage,
+SELECT requeue_document(%(doc_id)s, %(priority)s::integer) AS stage,
     (SELECT d.batch_id FROM file_extractions AS d WHERE d.doc_id = %(doc_id)s) AS batch_id;
 
 -- name: count_retries

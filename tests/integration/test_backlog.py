@@ -194,7 +194,7 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("prune_events", {"after": 0, "window": 1000, "days": 7}),
     ("delete_documents", {"batch_id": "batch 500", "max_count": 20, "lock_timeout_ms": 1000}),
     ("requeue_dead_letters", {
-        "error_type": None, "stage": None, "batch_id": None, "user_id": None, "max_count": 20, "up_to_id": None,
+        "error_type": None, "stage": None, "batch_id": None, "user_id": None, "max_count": 20, "up_to_id": None, "priority": None,
     }),
     ("requeue_extractions", {"batch_id": None, "user_id": None, "ended_before": "tomorrow", "max_count": 20}),
 ]  # fmt: skip

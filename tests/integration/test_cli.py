@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,11 @@ def test_a_setting_out_of_range_and_a_wrong_command_line_are_usage_errors(folder
         done = docmill(*arguments)
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert "Traceback" not in done.stderr
+
+
+def test_the_release_is_told_whatever_the_settings_and_the_database_are() -> None:
+    done = docmill("--version", LOG_LEVEL="LOUD", DATABASE_URL="postgresql://127.0.0.1:1/none")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"docmill {version('docmill')}\n", "")
 
 
 def test_an_empty_path_is_not_the_working_directory(folder: Path, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,15 @@ def test_all_letters_or_those_that_match_are_requeued(conn: psycopg.Connection) 
     assert set(states(conn).values()) == {"queued"}
 
 
+def test_requeueing_can_give_a_priority(conn: psycopg.Connection) -> None:
+    for doc_id in ("a", "b", "c"):
+        fail(conn, doc_id)
+    assert docmill("requeue", "a", "--priority", "5").returncode == 0
+    assert docmill("requeue", "b").returncode == 0
+    assert docmill("requeue", "--all", "--priority", "-4").returncode == 0
+    assert dict(conn.execute("SELECT doc_id, priority FROM file_extractions").fetchall()) == {"a": 5, "b": 0, "c": -4}
+
+
 def test_requeueing_reopens_the_batch(conn: psycopg.Connection) -> None:
     conn.execute("SELECT seal_batch('b', begin_batch('b', 'default', '/folder', 'c'), 2)")
     for doc_id in ("x", "y"):

@@ -64,6 +64,31 @@ def test_delete_takes_whole_ids_only(conn: psycopg.Connection) -> None:
     assert states(conn) == {"banana": "queued"}
 
 
+def test_a_name_that_could_be_several_is_refused_with_what_it_could_be(conn: psycopg.Connection) -> None:
+    submit(conn, "apple", "apricot")
+    submit(conn, "one", batch_id="april")
+    done = docmill("cancel", "ap", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["refused"] == [{"given": "ap", "error": '"ap" could be any of 3.'}]
+    assert "document apple apple.txt queued" in " ".join(done.stderr.split())
+    assert all(name in done.stderr for name in ("apricot", "april"))
+    assert set(states(conn).values()) == {"queued"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("cancel",), ("delete", "--yes"), ("status",), ("status", "--batch"), ("explain",), ("logs",), ("summary",), ("extract",),
+     ("extract", "--all", "--batch"), ("dead", "show"), ("dead", "requeue"), ("dead", "requeue", "--all", "--batch"), ("dead", "discard"),
+     ("search", "x", "--batch"), ("breaker", "reset"), ("roles", "revoke")],
+)  # fmt: skip
+def test_an_empty_name_names_nothing_though_every_id_begins_with_it(conn: psycopg.Connection, command: tuple[str, ...]) -> None:
+    submit(conn, "apple", batch_id="batch")
+    done = docmill(*command, "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a name must not be empty" in done.stderr
+    assert states(conn) == {"apple": "queued"}
+
+
 @pytest.mark.parametrize(("answer", "left"), [("n\n", {"apple": "queued"}), ("y\n", {})])
 def test_a_person_at_a_terminal_is_asked_before_anything_is_deleted(conn: psycopg.Connection, answer: str, left: dict[str, str]) -> None:
     submit(conn, "apple")

@@ -10,6 +10,7 @@ import pytest
 
 from models.documents import Document
 from models.errors import PermanentError
+from sql import migrate as migrations
 from tests.integration.conftest import STAGE_NAMES, Bench
 from tests.running import wait_for
 
@@ -151,6 +152,45 @@ async def test_a_letter_whose_document_is_gone_or_no_longer_failed_can_only_be_d
     assert bench.one("SELECT requeue_dead_letters()") == (0,)
     bench.conn.execute("SELECT discard_dead_letter(id) FROM dead_letters")
     assert bench.all("SELECT id FROM dead_letter_queue") == []
+
+
+@pytest.mark.parametrize("call", ["requeue_document('a')", "requeue_dead_letter($1)", "requeue_dead_letters(max_count => 1)"])
+def test_calls_that_were_prepared_before_the_migration_go_on(empty_database: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = migrations._own()
+    with psycopg.connect(empty_database, autocommit=True) as conn, psycopg.connect(empty_database, autocommit=True) as older:
+        monkeypatch.setattr(migrations, "_own", lambda: [path for path in every if path.name < "0053"])
+        migrations.migrate(conn)
+        monkeypatch.undo()
+        older.execute(f"PREPARE requeue (bigint) AS SELECT {call}")
+        older.execute("SELECT submit_document('uploads/a', doc_id => 'a', priority => 3)")
+        for migrated in (False, True):
+            if migrated:
+                migrations.migrate(conn)
+            older.execute("SELECT fail_document_by_operator('a', 'for a test')")
+            (letter,) = older.execute("SELECT max(id) FROM dead_letters").fetchone() or (None,)
+            older.execute(f"EXECUTE requeue ({letter})")
+            assert older.execute("SELECT state, priority FROM file_extractions").fetchone() == ("queued", 3)
+
+
+@pytest.mark.parametrize(
+    "call", ["requeue_dead_letter({letter}, priority => 7)", "requeue_document('a', 7)", "requeue_dead_letters(priority => 7)"]
+)
+async def test_a_requeued_document_can_be_given_a_priority(bench: Bench, call: str) -> None:
+    letter = await fail_at(bench, "embed")
+    bench.conn.execute("UPDATE file_extractions SET priority = 3")
+    bench.one(f"SELECT {call.format(letter=letter)}")
+    assert bench.one("SELECT priority FROM file_extractions") == (7,)
+    assert bench.one("SELECT priority FROM procrastinate_jobs WHERE status = 'todo'") == (7,)
+    assert bench.one("SELECT detail -> 'priority' FROM document_events WHERE event = 'requeued_by_operator'") == (7,)
+
+
+@pytest.mark.parametrize("call", ["requeue_dead_letter({letter})", "requeue_document('a')", "requeue_dead_letters()"])
+async def test_a_requeued_document_keeps_its_priority_where_none_is_given(bench: Bench, call: str) -> None:
+    letter = await fail_at(bench, "embed")
+    bench.conn.execute("UPDATE file_extractions SET priority = 3")
+    bench.one(f"SELECT {call.format(letter=letter)}")
+    assert bench.one("SELECT priority FROM procrastinate_jobs WHERE status = 'todo'") == (3,)
+    assert bench.one("SELECT detail ? 'priority' FROM document_events WHERE event = 'requeued_by_operator'") == (False,)
 
 
 async def test_filters_choose_what_is_requeued_in_bulk(bench: Bench) -> None:

@@ -182,6 +182,16 @@ async def test_a_retry_goes_on_at_the_failed_stage_reopens_the_batch_and_is_coun
         jobs.retry_document("a")
 
 
+async def test_a_retry_can_carry_a_priority(bench: Bench) -> None:
+    batch_of(bench, "a")
+    bench.also["embed"] = refuse("a")
+    await bench.drain()
+    with pytest.raises(SubmitError, match="priority"):
+        jobs.retry_document("a", priority=2**31)
+    jobs.retry_document("a", priority=9)
+    assert bench.one("SELECT priority FROM procrastinate_jobs WHERE status = 'todo'") == (9,)
+
+
 async def test_operations_join_the_callers_transaction_and_go_with_it(bench: Bench, database: str, front_async: None) -> None:
     batch_of(bench, "a", "c")
     with psycopg.connect(database) as caller:

@@ -628,9 +628,11 @@ async def test_one_run_at_a_time_and_only_to_another_model(shelf: Shelf) -> None
     with pytest.raises(psycopg.errors.NoDataFound):
         shelf.one("SELECT pause_reembedding()")
     shelf.start()
-    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="must end first"):
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match=r"must end first; cancel_reembedding\(\) ends it"):
         shelf.start("other@1")
     await shelf.until("switched")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match=r"must end first\n"):
+        shelf.start("other@1")
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="start one back"):
         shelf.one("SELECT cancel_reembedding()")
     await shelf.until("complete")

@@ -197,6 +197,12 @@ def test_a_bad_argument_is_refused(bad: dict[str, Any], conn: psycopg.Connection
     assert count(conn, "file_extractions") == 0
 
 
+def test_no_user_is_the_default_one_in_sql(conn: psycopg.Connection) -> None:
+    named = conn.execute("SELECT submit_document('uploads/x', user_id => 'default')").fetchone()
+    assert conn.execute("SELECT submit_document('uploads/x', user_id => NULL)").fetchone() == named
+    assert conn.execute("SELECT user_id FROM file_extractions").fetchall() == [("default",)]
+
+
 @pytest.mark.parametrize("metadata", ['{"n": 1e5000}', '{"n": [-1e309]}', '{"a":' * 101 + "1" + "}" * 101], ids=["large", "small", "deep"])
 def test_metadata_that_not_every_reader_takes_is_refused_in_sql_too(metadata: str, conn: psycopg.Connection) -> None:
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="metadata must not"):

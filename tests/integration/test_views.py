@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
@@ -92,8 +93,7 @@ async def filled(bench: Bench) -> Bench:
 def test_every_column_of_a_view_has_a_comment(conn: psycopg.Connection) -> None:
     lacking = conn.execute(
         """SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
-        WHERE c.relkind = 'v' AND c.relnamespace = 'public'::regnamespace AND a.attnum > 0 AND col_description(c.oid, a.attnum) IS NULL
-            AND c.relname <> 'reembedding_status'"""
+        WHERE c.relkind = 'v' AND c.relnamespace = 'public'::regnamespace AND a.attnum > 0 AND col_description(c.oid, a.attnum) IS NULL"""
     ).fetchall()
     assert lacking == []
 
@@ -127,18 +127,17 @@ async def test_a_role_that_may_only_read_sees_in_every_view_what_the_owner_sees(
     )
 
 
-def run_files(database: str) -> str:
-    """Run all files of sql/inspect in psql as they are, one after another; return what they print."""
-    arguments = [part for path in INSPECT for part in ("--file", str(path))]
-    done = subprocess.run(
-        [psql(), database, "--no-psqlrc", "--set=ON_ERROR_STOP=1", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+def run_files(database: str, begins: str = "", *options: str) -> str:
+    """Run the files of sql/inspect that begin so, all without it, in psql as they are, one after another; return what they print."""
+    arguments = [part for path in INSPECT if path.name.startswith(begins) for part in ("--file", str(path))]
+    command = [psql(), database, "--no-psqlrc", "--set=ON_ERROR_STOP=1", *options, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_there_are_twenty_one_files_and_each_begins_with_its_question() -> None:
-    assert len(INSPECT) == 21
+def test_there_are_twenty_four_files_and_each_begins_with_its_question() -> None:
+    assert len(INSPECT) == 24
     for path in INSPECT:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("-- ") and "?" in first, path.name
@@ -153,6 +152,60 @@ async def test_each_question_is_answered_on_a_database_with_everything(filled: B
     for word in ("retrying", "validate", "h:1", "no way", "/folder", "embedding https://s k", "submitted as", "the disk is full"):
         assert word in said
     assert "\x1b" not in said, "psql shows control characters as \\x1B"
+
+
+def test_who_holds_a_document_is_shown_also_while_nobody_waits_and_whom_it_blocks(
+    conn: psycopg.Connection, database: str, reader: str
+) -> None:
+    conn.execute("SELECT submit_document('uploads/a', doc_id => 'a')")
+    touch = "UPDATE file_extractions SET updated_at = now() WHERE doc_id = 'a'"
+    with psycopg.connect(database, application_name="a report") as holder, psycopg.connect(database, application_name="waiter") as waiter:
+        assert "a report" not in run_files(database, "22")
+        holder.execute(touch)
+        (row,) = [line.split("|") for line in run_files(database, "22", "-At").splitlines() if "a report" in line]
+        assert row[0] == str(holder.info.backend_pid)
+        assert (row[2], "file_extractions" in row[4], row[5], row[6]) == ("a report", True, "", "idle in transaction")
+        seen = run_files(database, "22", "-At", "--command", f"SET ROLE {reader}")
+        (row,) = [line.split("|") for line in seen.splitlines() if "a report" in line]
+        assert (row[0], row[-1]) == (str(holder.info.backend_pid), "not visible"), "without pg_read_all_stats"
+        with ThreadPoolExecutor() as threads:
+            waits = threads.submit(waiter.execute, touch)
+            blocked = "SELECT pg_blocking_pids(%s) <> '{}'"
+            while not conn.execute(blocked, [waiter.info.backend_pid]).fetchone()[0]:  # type: ignore[index]
+                pass
+            first = run_files(database, "22", "-At").splitlines()[0].split("|")
+            assert first[2] == "a report"
+            assert (str(waiter.info.backend_pid) in first[5], "waiter" in first[5]) == (True, True)
+            holder.rollback()
+            waits.result()
+
+
+def test_days_of_costs_are_those_of_utc_in_any_time_zone(conn: psycopg.Connection, database: str) -> None:
+    conn.execute("INSERT INTO circuit_breakers (service) VALUES ('s')")
+    conn.execute(
+        """INSERT INTO provider_usage (
+            id, service, kind, doc_ids, batch_ids, user_ids, shares, outcome, cost, started_at, give_up_at, finished_at)
+        SELECT gen_random_uuid(), 's', 'embedding', '{a,b}', '{x,x}', '{ann,bob}', '{0.25,0.75}', 'ok', 4, t, t, t
+        FROM unnest(ARRAY[date_trunc('day', now(), 'UTC') + interval '1 s', date_trunc('day', now(), 'UTC') - interval '1 s']) AS t"""
+    )
+    today = "SELECT (now() AT TIME ZONE 'UTC')::date"
+    day, before = str(conn.execute(today).fetchone()[0]), str(conn.execute(f"{today} - 1").fetchone()[0])  # type: ignore[index]
+    for zone in ("UTC", "Asia/Tokyo", "America/Los_Angeles"):
+        conn.execute(f"ALTER DATABASE \"{conn.info.dbname}\" SET timezone = '{zone}'")
+        by_service = [row.split("|")[:3] for row in run_files(database, "13", "-At").splitlines() if "|s|" in row]
+        assert by_service == [[day, "s", "1"], [before, "s", "1"]], zone
+        by_user = run_files(database, "23", "-At").splitlines()
+        assert [f"{day}|bob|1|1|3.0000", f"{day}|ann|1|1|1.0000", f"{before}|bob|1|1|3.0000"] == [r for r in by_user if "|" in r][:3], zone
+
+
+def test_open_alerts_are_a_question_with_where_to_read_on(conn: psycopg.Connection, database: str) -> None:
+    conn.execute(
+        """INSERT INTO alert_conditions (rule, subject, message, value, first_seen_at, last_seen_at, opened_at)
+        VALUES ('worker_dead', 'h:1', 'no heartbeat', 1, now(), now(), now())"""
+    )
+    said = run_files(database, "24")
+    assert "no heartbeat" in said
+    assert "docs/operations.md#worker-dead" in said
 
 
 async def test_queue_depth_counts_what_waits_is_scheduled_and_runs_and_says_who_listens(filled: Bench) -> None:

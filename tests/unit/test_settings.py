@@ -2,7 +2,7 @@
 
 import os
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +89,9 @@ def test_the_ends_of_a_range_are_allowed(name: str, monkeypatch: pytest.MonkeyPa
         ("EMBEDDING_DIMENSIONS", "many", "is not a whole number"),
         ("LOG_LEVEL", "LOUD", "allowed: TRACE or DEBUG"),
         ("LOG_FILE_PATH", "x-{user}.log", "braces"),
+        ("LOG_FILE_PATH", "/", "names a folder and no file in it"),
+        ("LOG_FILE_PATH", ".", "names a folder and no file in it"),
+        ("LOG_FILE_PATH", "..", "names a folder and no file in it"),
         ("STORAGE_TEMP_DIR", "../elsewhere", "stays inside STORAGE_BASE_PATH"),
         ("STORAGE_TEMP_DIR", "/tmp", "stays inside STORAGE_BASE_PATH"),
         ("STORAGE_UPLOADS_DIR", ".", "stays inside STORAGE_BASE_PATH"),
@@ -128,6 +131,35 @@ def test_a_server_that_is_named_elsewhere_is_not_sent_the_password_of_the_env_fi
     monkeypatch.setenv(variable, value)
     load_settings()
     assert (os.environ["PGPASSWORD"], os.environ["PGSSLMODE"]) == ("", "require")
+
+
+PASSED_ON = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "FORWARDED_ALLOW_IPS")
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower])
+def test_what_libraries_read_from_the_environment_can_stand_in_the_env_file(
+    case: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in PASSED_ON:
+        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(name.lower(), "")
+    (tmp_path / ".env").write_text("".join(f"{case(name)}=http://file/{name}\n" for name in PASSED_ON) + "OTEL_SERVICE_NAME=not-this\n")
+    load_settings()
+    assert {name: os.environ[case(name)] for name in PASSED_ON} == {name: f"http://file/{name}" for name in PASSED_ON}
+    assert "OTEL_SERVICE_NAME" not in os.environ
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower])
+def test_the_environment_wins_over_the_env_file_in_what_is_passed_on(
+    case: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in PASSED_ON:
+        monkeypatch.setenv(name.lower(), "")
+        monkeypatch.setenv(name, "http://mine")
+    (tmp_path / ".env").write_text("".join(f"{case(name)}=http://file\n" for name in PASSED_ON))
+    load_settings()
+    assert {os.environ[name] for name in PASSED_ON} == {"http://mine"}
+    assert {os.environ[name.lower()] for name in PASSED_ON} == {""}
 
 
 def test_a_way_around_a_pooler_needs_one_that_leads_through_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage, StoredUpload, Upload, discard, safe_display_name
 from jobs.adapters.storage.faults import source_faults, storage_faults
 from jobs.adapters.stored_file import StoredFile
-from models.errors import PermanentError, RetryableError, StorageAway, SubmitError
+from models.errors import ConfigurationError, PermanentError, RetryableError, StorageAway, SubmitError
 from models.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -401,6 +401,27 @@ async def test_a_file_of_a_storage_that_is_not_mounted_is_no_file_that_is_gone(s
         await sandbox.run(StoredFile.read_bytes, storage.file("uploads/other/file"))
     assert discard(storage, "inbox/file", untouched_for=0), "a folder of somebody's own has gone"
     await sandbox.aclose()
+
+
+@pytest.mark.parametrize(
+    ("base", "fault"),
+    [("file", "is no folder"), ("/proc", "cannot hold a folder 'uploads': No such file or directory")],
+)
+def test_a_base_that_is_no_folder_or_can_hold_none_is_a_wrong_setting(tmp_path: Path, base: str, fault: str) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    place = tmp_path / base
+    with pytest.raises(ConfigurationError) as caught:
+        LocalStorage.prepared(Settings(storage_base_path=place))
+    assert f"STORAGE_BASE_PATH={str(place)!r}" in str(caught.value)
+    assert fault in str(caught.value)
+
+
+def test_a_stored_file_waits_while_the_base_is_no_folder(storage: LocalStorage) -> None:
+    name = storage.store_upload("d", b"content", LIMIT).file_path
+    storage.base.rename(storage.base.with_name("elsewhere"))
+    storage.base.write_bytes(b"x")
+    with pytest.raises(StorageAway, match=f"STORAGE_BASE_PATH='{storage.base}' is no folder"):
+        storage.size(name)
 
 
 def test_nothing_is_stored_in_the_place_of_a_storage_that_is_not_there(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.adapters.storage.durable import is_empty
 from jobs.adapters.stored_file import StoredFile
-from models.errors import DocmillError, PermanentError, RetryableError, StorageAway, SubmitError
+from models.errors import ConfigurationError, DocmillError, PermanentError, RetryableError, StorageAway, SubmitError
 
 _STORAGE_FAULTS = {
     errno.ENOSPC: "is full: free some space",
@@ -31,6 +31,7 @@ _NAME_FAULTS = {
     errno.ENAMETOOLONG: "has too long a name",
     errno.ELOOP: "is a circle of symbolic links",
 }
+_NO_FOLDER = frozenset({errno.ENOTDIR, errno.EEXIST})
 _SOURCE_FAULTS = {**_NAME_FAULTS, errno.EACCES: "may not be read by this user", errno.EPERM: "may not be read by this user"}
 
 
@@ -48,7 +49,9 @@ def storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
     """Return what an OSError about the stored file `name` is for us."""
     code = error.errno or 0
     ours: DocmillError
-    if code == errno.ENOENT and _is_away(base):
+    if code in _NO_FOLDER and not base.is_dir():
+        ours = StorageAway(f"STORAGE_BASE_PATH={str(base)!r} is no folder. It happened at {name!r}.")
+    elif code == errno.ENOENT and _is_away(base):
         ours = StorageAway(f"The storage at {base} (STORAGE_BASE_PATH) is not there: is it mounted? It happened at {name!r}.")
     elif code in _NAME_FAULTS:
         where = ": was it submitted with another STORAGE_BASE_PATH?" if code == errno.ENOENT else "."
@@ -59,6 +62,18 @@ def storage_fault(error: OSError, base: Path, name: str) -> DocmillError:
         ours = kind(f"The storage at {base} (STORAGE_BASE_PATH) {fault}. It happened at {name!r}.")
     ours.__cause__ = error
     return ours
+
+
+@contextmanager
+def folder_faults(base: Path, folder: str) -> Iterator[None]:
+    """Do as `storage_faults` does where a folder of ours is made; ConfigurationError where the base can hold none, as /proc."""
+    try:
+        yield
+    except OSError as error:
+        fault = storage_fault(error, base, folder)
+        if error.errno == errno.ENOENT and isinstance(fault, PermanentError):
+            raise ConfigurationError(f"STORAGE_BASE_PATH={str(base)!r} cannot hold a folder {folder!r}: {error.strerror}.") from error
+        raise fault from error
 
 
 def stored_file_faults(file: StoredFile) -> AbstractContextManager[None]:

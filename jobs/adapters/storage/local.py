@@ -12,13 +12,13 @@ from typing import BinaryIO, Self
 from uuid import uuid4
 
 from jobs.adapters.storage.durable import FILE_MODE, is_empty, make_folder, regular, sync, write_all
-from jobs.adapters.storage.faults import storage_fault, storage_faults
+from jobs.adapters.storage.faults import folder_faults, storage_fault, storage_faults
 from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
 from jobs.adapters.storage.sources import read_blocks
 from jobs.adapters.storage.uploads import Copy, StoredUpload, Upload, place_uploads
 from jobs.adapters.stored_file import StoredFile
 from models.documents import FileType
-from models.errors import DocmillError, PermanentError
+from models.errors import ConfigurationError, DocmillError, PermanentError
 from models.settings import Settings
 
 _BLOCK = 1 << 20  # characters
@@ -58,7 +58,9 @@ class LocalStorage:
         """
         storage = cls.from_settings(settings)
         if storage.base not in _prepared:
-            with storage_faults(storage.base, ""):
+            if storage.base.exists() and not storage.base.is_dir():
+                raise ConfigurationError(f"STORAGE_BASE_PATH={str(storage.base)!r} is no folder.")
+            with folder_faults(storage.base, storage.uploads_dir):
                 make_folder(storage.base / storage.uploads_dir)
             _prepared.add(storage.base)
         return storage
@@ -85,9 +87,9 @@ class LocalStorage:
         return StoredFile(self.resolve(relative), base=self.base)
 
     def ensure_directory(self, relative: str) -> Path:
-        """Create a folder with its parents unless it exists, durably; return its path."""
+        """Create a folder with its parents unless it exists, durably; return its path. ConfigurationError where the base can hold none."""
         path = self.resolve(relative)
-        with storage_faults(self.base, relative):
+        with folder_faults(self.base, relative):
             make_folder(path, self.base)
         return path
 
