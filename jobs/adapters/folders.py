@@ -59,21 +59,25 @@ def storage_folders(settings: Settings) -> list[Path]:
     return [settings.storage_base_path, *own_folders(settings)]
 
 
+def is_own_upload(path: Path, stored_for: str) -> bool:
+    """Say without asking the file system whether a file lies in the folder of its own uploads: nothing else makes one of that name."""
+    return path.parent.name == hashlib.sha256(stored_for.encode()).hexdigest()
+
+
 def refuse_foreign_file(settings: Settings, path: Path, name: str, stored_for: str) -> None:
     """Raise a PermanentError where a submission from SQL names a file that docmill keeps for itself, or has stored for somebody else.
 
     `path`: the file, symbolic links followed. `name`: what its submitter calls it. `stored_for`: the name that its own upload would be
     stored under. Other files in the folder of uploads are people's own.
     """
-    digest = hashlib.sha256(stored_for.encode()).hexdigest()
-    if path.parent.name == digest:
-        return  # its own, and that of nearly all; nothing else makes a folder of that name
+    if is_own_upload(path, stored_for):
+        return
     base = Path(os.path.realpath(settings.storage_base_path))
     uploads, *others = [Path(os.path.realpath(folder)) for folder in own_folders(settings)]
     for folder in others:
         if _lies_in(path, folder, base) is not None:
             raise PermanentError(
-                f"File {name!r} lies in {folder.name!r}, which docmill keeps for itself (temporary files, logs or its database). "
+                f"File {name!r} lies in {folder.name!r}, which docmill keeps for itself (temporary files, logs, texts or its database). "
                 "Submit files from other folders of the storage."
             )
     inside = _lies_in(path, uploads, base)

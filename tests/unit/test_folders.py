@@ -106,7 +106,8 @@ def test_a_folder_inside_that_may_not_be_listed_is_reported_and_its_neighbours_a
 
 OTHERS = hashlib.sha256(b"bob's").hexdigest()
 FOREIGN = (f"uploads/{OTHERS}/{'1' * 64}", f"uploads/{OTHERS}/x/y", f"uploads/{OTHERS.upper()}/{'1' * 64}", "temp/a.part",
-           "temp/unpack-1/0/1", "logs/docmill.worker-host-1.log", "postgres/base/1/2", "inbox/link.txt", "inbox/folder/a.log")  # fmt: skip
+           "temp/unpack-1/0/1", "logs/docmill.worker-host-1.log", "postgres/base/1/2", "inbox/link.txt", "inbox/folder/a.log",
+           "extracted/aa/a.md")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -123,7 +124,7 @@ def test_a_path_in_sql_names_uploads_of_its_own_and_what_people_have_put_into_th
     """Also where it is called as docmill calls folders that it does not use here."""
     own = hashlib.sha256("alice's ä".encode()).hexdigest()
     names = (f"uploads/{own}/{'1' * 64}", f"uploads/{own}/refused", "uploads/a.txt", f"uploads/mine/{OTHERS}/a.txt", "a.txt", "inbox/a.txt",
-             "logs/a.txt", "postgres/a.txt", "extracted/a.txt", "inbox/temp/a.txt", "temporary/a.txt", "uploads", "temp")  # fmt: skip
+             "logs/a.txt", "postgres/a.txt", "inbox/extracted/a.txt", "inbox/temp/a.txt", "temporary/a.txt", "uploads", "temp")  # fmt: skip
     settings = Settings(storage_base_path=tmp_path)
     for name in names:
         refuse_foreign_file(settings, LocalStorage.from_settings(settings).resolve(name), name, "alice's ä")

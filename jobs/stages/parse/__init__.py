@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jobs.adapters.folders import refuse_foreign_file
+from jobs.adapters.folders import is_own_upload, refuse_foreign_file
 from jobs.adapters.parsing import parse_isolated
 from jobs.stages import Tools
 from jobs.stages.parse.hosted import parse_hosted
@@ -49,8 +49,8 @@ async def run(document: Document, tools: Tools) -> Document:
     if tools.settings.duplicate_policy == "reuse" and (original := await tools.original_text(document)) is not None:
         return copied(document, original)
     file = tools.storage.file(document.file_path)
-    # Again: an application may change its own rows.
-    await tools.in_thread(lambda: refuse_foreign_file(tools.settings, file.path, document.file_path, document.doc_id))
+    if not is_own_upload(file.path, document.doc_id):  # asked again: an application may change its own rows
+        await tools.in_thread(lambda: refuse_foreign_file(tools.settings, file.path, document.file_path, document.doc_id))
     found = await parse_hosted(document, file, tools)
     if isinstance(found, str):
         parsed = await parse_isolated(
