@@ -36,6 +36,15 @@ def distinct(rows: list[Row], key: str) -> list[int]:
 
 
 def backlog(rows: list[Row]) -> str:
+    """Documents a second, by how many wait behind them."""
+    counts = distinct(rows, "waiting")
+    each = [middle(rows, "clock_ms", waiting=count) for count in counts]
+    series: dict[str, list[float | None]] = {"one worker": [1000 / ms if ms else None for ms in each]}
+    labels = [f"{count:,}" for count in counts]
+    return bars("Throughput, by backlog", labels, series, x="documents waiting", y="documents a second")
+
+
+def backlog_cpu(rows: list[Row]) -> str:
     """CPU time of a document, by how many wait behind it."""
     counts = distinct(rows, "waiting")
     series = {
@@ -150,6 +159,7 @@ def peers(rows: list[Row]) -> str:
 Draw = Callable[[list[Row]], str]
 PLOTS: dict[str, tuple[dict[str, object], Draw]] = {
     "backlog": ({"what": "backlog"}, backlog),
+    "backlog-cpu": ({"what": "backlog"}, backlog_cpu),
     "workers": ({"what": "grid", "service": True}, workers),
     "workers-cpu": ({"what": "grid", "service": True}, workers_cpu),
     "latency": ({"what": "services"}, latency),
