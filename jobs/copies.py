@@ -68,6 +68,8 @@ def tidy_copies(
             return tidied
         for folders in _groups(conn, part):
             present = copies.present(folders)
+            if not present and not settings.storage_keep_extracted:
+                continue
             served = _served(conn, "served_texts_of_folders", folders=[int(folder, 16) for folder in folders])
             number += len(present)
             orphans += present.keys() - served.keys()
@@ -78,6 +80,9 @@ def tidy_copies(
                 tidied.written += dry_run or _write(copies, conn, each)
         if settings.orphan_file_days == 0:
             return tidied
+        if part is not None and SUSPICIOUS_SHARE * number < len(orphans) <= FEW and not believe:
+            # Few say nothing of one part, as with uploads.
+            return tidy_copies(settings, conn, believe=believe, dry_run=dry_run, stop=stop)
         if len(orphans) > max(FEW, SUSPICIOUS_SHARE * number) and not believe:
             tidied.suspicious = len(orphans)
             return tidied
@@ -96,8 +101,7 @@ def remove_copies_of(settings: Settings, conn: Connection, doc_ids: Iterable[str
         by_folder.setdefault(copy_name(doc_id, "")[:2], []).append(doc_id)
     try:
         for folder, own in by_folder.items():
-            begins = {copy_name(doc_id, "").partition("-")[0] for doc_id in own}
-            present = [name for name in copies.present([folder]) if name.partition("-")[0] in begins]
+            present = copies.present([folder], own)
             served = _served(conn, "served_texts_of_documents", doc_ids=own) if present else {}
             removed += sum(copies.remove(name) for name in present if name not in served)
     except (DocmillError, OSError) as error:

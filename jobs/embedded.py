@@ -85,6 +85,11 @@ def _prepare_socket(pgdata: Path, _runtime: Path) -> Path:
     if _PLAIN.fullmatch(str(pgdata)) and len(os.fsencode(pgdata / _SOCKET)) <= _LONGEST:
         return pgdata
     folder = Path(tempfile.gettempdir()) / f"docmill-{hashlib.sha256(os.fsencode(pgdata)).hexdigest()[:16]}"
+    if not _PLAIN.fullmatch(str(folder)) or len(os.fsencode(folder / _SOCKET)) > _LONGEST:
+        raise ConfigurationError(
+            f"The embedded Postgres' socket can lie neither under {pgdata} nor in {folder}: such a path has {_LONGEST} bytes at most and "
+            "no blanks. Set STORAGE_BASE_PATH or TMPDIR to a shorter path, or DATABASE_URL to use a server of your own."
+        )
     folder.mkdir(mode=0o700, exist_ok=True)
     _refuse_others(pgdata, folder)
     return folder

@@ -15,7 +15,7 @@ from loguru import logger
 from psycopg import sql as composing
 from psycopg.rows import dict_row
 
-from jobs.copies import tidy_copies
+from jobs.copies import Tidied, tidy_copies
 from jobs.database import conninfo_of
 from jobs.leftovers import remove_noted_files as remove_files
 from jobs.orphans import PARTS, find_orphans
@@ -169,7 +169,8 @@ async def prune(timestamp: int) -> dict[str, int]:
                 return {}
             part = timestamp // 3600 % PARTS
             found = find_orphans(app.settings, conn, part=part, stop=app.stopping)
-            copies = tidy_copies(app.settings, conn, part=part, stop=app.stopping)
+            # Into what may be another database's storage nothing is written.
+            copies = Tidied() if found.suspicious else tidy_copies(app.settings, conn, part=part, stop=app.stopping)
             if copies.written:
                 logger.info("Copies of parsed texts that were missing: {} written", copies.written)
             if suspicious := found.suspicious + copies.suspicious:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.adapters.embedders import HostedEmbedder, SizedText, bisect
 from jobs.adapters.usage import in_thread
+from jobs.outages import drop_late
 from jobs.pipeline.company import Company
 from jobs.stages import Embedder
 from jobs.stages.embed import refuse_vectors
@@ -106,11 +107,12 @@ class Making:
 
     async def _ask(self, part: slice) -> Vectors:
         embedder, keys = self._embedder, self._keys[part]
-        async with self._company.shared(), asyncio.timeout(self._seconds):
+        async with self._company.shared(), asyncio.timeout(self._seconds) as deadline:
             if isinstance(embedder, HostedEmbedder):
                 made = (await embedder.embed_sized(self._sized[part], shares=_shares(self._passages, set(keys)))).value
             else:
                 made = await embedder.embed([self._texts[key] for key in keys])
+        await drop_late(deadline)
         refuse_vectors(f"Re-embedding with {embedder.model}", made, len(keys), embedder.dimensions)
         self._took_any = True
         return dict(zip(keys, made, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -50,6 +51,14 @@ def cancel_later() -> None:
     if (task := asyncio.current_task()) is not None:
         task.uncancel()  # it is one cancellation, also for a timeout that counts them
         task.cancel()
+
+
+async def drop_late(deadline: asyncio.Timeout) -> None:
+    """Take in the cancellation of a deadline that ran out while `cancel_later` put it off, where its block has ended well all the same."""
+    task = asyncio.current_task()
+    if deadline.expired() and task is not None and not task.cancelling():
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
 
 
 async def outlive(what: str, action: Callable[[], Awaitable[Any]], *, until: Callable[[], bool] = lambda: False) -> Any:

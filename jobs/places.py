@@ -57,6 +57,8 @@ class Places:
             yield
         finally:
             self._lent, self._documents, self._requests = self._lent - 1, self._documents - documents, self._requests - requests
+            if not self._lent:
+                self._requests = 0.0  # what rounding has left
             self._free -= 1
 
 

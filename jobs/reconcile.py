@@ -69,6 +69,7 @@ class Reconciler:
                 end_if_cancelled(error)
                 if is_away(error) or isinstance(error, OSError):
                     self._disturb(clock.seconds())  # nobody could renew or beat meanwhile
+                self._doing = ""  # how long an outage lasted is no step's usual time
                 logger.warning("A pass of the reconciler failed: {}", describe(error))
             await asyncio.sleep(self._settings.reconcile_seconds)
 
@@ -79,6 +80,7 @@ class Reconciler:
             for name, step in steps:
                 self._note(name)
                 if judges and not self._may_judge():
+                    self._doing = ""  # not done, so how long it takes stays as it is known
                     continue
                 try:
                     await step()
@@ -194,6 +196,7 @@ class Reconciler:
         await faults.at(f"before_repair:{name}", params.get("doc_id", ""))
         self._note(name)
         if name in _JUDGE_WHO_LIVES and not self._may_judge():
+            self._doing = ""
             return
         try:
             found = await self._rows(name, **params)

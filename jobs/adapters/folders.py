@@ -44,9 +44,7 @@ def own_folders(settings: Settings) -> list[Path]:
     """Return the folders inside of the storage that are docmill's. Others there are people's own, also where they have a usual name."""
     base = settings.storage_base_path
     own = [base / settings.storage_uploads_dir, base / settings.storage_temp_dir]
-    extracted = base / settings.storage_extracted_dir
-    if settings.storage_keep_extracted or any(map(os.path.isdir, (extracted / folder for folder in FOLDERS))):
-        own.append(extracted)
+    own += _folders_of_copies(base / settings.storage_extracted_dir, keep=settings.storage_keep_extracted)
     if settings.log_file_path is not None and not settings.log_file_path.is_absolute():
         own.append(base / settings.storage_logs_dir)
     if os.path.isfile(server := base / "postgres" / "PG_VERSION"):  # noqa: PTH113 - says no, where pathlib raises, if nobody can say
@@ -54,14 +52,25 @@ def own_folders(settings: Settings) -> list[Path]:
     return own
 
 
+def _folders_of_copies(extracted: Path, *, keep: bool) -> list[Path]:
+    """Return what is docmill's of the folder of extracted texts: all of it, unless people have put something there themselves."""
+    try:
+        names = os.listdir(extracted)  # noqa: PTH208 - names alone
+    except OSError:
+        names = []
+    made = [name for name in names if name in FOLDERS]
+    return [extracted] if keep and len(made) == len(names) else [extracted / name for name in made]
+
+
 def storage_folders(settings: Settings) -> list[Path]:
     """Return the folders not to ingest from: the storage and, for a folder that is the storage or lies in it, what is docmill's there."""
     return [settings.storage_base_path, *own_folders(settings)]
 
 
-def is_own_upload(path: Path, stored_for: str) -> bool:
-    """Say without asking the file system whether a file lies in the folder of its own uploads: nothing else makes one of that name."""
-    return path.parent.name == hashlib.sha256(stored_for.encode()).hexdigest()
+def is_own_upload(settings: Settings, name: str, stored_for: str) -> bool:
+    """Say by a stored name alone, without asking the file system, whether it is in the folder of its own uploads."""
+    folder, _, file = name.rpartition("/")
+    return bool(file.strip(".")) and folder == f"{settings.storage_uploads_dir}/{hashlib.sha256(stored_for.encode()).hexdigest()}"
 
 
 def refuse_foreign_file(settings: Settings, path: Path, name: str, stored_for: str) -> None:
@@ -70,10 +79,11 @@ def refuse_foreign_file(settings: Settings, path: Path, name: str, stored_for: s
     `path`: the file, symbolic links followed. `name`: what its submitter calls it. `stored_for`: the name that its own upload would be
     stored under. Other files in the folder of uploads are people's own.
     """
-    if is_own_upload(path, stored_for):
-        return
+    digest = hashlib.sha256(stored_for.encode()).hexdigest()
     base = Path(os.path.realpath(settings.storage_base_path))
     uploads, *others = [Path(os.path.realpath(folder)) for folder in own_folders(settings)]
+    if path.parent == uploads / digest:
+        return
     for folder in others:
         if _lies_in(path, folder, base) is not None:
             raise PermanentError(

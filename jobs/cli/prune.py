@@ -7,7 +7,7 @@ import psycopg
 from jobs.cli.errors import ExitCode
 from jobs.cli.output import complain, print_json, say
 from jobs.cli.session import quiet_logs
-from jobs.copies import tidy_copies
+from jobs.copies import Tidied, tidy_copies
 from jobs.front import sync_connection
 from jobs.leftovers import remove_noted_files
 from jobs.orphans import find_orphans
@@ -28,7 +28,7 @@ def run(*, dry_run: bool, orphans: bool, json: bool) -> ExitCode:
         found = find_orphans(settings, conn, believe=orphans, dry_run=dry_run)
         if not dry_run:
             _remove(settings, conn)
-        copies = tidy_copies(settings, conn, believe=orphans, dry_run=dry_run)
+        copies = Tidied() if found.suspicious else tidy_copies(settings, conn, believe=orphans, dry_run=dry_run)
     removed |= {"orphaned files": found.noted, "temporary files": found.temporary, "copies of texts": copies.removed}
     suspicious = found.suspicious + copies.suspicious
     _show(removed, copies.written, suspicious, dry_run=dry_run, json=json)

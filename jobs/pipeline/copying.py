@@ -62,8 +62,8 @@ class Copier:
         elif text is not None:
             size = sys.getsizeof(text)
             if not self._has_room_for(size):
-                text, size = None, 0
                 self._miss("the storage is slower than the work")
+                return  # an old copy is better than none
         if text is None and not replaced:
             return
         if not self._told:
@@ -80,8 +80,15 @@ class Copier:
         told, self._told = self._told, []
         if self._thread is None:
             # A daemon: a share that has stopped answering must not keep a worker from leaving.
-            self._thread = threading.Thread(target=self._run, name="copier", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="copier", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has none left
+                with self._lock:
+                    self._waiting -= sum(change.size for change in told)
+                self._miss(describe(error))
+                return
+            self._thread = thread
         self._queue.put(told)
 
     def _run(self) -> None:

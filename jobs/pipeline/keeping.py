@@ -75,7 +75,8 @@ class Keeping:
     async def embed(self, embedder: HostedEmbedder, texts: Sequence[SizedText], *, alone: bool = False) -> Embedded:
         """Embed the first of the texts with one request that other documents may share, once this one may pay for it."""
         told: Embedded | None = None
-        filled = min(1.0, len(texts) / embedder.limits.max_texts)
+        # By all of its passages: it holds vectors for those too that it need not ask for.
+        filled = min(1.0, len(self._work.document.chunks or texts) / embedder.limits.max_texts)
         while told is None:
             await self.ready()
             others = self._work.together

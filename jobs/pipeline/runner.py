@@ -236,8 +236,9 @@ class Runner:
         """Say whether a stage that runs here from now on reads the text, which may be much larger than all else."""
         if stage is None or stage.name not in ("embed", "finalize"):
             return True
-        carries = self._settings.handoff == "inline" and self._listens(job.queues, STAGE_BY_NAME["extract"])
-        return stage.name == "embed" and carries
+        if stage.name == "finalize":
+            return self._settings.storage_keep_extracted  # for the copy
+        return self._settings.handoff == "inline" and self._listens(job.queues, STAGE_BY_NAME["extract"])
 
     async def _load(self, work: Work, lease: Lease, stage: Stage | None, *, with_text: bool) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""

@@ -11,6 +11,7 @@ from loguru import logger
 from jobs import clock, faults
 from jobs.adapters.usage import measured
 from jobs.leases import Lease
+from jobs.outages import drop_late
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.work import StageEvent, Work
 from jobs.stages import Tools, check, chunk, embed, extract, finalize, parse, validate
@@ -66,6 +67,7 @@ async def run_within(name: str, work: Work, lease: Lease, run: StageFunction, to
             await faults.at(f"stage_started:{name}", work.document.doc_id)
             document = await run(work.document, tools)
             await faults.at(f"stage_done:{name}", work.document.doc_id)
+        await drop_late(deadline)
     except TimeoutError as error:
         if not deadline.expired():
             raise

@@ -102,10 +102,12 @@ class Sharing:
             return await ask.answer
         except asyncio.CancelledError:
             await self._leave(ask)
-            if ask.late is None:
+            answered = ask.answer.done() and not ask.answer.cancelled() and ask.answer.exception() is None
+            late = ask.answer.result() if answered else ask.late
+            if late is None:
                 raise
             cancel_later()  # what is paid for can be kept first
-            return ask.late
+            return late
 
     async def _leave(self, ask: _Ask) -> None:
         """End the request that nobody waits for any more."""

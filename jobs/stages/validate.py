@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from jobs.adapters.archives import ArchiveLimits, check_package
-from jobs.adapters.folders import refuse_foreign_file
+from jobs.adapters.folders import is_own_upload, refuse_foreign_file
 from jobs.adapters.sniff import Sniffed, extension_agrees, sniff
 from jobs.adapters.storage import Fingerprint, fingerprint
 from jobs.stages import Tools
@@ -71,7 +71,8 @@ async def run(document: Document, tools: Tools) -> Document:
     """Return the document with size, SHA-256, file type and MIME type; PermanentError where a rule is broken."""
 
     def look() -> tuple[Fingerprint, Sniffed]:
-        refuse_foreign_file(tools.settings, tools.storage.resolve(document.file_path), document.file_path, document.doc_id)
+        if not is_own_upload(tools.settings, document.file_path, document.doc_id):
+            refuse_foreign_file(tools.settings, tools.storage.resolve(document.file_path), document.file_path, document.doc_id)
         with tools.storage.open(document.file_path) as file:
             found = fingerprint(file)
             refuse_file(document, found, tools.settings.max_file_size_mb)

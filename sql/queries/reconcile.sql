@@ -52,7 +52,7 @@ SELECT l.id, l.doc_id, w.id IS NULL AND NOT EXISTS (SELECT FROM fetched AS f WHE
         ) OR NOT EXISTS (
             SELECT FROM file_extractions AS o
             WHERE o.user_id = l.user_id AND o.content_sha256 = l.content_sha256 AND o.id < l.id
-                AND o.state = 'queued' AND o.milestone = 'upload_validated'
+                AND o.state = 'queued' AND o.milestone = 'upload_validated' AND o.requeue_count = 0 AND o.crash_count = 0
         ))
     ELSE FALSE END AS forgotten
 FROM looked AS l

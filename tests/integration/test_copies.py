@@ -279,12 +279,14 @@ def test_a_worker_writes_copies_unless_told_not_to(bench: Bench, tmp_path: Path)
     def complete() -> bool:
         return bench.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == (0,)
 
-    for number, keep in enumerate(("true", "false")):
+    for number, (doc_id, keep, handoff) in enumerate(
+        (("a", "true", "queue"), ("a", "true", "queue"), ("b", "true", "inline"), ("c", "false", "inline"))
+    ):
         (tmp_path / "a.txt").write_text(f"A text about pumps and valves, number {number}.")
-        jobs.submit_document(tmp_path / "a.txt", doc_id=str(number))
-        with worker(tmp_path / "log", STORAGE_KEEP_EXTRACTED=keep) as process:
+        jobs.submit_document(tmp_path / "a.txt", doc_id=doc_id)
+        with worker(tmp_path / "log", STORAGE_KEEP_EXTRACTED=keep, HANDOFF=handoff) as process:
             wait_for(complete, "the document to be complete", process=process)
-    assert [text.strip() for text in copies_of(bench).values()] == ["A text about pumps and valves, number 0."]
+    assert sorted(text.strip()[-2:] for text in copies_of(bench).values()) == ["1.", "2."]
 
 
 def test_a_writer_that_is_killed_leaves_no_half_copy(settings: Settings) -> None:
@@ -322,9 +324,20 @@ def test_a_large_text_is_written_whole(settings: Settings) -> None:
     assert hashlib.sha256(written).digest() == hashlib.sha256(text.encode()).digest()
 
 
-def test_copies_are_not_ingested(tmp_path: Path) -> None:
-    copies = TextCopies(LocalStorage.prepared(Settings(storage_base_path=tmp_path)))
+@pytest.mark.parametrize("keep", [True, False])
+def test_copies_are_not_ingested_and_what_people_have_put_beside_them_is(tmp_path: Path, keep: bool) -> None:
+    settings = Settings(storage_base_path=tmp_path, storage_keep_extracted=keep)
+    copies = TextCopies(LocalStorage.prepared(settings))
     copies.write(copy_name("a", sha("x")), "x")
-    for keep in (True, False):
-        leave_out = storage_folders(Settings(storage_base_path=tmp_path, storage_keep_extracted=keep))
-        assert list_folder(tmp_path, leave_out=leave_out).files == []
+    assert list_folder(tmp_path, leave_out=storage_folders(settings)).files == []
+    (tmp_path / "extracted" / "mine.txt").write_text("mine")
+    assert list_folder(tmp_path, leave_out=storage_folders(settings)).files == ["extracted/mine.txt"]
+
+
+def test_copies_of_another_database_stay_also_where_each_hour_looks_at_a_few(bench: Bench) -> None:
+    copies = TextCopies(LocalStorage.prepared(bench.settings))
+    for number in range(60):
+        copies.write(copy_name(f"elsewhere {number}", sha("x")), "x")
+    found = [tidy_copies(bench.settings, bench.conn, part=part) for part in range(PARTS)]
+    assert len(copies_of(bench)) == 60
+    assert max(each.suspicious for each in found) == 60

@@ -144,7 +144,7 @@ async def test_a_try_that_reaches_its_deadline_counts_unless_it_has_kept_somethi
     """Each try but the last sends one request, and hangs in the next; then none is answered any more."""
     outside.passages = 27
     outside.bench.submit()
-    worker = runner(outside, endpoint, stage_timeout_seconds=2.5)
+    worker = runner(outside, endpoint, stage_timeout_seconds=3.5)
     answered = 4  # tries that count would be over
     endpoint.script(lambda number, seconds: faults.NAMED["hang_in_headers"] if number % 2 == 0 or number > 2 * answered else None)
     await outside.work(worker, until=lambda: endpoint.tally.requests >= 2 * answered, seconds=60)

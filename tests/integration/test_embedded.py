@@ -78,10 +78,10 @@ def base() -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
-def look(base: Path, storage: Path) -> subprocess.CompletedProcess[str]:
-    """Start the server in a process of its own and look at it."""
+def look(base: Path, storage: Path, tmp: str = "tmp") -> subprocess.CompletedProcess[str]:
+    """Start the server in a process of its own, with such a folder for temporary files, and look at it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG") and name != "DATABASE_URL"}
-    given = {**environment, "PYTHONPATH": str(REPOSITORY), "STORAGE_BASE_PATH": str(storage), "TMPDIR": str(base / "tmp")}
+    given = {**environment, "PYTHONPATH": str(REPOSITORY), "STORAGE_BASE_PATH": str(storage), "TMPDIR": str(base / tmp)}
     return subprocess.run([sys.executable, "-c", LOOK], env=given, cwd=base, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -104,6 +104,13 @@ def test_nobody_else_gets_to_the_embedded_server(base: Path, name: str) -> None:
             assert facts["tried in an open folder"] == ["wrote"], "the socket by itself lets nobody in"
     text = (storage / "postgres" / "postgresql.conf").read_text()
     assert text.count("\nunix_socket_permissions") == 1
+
+
+def test_a_place_that_no_socket_fits_in_is_named(base: Path) -> None:
+    (base / "a blank").mkdir()
+    done = look(base, base / "another blank", tmp="a blank")
+    assert done.returncode != 0
+    assert f"can lie neither under {base / 'another blank' / 'postgres'} nor in {base / 'a blank'}/docmill-" in done.stderr
 
 
 def socket_folder(base: Path, storage: Path) -> Path:

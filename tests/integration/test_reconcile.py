@@ -23,10 +23,11 @@ def reconciler(bench: Bench, **changes: Any) -> Reconciler:
     return Reconciler(settings, bench.pool)
 
 
-def long_awake(bench: Bench) -> Reconciler:
-    """One with leases of 2 s that has been awake for longer, on a Postgres that has."""
-    bench.conn.execute("SELECT pg_sleep(extract(epoch FROM pg_postmaster_start_time() + interval '2.1 s' - now()))")
-    awake = reconciler(bench, lease_seconds=2.0, reconcile_seconds=0.0)
+def long_awake(bench: Bench, lease: float = 2.0) -> Reconciler:
+    """One with such leases, in seconds, that has been awake for longer, on a Postgres that has."""
+    begun = "pg_postmaster_start_time() + make_interval(secs => %s) - now()"
+    bench.conn.execute(f"SELECT pg_sleep(extract(epoch FROM {begun}))".encode(), [lease + 0.1])
+    awake = reconciler(bench, lease_seconds=lease, reconcile_seconds=0.0)
     awake._awake_since -= 100.0
     return awake
 
@@ -279,11 +280,11 @@ async def test_a_database_that_was_away_gives_everybody_a_lease_to_come_back(ben
 
 
 async def test_passes_that_take_long_do_not_pass_for_pauses_and_leases_are_judged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_FAULTS", faults.parse("sleep:0.4@before_repair:requeue_lost_document"))
+    monkeypatch.setattr(faults, "_FAULTS", faults.parse("sleep:1.1@before_repair:requeue_lost_document"))
     for n in range(3):
         bench.submit(f"doc {n}")
     bench.conn.execute("DELETE FROM procrastinate_jobs")
-    busy = long_awake(bench)
+    busy = long_awake(bench, lease=6.0)
     assert await busy.pass_once() == {"requeued": 3}
     crash(bench)
     assert await busy.pass_once() == {"rescued": 1}

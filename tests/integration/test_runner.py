@@ -565,7 +565,7 @@ async def test_a_text_is_loaded_for_the_stages_alone_that_read_it_and_stays_as_i
     while found := bench.fetch():
         job, doc_id = found
         listening = next(frozenset(queues.split()) for queues in workers if STAGE_BY_NAME[job.stage].queue in queues.split())
-        await bench.runner(handoff=handoff).run(replace(job, queues=listening), doc_id)
+        await bench.runner(handoff=handoff, storage_keep_extracted=False).run(replace(job, queues=listening), doc_id)
     assert [name for name, there in read.items() if not there] == without
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
     text = "text of a version 1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -106,6 +107,22 @@ async def test_documents_that_wait_for_a_request_lend_their_places_to_others(out
     assert set(states(outside).values()) == {("complete", 0)}
     assert most == 4
     assert (endpoint.tally.texts, endpoint.tally.paid_twice()) == (54, 0)
+
+
+async def test_a_place_is_lent_by_all_passages_of_a_document_however_few_are_asked_for(outside: Outside, endpoint: Fragile) -> None:
+    lent: list[tuple[int, float]] = []
+
+    @contextmanager
+    def lend(documents: int, requests: float) -> Iterator[None]:
+        lent.append((documents, requests))
+        yield
+
+    worker = runner(outside, endpoint, lent_place=lend)
+    for content, outside.passages in (("1", 64), ("2", 128)):
+        outside.bench.submit("a", content=content)
+        await at_once(outside, worker)
+    assert lent == [(1, 0.25), (1, 0.5)]
+    assert endpoint.tally.texts == 127
 
 
 async def test_a_poisoned_passage_in_a_shared_request_fails_its_document_alone(outside: Outside, endpoint: Fragile) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jobs.adapters.embedders import HashedWords, HostedEmbedder, SizedText, fill_request
 from jobs.adapters.embedders.hosted import Limits
 from jobs.adapters.exchange import Service, Timeouts
+from jobs.pipeline import sharing
 from jobs.pipeline.sharing import Sharing
 from jobs.stages import Embedded
 from models.calls import CallPurpose, CallShare, Reply
@@ -360,6 +361,26 @@ async def test_a_document_that_is_cancelled_in_mid_request_leaves_the_others_in_
     del documents["d1"]
     await right(found, documents)
     assert (server.tally.requests, made.books.not_sent) == (1, 0)
+
+
+async def test_an_answer_that_comes_in_the_same_turn_as_a_cancellation_is_returned_first(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, tell, told = desk(server), sharing._tell, list[Embedded | None]()
+
+    def cancel_too(ask: Any, answer: Embedded) -> None:
+        tell(ask, answer)
+        running.cancel()
+
+    async def ask() -> None:
+        told.append(await made.ask("a", made.embedder.size(["a"])))
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(sharing, "_tell", cancel_too)
+    running = asyncio.create_task(ask())
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert [answer and answer.count for answer in told] == [1]
 
 
 async def test_a_request_that_nobody_waits_for_ends_and_leaves_no_task(server: OpenAIServer) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.storage.local import LocalStorage
 
-FOLDERS = tuple(f"{number:02x}" for number in range(256))
-"""Names of the folders that copies lie in."""
+FOLDERS = dict.fromkeys(f"{number:02x}" for number in range(256))
+"""Names of the folders that copies lie in, in order."""
 _COPY = re.compile("[0-9a-f]{64}-[0-9a-f]{16}[.]md")
 
 
@@ -41,15 +41,15 @@ class TextCopies:
         """Remove a copy; tell whether there was one."""
         return self.storage.delete(f"{self.storage.extracted_dir}/{name}")
 
-    def present(self, folders: Iterable[str] = FOLDERS, doc_id: str | None = None) -> dict[str, int]:
-        """Return the names of the copies in some folders, or of one document's there, with their sizes in bytes."""
-        begins = "" if doc_id is None else hashlib.sha256(doc_id.encode()).hexdigest()
+    def present(self, folders: Iterable[str] = FOLDERS, doc_ids: Iterable[str] | None = None) -> dict[str, int]:
+        """Return the names of the copies in some folders, or of some documents' there, with their sizes in bytes."""
+        digests = None if doc_ids is None else {hashlib.sha256(doc_id.encode()).hexdigest() for doc_id in doc_ids}
         found: dict[str, int] = {}
         for folder in folders:
             path = self.storage.base / self.storage.extracted_dir / folder
             with storage_faults(self.storage.base, self.storage.extracted_dir), suppress(FileNotFoundError), os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.name.startswith(begins) and _COPY.fullmatch(entry.name):
+                    if (digests is None or entry.name[:64] in digests) and _COPY.fullmatch(entry.name):
                         with suppress(FileNotFoundError):  # it has just gone
                             found[f"{folder}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
         return found

@@ -132,7 +132,7 @@ class LocalStorage:
     def write(self, relative: str, content: bytes | str, *, durable: bool = True) -> Path:
         """Write a file atomically, replacing what was there; a reader sees the old content or the new. Text is stored as UTF-8.
 
-        Not `durable`: it may be missing, but not half there, after a power failure; costs no wait for the disk.
+        Not `durable`: after a power failure it may be missing or cut short; costs no wait for the disk.
         """
         path = self.resolve(relative)
         with storage_faults(self.base, relative):

@@ -49,7 +49,7 @@ async def run(document: Document, tools: Tools) -> Document:
     if tools.settings.duplicate_policy == "reuse" and (original := await tools.original_text(document)) is not None:
         return copied(document, original)
     file = tools.storage.file(document.file_path)
-    if not is_own_upload(file.path, document.doc_id):  # asked again: an application may change its own rows
+    if not is_own_upload(tools.settings, document.file_path, document.doc_id):  # asked again: an application may change its own rows
         await tools.in_thread(lambda: refuse_foreign_file(tools.settings, file.path, document.file_path, document.doc_id))
     found = await parse_hosted(document, file, tools)
     if isinstance(found, str):
