@@ -119,9 +119,9 @@ def test_a_worker_killed_with_several_that_waited_for_a_service_loses_and_double
     with OpenAIServer(dimensions=32, latency=0.05) as server:
         arena.environment |= hosted(server) | {"EMBEDDING_MAX_TEXTS": "256", "BREAKER_OPEN_SECONDS": "60"}
         server.script(always(NAMED["502_html"]))
-        arena.submit(documents(120))
+        arena.submit(documents(400))  # more than a worker has in hand
         first = arena.worker()
-        arena.wait(lambda: arena.one(WAITING) == 120, "the documents to wait for the service")
+        arena.wait(lambda: arena.one(WAITING) == 400, "the documents to wait for the service")
         first.signal(signal.SIGTERM)
         first.wait()
         # All are due at once, as after a long outage.
@@ -135,7 +135,7 @@ def test_a_worker_killed_with_several_that_waited_for_a_service_loses_and_double
         assert len(arena.marks()) == 1, "the fault point was never reached"
         assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
         together(arena)
-        did = f"kill -9 at {point} after {after} others of 120 that waited for a service"
+        did = f"kill -9 at {point} after {after} others of 400 that waited for a service"
         arena.judge("16 small documents together", did, compared=False)
 
 
