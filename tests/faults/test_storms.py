@@ -12,6 +12,7 @@ import pytest
 from tests.faults.harness import STILL_OPEN, Arena, Worker, documents, every
 
 SLOW = "sleep:0.05@stage_started:*"  # as real parsing and embedding would, so that kills hit work
+ALONE = "1"  # documents together: sixteen would sleep at once, and all be complete before the first kill
 
 
 TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -19,7 +20,7 @@ TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datnam
 
 def undisturbed_seconds(arena: Arena, count: int) -> float:
     """How long two workers take for other documents of the same kind when nobody disturbs them, their start included."""
-    workers = [arena.worker(faults=[SLOW]) for _ in range(2)]
+    workers = [arena.worker(faults=[SLOW], SMALL_DOCUMENTS_TOGETHER=ALONE) for _ in range(2)]
     began = time.monotonic()
     arena.submit(documents(count, "u"))
     arena.settle(120)
@@ -36,7 +37,7 @@ DONE_BY = "SELECT count(*) FROM document_events WHERE event = 'completed' AND wo
 @pytest.mark.parametrize("count", [60, 400])
 def test_workers_killed_every_few_seconds_get_everything_done(arena: Arena, count: int) -> None:
     calm = undisturbed_seconds(arena, count)
-    workers = [arena.worker(faults=[SLOW], restart=True) for _ in range(2)]
+    workers = [arena.worker(faults=[SLOW], restart=True, SMALL_DOCUMENTS_TOGETHER=ALONE) for _ in range(2)]
     began, turn = time.monotonic(), 0
 
     def kill_one() -> None:
@@ -56,6 +57,7 @@ def test_workers_killed_every_few_seconds_get_everything_done(arena: Arena, coun
     arena.settle(60)
     failed = arena.all("SELECT doc_id, error_message FROM file_extractions WHERE state <> 'complete'")
     assert failed == [], "a document was blamed for a kill from outside"
+    assert turn, "nobody was killed"
     arena.judge(
         "11 workers killed all the time", f"every few seconds over {count} documents: {calm / took:.0%} of the undisturbed throughput"
     )
