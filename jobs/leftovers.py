@@ -11,7 +11,6 @@ submitter's, and a path that another document's file has may be given there too:
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import psycopg
 from loguru import logger
 
 from jobs.adapters.storage import LocalStorage, discard, is_upload
+from jobs.adapters.storage.names import folder_name
 from jobs.copies import remove_copies_of
 from jobs.redaction import describe
 from models.errors import PermanentError, RetryableError
@@ -72,7 +72,7 @@ def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]
     if doc_id is None:
         return []
     try:
-        names = storage.list_files("*", f"{storage.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}")
+        names = storage.list_files("*", f"{storage.uploads_dir}/{folder_name(doc_id)}")
         return [name for name in names if name != path and is_upload(storage, name, doc_id)]
     except (PermanentError, RetryableError):
         return []

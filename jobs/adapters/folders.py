@@ -5,7 +5,6 @@ And what of the storage is docmill's own, which neither a folder nor a path in S
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from jobs.adapters.storage.copies import FOLDERS
 from jobs.adapters.storage.faults import source_faults
+from jobs.adapters.storage.names import folder_name
 from models.errors import DocmillError, PermanentError
 from models.settings import Settings
 
@@ -70,7 +70,7 @@ def storage_folders(settings: Settings) -> list[Path]:
 def is_own_upload(settings: Settings, name: str, stored_for: str) -> bool:
     """Say by a stored name alone, without asking the file system, whether it is in the folder of its own uploads."""
     folder, _, file = name.rpartition("/")
-    return bool(file.strip(".")) and folder == f"{settings.storage_uploads_dir}/{hashlib.sha256(stored_for.encode()).hexdigest()}"
+    return bool(file.strip(".")) and folder == f"{settings.storage_uploads_dir}/{folder_name(stored_for)}"
 
 
 def refuse_foreign_file(settings: Settings, path: Path, name: str, stored_for: str) -> None:
@@ -79,7 +79,7 @@ def refuse_foreign_file(settings: Settings, path: Path, name: str, stored_for: s
     `path`: the file, symbolic links followed. `name`: what its submitter calls it. `stored_for`: the name that its own upload would be
     stored under. Other files in the folder of uploads are people's own.
     """
-    digest = hashlib.sha256(stored_for.encode()).hexdigest()
+    digest = folder_name(stored_for)
     base = Path(os.path.realpath(settings.storage_base_path))
     uploads, *others = [Path(os.path.realpath(folder)) for folder in own_folders(settings)]
     if path.parent == uploads / digest:

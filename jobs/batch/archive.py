@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -10,6 +9,7 @@ from uuid import UUID
 
 from jobs.adapters.archives import Member
 from jobs.adapters.storage import LocalStorage, StoredUpload, restored_text, safe_display_name
+from jobs.adapters.storage.names import folder_name
 from jobs.arguments import derive_doc_id
 
 GROUP_ENTRIES = 100
@@ -87,7 +87,7 @@ def stored_entry(archive: Archive, path: str, stored: StoredUpload, *, unchanged
 def refused_entry(archive: Archive, storage: LocalStorage, path: str, reason: str) -> EntryRow:
     """Return the row of an entry that could not be unpacked. Its file path names where a file of it would be; there is none."""
     doc_id = archive.doc_id(path)
-    nowhere = f"{storage.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}/refused"
+    nowhere = f"{storage.uploads_dir}/{folder_name(doc_id)}/refused"
     return EntryRow(doc_id, _file_name(path), nowhere, f"{archive.source_prefix}{path}", reason=f"{archive.name}, entry {path}: {reason}.")
 
 

@@ -6,7 +6,6 @@ first two digits. So whoever writes late, or twice, can put no older text in the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 from jobs.adapters.storage.faults import storage_faults
 from jobs.adapters.storage.local import LocalStorage
+from jobs.adapters.storage.names import folder_name
 
 FOLDERS = dict.fromkeys(f"{number:02x}" for number in range(256))
 """Names of the folders that copies lie in, in order."""
@@ -23,7 +23,7 @@ _COPY = re.compile("[0-9a-f]{64}-[0-9a-f]{16}[.]md")
 
 def copy_name(doc_id: str, text_sha256: str) -> str:
     """Return where the copy of a text lies, relative to the folder of extracted texts."""
-    digest = hashlib.sha256(doc_id.encode()).hexdigest()
+    digest = folder_name(doc_id)
     return f"{digest[:2]}/{digest}-{text_sha256[:16]}.md"
 
 
@@ -43,7 +43,7 @@ class TextCopies:
 
     def present(self, folders: Iterable[str] = FOLDERS, doc_ids: Iterable[str] | None = None) -> dict[str, int]:
         """Return the names of the copies in some folders, or of some documents' there, with their sizes in bytes."""
-        digests = None if doc_ids is None else {hashlib.sha256(doc_id.encode()).hexdigest() for doc_id in doc_ids}
+        digests = None if doc_ids is None else {folder_name(doc_id) for doc_id in doc_ids}
         found: dict[str, int] = {}
         for folder in folders:
             path = self.storage.base / self.storage.extracted_dir / folder

@@ -14,6 +14,7 @@ from uuid import uuid4
 from jobs.adapters.storage.durable import FILE_MODE, is_empty, make_folder, regular, sync, write_all
 from jobs.adapters.storage.faults import folder_faults, storage_fault, storage_faults
 from jobs.adapters.storage.fingerprints import Fingerprint, fingerprint
+from jobs.adapters.storage.names import folder_name
 from jobs.adapters.storage.sources import read_blocks
 from jobs.adapters.storage.uploads import Copy, StoredUpload, Upload, place_uploads
 from jobs.adapters.stored_file import StoredFile
@@ -223,7 +224,7 @@ class LocalStorage:
         return stored
 
     def _folder_of(self, doc_id: str) -> str:
-        return f"{self.uploads_dir}/{hashlib.sha256(doc_id.encode()).hexdigest()}"
+        return f"{self.uploads_dir}/{folder_name(doc_id)}"
 
     def _copied(self, upload: Upload) -> tuple[str, Copy] | DocmillError:
         """Return the folder that a document's files lie in, and a copy of one on its way there."""

@@ -1,7 +1,8 @@
-"""File names that are kept as data and shown to people; they never become part of a path."""
+"""File names that are kept as data and shown to people. They never become part of a path: there a digest stands for whom a file is."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from pathlib import Path, PurePosixPath
@@ -47,3 +48,8 @@ def storable_text(text: str) -> str:
 def restored_text(text: str) -> str:
     """Undo `storable_text`, for text whose own backslashes, if it had any, are gone."""
     return _ESCAPE.sub(lambda escape: escape[0].encode().decode("unicode_escape"), text)
+
+
+def folder_name(doc_id: str) -> str:
+    """Return what the folder for a document's files is called, or an archive's: nothing that a caller names becomes part of a path."""
+    return hashlib.sha256(doc_id.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from contextlib import suppress
@@ -12,6 +11,7 @@ from uuid import uuid4
 from jobs.adapters.storage.durable import regular
 from jobs.adapters.storage.faults import storage_fault, storage_faults
 from jobs.adapters.storage.local import LocalStorage
+from jobs.adapters.storage.names import folder_name
 from models.errors import StorageAway
 
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -24,7 +24,7 @@ def is_upload(storage: LocalStorage, relative: str, stored_for: str | None = Non
     folder = name.parent.name
     if name.parent.parent != PurePosixPath(storage.uploads_dir) or not _DIGEST.fullmatch(name.name) or not _DIGEST.fullmatch(folder):
         return False
-    if stored_for is not None and folder != hashlib.sha256(stored_for.encode()).hexdigest():
+    if stored_for is not None and folder != folder_name(stored_for):
         return False
     return storage.resolve(relative) == storage.resolve(storage.uploads_dir) / folder / name.name  # no link to a file of somebody's
 
