@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 Lend = Callable[[int, float], AbstractContextManager[None]]
 """Lends a place with so many documents in it, whose texts fill so many requests to the service that they wait for."""
+
+
+def not_lent(documents: int, requests: float) -> AbstractContextManager[None]:
+    """Lend no place."""
+    return nullcontext()
 
 
 class Places:

@@ -96,7 +96,7 @@ def is_away(error: BaseException) -> bool:
 
 def _gave_way(error: BaseException) -> bool:
     """Say whether a transaction met another and was the one to end: that says nothing of what it was for."""
-    return isinstance(error, psycopg.Error) and error.sqlstate in {"40001", "40P01"}
+    return isinstance(error, psycopg.Error) and error.sqlstate in {"40001", "40P01", "55P03"}
 
 
 def _of_http_error(error: BaseException) -> ErrorType:

@@ -196,7 +196,7 @@ class Unpacker:
         """Bring the batch's numbers up to date, and end it if nothing is left. A submitter that holds the batch is not waited for."""
         try:
             async with self._pool.connection() as conn, conn.transaction():
-                await one(conn, "limit_wait_for_batch", {})
+                await one(conn, "limit_lock_waits", {"milliseconds": LOCK_MS})
                 await one(conn, "count_batch_files", {"batch_id": archive.batch_id, "run_id": archive.run_id})
         except psycopg.errors.LockNotAvailable:
             logger.info("Somebody's transaction holds the batch; its number of files is brought up to date later")

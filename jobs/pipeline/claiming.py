@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
@@ -18,6 +19,7 @@ from models.settings import Settings
 from models.stages import Milestone
 from sql import query
 
+_LOCK_MS = 200
 _SMALL_KB = 64
 """What a document may weigh that is taken along."""
 _TAKEN_ALONG_AT = {"validate": Milestone.UPLOADED, "embed": Milestone.CHUNKS_STORED}
@@ -113,4 +115,10 @@ class Claiming:
         return works
 
     async def _put_off(self, conn: Connection, job: Job, doc_id: str, delay: float) -> None:
-        await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
+        try:
+            async with conn.transaction():
+                await conn.execute(query("limit_lock_waits"), {"milliseconds": _LOCK_MS})
+                await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
+        except psycopg.errors.LockNotAvailable:
+            # Whose open transaction has put it into the queue again commits that, or the reconciler finds that nothing waits for the stage.
+            logger.bind(doc_id=doc_id, stage=job.stage).debug("Another transaction is about to put the document into the queue")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import psycopg
 from loguru import logger
@@ -24,6 +24,10 @@ from jobs.retry import calculate_backoff, classify_error, is_away
 from models.errors import ErrorType
 from models.stages import State
 
+T = TypeVar("T")
+Locked = psycopg.errors.LockNotAvailable
+"""Another transaction holds the document."""
+
 
 class CheckpointFailed(Exception):
     """The checkpoint could not be written, and trying again at once does not help."""
@@ -35,7 +39,7 @@ class CheckpointFailed(Exception):
     @property
     def refuses_results(self) -> bool:
         """Whether it may be what was to be stored that cannot be: then less can."""
-        return not is_away(self.cause)
+        return not is_away(self.cause) and not isinstance(self.cause, Locked)
 
 
 class _WriteFree(Protocol):
@@ -45,7 +49,7 @@ class _WriteFree(Protocol):
 _TOGETHER: dict[State, _WriteFree] = {State.COMPLETE: complete_free, State.WORKING: keep_free}
 """How a checkpoint is written for several documents at once, by the state that it leaves them in."""
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
-_LONGEST_PAUSE = 5.0  # seconds
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds
 LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
 
 
@@ -67,6 +71,26 @@ async def connection(pool: AsyncConnectionPool[Connection], stopping: Callable[[
         yield conn
 
 
+async def when_free(work: Work, write: Callable[[], Awaitable[T]], give_up: Callable[[], bool]) -> T:
+    """Return what `write` returns, run again while it raises Locked: no connection is held meanwhile, and the document's place is lent.
+
+    Who holds it may be an application that is in no hurry. Once `give_up` says so, Locked is raised after a few tries.
+    """
+    attempt = 0
+    while True:
+        try:
+            return await write()
+        except Locked:
+            attempt += 1
+            if attempt >= _TRIES and give_up():
+                raise
+            if attempt == _TRIES:
+                logger.warning("Another transaction holds the document (sql/inspect/22_blocked.sql says whose); what was made of it waits")
+            large = work.carried_bytes() > SMALL_BYTES
+            with work.place.waiting(float(large)):
+                await asyncio.sleep(calculate_backoff(attempt - 1, _SHORTEST_PAUSE, _LONGEST_PAUSE))
+
+
 async def checkpoint_durably(
     pool: AsyncConnectionPool[Connection],
     work: Work,
@@ -79,8 +103,8 @@ async def checkpoint_durably(
     """Write a checkpoint or raise FencedOff, StaleVectors or CheckpointFailed.
 
     A database that is away is waited for, however long (until `give_up` says that the worker must stop): what was done would be lost
-    otherwise. An error that the database answers with is tried again a few times if that can help; with `patient`, until it is written
-    or `give_up`: a failure that is not recorded would pass for a crash.
+    otherwise. So is the end of a transaction that holds the document. An error that the database answers with is tried again a few times
+    if that can help; with `patient`, until it is written or `give_up`: a failure that is not recorded would pass for a crash.
     """
     attempt = 0
     sends_much = has_new_text(work) and len(work.document.markdown or "") > SMALL_BYTES
@@ -93,17 +117,23 @@ async def checkpoint_durably(
         else:
             _mark_saved(work, outcome)
             return
+
+    async def write_alone() -> None:
+        async with connection(pool, give_up) as conn:
+            if sends_much:
+                _expire(conn)
+            # A connection that broke at the commit does not say whether it was written.
+            if attempt == 0 or not await _was_written(conn, work, outcome):
+                await checkpoint(conn, work, outcome, worker=worker)
+                await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
+            _mark_saved(work, outcome)
+
     while True:
         try:
-            async with connection(pool, give_up) as conn:
-                if sends_much:
-                    _expire(conn)
-                # A connection that broke at the commit does not say whether it was written.
-                if attempt == 0 or not await _was_written(conn, work, outcome):
-                    await checkpoint(conn, work, outcome, worker=worker)
-                    await faults.at(f"committed:{work.document.milestone}", work.document.doc_id)
-                _mark_saved(work, outcome)
+            await when_free(work, write_alone, give_up)
             return
+        except Locked as error:
+            raise CheckpointFailed(error) from error
         except psycopg.Error as error:
             answered = not is_away(error)
             enough = give_up() if not answered else attempt + 1 >= _TRIES and (not patient or give_up())

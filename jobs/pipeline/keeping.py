@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,7 @@ from jobs.outages import outlive
 from jobs.pipeline.checkpoint import FencedOff, store_vectors
 from jobs.pipeline.claims import Connection, one, rows
 from jobs.pipeline.completing import hold_free
-from jobs.pipeline.durable import connection
+from jobs.pipeline.durable import connection, when_free
 from jobs.pipeline.sharing import Guarded, Sharing
 from jobs.pipeline.together import NotTogether
 from jobs.pipeline.work import Work
@@ -52,14 +52,13 @@ class Keeping:
         checkpoint: Callable[[Work], Awaitable[None]],
         stopping: Callable[[], bool],
         sharing: Sharing,
-        lent_place: Callable[[float], AbstractContextManager[None]],
         keeps_vectors: bool = True,
     ) -> None:
-        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's; `lent_place` as in Runner, for the part
-        of a request that this document fills. Without `keeps_vectors` those that are kept already, of another model, stay as they are."""
+        """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's. Without
+        `keeps_vectors` those that are kept already, of another model, stay as they are."""
         self._pool, self._work, self._lease, self._sharing = pool, work, lease, sharing
         self._margin = _MARGIN * lease_seconds
-        self._checkpoint, self._stopping, self._lent_place = checkpoint, stopping, lent_place
+        self._checkpoint, self._stopping = checkpoint, stopping
         self._keeps_vectors = keeps_vectors
 
     @property
@@ -80,7 +79,7 @@ class Keeping:
         while told is None:
             await self.ready()
             others = self._work.together
-            with self._lent_place(filled), nullcontext() if others is None else others.away():
+            with self._work.place.waiting(filled), nullcontext() if others is None else others.away():
                 told = await self._sharing.embed(embedder, texts, share=self.shares[0], may_call=self.may_call, alone=alone)
         return told
 
@@ -177,8 +176,8 @@ class Keeping:
         advances: bool = False,
     ) -> bool:
         """Write in a transaction that is fenced by the claim; say whether it was written, which it is not where the worker stops while
-        the database is away. A cancellation waits for its end. `with_others` does the same for several documents, or raises NotTogether.
-        `advances`: it is a part of the stage's result, of which each is kept once."""
+        the database is away or another transaction holds the document. A cancellation waits for its end. `with_others` does the same for
+        several documents, or raises NotTogether. `advances`: it is a part of the stage's result, of which each is kept once."""
         work = self._work
 
         async def write() -> bool:
@@ -194,7 +193,7 @@ class Keeping:
                 with suppress(NotTogether):
                     await with_others()
                     return True
-            return bool(await outlive("Keeping what was paid for", write, until=self._stopping))
+            return bool(await outlive("Keeping what was paid for", partial(when_free, work, write, self._stopping), until=self._stopping))
 
         written, cancelled = await unbroken(with_others_or_alone())
         # There may be rows of it even where nobody said so.

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
@@ -21,14 +22,14 @@ from jobs.pipeline.claiming import Claiming, Job
 from jobs.pipeline.claims import Connection, has_stored, load_document
 from jobs.pipeline.company import Company
 from jobs.pipeline.copying import Copier
-from jobs.pipeline.durable import CheckpointFailed
+from jobs.pipeline.durable import CheckpointFailed, when_free
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.running import StageFunction
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.stage_runs import StageRuns
 from jobs.pipeline.together import Together
 from jobs.pipeline.work import SMALL_BYTES, Work
-from jobs.places import Lend, SharedPlace
+from jobs.places import Lend, SharedPlace, not_lent
 from jobs.redaction import describe
 from jobs.registry import give_back_memory
 from jobs.retry import StageRetry
@@ -39,10 +40,6 @@ from models.stages import STAGE_BY_NAME, Stage, due_stage
 from sql import query
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
-
-
-def _not_lent(documents: int, requests: float) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 class Runner:
@@ -61,7 +58,7 @@ class Runner:
         finished_jobs: set[int],
         stages: dict[str, StageFunction] | None = None,
         company: Company | None = None,
-        lent_place: Lend = _not_lent,
+        lent_place: Lend = not_lent,
         claimed: Callable[[], None] | None = None,
         copier: Copier | None = None,
     ) -> None:
@@ -97,7 +94,6 @@ class Runner:
             lease_seconds=leases.seconds,
             stopping=stopping,
             stages=stages,
-            lent_place=lent_place,
         )
 
     async def run(self, job: Job, doc_id: str) -> None:
@@ -122,6 +118,7 @@ class Runner:
                 await self._work_together(job, works, claimed_at, cancelled=cancelled)
                 return
             work = works[0]
+            work.place = SharedPlace(1, self._lent_place)
             lease = self._hold(work, claimed_at)
             if not work.suspect or cancelled:
                 await self._work(job, work, lease, cancelled=cancelled)
@@ -257,9 +254,12 @@ class Runner:
             yield
             return
         async with self._company.alone():
-            async with self._pool.connection() as conn:
-                await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
+            await when_free(work, partial(self._claim_alone, work), give_up=lambda: True)
             yield
+
+    async def _claim_alone(self, work: Work) -> None:
+        async with self._pool.connection() as conn:
+            await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
 
     async def _after(self, job: Job, work: Work, lease: Lease, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""

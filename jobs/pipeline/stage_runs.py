@@ -20,7 +20,6 @@ from jobs.pipeline.running import STAGE_FUNCTIONS, StageFunction, run_stage, run
 from jobs.pipeline.shared_tools import shared
 from jobs.pipeline.sharing import Sharing
 from jobs.pipeline.work import StageEvent, Work
-from jobs.places import Lend
 from jobs.redaction import describe
 from jobs.retry import StageRetry
 from jobs.stages import Tools, extract
@@ -49,13 +48,11 @@ class StageRuns:
         lease_seconds: float,
         stopping: Callable[[], bool],
         stages: dict[str, StageFunction] | None,
-        lent_place: Lend,
     ) -> None:
         """`stages`: by name, None for docmill's own; the others as in Runner."""
         self._settings, self._pool, self._tools, self._endings, self._retry = settings, pool, tools, endings, retry
         self._sharing, self._worker, self._lease_seconds, self._stopping = sharing, worker, lease_seconds, stopping
         self._stages = stages or STAGE_FUNCTIONS
-        self._lent_place = lent_place
 
     async def original(self, document: Document) -> str | None:
         """Return the doc_id of the complete document for which this one is to be skipped, if any."""
@@ -92,7 +89,6 @@ class StageRuns:
             checkpoint=self._endings.keep,
             stopping=self._stopping,
             sharing=self._sharing,
-            lent_place=partial(self._lent_place, 1) if work.place is None else work.place.waiting,
             keeps_vectors=keeps_vectors,
         )
         tools = self._tools if work.together is None else shared(self._tools, work.together)

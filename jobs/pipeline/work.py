@@ -9,7 +9,7 @@ from typing import Any
 from jobs import clock
 from jobs.adapters.usage import Usage
 from jobs.pipeline.together import Together
-from jobs.places import SharedPlace
+from jobs.places import SharedPlace, not_lent
 from models.documents import Document
 from models.stages import Milestone
 
@@ -71,8 +71,8 @@ class Work:
     """An outside service has been called for what is not durable yet."""
     together: Together | None = None
     """Those that it was taken up with; None where it is worked on by itself."""
-    place: SharedPlace | None = None
-    """The place of the worker in which others are worked on too, also once it goes on alone; None where it has one to itself."""
+    place: SharedPlace = field(default_factory=lambda: SharedPlace(1, not_lent))
+    """The worker's place that it is in, with those that it was taken up with."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
     began_at: float = field(default_factory=clock.seconds)

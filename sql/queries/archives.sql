@@ -43,10 +43,6 @@ FROM record_listing(%(archive_id)s, %(content_sha256)s, %(entry_count)s, %(skipp
 -- name: count_batch_files
 SELECT count_batch_files(%(batch_id)s, %(run_id)s) AS total_files;
 
--- name: limit_wait_for_batch
--- For a statement that waits for nobody long; a submitter's transaction may hold the batch.
-SELECT set_config('lock_timeout', '1s', TRUE);
-
 -- name: find_inner_archives
 SELECT a.entry_path FROM batch_archives AS a WHERE a.parent_id = %(archive_id)s;
 

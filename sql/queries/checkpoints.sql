@@ -2,8 +2,10 @@
 
 -- name: advance_documents
 -- First statement of every checkpoint but the last, of one document or, once they are held, of several that go on alike. Whose doc_id is not
--- returned: its claim has moved on and nothing of it may be written.
-WITH given AS MATERIALIZED (
+-- returned: its claim has moved on and nothing of it may be written. One that somebody's open transaction holds is an error at once: who
+-- waited in the statement would keep a connection from all others for as long. The job ends with the work that it was for, so that no crash
+-- can come between the two, and names its worker no longer: who removes a worker's row has to rewrite whatever names it.
+WITH given AS (
     SELECT g.*
     FROM unnest(
         %(doc_ids)b::text[], %(claims)b::bigint[], %(job_ids)b::bigint[], %(gained)b::boolean[], %(file_sizes)b::bigint[], %(hashes)b::text[],
@@ -12,9 +14,16 @@ WITH given AS MATERIALIZED (
     ) AS g (
         doc_id, claim, job_id, gained, file_size, content_sha256, file_type, mime_type, page_count, chunk_count, duplicate_of, events
     )
+), held AS MATERIALIZED (
+    SELECT d.id, d.milestone = %(milestone)s::document_milestone AS stays, g.*
+    FROM given AS g
+    JOIN file_extractions AS d ON d.doc_id = g.doc_id
+    WHERE d.claim = g.claim AND d.state = 'working'
+    ORDER BY d.id
+    FOR NO KEY UPDATE OF d NOWAIT
 ), fenced AS (
     UPDATE file_extractions AS d
-    SET milestone = %(milestone)s::document_milestone,
+    SET milestone = %(milestone)s,
         state = %(state)s::document_state,
         lease_until = CASE WHEN %(state)s = 'working' THEN d.lease_until END,
         retry_count = %(retry_count)s,
@@ -24,34 +33,32 @@ WITH given AS MATERIALIZED (
         waiting_place = CASE WHEN %(state)s = 'working' THEN d.waiting_place ELSE %(waiting_place)s END,
         waiting_since = CASE
             WHEN %(state)s = 'retrying' AND %(waits)s THEN CASE
-                WHEN d.milestone = %(milestone)s::document_milestone AND NOT g.gained THEN coalesce(d.waiting_since, now())
+                WHEN h.stays AND NOT h.gained THEN coalesce(d.waiting_since, now())
                 ELSE now()
             END
-            WHEN %(state)s IN ('working', 'queued') AND NOT g.gained THEN d.waiting_since
+            WHEN %(state)s IN ('working', 'queued') AND NOT h.gained THEN d.waiting_since
         END,
-        crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.crash_count ELSE 0 END,
-        lone_crash_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.lone_crash_count ELSE 0 END,
-        requeue_count = CASE WHEN d.milestone = %(milestone)s::document_milestone THEN d.requeue_count ELSE 0 END,
+        crash_count = CASE WHEN h.stays THEN d.crash_count ELSE 0 END,
+        lone_crash_count = CASE WHEN h.stays THEN d.lone_crash_count ELSE 0 END,
+        requeue_count = CASE WHEN h.stays THEN d.requeue_count ELSE 0 END,
         alone = d.alone AND %(state)s = 'working',
         error_type = %(error_type)s::document_error_type,
         error_message = %(error_message)s,
-        file_size = coalesce(g.file_size, d.file_size),
-        content_sha256 = coalesce(g.content_sha256, d.content_sha256),
-        file_type = coalesce(g.file_type, d.file_type),
-        mime_type = coalesce(g.mime_type, d.mime_type),
-        page_count = coalesce(g.page_count, d.page_count),
-        chunk_count = coalesce(g.chunk_count, d.chunk_count),
-        duplicate_of = coalesce(g.duplicate_of, d.duplicate_of),
+        file_size = coalesce(h.file_size, d.file_size),
+        content_sha256 = coalesce(h.content_sha256, d.content_sha256),
+        file_type = coalesce(h.file_type, d.file_type),
+        mime_type = coalesce(h.mime_type, d.mime_type),
+        page_count = coalesce(h.page_count, d.page_count),
+        chunk_count = coalesce(h.chunk_count, d.chunk_count),
+        duplicate_of = coalesce(h.duplicate_of, d.duplicate_of),
         served_version = CASE WHEN %(state)s <> 'duplicate' THEN d.served_version END,
         raw_extraction = CASE WHEN %(state)s <> 'duplicate' THEN d.raw_extraction END,
         processing_completed_at = CASE WHEN %(state)s IN ('failed', 'duplicate') THEN clock_timestamp() END,
         updated_at = now()
-    FROM given AS g
-    WHERE d.doc_id = g.doc_id AND d.claim = g.claim AND d.state = 'working'
-    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim, g.job_id, g.events
+    FROM held AS h
+    WHERE d.id = h.id
+    RETURNING d.doc_id, d.version, d.batch_id, d.user_id, d.correlation_id, d.priority, d.claim, h.job_id, h.events
 ), finished AS (
-    -- The job ends with the work that it was for, so that no crash can come between the two. It names its worker no
-    -- longer: who removes a worker's row has to rewrite whatever names it.
     UPDATE procrastinate_jobs AS j
     SET status = 'succeeded', attempts = j.attempts + 1, abort_requested = FALSE, worker_id = NULL
     FROM fenced AS f
@@ -84,7 +91,7 @@ FOR NO KEY UPDATE OF d SKIP LOCKED;
 
 -- name: complete_documents
 -- First statement of the last checkpoint, of one document or of several at once. Whose doc_id is not returned: its claim has moved on and
--- nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere.
+-- nothing of it may be written. Documents are locked in the order of their ids, and before their jobs, as everywhere, and not waited for.
 WITH given AS MATERIALIZED (
     SELECT g.*
     FROM unnest(
@@ -100,7 +107,7 @@ WITH given AS MATERIALIZED (
     JOIN file_extractions AS d ON d.doc_id = g.doc_id
     WHERE d.claim = g.claim AND d.state = 'working'
     ORDER BY d.id
-    FOR NO KEY UPDATE OF d
+    FOR NO KEY UPDATE OF d NOWAIT
 ), fenced AS (
     UPDATE file_extractions AS d
     SET milestone = 'complete',

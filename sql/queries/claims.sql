@@ -60,9 +60,16 @@ FROM take_along(
 ) AS d;
 
 -- name: claim_alone
--- Says that the document has its worker to itself from now on, so that the next crash is its own.
+-- Says that the document has its worker to itself from now on, so that the next crash is its own. One that somebody's open transaction
+-- holds is an error at once: nobody else could work here meanwhile.
 UPDATE file_extractions AS d SET alone = TRUE
-WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working';
+FROM (
+    SELECT f.id
+    FROM file_extractions AS f
+    WHERE f.doc_id = %(doc_id)s AND f.claim = %(claim)s AND f.state = 'working'
+    FOR NO KEY UPDATE NOWAIT
+) AS held
+WHERE d.id = held.id;
 
 -- name: look_at_document
 SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left,
@@ -83,7 +90,12 @@ SELECT EXISTS (
     SELECT FROM document_events AS e WHERE e.doc_id = %(doc_id)s AND e.event = 'deleted'
 ) AS deleted;
 
+-- name: limit_lock_waits
+-- For the rest of the transaction: whoever submits, cancels or seals in an open transaction may be in no hurry.
+SELECT set_config('lock_timeout', %(milliseconds)s::text, TRUE);
+
 -- name: put_off_stage
+-- Waits for a transaction that is putting the same job into the queue.
 SELECT defer_stage(d.doc_id, %(stage)s, d.priority, now() + make_interval(secs => %(delay)s)) AS job_id
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;

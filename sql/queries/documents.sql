@@ -69,11 +69,12 @@ ORDER BY d.processing_completed_at DESC, d.id DESC
 LIMIT 1;
 
 -- name: lock_claim
--- First statement of what is stored while a stage goes on. No row: the claim has moved on and nothing may be written.
+-- First statement of what is stored while a stage goes on. No row: the claim has moved on and nothing may be written. A document that
+-- somebody's open transaction holds is an error at once, as in `advance_documents`.
 SELECT d.doc_id
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s AND d.claim = %(claim)s AND d.state = 'working'
-FOR NO KEY UPDATE;
+FOR NO KEY UPDATE NOWAIT;
 
 -- name: find_kept_vectors
 SELECT b.chunk_index, b.embedding

@@ -165,8 +165,9 @@ def test_a_checkpoint_behind_somebodys_lock_runs_into_the_limit_and_is_written_l
     arena.submit(documents(10))
     arena.worker(faults=[f"sleep:1@before_checkpoint:complete;doc=d0003;once={arena.mark('d0003')}"])
     arena.wait(lambda: len(arena.marks()) == 1, "the document to come to its checkpoint")
+    job = arena.one("SELECT claim_job_id FROM file_extractions WHERE doc_id = 'd0003'")
     with arena.connect() as conn, conn.transaction():
-        conn.execute("SELECT FROM file_extractions WHERE doc_id = 'd0003' FOR UPDATE")
+        conn.execute("SELECT FROM procrastinate_jobs WHERE id = %s FOR UPDATE", [job])
         arena.fault()
         time.sleep(6)
     arena.settle(90)

@@ -127,3 +127,36 @@ def test_resubmissions_all_the_time_end_with_the_last_content(arena: Arena) -> N
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete' OR version <> 8") == 0
     arena.judge("6 colliding submissions", "5 documents resubmitted 7 times, every 0.4 s")
+
+
+@pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])
+@pytest.mark.parametrize("together", ["1", "16"])
+def test_an_open_transaction_over_all_that_a_worker_has_in_hand_keeps_no_other_document_from_it(
+    arena: Arena, ends: str, together: str
+) -> None:
+    held, new, others = documents(6), documents(6, variant=1), documents(10, prefix="other")
+    arena.submit(held)
+    faults = [f"sleep:1.5@before_checkpoint:complete;doc={doc};once={arena.mark(doc)}" for doc in held]
+    arena.worker(faults=faults, WORKER_CONCURRENCY="6", DATABASE_MAX_CONNECTIONS="3", SMALL_DOCUMENTS_TOGETHER=together)
+    arena.wait(lambda: len(arena.marks()) == 6, "all to come to their last checkpoint")
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        for doc_id, content in new.items():
+            submit_document(content, doc_id=doc_id, file_name=name_of(doc_id), connection=application)
+        arena.fault(6)
+        arena.submit(others)
+        arena.wait(
+            lambda: arena.one("SELECT count(*) FROM file_extractions WHERE doc_id LIKE 'other%%' AND state = 'complete'") == 10,
+            "the others to be complete",
+            30,
+        )
+        time.sleep(3)  # longer than a lease
+        assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 6
+        assert arena.one("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()") == 0
+        application.execute(ends)
+    if ends == "COMMIT":
+        arena.accepted(held, new)
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    assert arena.one("SELECT sum(crash_count + retry_count) FROM file_extractions") == 0
+    arena.judge("6 colliding submissions", f"an open transaction that resubmits all 6 documents in hand, then {ends}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from jobs.pipeline.claims import Connection
 from jobs.pipeline.copying import Copier
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Runner
-from jobs.places import Lend
+from jobs.places import Lend, not_lent
 from jobs.retry import StageRetry
 from jobs.stages import Tools
 from models.chunks import Chunk
@@ -116,7 +115,7 @@ class Bench:
             worker=worker,
             stopping=lambda: self.stopping,
             finished_jobs=set(),
-            lent_place=lent_place or (lambda *_: nullcontext()),
+            lent_place=lent_place or not_lent,
             copier=self.copier,
             stages={s.name: stage(s.name) for s in STAGES},
         )
