@@ -67,7 +67,7 @@ async def persist(called: HostedEmbedder, texts: list[str]) -> tuple[Any, list[s
     raised: list[str] = []
     for _ in range(100):
         try:
-            return (await called.embed_part(texts, shares=SHARES)).value, raised
+            return (await called.embed_sized(called.size(texts), shares=SHARES)).value, raised
         except DocmillError as error:
             raised.append(type(error).__name__)
             told = getattr(error, "retry_after", None)
@@ -104,7 +104,7 @@ async def test_every_failure_is_entered_as_what_it_is_and_outlived(
     local: OpenAIServer, front: Any, conn: psycopg.Connection, fault: str, word: str, status: int | None
 ) -> None:
     called = embedder(local, await front("embedding"), read=0.5 if fault.startswith("hang") else 5)
-    await called.embed_part(TEXTS[:1], shares=SHARES)
+    await called.embed_sized(called.size(TEXTS[:1]), shares=SHARES)
     local.script(faults.first(2, faults.NAMED[fault]))
     rows, _ = await persist(called, TEXTS[:4])
     assert np.allclose(rows, await HashedWords(32).embed(TEXTS[:4]), atol=1e-6)
@@ -119,7 +119,8 @@ async def test_a_refused_key_opens_the_breaker_at_once_and_all_completes_with_a_
     local.key = "new"
     shared = await front("embedding")
     with pytest.raises(ServiceUnavailable):
-        await embedder(local, shared, key="old").embed_part(TEXTS[:1], shares=SHARES)
+        called = embedder(local, shared, key="old")
+        await called.embed_sized(called.size(TEXTS[:1]), shares=SHARES)
     assert conn.execute("SELECT state FROM circuit_breakers").fetchall() == [("open",)]
     local.key = "old"
     rows, raised = await persist(embedder(local, shared, key="old"), TEXTS[:4])
@@ -130,16 +131,16 @@ async def test_a_refused_key_opens_the_breaker_at_once_and_all_completes_with_a_
 
 async def test_a_poisoned_text_is_not_held_against_the_service(local: OpenAIServer, front: Any, conn: psycopg.Connection) -> None:
     called = embedder(local, await front("embedding"))
-    await called.embed_part(TEXTS[:1], shares=SHARES)
+    await called.embed_sized(called.size(TEXTS[:1]), shares=SHARES)
     local.poison = "passage 2"
     with pytest.raises(RequestRefused):
-        await called.embed_part(TEXTS[:4], shares=SHARES)
+        await called.embed_sized(called.size(TEXTS[:4]), shares=SHARES)
     search = bisect(slice(0, 4))
     try:
         half = next(search)
         while True:
             try:
-                await called.embed_part(TEXTS[half], shares=SHARES)
+                await called.embed_sized(called.size(TEXTS[half]), shares=SHARES)
                 half = search.send(False)
             except RequestRefused:
                 half = search.send(True)
@@ -188,7 +189,7 @@ async def test_a_parse_is_entered_once_and_polls_only_where_they_fail(front: Any
 )
 async def test_what_comes_and_goes_is_outlived_and_no_text_paid_twice(local: OpenAIServer, front: Any, script: faults.Script) -> None:
     called = embedder(local, await front("embedding"))
-    await called.embed_part(["proves the dialect"], shares=SHARES)
+    await called.embed_sized(called.size(["proves the dialect"]), shares=SHARES)
     local.script(script)
     made = await asyncio.gather(*(persist(called, [text]) for text in TEXTS))
     rows = np.concatenate([rows for rows, _ in made])
@@ -200,9 +201,11 @@ async def test_what_comes_and_goes_is_outlived_and_no_text_paid_twice(local: Ope
 async def test_a_503_that_says_when_to_come_back_is_believed_by_all(local: OpenAIServer, front: Any) -> None:
     local.script(faults.always(faults.status(503, "", retry_after="40")))
     with pytest.raises(ServiceUnavailable) as first:
-        await embedder(local, await front("embedding", Rules())).embed_part(TEXTS[:1], shares=SHARES)
+        called = embedder(local, await front("embedding", Rules()))
+        await called.embed_sized(called.size(TEXTS[:1]), shares=SHARES)
     assert first.value.retry_after == 40
     with pytest.raises(RateLimitError) as second:
-        await embedder(local, await front("embedding", Rules())).embed_part(TEXTS[:1], shares=SHARES)
+        called = embedder(local, await front("embedding", Rules()))
+        await called.embed_sized(called.size(TEXTS[:1]), shares=SHARES)
     assert second.value.retry_after is not None and 30 < second.value.retry_after <= 40
     assert local.tally.requests == 1

@@ -154,7 +154,7 @@ async def test_a_text_longer_than_a_request_takes_several(server: OpenAIServer) 
     text = " ".join(f"word{number}" for number in range(2000))
     called = embedder(server, max_texts=4, max_tokens=400, max_text_tokens=100)
     assert called.plan(called.size(["a", text, "b"])) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    reply = await called.embed_part([text])
+    reply = await called.embed_sized(called.size([text]))
     assert reply.value.shape == (1, 64)
     assert server.tally.requests > 10
     assert max(len(request.json()["input"]) for request in server.log) <= 4
@@ -183,13 +183,13 @@ async def test_bisection_finds_the_poison_and_pays_for_each_other_text_once(serv
 
 
 async def embed_all(called: HostedEmbedder, texts: Sequence[str]) -> tuple[list[int], dict[int, Any]]:
-    """What a caller does with `plan`, `embed_part` and `bisect`."""
+    """What a caller does with `plan`, `embed_sized` and `bisect`."""
     rows: dict[int, Any] = {}
     found: list[int] = []
 
     async def refused(part: slice) -> bool:
         try:
-            reply = await called.embed_part(texts[part])
+            reply = await called.embed_sized(called.size(texts[part]))
         except RequestRefused:
             return True
         rows.update(zip(range(part.start, part.stop), reply.value, strict=True))
@@ -230,14 +230,15 @@ async def test_every_exchange_goes_through_what_is_put_around_it(server: OpenAIS
     shares = (CallShare("a"),)
     called = embedder(server, max_texts=10)
     for part in called.plan(called.size(TEXTS)):
-        reply = await called.embed_part(TEXTS[part], shares=shares, caller=Counted())
+        reply = await called.embed_sized(called.size(TEXTS[part]), shares=shares, caller=Counted())
         assert reply.tokens_in is not None and 0 < reply.tokens_in <= seen[-1]
     assert len(seen) == server.tally.requests == 10
 
 
 async def test_rate_limit_headers_of_an_answer_are_passed_on(server: OpenAIServer) -> None:
     server.requests_per_minute, server.tokens_per_minute = 10, 1000
-    reply = await embedder(server).embed_part(["four letters"])
+    called = embedder(server)
+    reply = await called.embed_sized(called.size(["four letters"]))
     assert (reply.headers["x-ratelimit-limit-requests"], reply.headers["x-ratelimit-remaining-requests"]) == ("10", "9")
     assert reply.tokens_in is not None
     assert reply.headers["x-ratelimit-remaining-tokens"] == str(1000 - reply.tokens_in)
@@ -258,7 +259,7 @@ async def test_a_service_that_answers_only_every_fifth_request_is_got_through(se
         while True:
             tries += 1
             try:
-                await called.embed_part(TEXTS[part])
+                await called.embed_sized(called.size(TEXTS[part]))
                 break
             except DocmillError:
                 continue

@@ -112,10 +112,6 @@ class HostedEmbedder:
         parts = [(await self.embed_sized(sized[part])).value for part in self.plan(sized)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimensions), dtype=np.float32)
 
-    async def embed_part(self, texts: Sequence[str], *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None) -> Reply[Vectors]:
-        """Embed texts that fit into one request: see `embed_sized`."""
-        return await self.embed_sized(await in_thread(self.size, texts), shares=shares, caller=caller)
-
     async def embed_sized(
         self, texts: Sequence[SizedText], *, shares: tuple[CallShare, ...] = (), caller: Caller | None = None
     ) -> Reply[Vectors]:
