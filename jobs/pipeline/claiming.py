@@ -93,6 +93,11 @@ class Claiming:
                 logger.bind(doc_id=doc_id, stage=job.stage).info("The document {}; looking again in {:.0f} s", why, work.wait_seconds)
             return []
 
+    async def say_alone(self, work: Work) -> None:
+        """Note that the document has its worker to itself from now on. LockNotAvailable: another transaction holds it."""
+        async with self._pool.connection() as conn:
+            await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
+
     async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
         """Claim small documents that wait like this one."""
         settings = self._settings

@@ -24,6 +24,7 @@ Connection = psycopg.AsyncConnection[Any]
 
 # Seconds between two looks whether an equal document has ended. Its end wakes those that wait, and the reconciler those that it missed.
 _LONGEST_WAIT = 900.0
+_LONGEST_LOOK = 10.0  # seconds between two looks at a document that another transaction holds
 _LOOKS = 3  # at a document that could be claimed but was not: it changed between claim and look, or its row is locked
 
 
@@ -59,7 +60,7 @@ async def claim_document(
 
     `serialise`: while an equal document of the same user is being processed, this one waits before parse.
     """
-    refused = NotClaimed(None)
+    refused, unchanged_for = NotClaimed(None), 0.0
     params = {"doc_id": doc_id, "job_id": job_id, "worker": worker, "lease_seconds": lease_seconds, "serialise": serialise}
     for _ in range(_LOOKS):
         # Two equals that would become the owner of their content at once: the other one has.
@@ -78,7 +79,9 @@ async def claim_document(
             # Looks again at ever longer intervals, and not before the other one goes on: there may be thousands that do.
             wait = max(1.0, owner["waited_seconds"] or 0.0, owner["wait_seconds_left"] or 0.0)
             return replace(refused, wait_seconds=min(_LONGEST_WAIT, wait), waits_for=owner["doc_id"])
-    return refused
+        unchanged_for = seen["unchanged_seconds"]
+    # Free by its state and yet not claimed: somebody's transaction holds it, perhaps with a whole backlog, and may be in no hurry.
+    return replace(refused, wait_seconds=max(refused.wait_seconds or 0.0, min(_LONGEST_LOOK, unchanged_for / 4)))
 
 
 async def take_along(

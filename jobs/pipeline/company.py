@@ -17,15 +17,14 @@ class Company:
         self._waiting_alone = 0
 
     @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
+    async def shared(self) -> AsyncIterator[Entry]:
         """Be inside together with others. Leaving waits for nothing, so that no cancellation can come in between."""
-        await self._until(lambda: not self._alone and not self._waiting_alone)
-        self._inside += 1
+        await self.open()
+        entry = Entry(self)
         try:
-            yield
+            yield entry
         finally:
-            self._inside -= 1
-            self._tell()
+            entry.leave()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
@@ -43,6 +42,15 @@ class Company:
             self._alone = False
             self._tell()
 
+    async def open(self) -> None:
+        """Return when one more may be inside together with others."""
+        await self._until(lambda: not self._alone and not self._waiting_alone)
+
+    def count(self, entries: int) -> None:
+        """Note that so many more are inside, or fewer."""
+        self._inside += entries
+        self._tell()
+
     async def _until(self, free: Callable[[], bool]) -> None:
         while not free():
             await self._news.wait()
@@ -51,3 +59,31 @@ class Company:
         """Have all who wait look again."""
         self._news.set()
         self._news = asyncio.Event()
+
+
+class Entry:
+    """One who is inside together with others. Whoever is may let more in at once: nobody is alone meanwhile."""
+
+    def __init__(self, company: Company) -> None:
+        self._company = company
+        self._inside = False
+        self._go(inside=True)
+
+    def leave(self) -> None:
+        """Be inside no longer, if it still was."""
+        self._go(inside=False)
+
+    @asynccontextmanager
+    async def away(self) -> AsyncIterator[None]:
+        """Be outside for as long as the block takes, which crashes nothing, and come back as a newcomer does."""
+        self._go(inside=False)
+        try:
+            yield
+            await self._company.open()
+        finally:
+            self._go(inside=True)
+
+    def _go(self, *, inside: bool) -> None:
+        if inside is not self._inside:
+            self._inside = inside
+            self._company.count(1 if inside else -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -49,8 +49,9 @@ class _WriteFree(Protocol):
 _TOGETHER: dict[State, _WriteFree] = {State.COMPLETE: complete_free, State.WORKING: keep_free}
 """How a checkpoint is written for several documents at once, by the state that it leaves them in."""
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds
-LAST_WAIT = 3.0  # seconds for a connection once the worker has been asked to stop
+_LONGEST_PAUSE = 5.0  # seconds
+_SHORTEST_PAUSE = 0.05
+LAST_WAIT = 3.0  # seconds that a worker may wait beyond the moment at which it must stop
 
 
 @asynccontextmanager
@@ -74,7 +75,8 @@ async def connection(pool: AsyncConnectionPool[Connection], stopping: Callable[[
 async def when_free(work: Work, write: Callable[[], Awaitable[T]], give_up: Callable[[], bool]) -> T:
     """Return what `write` returns, run again while it raises Locked: no connection is held meanwhile, and the document's place is lent.
 
-    Who holds it may be an application that is in no hurry. Once `give_up` says so, Locked is raised after a few tries.
+    Who holds it may be an application that is in no hurry, so nobody waits for this document meanwhile. After a few tries Locked is raised
+    once `give_up` says so.
     """
     attempt = 0
     while True:
@@ -84,11 +86,13 @@ async def when_free(work: Work, write: Callable[[], Awaitable[T]], give_up: Call
             attempt += 1
             if attempt >= _TRIES and give_up():
                 raise
+            work.part()
             if attempt == _TRIES:
                 logger.warning("Another transaction holds the document (sql/inspect/22_blocked.sql says whose); what was made of it waits")
             large = work.carried_bytes() > SMALL_BYTES
             with work.place.waiting(float(large)):
-                await asyncio.sleep(calculate_backoff(attempt - 1, _SHORTEST_PAUSE, _LONGEST_PAUSE))
+                async with nullcontext() if work.entry is None else work.entry.away():
+                    await asyncio.sleep(calculate_backoff(attempt - 1, _SHORTEST_PAUSE, LAST_WAIT))
 
 
 async def checkpoint_durably(
@@ -130,7 +134,7 @@ async def checkpoint_durably(
 
     while True:
         try:
-            await when_free(work, write_alone, give_up)
+            await when_free(work, write_alone, lambda: give_up() and work.hurried)
             return
         except Locked as error:
             raise CheckpointFailed(error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -78,11 +79,11 @@ class Endings:
     async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
         """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
         if lease is not None:
-            lease.on_lost = _nobody_minds
+            lease.on_lost, lease.deadline = _nobody_minds, math.inf
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
         # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
         _, cancelled = await unbroken(
-            checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
+            work, checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
         )
         if outcome.state is not State.WORKING:
             work.ended = True
@@ -123,7 +124,10 @@ class Endings:
                 logger.log(level, "{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
 
     async def fail_without_results(self, work: Work, lease: Lease, refused: CheckpointFailed) -> None:
-        """Fail with what kept a checkpoint from being written. It may be the results, so they are dropped; what the database has stays."""
+        """Fail with what kept a checkpoint from being written. It may be the results, so they are dropped; what the database has stays.
+        Where they are not to blame this worker stops, and has waited as long as it may: that is raised."""
+        if not refused.refuses_results:
+            raise refused
         _drop_results(work)
         await self.fail(work, lease, due_stage(work.saved.milestone), refused.cause)
 
@@ -132,6 +136,7 @@ class Endings:
         task = asyncio.current_task()
         if task is not None:
             task.uncancel()
+        work.hurried = True
         if work.fenced:
             await self.tell_fenced(work, stage)
             return
@@ -183,7 +188,7 @@ class Endings:
         name = stage.name if stage else None
         logger.bind(stage=name, duration_ms=work.taken_ms()).warning("The claim has moved on; the work on {} is dropped", name)
         # The lease of what is not ours any more is lost too, which cancels this task: it has ended already.
-        _, cancelled = await unbroken(self._tell(fenced_params(work, name, self._worker)))
+        _, cancelled = await unbroken(work, self._tell(fenced_params(work, name, self._worker)))
         task = asyncio.current_task()
         if cancelled and task is not None:
             task.uncancel()

@@ -188,14 +188,17 @@ class Keeping:
                 await faults.at("keeping", work.document.doc_id)
             return True
 
+        async def write_when_free() -> bool:
+            return await when_free(work, write, lambda: self._stopping() and work.hurried)
+
         async def with_others_or_alone() -> bool:
             if with_others is not None:
                 with suppress(NotTogether):
                     await with_others()
                     return True
-            return bool(await outlive("Keeping what was paid for", partial(when_free, work, write, self._stopping), until=self._stopping))
+            return bool(await outlive("Keeping what was paid for", write_when_free, until=self._stopping))
 
-        written, cancelled = await unbroken(with_others_or_alone())
+        written, cancelled = await unbroken(work, with_others_or_alone())
         # There may be rows of it even where nobody said so.
         work.buffered = True
         work.gained = work.gained or bool(written)
@@ -233,8 +236,8 @@ class _Ready:
                 return await self._caller.call(send, purpose)
 
 
-async def unbroken(action: Awaitable[Any]) -> tuple[Any, bool]:
-    """Wait for something to its end, also where this task is cancelled meanwhile; return what it returned and whether it was."""
+async def unbroken(work: Work, action: Awaitable[Any]) -> tuple[Any, bool]:
+    """Wait for what the work needs to its end, also where this task is cancelled meanwhile; return what it returned and whether it was."""
     running = asyncio.ensure_future(action)
     cancelled = False
     while not running.done():
@@ -243,7 +246,7 @@ async def unbroken(action: Awaitable[Any]) -> tuple[Any, bool]:
         except asyncio.CancelledError:
             if running.cancelled():
                 raise
-            cancelled = True
+            cancelled = work.hurried = True
         except Exception:
             break
     return running.result(), cancelled

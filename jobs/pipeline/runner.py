@@ -20,7 +20,7 @@ from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claiming import Claiming, Job
 from jobs.pipeline.claims import Connection, has_stored, load_document
-from jobs.pipeline.company import Company
+from jobs.pipeline.company import Company, Entry
 from jobs.pipeline.copying import Copier
 from jobs.pipeline.durable import CheckpointFailed, when_free
 from jobs.pipeline.endings import Endings
@@ -104,7 +104,7 @@ class Runner:
             self._sharing.expect(job.id, False)
 
     async def _run(self, job: Job, doc_id: str) -> None:
-        async with self._company.shared():
+        async with self._company.shared() as entry:
             # From now on, because it is worth waiting for while it is claimed and loaded.
             self._sharing.expect(job.id, job.stage in _UNTIL_EMBED)
             claimed_at = clock.seconds()
@@ -115,12 +115,16 @@ class Runner:
             if not works:
                 return
             if len(works) > 1:
+                for work in works:
+                    work.entry = Entry(self._company)
+                entry.leave()
                 await self._work_together(job, works, claimed_at, cancelled=cancelled)
                 return
             work = works[0]
             work.place = SharedPlace(1, self._lent_place)
             lease = self._hold(work, claimed_at)
             if not work.suspect or cancelled:
+                work.entry = entry
                 await self._work(job, work, lease, cancelled=cancelled)
                 return
         self._sharing.expect(job.id, False)  # not before it is alone
@@ -136,6 +140,8 @@ class Runner:
                 await self._work(replace(job, id=work.job_id), work, self._hold(work, claimed_at), cancelled=cancelled)
             finally:
                 place.leave()
+                if work.entry is not None:
+                    work.entry.leave()
                 if work is not works[0]:
                     await self._endings.end_job(work)
 
@@ -254,12 +260,8 @@ class Runner:
             yield
             return
         async with self._company.alone():
-            await when_free(work, partial(self._claim_alone, work), give_up=lambda: True)
+            await when_free(work, partial(self._claiming.say_alone, work), give_up=lambda: True)
             yield
-
-    async def _claim_alone(self, work: Work) -> None:
-        async with self._pool.connection() as conn:
-            await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
 
     async def _after(self, job: Job, work: Work, lease: Lease, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""

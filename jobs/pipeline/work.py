@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs import clock
 from jobs.adapters.usage import Usage
+from jobs.pipeline.company import Entry
 from jobs.pipeline.together import Together
 from jobs.places import SharedPlace, not_lent
 from models.documents import Document
@@ -73,6 +74,10 @@ class Work:
     """Those that it was taken up with; None where it is worked on by itself."""
     place: SharedPlace = field(default_factory=lambda: SharedPlace(1, not_lent))
     """The worker's place that it is in, with those that it was taken up with."""
+    entry: Entry | None = None
+    """What counts it among those that work beside each other in this worker; None while it is, or is to be, alone."""
+    hurried: bool = False
+    """The work has been cut short: should this worker stop, its grace is over."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
     began_at: float = field(default_factory=clock.seconds)

@@ -73,7 +73,8 @@ WHERE d.id = held.id;
 
 -- name: look_at_document
 SELECT d.state, d.milestone, d.claim, d.claim_job_id, extract(epoch FROM d.lease_until - now())::float8 AS lease_seconds_left,
-    extract(epoch FROM d.not_before - now())::float8 AS wait_seconds_left
+    extract(epoch FROM d.not_before - now())::float8 AS wait_seconds_left,
+    extract(epoch FROM now() - d.updated_at)::float8 AS unchanged_seconds
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
 

@@ -1,16 +1,19 @@
 -- What the reconciler looks for. Finding is a plain read that may be out of date; the repair functions look again under a lock.
 
 -- name: find_expired_leases
--- Not before one lease length after Postgres came back: until then workers that live have had no chance to renew.
+-- Not before one lease length after Postgres came back: until then workers that live have had no chance to renew. What a transaction holds
+-- could be neither renewed nor rescued: whole batches may be, and would hide all others.
 SELECT d.doc_id
 FROM file_extractions AS d
 WHERE d.state = 'working' AND d.lease_until < now()
     AND pg_postmaster_start_time() < now() - make_interval(secs => %(lease_seconds)s)
+    AND NOT is_held_alive(d.doc_id, d.claimed_by, %(alive_seconds)s)
 ORDER BY d.lease_until
-LIMIT %(most)s;
+LIMIT %(most)s
+FOR NO KEY UPDATE OF d SKIP LOCKED;
 
 -- name: rescue_document
-SELECT rescue_document(%(doc_id)s, %(max_crashes)s) AS outcome;
+SELECT rescue_document(%(doc_id)s, %(max_crashes)s, %(alive_seconds)s) AS outcome;
 
 -- name: find_abandoned_jobs
 -- Fetched stage jobs that hold no claim and that no live worker has in hand.

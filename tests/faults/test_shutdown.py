@@ -88,3 +88,32 @@ def test_a_worker_told_to_stop_while_the_database_is_away_leaves_too(arena: Aren
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     arena.judge("8 SIGTERM", "while Postgres is away")
+
+
+@pytest.mark.parametrize("held", [4, 60], ids=["within_grace", "grace_exceeded"])
+def test_a_stopped_worker_waits_for_somebodys_transaction_for_its_grace(arena: Arena, held: int) -> None:
+    wanted = documents(4)
+    arena.submit(wanted)
+    faults = [f"sleep:1@before_checkpoint:complete;doc={doc};once={arena.mark(doc)}" for doc in wanted]
+    worker = arena.worker(faults=faults, SHUTDOWN_GRACE_SECONDS="8", WORKER_CONCURRENCY="4")
+    arena.wait(lambda: len(arena.marks()) == 4, "all to come to their last checkpoint")
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        application.execute("UPDATE file_extractions SET metadata = '{\"a\": 1}'")
+        time.sleep(2)
+        worker.signal(signal.SIGTERM)
+        arena.fault()
+        at = time.monotonic()
+        if held == 4:
+            time.sleep(held)
+            application.execute("COMMIT")
+        assert worker.wait(60) == 0
+        assert time.monotonic() - at < 8 + 12
+        assert held > 4 or arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+        application.execute("COMMIT")
+    arena.worker()
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    assert arena.one("SELECT count(*) FROM document_events WHERE event = 'failed'") == 0
+    assert held > 4 or arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off', 'handed_on')") == 0
+    arena.judge("8 SIGTERM", f"while another transaction holds all documents for {held} s more, 8 s of grace")

@@ -158,5 +158,33 @@ def test_an_open_transaction_over_all_that_a_worker_has_in_hand_keeps_no_other_d
         arena.accepted(held, new)
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
-    assert arena.one("SELECT sum(crash_count + retry_count) FROM file_extractions") == 0
+    # Nobody has died: what was made is written, or fenced off by the new content alone.
+    assert arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'requeued')") == 0
+    assert arena.one("SELECT count(*) FROM document_events WHERE event = 'fenced_off'") == (6 if ends == "COMMIT" else 0)
     arena.judge("6 colliding submissions", f"an open transaction that resubmits all 6 documents in hand, then {ends}")
+
+
+def test_a_document_that_must_be_alone_does_not_wait_for_one_that_somebodys_transaction_holds(arena: Arena) -> None:
+    held, suspects, others = documents(2), documents(2, prefix="suspect"), documents(6, prefix="other")
+    arena.submit(held)
+    faults = [f"sleep:1@before_checkpoint:complete;doc={doc};once={arena.mark(doc)}" for doc in held]
+    arena.worker(faults=faults, WORKER_CONCURRENCY="4", SMALL_DOCUMENTS_TOGETHER="1")
+    arena.wait(lambda: len(arena.marks()) == 2, "both to come to their last checkpoint")
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        application.execute("SELECT FROM file_extractions WHERE doc_id LIKE 'd%' FOR UPDATE")
+        arena.fault(2)
+        with arena.connect() as conn, conn.transaction():
+            for doc_id, content in suspects.items():
+                submit_document(content, doc_id=doc_id, file_name=name_of(doc_id), connection=conn)
+            conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id LIKE 'suspect%'")
+        arena.accepted(suspects)
+        arena.submit(others)
+        arena.wait(
+            lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == 8, "all others to be complete", 30
+        )
+        application.execute("ROLLBACK")
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    assert arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off')") == 0
+    arena.judge("6 colliding submissions", "an open transaction over 2 documents in hand, beside 2 that must be alone")

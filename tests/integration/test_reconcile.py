@@ -70,6 +70,38 @@ async def test_a_live_lease_is_left_alone_and_none_is_judged_before_the_reconcil
     assert await reconciler(bench).pass_once() == {}
 
 
+@pytest.mark.parametrize("what", ["lives", "does not name it", "was not heard of"])
+async def test_what_a_worker_that_lives_says_it_holds_is_not_taken_from_it_although_its_lease_could_not_be_renewed(
+    bench: Bench, what: str
+) -> None:
+    bench.submit()
+    crash(bench)
+    bench.conn.execute("UPDATE file_extractions SET claimed_by = 'test:1'")
+    bench.conn.execute(
+        "INSERT INTO worker_registry (worker, host, pid, concurrency, documents, version, heartbeat_at) "
+        "VALUES ('test:1', 'test', 1, 1, %s, 'x', now() + make_interval(secs => %s))",
+        [["a" if what != "does not name it" else "b"], -1.1 if what == "was not heard of" else 60],
+    )
+    done = await long_awake(bench).pass_once()
+    assert bench.one("SELECT state FROM file_extractions") == ("working" if what == "lives" else "queued",), done
+
+
+async def test_expired_leases_that_a_transaction_holds_hide_no_other(bench: Bench, database: str) -> None:
+    bench.submit("free")
+    crash(bench)
+    bench.conn.execute(
+        """SET session_replication_role = replica;
+        INSERT INTO file_extractions (doc_id, user_id, file_name, file_path, content_sha256, correlation_id, state, lease_until)
+        SELECT 'held' || n, 'u', 'held' || n, 'x', encode(sha256(n::text::bytea), 'hex'), 'c', 'working', now() - interval '1 h'
+        FROM generate_series(1, 120) AS n;
+        RESET session_replication_role"""
+    )
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions WHERE doc_id LIKE 'held%' FOR UPDATE")
+        assert (await reconciler(bench).pass_once())["rescued"] == 1
+    assert bench.one("SELECT state FROM file_extractions WHERE doc_id = 'free'") == ("queued",)
+
+
 async def test_only_crashes_alone_make_a_dead_letter(bench: Bench) -> None:
     bench.submit()
     for _ in range(5):

@@ -364,6 +364,17 @@ async def test_a_row_that_an_open_transaction_holds_is_put_off_and_not_waited_fo
         holder.execute("SELECT FROM file_extractions FOR UPDATE")
         await bench.runner().run(*found)
         assert bench.one("SELECT task_name, scheduled_at > now() FROM procrastinate_jobs WHERE status = 'todo'") == ("validate", True)
+    bench.conn.execute("UPDATE file_extractions SET updated_at = now() - interval '20 s'")
+    bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+    found = bench.fetch()
+    assert found is not None
+    with psycopg.connect(database) as holder:
+        # Whole backlogs may be held, and for long: each document is looked at less often the longer it has been.
+        holder.execute("SELECT FROM file_extractions FOR UPDATE")
+        await bench.runner().run(*found)
+        seconds = "SELECT extract(epoch FROM scheduled_at - now())::float8 BETWEEN 4 AND 5.5 FROM procrastinate_jobs WHERE status = 'todo'"
+        assert bench.one(seconds) == (True,)
+        bench.conn.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL WHERE status = 'todo'")
     await bench.drain()
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
 
