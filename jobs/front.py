@@ -60,7 +60,10 @@ def _open_sync(settings: Settings) -> _SyncPool:
 
 
 async def _async_pool(settings: Settings) -> Pool:
-    pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
+    loop = asyncio.get_running_loop()
+    if (pools := _async_pools.get(loop)) is None:
+        _abandon_closed_loops()
+        pools = _async_pools.setdefault(loop, {})
     opening = pools.get(settings)
     if opening is None or _has_failed(opening):
         opening = pools[settings] = asyncio.create_task(_open_async(settings))
@@ -74,17 +77,33 @@ async def _open_async(settings: Settings) -> tuple[Pool, asyncio.Task[None]]:
     return pool, asyncio.create_task(_close_with_loop(pool))
 
 
+def _abandon_closed_loops() -> None:
+    """Give back what belongs to event loops that were closed while tasks were left, as `asyncio.run` never does.
+
+    It would stay for good: what is kept for a loop refers to the loop.
+    """
+    for reference in _async_pools.keyrefs():
+        loop = reference()
+        if loop is not None and loop.is_closed():
+            loop.set_exception_handler(lambda *_: None)  # it would tell of each task of the pools that it never ended
+            for opening in _async_pools.pop(loop, {}).values():
+                if opening.done() and not _has_failed(opening):
+                    opening.result()[0].abandon()
+
+
 def _has_failed(opening: Future[Any] | asyncio.Task[Any]) -> bool:
     return opening.done() and (opening.cancelled() or opening.exception() is not None)
 
 
 async def _close_with_loop(pool: Pool) -> None:
     """Close a pool when `asyncio.run` cancels what is left."""
+    loop = asyncio.get_running_loop()
     try:
         await asyncio.Event().wait()
-    finally:
-        _async_pools.pop(asyncio.get_running_loop(), None)
+    except asyncio.CancelledError:  # and not when the loop is closed and this is thrown away, maybe inside of another loop
+        _async_pools.pop(loop, None)
         await pool.close_cancelled()
+        raise
 
 
 def _begin_anew() -> None:

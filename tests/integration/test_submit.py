@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import errno
+import gc
 import io
 import json
 import os
@@ -295,6 +296,34 @@ async def test_the_async_twin_does_the_same_and_joins_an_async_transaction(datab
     finally:
         await close_async()
     assert count(conn, "file_extractions") == 20
+
+
+def other_connections(conn: psycopg.Connection) -> int:
+    """Those to the test's database, which the server tells of for a moment longer than they last."""
+    left, end = 1, time.monotonic() + 5
+    while left and time.monotonic() < end:
+        time.sleep(0.02)
+        left = count(conn, "pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    return left
+
+
+def test_event_loops_that_have_ended_leave_no_connections(conn: psycopg.Connection, caplog: pytest.LogCaptureFixture) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(submit_document_async(b"first"))
+        assert other_connections(conn) == 0
+        for number in range(4):
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(submit_document_async(b"%d" % number))
+            loop.close()  # with the pool's tasks left in it, as asyncio.run never does
+        asyncio.run(submit_document_async(b"last"))
+        assert other_connections(conn) == 0
+    finally:
+        gc.enable()
+    gc.collect()
+    assert not caplog.records, "nothing is complained of when it is thrown away"
+    assert count(conn, "file_extractions") == 6
 
 
 async def test_twenty_connections_serve_a_hundred_readers_and_submitters(conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
