@@ -13,6 +13,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -138,6 +139,68 @@ def test_a_stream_that_cannot_seek_is_accepted(conn: psycopg.Connection) -> None
     with os.fdopen(reader, "rb") as stream:
         assert submit_document(stream).outcome == "accepted"
     assert count(conn, "file_extractions") == 1
+
+
+class Counted(io.FileIO):
+    """An open file that counts the bytes that are read of it."""
+
+    total = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        block = super().read(-1 if size is None else size)
+        self.total += len(block)
+        return block
+
+
+@pytest.mark.parametrize("doc_id", [None, "named"])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_no_more_of_an_open_file_is_read_than_may_be_stored(
+    kind: str, doc_id: str | None, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_FILE_SIZE_MB", "1")
+    load_settings.cache_clear()
+    large = tmp_path / "large.bin"
+    large.touch()
+    os.truncate(large, 20_000_000)
+    with subprocess.Popen(["cat", str(large)], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        stream = Counted(cat.stdout.fileno(), closefd=False) if kind == "pipe" else Counted(str(large))
+        with stream, pytest.raises(SubmitError, match="MAX_FILE_SIZE_MB"):
+            submit_document(stream, doc_id=doc_id)
+        cat.stdout.close()
+    assert stream.total <= 2 << 20
+    assert count(conn, "file_extractions") == 0
+
+
+@pytest.mark.parametrize("doc_id", [None, "named"])
+def test_an_open_file_that_has_nothing_for_the_moment_or_fails_is_not_taken_for_one_that_ends(
+    doc_id: str | None, conn: psycopg.Connection
+) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, b"first half ")
+    with open(reader, "rb", buffering=0) as stream, pytest.raises(TypeError, match="NoneType"):  # noqa: PTH123
+        submit_document(stream, doc_id=doc_id)
+    os.close(writer)
+    with Path("/proc/self/mem").open("rb", buffering=0) as failing, pytest.raises(RetryableError, match="'mem' cannot be read"):
+        submit_document(failing, doc_id=doc_id)
+    assert count(conn, "file_extractions") == 0
+
+
+def test_an_open_file_is_called_as_it_is_on_disk_and_upload_where_it_has_no_name_there(conn: psycopg.Connection, file: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    with (
+        open(os.fsencode(file), "rb") as named,  # noqa: PTH123
+        os.fdopen(reader, "rb") as pipe,
+        tempfile.TemporaryFile() as temporary,
+        tempfile.SpooledTemporaryFile() as spooled,
+    ):
+        files: list[Any] = [named, pipe, temporary, spooled]
+        for number, each in enumerate(files):
+            submit_document(each, doc_id=str(number))
+    names = conn.execute("SELECT file_name FROM file_extractions ORDER BY doc_id").fetchall()
+    assert names == [("a.txt",), ("upload",), ("upload",), ("upload",)]
 
 
 @pytest.mark.parametrize(
