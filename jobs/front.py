@@ -21,6 +21,7 @@ from psycopg_pool import ConnectionPool
 
 from jobs.database import Pool, make_pool, prepare_database
 from jobs.sessions import connect_options, pin_session
+from models.errors import ConfigurationError
 from models.settings import Settings
 
 _SyncPool = ConnectionPool[psycopg.Connection[Any]]
@@ -143,12 +144,23 @@ async def close_async() -> None:
             await asyncio.wait([closing])
 
 
+def _refuse_other_text(given: psycopg.BaseConnection[Any]) -> None:
+    """Refuse a connection over which the server translates text, or gives bytes: that would fail once a statement has been carried out."""
+    if given.info.encoding != "utf-8":
+        encoding = given.info.parameter_status("client_encoding")
+        raise ConfigurationError(f"connection has client_encoding {encoding}, but docmill needs UTF8: connect with client_encoding='UTF8'.")
+
+
 @contextmanager
 def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -> Iterator[psycopg.Connection[Any]]:
-    """Yield the caller's connection as it stands, or one of ours that commits each statement. TypeError for an async one."""
+    """Yield the caller's connection as it stands, or one of ours that commits each statement.
+
+    Before anything is sent: TypeError for an async one, ConfigurationError for one whose text is not UTF-8.
+    """
     if given is not None:
         if not isinstance(given, psycopg.Connection):
             raise TypeError(f"connection must be a psycopg.Connection, not {type(given).__name__}; an async one is for the _async twin.")
+        _refuse_other_text(given)
         yield given
         return
     with _sync_pool(settings).connection() as conn:
@@ -163,6 +175,7 @@ async def async_connection(settings: Settings, given: psycopg.AsyncConnection[An
             raise TypeError(
                 f"connection must be a psycopg.AsyncConnection, not {type(given).__name__}; others are for the twin without _async."
             )
+        _refuse_other_text(given)
         yield given
         return
     pool = await _async_pool(settings)

@@ -229,7 +229,7 @@ def submit_document(
     )
     with sync_connection(settings, connection) as conn:
         try:
-            row = conn.cursor(row_factory=dict_row).execute(query("accept_document"), params).fetchone()
+            row = psycopg.Cursor(conn, row_factory=dict_row).execute(query("accept_document"), params).fetchone()
         except psycopg.Error as error:
             raise refused(error, params["doc_id"]) from error
     return submission(params, row)
@@ -266,7 +266,8 @@ async def accept(
 ) -> Submission:
     """Submit one document on behalf of a batch or a single submission; see `submit_document`."""
     params = await asyncio.to_thread(prepare, settings, file, **options)
-    async with async_connection(settings, connection) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    async with async_connection(settings, connection) as conn:
+        cursor = psycopg.AsyncCursor(conn, row_factory=dict_row)
         try:
             await cursor.execute(query("accept_document"), params)
             return submission(params, await cursor.fetchone())

@@ -24,6 +24,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 
 from jobs import connector, front, get_document, get_document_async, submit_batch, submit_document, submit_document_async
 from jobs.adapters.storage import local
@@ -287,6 +288,26 @@ def test_a_submission_lives_and_dies_with_the_callers_transaction(database: str,
         caller.commit()
     assert conn.execute("SELECT doc_id FROM file_extractions").fetchall() == [("kept",)]
     assert conn.execute("SELECT args->>'doc_id' FROM procrastinate_jobs").fetchall() == [("kept",)]
+
+
+async def test_a_callers_connection_may_have_cursors_of_any_kind(database: str, conn: psycopg.Connection) -> None:
+    with psycopg.connect(database, autocommit=True, cursor_factory=psycopg.RawCursor) as caller:
+        assert submit_document(b"words", doc_id="a", connection=caller).outcome == "accepted"
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True, cursor_factory=psycopg.AsyncRawCursor) as other:
+        assert (await submit_document_async(b"words", doc_id="b", connection=other)).outcome == "accepted"
+    assert count(conn, "file_extractions") == 2
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_callers_connection_that_does_not_speak_utf8_is_refused_before_anything_is_sent(database: str, encoding: str) -> None:
+    with psycopg.connect(database, client_encoding=encoding) as caller:
+        with pytest.raises(ConfigurationError, match=f"{encoding}.*UTF8"):
+            submit_document(b"words", connection=caller)
+        assert caller.info.transaction_status == TransactionStatus.IDLE
+    async with await psycopg.AsyncConnection.connect(database, client_encoding=encoding) as other:
+        with pytest.raises(ConfigurationError, match=f"{encoding}.*UTF8"):
+            await submit_document_async(b"words", connection=other)
+        assert other.info.transaction_status == TransactionStatus.IDLE
 
 
 def test_another_open_transaction_is_a_conflict_and_no_hang(
