@@ -59,6 +59,8 @@ def derive_doc_id(user_id: str, what: str) -> str:
 
 def absolute_path(path: str | os.PathLike[str]) -> Path:
     """Return a path from the root on, without `..`, links left as they are; SubmitError for what no path can be."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise SubmitError(f"A path is a string or a pathlib.Path, not {type(path).__name__}.")
     if not os.fspath(path):
         raise SubmitError("A path must not be empty.")
     try:

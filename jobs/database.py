@@ -59,9 +59,22 @@ class Pool(AsyncConnectionPool[psycopg.AsyncConnection[Any]]):
             raise
 
     async def close_cancelled(self) -> None:
-        """Close it, also where its tasks, for which it waits, have been cancelled."""
+        """Close it, also where its tasks, for which it waits, have been cancelled: then its own end is never reached."""
+        self._close_idle()
         with suppress(asyncio.CancelledError):
             await self.close()
+
+    def abandon(self) -> None:
+        """Give everything back where the event loop is closed: its tasks run no more, and so cannot end by themselves."""
+        self._close_idle()
+        for task in (*self._workers, self._sched_runner):
+            if task is not None and (coroutine := task.get_coro()) is not None:
+                with suppress(RuntimeError):  # the last thing that it does is to ask something of the closed loop
+                    coroutine.close()
+
+    def _close_idle(self) -> None:
+        while self._pool:
+            self._pool.popleft().pgconn.finish()
 
 
 def make_pool(settings: Settings, conninfo: str, *, max_size: int | None = None) -> Pool:

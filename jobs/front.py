@@ -21,6 +21,7 @@ from psycopg_pool import ConnectionPool
 
 from jobs.database import Pool, make_pool, prepare_database
 from jobs.sessions import connect_options, pin_session
+from models.errors import ConfigurationError
 from models.settings import Settings
 
 _SyncPool = ConnectionPool[psycopg.Connection[Any]]
@@ -60,7 +61,10 @@ def _open_sync(settings: Settings) -> _SyncPool:
 
 
 async def _async_pool(settings: Settings) -> Pool:
-    pools = _async_pools.setdefault(asyncio.get_running_loop(), {})
+    loop = asyncio.get_running_loop()
+    if (pools := _async_pools.get(loop)) is None:
+        _abandon_closed_loops()
+        pools = _async_pools.setdefault(loop, {})
     opening = pools.get(settings)
     if opening is None or _has_failed(opening):
         opening = pools[settings] = asyncio.create_task(_open_async(settings))
@@ -74,17 +78,33 @@ async def _open_async(settings: Settings) -> tuple[Pool, asyncio.Task[None]]:
     return pool, asyncio.create_task(_close_with_loop(pool))
 
 
+def _abandon_closed_loops() -> None:
+    """Give back what belongs to event loops that were closed while tasks were left, as `asyncio.run` never does.
+
+    It would stay for good: what is kept for a loop refers to the loop.
+    """
+    for reference in _async_pools.keyrefs():
+        loop = reference()
+        if loop is not None and loop.is_closed():
+            loop.set_exception_handler(lambda *_: None)  # it would tell of each task of the pools that it never ended
+            for opening in _async_pools.pop(loop, {}).values():
+                if opening.done() and not _has_failed(opening):
+                    opening.result()[0].abandon()
+
+
 def _has_failed(opening: Future[Any] | asyncio.Task[Any]) -> bool:
     return opening.done() and (opening.cancelled() or opening.exception() is not None)
 
 
 async def _close_with_loop(pool: Pool) -> None:
     """Close a pool when `asyncio.run` cancels what is left."""
+    loop = asyncio.get_running_loop()
     try:
         await asyncio.Event().wait()
-    finally:
-        _async_pools.pop(asyncio.get_running_loop(), None)
+    except asyncio.CancelledError:  # and not when the loop is closed and this is thrown away, maybe inside of another loop
+        _async_pools.pop(loop, None)
         await pool.close_cancelled()
+        raise
 
 
 def _begin_anew() -> None:
@@ -124,12 +144,23 @@ async def close_async() -> None:
             await asyncio.wait([closing])
 
 
+def _refuse_other_text(given: psycopg.BaseConnection[Any]) -> None:
+    """Refuse a connection over which the server translates text, or gives bytes: that would fail once a statement has been carried out."""
+    if given.info.encoding != "utf-8":
+        encoding = given.info.parameter_status("client_encoding")
+        raise ConfigurationError(f"connection has client_encoding {encoding}, but docmill needs UTF8: connect with client_encoding='UTF8'.")
+
+
 @contextmanager
 def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -> Iterator[psycopg.Connection[Any]]:
-    """Yield the caller's connection as it stands, or one of ours that commits each statement. TypeError for an async one."""
+    """Yield the caller's connection as it stands, or one of ours that commits each statement.
+
+    Before anything is sent: TypeError for an async one, ConfigurationError for one whose text is not UTF-8.
+    """
     if given is not None:
         if not isinstance(given, psycopg.Connection):
             raise TypeError(f"connection must be a psycopg.Connection, not {type(given).__name__}; an async one is for the _async twin.")
+        _refuse_other_text(given)
         yield given
         return
     with _sync_pool(settings).connection() as conn:
@@ -144,6 +175,7 @@ async def async_connection(settings: Settings, given: psycopg.AsyncConnection[An
             raise TypeError(
                 f"connection must be a psycopg.AsyncConnection, not {type(given).__name__}; others are for the twin without _async."
             )
+        _refuse_other_text(given)
         yield given
         return
     pool = await _async_pool(settings)

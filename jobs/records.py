@@ -44,14 +44,15 @@ def _ask(connection: Sync, name: str, **params: Any) -> Rows:
     plain = lookup(params)
     with sync_connection(load_settings(), connection) as conn:
         try:
-            return conn.cursor(row_factory=dict_row).execute(query(name), plain).fetchall()
+            return psycopg.Cursor(conn, row_factory=dict_row).execute(query(name), plain).fetchall()
         except psycopg.Error as error:
             raise _translated(error) from error
 
 
 async def _ask_async(connection: Async, name: str, **params: Any) -> Rows:
     plain = lookup(params)
-    async with async_connection(load_settings(), connection) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    async with async_connection(load_settings(), connection) as conn:
+        cursor = psycopg.AsyncCursor(conn, row_factory=dict_row)
         try:
             await cursor.execute(query(name), plain)
             return await cursor.fetchall()

@@ -16,6 +16,8 @@ import psycopg
 from psycopg.rows import dict_row
 
 from jobs.adapters.storage import LocalStorage, StoredUpload, Upload, safe_display_name, storable_path
+from jobs.adapters.storage.faults import source_faults
+from jobs.adapters.storage.sources import read_blocks
 from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id
 from jobs.front import async_connection, sync_connection
 from jobs.redaction import describe
@@ -40,21 +42,45 @@ class Place:
     source_path: str | None = None
 
 
-def _hash_stream(file: BinaryIO) -> tuple[BinaryIO, str]:
-    """Return an open file that stands where it stood, and the SHA-256 of what follows; one that cannot seek is spooled."""
+def _open_name(file: BinaryIO) -> str:
+    """Return what an open file is called: `upload`, where it has the number of a pipe or of a temporary file for a name, or none."""
+    name = getattr(file, "name", None)
+    return (Path(os.fsdecode(name)).name if isinstance(name, str | bytes | os.PathLike) else "") or "upload"
+
+
+def _hash_stream(file: BinaryIO, name: str, max_bytes: int) -> tuple[BinaryIO, str]:
+    """Return an open file that stands where it stood, and the SHA-256 of what follows; one that cannot seek is spooled.
+
+    Errors: those of `read_blocks`.
+    """
     digest = hashlib.sha256()
+    blocks = read_blocks(file, name, max_bytes)
     if file.seekable():
         start = file.tell()
-        while block := file.read(1 << 20):
+        for block in blocks:
             digest.update(block)
         file.seek(start)
         return file, digest.hexdigest()
     spool = tempfile.SpooledTemporaryFile(max_size=_MEMORY_LIMIT)  # noqa: SIM115  # handed on to the caller
-    while block := file.read(1 << 20):
-        digest.update(block)
-        spool.write(block)
+    try:
+        for block in blocks:
+            digest.update(block)
+            spool.write(block)
+    except BaseException:
+        spool.close()
+        raise
     spool.seek(0)
     return cast(BinaryIO, spool), digest.hexdigest()
+
+
+def _refuse_unreadable(file: BinaryIO, name: str) -> None:
+    with source_faults(name):
+        try:
+            nothing = file.read(0)
+        except ValueError as error:  # io.UnsupportedOperation is one too
+            raise SubmitError(f"A document is an open binary file, and this one cannot be read: {error}.") from error
+    if not isinstance(nothing, bytes):
+        raise SubmitError("A document is read in binary mode; open the file with mode 'rb'.")
 
 
 class Options(TypedDict, total=False):
@@ -103,6 +129,7 @@ def _checked(settings: Settings, file: File, options: Options) -> tuple[Upload, 
     place = options.get("place") or Place()
     doc_id, file_name = options.get("doc_id"), options.get("file_name")
     priority, correlation_id = options.get("priority", 0), options.get("correlation_id")
+    max_bytes = settings.max_file_size_mb * 1_000_000
     check_name("user_id", place.user_id)
     metadata = check_metadata(options.get("metadata"))
     check_priority(priority)
@@ -118,22 +145,17 @@ def _checked(settings: Settings, file: File, options: Options) -> tuple[Upload, 
         doc_id = path_doc_id(place.user_id, source) if doc_id is None else doc_id
         name = file_name or source.name
     elif hasattr(file, "read"):
-        try:
-            nothing = file.read(0)
-        except ValueError as error:  # io.UnsupportedOperation is one too
-            raise SubmitError(f"A document is an open binary file, and this one cannot be read: {error}.") from error
-        if not isinstance(nothing, bytes):
-            raise SubmitError("A document is read in binary mode; open the file with mode 'rb'.")
+        name = file_name or _open_name(file)
+        _refuse_unreadable(file, name)
         source = file
-        name = file_name or Path(str(getattr(file, "name", "upload"))).name
         if doc_id is None:
-            source, sha256 = _hash_stream(file)
+            source, sha256 = _hash_stream(file, name, max_bytes)
             doc_id = derive_doc_id(place.user_id, sha256)
     else:
         raise SubmitError(f"A document is a path, bytes or an open binary file, not {type(file).__name__}.")
     check_name("doc_id", doc_id)
     called = str(source) if isinstance(source, Path) else name
-    return Upload(doc_id, source, settings.max_file_size_mb * 1_000_000, called), {
+    return Upload(doc_id, source, max_bytes, called), {
         "doc_id": doc_id,
         "user_id": place.user_id,
         "file_name": safe_display_name(name),
@@ -207,7 +229,7 @@ def submit_document(
     )
     with sync_connection(settings, connection) as conn:
         try:
-            row = conn.cursor(row_factory=dict_row).execute(query("accept_document"), params).fetchone()
+            row = psycopg.Cursor(conn, row_factory=dict_row).execute(query("accept_document"), params).fetchone()
         except psycopg.Error as error:
             raise refused(error, params["doc_id"]) from error
     return submission(params, row)
@@ -244,7 +266,8 @@ async def accept(
 ) -> Submission:
     """Submit one document on behalf of a batch or a single submission; see `submit_document`."""
     params = await asyncio.to_thread(prepare, settings, file, **options)
-    async with async_connection(settings, connection) as conn, conn.cursor(row_factory=dict_row) as cursor:
+    async with async_connection(settings, connection) as conn:
+        cursor = psycopg.AsyncCursor(conn, row_factory=dict_row)
         try:
             await cursor.execute(query("accept_document"), params)
             return submission(params, await cursor.fetchone())

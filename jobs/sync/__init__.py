@@ -9,7 +9,6 @@ import asyncio
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from jobs.front import close_async
@@ -37,12 +36,12 @@ async def sync_folder_async(
     its content changes. `checksum`: read every file, also those that look unchanged. `dry_run`: only say what would be done; nothing at all
     is written. Workers do the rest: this does not wait for documents.
 
-    Errors: SubmitError (the folder is not there or cannot be listed, or is empty although documents are stored for it and not
-    `allow_empty`), SubmitConflict (another sync of the folder is at work), RetryableError (the folder went away meanwhile). In all these
-    cases nothing is deleted.
+    Errors: SubmitError (a bad argument, or the folder is not there, cannot be listed, or is empty although documents are stored for it and
+    not `allow_empty`), SubmitConflict (another sync of the folder is at work), RetryableError (the folder went away meanwhile). In all
+    these cases nothing is deleted.
     """
     options = SyncOptions(user_id, priority, metadata, checksum, allow_empty, dry_run)
-    return await FolderSync(load_settings(), Path(folder), options).run()
+    return await FolderSync(load_settings(), folder, options).run()
 
 
 def sync_folder(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from jobs import faults
 from jobs.adapters.folders import Listing, own_folders, storage_folders
 from jobs.adapters.storage import storable_text
-from jobs.arguments import absolute_path, check_name, path_doc_id
+from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, path_doc_id
 from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
 from jobs.sync.files import Found, Stored
 from jobs.sync.looking import (
@@ -35,19 +35,21 @@ class FolderSync:
     """Syncs one folder, as often as asked.
 
     `is_settled` is asked about each new, changed or missing (None) file whether it has been so for long enough to be believed; whoever
-    gives it comes again for the others.
+    gives it comes again for the others. SubmitError for a bad folder, user, metadata or priority.
     """
 
     def __init__(
         self,
         settings: Settings,
-        folder: Path,
+        folder: str | os.PathLike[str],
         options: SyncOptions,
         *,
         on_file: Listener | None = None,
         is_settled: Callable[[str, Look | None], bool] | None = None,
     ) -> None:
         check_name("user_id", options.user_id)
+        check_metadata(options.metadata)
+        check_priority(options.priority)
         self.root = absolute_path(folder)
         self._settings, self._options, self._on_file = settings, options, on_file
         self._comes_again = is_settled is not None

@@ -11,7 +11,7 @@ import pytest
 
 import jobs
 from jobs.front import close_async, close_sync
-from models.errors import ErrorType, OperationRefused, RetryableError, SubmitConflict, SubmitError
+from models.errors import ConfigurationError, ErrorType, OperationRefused, RetryableError, SubmitConflict, SubmitError
 from models.settings import load_settings
 from models.stages import Milestone, State
 from tests.integration.batches import BATCH, accept, batch_of, begin, reconciler, refuse, summary
@@ -329,3 +329,24 @@ async def test_a_connection_of_the_other_kind_is_refused_by_its_name(bench: Benc
             jobs.get_document("a", connection=other)  # type: ignore[arg-type]
     with psycopg.connect(database) as other, pytest.raises(TypeError, match=r"not Connection.*without _async"):
         await jobs.get_document_async("a", connection=other)  # type: ignore[arg-type]
+
+
+async def test_a_callers_connection_may_have_cursors_of_any_kind(bench: Bench, database: str, front_async: None) -> None:
+    bench.submit("a")
+    with psycopg.connect(database, cursor_factory=psycopg.RawCursor) as caller:
+        assert jobs.get_document("a", connection=caller) is not None
+    async with await psycopg.AsyncConnection.connect(database, cursor_factory=psycopg.AsyncRawCursor) as other:
+        assert await jobs.get_document_async("a", connection=other) is not None
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_callers_connection_that_does_not_speak_utf8_is_refused(
+    bench: Bench, database: str, front_async: None, encoding: str
+) -> None:
+    bench.submit("a")
+    jobs.update_document("a", metadata={"k": "\u00e4"})
+    with psycopg.connect(database, client_encoding=encoding) as caller, pytest.raises(ConfigurationError, match=f"{encoding}.*UTF8"):
+        jobs.get_document("a", connection=caller)
+    async with await psycopg.AsyncConnection.connect(database, client_encoding=encoding) as other:
+        with pytest.raises(ConfigurationError, match=f"{encoding}.*UTF8"):
+            await jobs.get_document_async("a", connection=other)

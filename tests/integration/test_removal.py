@@ -143,6 +143,25 @@ async def test_a_callers_connection_may_give_its_rows_any_shape(bench: Bench, da
         assert await jobs.delete_batch_async("batch d", connection=theirs) == 1
 
 
+async def test_a_callers_connection_may_have_cursors_of_any_kind(bench: Bench, database: str) -> None:
+    batch(bench, "a", "b", batch_id="c")
+    with psycopg.connect(database, autocommit=True, cursor_factory=psycopg.RawCursor) as mine:
+        assert jobs.cancel_document("a", connection=mine) is State.CANCELLED
+        assert jobs.delete_document("a", connection=mine)
+    async with await psycopg.AsyncConnection.connect(database, cursor_factory=psycopg.AsyncRawCursor) as theirs:
+        assert await jobs.cancel_batch_async("c", connection=theirs) == 1
+        assert await jobs.delete_batch_async("c", connection=theirs) == 1
+
+
+@pytest.mark.parametrize("name", ["cancel_document", "delete_document", "cancel_batch", "delete_batch"])
+async def test_a_connection_of_the_other_kind_is_refused_by_its_name(bench: Bench, database: str, name: str) -> None:
+    async with await psycopg.AsyncConnection.connect(database) as theirs:
+        with pytest.raises(TypeError, match=r"AsyncConnection.*_async"):
+            getattr(jobs, name)("a", connection=theirs)
+    with psycopg.connect(database) as mine, pytest.raises(TypeError, match=r"not Connection.*without _async"):
+        await getattr(jobs, f"{name}_async")("a", connection=mine)
+
+
 async def test_a_document_that_a_transaction_holds_is_a_conflict_and_not_a_hang(
     bench: Bench, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

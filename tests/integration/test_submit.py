@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import errno
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 
 from jobs import connector, front, get_document, get_document_async, submit_batch, submit_document, submit_document_async
 from jobs.adapters.storage import local
@@ -139,6 +142,68 @@ def test_a_stream_that_cannot_seek_is_accepted(conn: psycopg.Connection) -> None
     assert count(conn, "file_extractions") == 1
 
 
+class Counted(io.FileIO):
+    """An open file that counts the bytes that are read of it."""
+
+    total = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        block = super().read(-1 if size is None else size)
+        self.total += len(block)
+        return block
+
+
+@pytest.mark.parametrize("doc_id", [None, "named"])
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_no_more_of_an_open_file_is_read_than_may_be_stored(
+    kind: str, doc_id: str | None, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_FILE_SIZE_MB", "1")
+    load_settings.cache_clear()
+    large = tmp_path / "large.bin"
+    large.touch()
+    os.truncate(large, 20_000_000)
+    with subprocess.Popen(["cat", str(large)], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        stream = Counted(cat.stdout.fileno(), closefd=False) if kind == "pipe" else Counted(str(large))
+        with stream, pytest.raises(SubmitError, match="MAX_FILE_SIZE_MB"):
+            submit_document(stream, doc_id=doc_id)
+        cat.stdout.close()
+    assert stream.total <= 2 << 20
+    assert count(conn, "file_extractions") == 0
+
+
+@pytest.mark.parametrize("doc_id", [None, "named"])
+def test_an_open_file_that_has_nothing_for_the_moment_or_fails_is_not_taken_for_one_that_ends(
+    doc_id: str | None, conn: psycopg.Connection
+) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, b"first half ")
+    with open(reader, "rb", buffering=0) as stream, pytest.raises(TypeError, match="NoneType"):  # noqa: PTH123
+        submit_document(stream, doc_id=doc_id)
+    os.close(writer)
+    with Path("/proc/self/mem").open("rb", buffering=0) as failing, pytest.raises(RetryableError, match="'mem' cannot be read"):
+        submit_document(failing, doc_id=doc_id)
+    assert count(conn, "file_extractions") == 0
+
+
+def test_an_open_file_is_called_as_it_is_on_disk_and_upload_where_it_has_no_name_there(conn: psycopg.Connection, file: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    with (
+        open(os.fsencode(file), "rb") as named,  # noqa: PTH123
+        os.fdopen(reader, "rb") as pipe,
+        tempfile.TemporaryFile() as temporary,
+        tempfile.SpooledTemporaryFile() as spooled,
+    ):
+        files: list[Any] = [named, pipe, temporary, spooled]
+        for number, each in enumerate(files):
+            submit_document(each, doc_id=str(number))
+    names = conn.execute("SELECT file_name FROM file_extractions ORDER BY doc_id").fetchall()
+    assert names == [("a.txt",), ("upload",), ("upload",), ("upload",)]
+
+
 @pytest.mark.parametrize(
     "case", ["missing", "folder", "too large", "text stream", "number", "NUL", "no character", "closed", "for writing"]
 )
@@ -225,6 +290,26 @@ def test_a_submission_lives_and_dies_with_the_callers_transaction(database: str,
     assert conn.execute("SELECT args->>'doc_id' FROM procrastinate_jobs").fetchall() == [("kept",)]
 
 
+async def test_a_callers_connection_may_have_cursors_of_any_kind(database: str, conn: psycopg.Connection) -> None:
+    with psycopg.connect(database, autocommit=True, cursor_factory=psycopg.RawCursor) as caller:
+        assert submit_document(b"words", doc_id="a", connection=caller).outcome == "accepted"
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True, cursor_factory=psycopg.AsyncRawCursor) as other:
+        assert (await submit_document_async(b"words", doc_id="b", connection=other)).outcome == "accepted"
+    assert count(conn, "file_extractions") == 2
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+async def test_a_callers_connection_that_does_not_speak_utf8_is_refused_before_anything_is_sent(database: str, encoding: str) -> None:
+    with psycopg.connect(database, client_encoding=encoding) as caller:
+        with pytest.raises(ConfigurationError, match=f"{encoding}.*UTF8"):
+            submit_document(b"words", connection=caller)
+        assert caller.info.transaction_status == TransactionStatus.IDLE
+    async with await psycopg.AsyncConnection.connect(database, client_encoding=encoding) as other:
+        with pytest.raises(ConfigurationError, match=f"{encoding}.*UTF8"):
+            await submit_document_async(b"words", connection=other)
+        assert other.info.transaction_status == TransactionStatus.IDLE
+
+
 def test_another_open_transaction_is_a_conflict_and_no_hang(
     database: str, conn: psycopg.Connection, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +380,34 @@ async def test_the_async_twin_does_the_same_and_joins_an_async_transaction(datab
     finally:
         await close_async()
     assert count(conn, "file_extractions") == 20
+
+
+def other_connections(conn: psycopg.Connection) -> int:
+    """Those to the test's database, which the server tells of for a moment longer than they last."""
+    left, end = 1, time.monotonic() + 5
+    while left and time.monotonic() < end:
+        time.sleep(0.02)
+        left = count(conn, "pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    return left
+
+
+def test_event_loops_that_have_ended_leave_no_connections(conn: psycopg.Connection, caplog: pytest.LogCaptureFixture) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(submit_document_async(b"first"))
+        assert other_connections(conn) == 0
+        for number in range(4):
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(submit_document_async(b"%d" % number))
+            loop.close()  # with the pool's tasks left in it, as asyncio.run never does
+        asyncio.run(submit_document_async(b"last"))
+        assert other_connections(conn) == 0
+    finally:
+        gc.enable()
+    gc.collect()
+    assert not caplog.records, "nothing is complained of when it is thrown away"
+    assert count(conn, "file_extractions") == 6
 
 
 async def test_twenty_connections_serve_a_hundred_readers_and_submitters(conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from jobs.sync.result import SyncOptions
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from tests.integration.conftest import Bench
-from tests.integration.syncing import doc_id, names, put, reconcile, shown, sync, synced, work
+from tests.integration.syncing import doc_id, names, put, put_zip, reconcile, shown, sync, synced, work
 
 TABLES = ("processing_jobs", "file_extractions", "document_events", "procrastinate_jobs", "folder_files", "document_chunks")
 
@@ -613,6 +613,34 @@ def test_application_code_syncs_with_and_without_an_event_loop(folder: Path, set
         assert asyncio.run(inside()) == ["a.txt"]
     finally:
         load_settings.cache_clear()
+
+
+@pytest.mark.parametrize("bad", ["", None, b"documents"], ids=repr)
+def test_a_folder_that_is_no_path_is_refused_and_is_not_the_working_directory(
+    bad: Any, folder: Path, settings: Settings, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import sync_folder
+
+    monkeypatch.chdir(folder)
+    load_settings.cache_clear()
+    try:
+        with pytest.raises(SubmitError, match="A path"):
+            sync_folder(bad)
+    finally:
+        load_settings.cache_clear()
+    assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("bad", [{"priority": "high"}, {"priority": 10**20}, {"metadata": [1]}, {"metadata": {"a": {1}}}], ids=repr)
+async def test_a_bad_priority_or_metadata_is_refused_before_anything_is_written(
+    front: Bench, folder: Path, bad: dict[str, Any], dry_run: bool
+) -> None:
+    put_zip(folder / "z.zip", "in")
+    before = written(front.conn)
+    with pytest.raises(SubmitError, match=next(iter(bad))):
+        await sync(front, folder, dry_run=dry_run, **bad)
+    assert written(front.conn) == before
 
 
 async def test_an_archive_that_failed_makes_no_new_run_until_it_changes(front: Bench, folder: Path) -> None:
