@@ -52,6 +52,8 @@ class Found:
     """Lowercase hex; None where it was not read."""
     busy: bool = False
     """Somebody is writing it."""
+    may_be_archive: bool = False
+    """Whether a missing archive may have been moved here."""
 
 
 @dataclass(frozen=True, slots=True)

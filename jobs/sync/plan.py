@@ -113,11 +113,6 @@ def is_below(name: str, folders: Set[str]) -> bool:
     return any(place in folders for place in places_above(name))
 
 
-def is_named_zip(file: Found) -> bool:
-    """Say whether a file's name promises an archive."""
-    return file.name.lower().endswith(".zip")
-
-
 def missing(stored: Iterable[Stored], found: Collection[str]) -> list[Stored]:
     """Return the documents whose file, or whose archive, the listing does not hold."""
     return [document for document in stored if document.name not in found]
@@ -127,17 +122,16 @@ def worth_reading(stored: Sequence[Stored], found: Mapping[str, Found], archives
     """Return the names of the files whose content decides something and is not known yet.
 
     A stored file of the same size, or an archive, may have changed; any other file may be a missing one that was moved, if it has that
-    one's size.
+    one's size. How large a missing archive was is not known.
     """
     sizes = {document.doc_id: document.file_size for document in stored if document.entry is None}
     gone = {document.file_size for document in missing(stored, found)}
-    zips_matter = any(name not in found for name in archives)
 
     def decides(file: Found) -> bool:
         if file.busy or file.sha256 is not None:
             return False
         may_have_changed = file.name in archives or (file.doc_id in sizes and sizes[file.doc_id] in {file.size, None})
-        return may_have_changed or file.size in gone or None in gone or (zips_matter and is_named_zip(file))
+        return may_have_changed or file.size in gone or None in gone or file.may_be_archive
 
     return [file.name for file in found.values() if decides(file)]
 
@@ -167,14 +161,14 @@ def make_plan(
     plan.restored = [document.doc_id for document in stored if document.name in found and document.replaced_by is not None]
     holders = _Holders.of(found, stored)
     written = {file.size for file in found.values() if file.busy}
-    zip_is_written = any(file.busy and is_named_zip(file) for file in found.values())
+    archive_is_written = any(file.busy and file.may_be_archive for file in found.values())
     for document in sorted(stored, key=lambda document: document.shown.split("/")):
         if document.name in found:
             if _has_lost(found[document.name], archives.get(document.name), files.get(document.name), document):
                 plan.vanished.append(document)
         elif is_below(document.name, closed):
             plan.kept.append(Kept(document.shown, "the folder that it lay in cannot be read"))
-        elif document.name in unsettled or document.file_size in written or (zip_is_written and document.entry is not None):
+        elif document.name in unsettled or document.file_size in written or (archive_is_written and document.entry is not None):
             plan.waiting.append(document.shown)
         else:
             successor = holders.successor(document, archives.get(document.name), entry_id)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.sync.folder import FolderSync
+from jobs.sync.result import SyncOptions
 from tests.integration.conftest import Bench
-from tests.integration.syncing import doc_id, names, put, put_zip, shown, sync, unpack, work
+from tests.integration.syncing import doc_id, names, put, put_zip, reconcile, shown, sync, unpack, work
 
 ENTRY = "z.zip/in/one.txt"
 
@@ -59,3 +61,25 @@ async def test_an_entry_that_was_taken_up_after_its_run_was_cancelled_goes_with_
     await sync(unpacked, folder)
     await unpack(unpacked)
     assert shown(await sync(unpacked, folder))[3] == [ENTRY]
+
+
+async def test_an_archive_whose_new_name_does_not_end_in_zip_takes_its_documents_along(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    (folder / "z.zip").rename(folder / "z.backup")
+    result = await sync(unpacked, folder)
+    assert shown(result)[2:] == ([("z.zip", "z.backup/in/one.txt"), ("z.zip", "z.backup/in/two.txt")], [])
+    assert names(unpacked, folder)[ENTRY] == "complete"
+    await unpack(unpacked)
+    await work(unpacked)
+    assert await reconcile(unpacked) == {"replaced": 2, "renewed": 1}
+    states = names(unpacked, folder)
+    assert (states["z.backup/in/one.txt"], ENTRY in states) == ("complete", False)
+
+
+async def test_documents_of_a_missing_archive_wait_for_one_that_is_being_written_whatever_its_name(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    (folder / "z.zip").rename(folder / "z.backup")
+    watched = FolderSync(unpacked.settings, folder, SyncOptions(), is_settled=lambda name, _: name != "z.backup")
+    result = await watched.run()
+    assert (result.plan.waiting, result.plan.busy) == (["z.zip/in/one.txt", "z.zip/in/two.txt"], ["z.backup"])
+    assert names(unpacked, folder)[ENTRY] == "complete"

@@ -161,7 +161,8 @@ def test_documents_out_of_an_archive_go_with_it_but_not_with_an_unreadable_folde
 
 def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archive_where_it_is_now() -> None:
     documents = [entry("z.zip", "deep/a", RUN)]
-    assert worth_reading(documents, found(**{"new/y.zip": None, "note": None}), archive("z.zip")) == ["new/y.zip"]
+    files = {name: replace(file, may_be_archive=name == "new/y") for name, file in found(**{"new/y": None, "note": None}).items()}
+    assert worth_reading(documents, files, archive("z.zip")) == ["new/y"]
     plan = make_plan(documents, found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
     assert [(move.name, move.doc_id) for move in plan.moved] == [("new/y.zip/deep/a", "entry:new/y.zip/deep/a")]
     assert plan.vanished == []
@@ -174,8 +175,10 @@ def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archi
     )
     plan = make_plan([*documents, there], found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
     assert [document.entry for document in plan.vanished] == ["z.zip/deep/a"]
-    busy = {"y.zip": Found("y.zip", "id:y.zip", 9, None, busy=True)}
+    busy = {"y": Found("y", "id:y", 9, None, busy=True, may_be_archive=True)}
     assert make_plan(documents, busy, (), archive("z.zip")).waiting == ["z.zip/deep/a"]
+    busy["y"] = replace(busy["y"], may_be_archive=False)
+    assert make_plan(documents, busy, (), archive("z.zip")).waiting == []
 
 
 def test_a_document_out_of_an_archive_that_lies_beside_it_unpacked_was_moved_there() -> None:
