@@ -237,7 +237,10 @@ class FolderSync:
             return None  # its file is there and no longer holds it
 
         def ask() -> str | None:
-            trusted, own = self._options.allow_empty, own_folders(self._settings)
+            trusted = self._options.allow_empty
+            # Where texts are extracted to was people's own before: what lies there and became a document is theirs.
+            extracted = self._settings.storage_base_path / self._settings.storage_extracted_dir
+            own = [path for path in own_folders(self._settings) if not path.is_relative_to(extracted)]
             return why_not_gone(self.root, seen.identity, document.name, document.created_at, trusted=trusted, own=own)
 
         return await asyncio.to_thread(ask)

@@ -172,7 +172,7 @@ def why_not_gone(
     else:
         other = _other_spelling(root, name)
         if other is None and not stat.S_ISDIR(found.st_mode):
-            return "it is there, but hidden, a link that leads elsewhere, or new since the folder was listed"
+            return "it is there, but hidden, in a folder of docmill's, a link that leads elsewhere, or new since the folder was listed"
         above = other or path.parent  # a folder lies where the file was
     return _why_not_lost(root, above, since, trusted=trusted)
 
