@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from jobs.adapters.storage import storable_text
 from jobs.sync.files import Archive, Found, Stored
@@ -161,11 +162,13 @@ def make_plan(
     plan.restored = [document.doc_id for document in stored if document.name in found and document.replaced_by is not None]
     holders = _Holders.of(found, stored)
     written = {file.size for file in found.values() if file.busy}
+    failed = {(document.entry, document.run_id) for document in stored if document.entry is not None and document.state is State.FAILED}
     archive_is_written = any(file.busy and file.may_be_archive for file in found.values())
     for document in sorted(stored, key=lambda document: document.shown.split("/")):
         if document.name in found:
-            if _has_lost(found[document.name], archives.get(document.name), files.get(document.name), document):
-                plan.vanished.append(document)
+            archive = archives.get(document.name)
+            if _has_lost(found[document.name], archive, files.get(document.name), document):
+                _place_lost(plan, document, archive, failed)
         elif is_below(document.name, closed):
             plan.kept.append(Kept(document.shown, "the folder that it lay in cannot be read"))
         elif document.name in unsettled or document.file_size in written or (archive_is_written and document.entry is not None):
@@ -217,6 +220,19 @@ def _place_missing(plan: Plan, document: Stored, successor: tuple[str, str] | No
         plan.moved.append(Move(document, *successor))
 
 
+def _place_lost(plan: Plan, document: Stored, archive: Archive | None, failed: Set[tuple[str, UUID | None]]) -> None:
+    """A document that an archive does not hold any more, as far as anybody can say. `failed`: path and run of the entries that have failed.
+
+    An archive inside that could not be unpacked may hold what was in it before, and one whose entry is damaged has become such an entry.
+    """
+    if archive is not None:
+        for place in (archive.shown, *places_above(document.shown)):
+            if place in archive.failed or (place, archive.run_id) in failed:
+                plan.kept.append(Kept(document.shown, f"nobody can say whether it is gone: {place} has failed"))
+                return
+    plan.vanished.append(document)
+
+
 def _own_name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
@@ -228,7 +244,7 @@ def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document
     if document.entry is not None and own is not None and not archive.in_run:
         # No archive lies there any more, and what does is complete.
         return own.content_sha256 == file.sha256 and own.state in {State.COMPLETE, State.DUPLICATE}
-    if document.entry is None and (document.batch_id != archive.batch_id or archive.content_sha256 != file.sha256):
+    if archive.content_sha256 != file.sha256 or (document.entry is None and document.batch_id != archive.batch_id):
         return False
     # The archive has lost it or, if it was a file of its own, has taken its place.
     return archive.current and document.run_id != archive.run_id and not (document.run_id is None and archive.cancelled)

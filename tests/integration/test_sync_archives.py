@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs.sync.folder import FolderSync
-from jobs.sync.result import SyncOptions
+from jobs.sync.result import SyncOptions, SyncResult
+from tests.archives import Raw, raw_zip, zip_bytes
 from tests.integration.conftest import Bench
 from tests.integration.syncing import doc_id, names, put, put_zip, reconcile, shown, sync, unpack, work
 
@@ -83,3 +84,27 @@ async def test_documents_of_a_missing_archive_wait_for_one_that_is_being_written
     result = await watched.run()
     assert (result.plan.waiting, result.plan.busy) == (["z.zip/in/one.txt", "z.zip/in/two.txt"], ["z.backup"])
     assert names(unpacked, folder)[ENTRY] == "complete"
+
+
+DEEP = zip_bytes({"deep.txt": "deep"})
+
+
+@pytest.mark.parametrize("damaged", [Raw(b"in.zip", DEEP[:-30]), Raw(b"in.zip", DEEP, crc=7)], ids=["archive", "entry"])
+async def test_an_archive_inside_that_cannot_be_unpacked_keeps_only_what_it_may_hold_and_that_is_named(
+    front: Bench, folder: Path, damaged: Raw
+) -> None:
+    async def after(*entries: Raw) -> SyncResult:
+        (folder / ".new").write_bytes(raw_zip(entries))
+        (folder / ".new").replace(folder / "a.zip")
+        await sync(front, folder)
+        await unpack(front)
+        await work(front)
+        return await sync(front, folder)
+
+    await after(Raw(b"e1.txt"), Raw(b"e2.txt"), Raw(b"in.zip", DEEP))
+    result = await after(Raw(b"e2.txt"), damaged)
+    assert (shown(result)[3], [kept.name for kept in result.kept]) == (["a.zip/e1.txt"], ["a.zip/in.zip/deep.txt"])
+    assert "a.zip/in.zip has failed" in result.kept[0].reason
+    assert (await sync(front, folder, dry_run=True)).kept == result.kept
+    result = await after(Raw(b"e2.txt"), Raw(b"in.zip", zip_bytes({"other.txt": "other"})))
+    assert ("a.zip/in.zip/deep.txt" in shown(result)[3], result.kept) == (True, [])
