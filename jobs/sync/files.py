@@ -52,6 +52,8 @@ class Found:
     """Lowercase hex; None where it was not read."""
     busy: bool = False
     """Somebody is writing it."""
+    may_be_archive: bool = False
+    """Whether a missing archive may have been moved here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,10 @@ class Archive:
     in_run: bool
     """Whether the present run has it."""
     current: bool
-    """Whether that run has unpacked it whole, archives inside of it included: what is not in the run is no longer in the archive."""
+    """Whether that run is done with it, archives inside of it included: what is not in the run is no longer in it, or in a failed one."""
     open: bool = False
     """Whether that run is still unpacking it, or an archive inside of it."""
     cancelled: bool = False
     """Whether that run was cancelled: documents of it that were taken up again since belong to no run."""
+    failed: frozenset[str] = frozenset()
+    """Paths of those that could not be unpacked, of this one and the archives inside of it: nobody knows what they hold."""

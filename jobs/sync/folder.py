@@ -22,6 +22,7 @@ from jobs.sync.looking import (
     is_steady,
     look_at,
     look_at_folder,
+    may_be_archives,
     why_not_gone,
 )
 from jobs.sync.memory import FolderMemory, Memory, folder_lock
@@ -127,6 +128,10 @@ class FolderSync:
             known = look is not None and seen_as == str(look) and not self._options.checksum
             busy = look is not None and not known and not self._is_settled(name, look)
             found[name] = Found(name, ids[name], -1 if look is None else look.size, sha256 if known else None, busy)
+        if any(document.entry is not None for document in missing(memory.stored, found)):
+            for turn in chunks([file.name for file in found.values() if file.sha256 is None], seen.looks):
+                for name in await asyncio.to_thread(may_be_archives, self.root, turn):
+                    found[name] = replace(found[name], may_be_archive=True)
         for turn in chunks(worth_reading(memory.stored, found, memory.archives), seen.looks):
             digests = await asyncio.to_thread(digest_files, self.root, turn, self._most_bytes)
             for name, digest in digests.items():
@@ -234,7 +239,10 @@ class FolderSync:
             return None  # its file is there and no longer holds it
 
         def ask() -> str | None:
-            trusted, own = self._options.allow_empty, own_folders(self._settings)
+            trusted = self._options.allow_empty
+            # Where texts are extracted to was people's own before: what lies there and became a document is theirs.
+            extracted = self._settings.storage_base_path / self._settings.storage_extracted_dir
+            own = [path for path in own_folders(self._settings) if not path.is_relative_to(extracted)]
             return why_not_gone(self.root, seen.identity, document.name, document.created_at, trusted=trusted, own=own)
 
         return await asyncio.to_thread(ask)

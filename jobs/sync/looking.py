@@ -114,6 +114,21 @@ def digest_files(root: Path, looks: Mapping[str, Look], max_bytes: int) -> dict[
     return made
 
 
+def may_be_archives(root: Path, names: Iterable[str]) -> list[str]:
+    """Return the files that are called a zip or begin as one, which is all that tells of one that is still being written."""
+    return [name for name in names if name.lower().endswith(".zip") or _begins_as_zip(root / name)]
+
+
+def _begins_as_zip(path: Path) -> bool:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False  # opening a pipe could make us wait for ever
+        with path.open("rb") as file:
+            return file.read(2) == b"PK"
+    except OSError:
+        return False
+
+
 def chunks(names: Sequence[str], looks: Mapping[str, Look]) -> Iterator[dict[str, Look]]:
     """Yield the names that were looked at in turns of a bounded number of files and bytes."""
     turn: dict[str, Look] = {}
@@ -157,7 +172,7 @@ def why_not_gone(
     else:
         other = _other_spelling(root, name)
         if other is None and not stat.S_ISDIR(found.st_mode):
-            return "it is there, but hidden, a link that leads elsewhere, or new since the folder was listed"
+            return "it is there, but hidden, in a folder of docmill's, a link that leads elsewhere, or new since the folder was listed"
         above = other or path.parent  # a folder lies where the file was
     return _why_not_lost(root, above, since, trusted=trusted)
 

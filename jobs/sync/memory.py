@@ -193,10 +193,12 @@ def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> 
     made: dict[str, Archive] = {}
     for shown in sorted(parts, key=len):
         row, inside = by_path[shown], parts[shown]
-        current = row["finished"] and not any(part["unfinished"] for part in inside)
+        current = row["ended"] and not any(part["unfinished"] for part in inside)
+        failed = frozenset(part["entry_path"].rstrip("/") for part in inside if part["failed"])
         name = listed.get(shown) or unescaped(shown)
         is_open = any(part["open"] for part in inside)
-        made[name] = Archive(batch_id, name, shown, row["run_id"], row["content_sha256"], row["in_run"], current, is_open, row["cancelled"])
+        content, in_run, cancelled = row["content_sha256"], row["in_run"], row["cancelled"]
+        made[name] = Archive(batch_id, name, shown, row["run_id"], content, in_run, current, is_open, cancelled, failed)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from jobs.adapters.storage import storable_text
 from jobs.sync.files import Archive, Found, Stored
@@ -113,11 +114,6 @@ def is_below(name: str, folders: Set[str]) -> bool:
     return any(place in folders for place in places_above(name))
 
 
-def is_named_zip(file: Found) -> bool:
-    """Say whether a file's name promises an archive."""
-    return file.name.lower().endswith(".zip")
-
-
 def missing(stored: Iterable[Stored], found: Collection[str]) -> list[Stored]:
     """Return the documents whose file, or whose archive, the listing does not hold."""
     return [document for document in stored if document.name not in found]
@@ -127,17 +123,16 @@ def worth_reading(stored: Sequence[Stored], found: Mapping[str, Found], archives
     """Return the names of the files whose content decides something and is not known yet.
 
     A stored file of the same size, or an archive, may have changed; any other file may be a missing one that was moved, if it has that
-    one's size.
+    one's size. How large a missing archive was is not known.
     """
     sizes = {document.doc_id: document.file_size for document in stored if document.entry is None}
     gone = {document.file_size for document in missing(stored, found)}
-    zips_matter = any(name not in found for name in archives)
 
     def decides(file: Found) -> bool:
         if file.busy or file.sha256 is not None:
             return False
         may_have_changed = file.name in archives or (file.doc_id in sizes and sizes[file.doc_id] in {file.size, None})
-        return may_have_changed or file.size in gone or None in gone or (zips_matter and is_named_zip(file))
+        return may_have_changed or file.size in gone or None in gone or file.may_be_archive
 
     return [file.name for file in found.values() if decides(file)]
 
@@ -167,14 +162,16 @@ def make_plan(
     plan.restored = [document.doc_id for document in stored if document.name in found and document.replaced_by is not None]
     holders = _Holders.of(found, stored)
     written = {file.size for file in found.values() if file.busy}
-    zip_is_written = any(file.busy and is_named_zip(file) for file in found.values())
+    failed = {(document.entry, document.run_id) for document in stored if document.entry is not None and document.state is State.FAILED}
+    archive_is_written = any(file.busy and file.may_be_archive for file in found.values())
     for document in sorted(stored, key=lambda document: document.shown.split("/")):
         if document.name in found:
-            if _has_lost(found[document.name], archives.get(document.name), files.get(document.name), document):
-                plan.vanished.append(document)
+            archive = archives.get(document.name)
+            if _has_lost(found[document.name], archive, files.get(document.name), document):
+                _place_lost(plan, document, archive, failed)
         elif is_below(document.name, closed):
             plan.kept.append(Kept(document.shown, "the folder that it lay in cannot be read"))
-        elif document.name in unsettled or document.file_size in written or (zip_is_written and document.entry is not None):
+        elif document.name in unsettled or document.file_size in written or (archive_is_written and document.entry is not None):
             plan.waiting.append(document.shown)
         else:
             successor = holders.successor(document, archives.get(document.name), entry_id)
@@ -223,6 +220,19 @@ def _place_missing(plan: Plan, document: Stored, successor: tuple[str, str] | No
         plan.moved.append(Move(document, *successor))
 
 
+def _place_lost(plan: Plan, document: Stored, archive: Archive | None, failed: Set[tuple[str, UUID | None]]) -> None:
+    """A document that an archive does not hold any more, as far as anybody can say. `failed`: path and run of the entries that have failed.
+
+    An archive inside that could not be unpacked may hold what was in it before, and one whose entry is damaged has become such an entry.
+    """
+    if archive is not None:
+        for place in (archive.shown, *places_above(document.shown)):
+            if place in archive.failed or (place, archive.run_id) in failed:
+                plan.kept.append(Kept(document.shown, f"nobody can say whether it is gone: {place} has failed"))
+                return
+    plan.vanished.append(document)
+
+
 def _own_name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
@@ -234,7 +244,7 @@ def _has_lost(file: Found, archive: Archive | None, own: Stored | None, document
     if document.entry is not None and own is not None and not archive.in_run:
         # No archive lies there any more, and what does is complete.
         return own.content_sha256 == file.sha256 and own.state in {State.COMPLETE, State.DUPLICATE}
-    if document.entry is None and (document.batch_id != archive.batch_id or archive.content_sha256 != file.sha256):
+    if archive.content_sha256 != file.sha256 or (document.entry is None and document.batch_id != archive.batch_id):
         return False
     # The archive has lost it or, if it was a file of its own, has taken its place.
     return archive.current and document.run_id != archive.run_id and not (document.run_id is None and archive.cancelled)

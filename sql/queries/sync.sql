@@ -23,10 +23,11 @@ WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 
 -- name: find_archives
 -- Archives of the folder, those inside of archives included, with what they last held. `in_run`: whether the batch's present run has them;
--- `finished`: it is sealed and has unpacked them; `unfinished`: it has not, or not yet; `open`: not yet.
+-- `ended`: it is sealed and has unpacked them, or `failed` to; `unfinished`: neither of these yet, or it was cancelled; `open`: not yet.
 SELECT a.entry_path, b.run_id, (array_agg(a.content_sha256 ORDER BY a.id DESC))[1] AS content_sha256, bool_or(a.run_id = b.run_id) AS in_run,
-    b.sealed_at IS NOT NULL AND bool_or(a.run_id = b.run_id AND a.state = 'unpacked') AS finished,
-    bool_or(a.run_id = b.run_id AND a.state <> 'unpacked') AS unfinished,
+    b.sealed_at IS NOT NULL AND bool_or(a.run_id = b.run_id AND a.state IN ('unpacked', 'failed')) AS ended,
+    bool_or(a.run_id = b.run_id AND a.state = 'failed') AS failed,
+    bool_or(a.run_id = b.run_id AND a.state NOT IN ('unpacked', 'failed')) AS unfinished,
     bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open, b.status = 'cancelled' AS cancelled
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id

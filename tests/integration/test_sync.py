@@ -485,6 +485,24 @@ async def test_what_docmill_keeps_in_the_storage_is_no_file_of_a_folder_that_is_
     assert front.all("SELECT count(*) FROM file_extractions") == [(3,)]
 
 
+async def test_documents_of_files_in_what_is_now_docmills_folder_of_texts_stay_while_the_files_are_there(
+    front: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = front.settings.storage_base_path
+    mine = storage / front.settings.storage_extracted_dir / "ab" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    put(mine, "mine")
+    put(storage / "a.txt", "a")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("jobs.sync.folder.storage_folders", lambda _: [storage / "uploads"])
+        assert (await synced(front, storage)).plan.new == ["a.txt", "extracted/ab/mine.txt"]
+    result = await sync(front, storage)
+    assert (shown(result)[3], [kept.name for kept in result.kept]) == ([], ["extracted/ab/mine.txt"])
+    assert "a folder of docmill's" in result.kept[0].reason
+    mine.unlink()
+    assert shown(await sync(front, storage))[3] == ["extracted/ab/mine.txt"]
+
+
 @pytest.mark.parametrize("name", ["new\\text", "both\\x41\n"])
 async def test_a_folder_whose_own_name_has_backslashes_is_known_again(front: Bench, tmp_path: Path, name: str) -> None:
     inner = tmp_path / name / "sub"

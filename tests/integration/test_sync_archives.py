@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.sync.folder import FolderSync
+from jobs.sync.result import SyncOptions, SyncResult
+from tests.archives import Raw, raw_zip, zip_bytes
 from tests.integration.conftest import Bench
-from tests.integration.syncing import doc_id, names, put, put_zip, shown, sync, unpack, work
+from tests.integration.syncing import doc_id, names, put, put_zip, reconcile, shown, sync, unpack, work
 
 ENTRY = "z.zip/in/one.txt"
 
@@ -59,3 +62,49 @@ async def test_an_entry_that_was_taken_up_after_its_run_was_cancelled_goes_with_
     await sync(unpacked, folder)
     await unpack(unpacked)
     assert shown(await sync(unpacked, folder))[3] == [ENTRY]
+
+
+async def test_an_archive_whose_new_name_does_not_end_in_zip_takes_its_documents_along(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    (folder / "z.zip").rename(folder / "z.backup")
+    result = await sync(unpacked, folder)
+    assert shown(result)[2:] == ([("z.zip", "z.backup/in/one.txt"), ("z.zip", "z.backup/in/two.txt")], [])
+    assert names(unpacked, folder)[ENTRY] == "complete"
+    await unpack(unpacked)
+    await work(unpacked)
+    assert await reconcile(unpacked) == {"replaced": 2, "renewed": 1}
+    states = names(unpacked, folder)
+    assert (states["z.backup/in/one.txt"], ENTRY in states) == ("complete", False)
+
+
+async def test_documents_of_a_missing_archive_wait_for_one_that_is_being_written_whatever_its_name(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    (folder / "z.zip").rename(folder / "z.backup")
+    watched = FolderSync(unpacked.settings, folder, SyncOptions(), is_settled=lambda name, _: name != "z.backup")
+    result = await watched.run()
+    assert (result.plan.waiting, result.plan.busy) == (["z.zip/in/one.txt", "z.zip/in/two.txt"], ["z.backup"])
+    assert names(unpacked, folder)[ENTRY] == "complete"
+
+
+DEEP = zip_bytes({"deep.txt": "deep"})
+
+
+@pytest.mark.parametrize("damaged", [Raw(b"in.zip", DEEP[:-30]), Raw(b"in.zip", DEEP, crc=7)], ids=["archive", "entry"])
+async def test_an_archive_inside_that_cannot_be_unpacked_keeps_only_what_it_may_hold_and_that_is_named(
+    front: Bench, folder: Path, damaged: Raw
+) -> None:
+    async def after(*entries: Raw) -> SyncResult:
+        (folder / ".new").write_bytes(raw_zip(entries))
+        (folder / ".new").replace(folder / "a.zip")
+        await sync(front, folder)
+        await unpack(front)
+        await work(front)
+        return await sync(front, folder)
+
+    await after(Raw(b"e1.txt"), Raw(b"e2.txt"), Raw(b"in.zip", DEEP))
+    result = await after(Raw(b"e2.txt"), damaged)
+    assert (shown(result)[3], [kept.name for kept in result.kept]) == (["a.zip/e1.txt"], ["a.zip/in.zip/deep.txt"])
+    assert "a.zip/in.zip has failed" in result.kept[0].reason
+    assert (await sync(front, folder, dry_run=True)).kept == result.kept
+    result = await after(Raw(b"e2.txt"), Raw(b"in.zip", zip_bytes({"other.txt": "other"})))
+    assert ("a.zip/in.zip/deep.txt" in shown(result)[3], result.kept) == (True, [])

@@ -11,8 +11,8 @@ RUN = uuid.uuid4()
 
 
 def row(path: str, **told: bool) -> dict[str, Any]:
-    return {"entry_path": path, "run_id": RUN, "content_sha256": "1" * 64, "in_run": True, "finished": True, "unfinished": False,
-            "open": False, "cancelled": False, **told}  # fmt: skip
+    return {"entry_path": path, "run_id": RUN, "content_sha256": "1" * 64, "in_run": True, "ended": True, "failed": False,
+            "unfinished": False, "open": False, "cancelled": False, **told}  # fmt: skip
 
 
 def test_an_archive_is_whole_if_all_that_lie_in_it_are() -> None:
@@ -23,3 +23,14 @@ def test_an_archive_is_whole_if_all_that_lie_in_it_are() -> None:
         "b.zip-old": (True, False),
         "lost.zip/in.zip": (True, False),
     }
+
+
+def test_an_archive_inside_that_has_failed_keeps_the_one_around_it_from_nothing_but_is_named() -> None:
+    rows = [row("b.zip/"), row("b.zip/bad.zip/", failed=True), row("b.zip/good.zip/"), row("bad.zip/", failed=True)]
+    made = _archives("folder", rows, {})
+    assert {name: (archive.current, set(archive.failed)) for name, archive in made.items()} == {
+        "b.zip": (True, {"b.zip/bad.zip"}),
+        "bad.zip": (True, {"bad.zip"}),
+    }
+    rows.append(row("b.zip/late.zip/", unfinished=True, open=True))
+    assert not _archives("folder", rows, {})["b.zip"].current

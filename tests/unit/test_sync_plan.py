@@ -130,6 +130,25 @@ def test_documents_out_of_an_archive_stay_as_long_as_it_is_there_and_may_hold_th
     assert make_plan(documents, found("z.zip"), (), archive("z.zip", in_run=False)).changed == ["z.zip"]
 
 
+def test_documents_that_may_be_in_an_archive_that_cannot_be_unpacked_stay_and_are_named() -> None:
+    documents = [entry("z.zip", "gone", OLD_RUN), entry("z.zip", "bad.zip/a", OLD_RUN), entry("z.zip", "bad.zip-old/a", OLD_RUN)]
+    known = {"z.zip": replace(archive("z.zip")["z.zip"], failed=frozenset({"z.zip/bad.zip"}))}
+    plan = make_plan(documents, found("z.zip"), (), known)
+    assert [document.entry for document in plan.vanished] == ["z.zip/bad.zip-old/a", "z.zip/gone"]
+    assert [(kept.name, kept.reason) for kept in plan.kept] == [
+        ("z.zip/bad.zip/a", "nobody can say whether it is gone: z.zip/bad.zip has failed")
+    ]
+    for run, kept in ((RUN, ["z.zip/bad.zip/a"]), (OLD_RUN, [])):  # an entry that could not be read, and one of an earlier run
+        entries = [*documents, replace(entry("z.zip", "bad.zip", run), state=State.FAILED)]
+        plan = make_plan(entries, found("z.zip"), (), archive("z.zip"))
+        assert [document.name for document in plan.kept] == kept
+    plan = make_plan(documents, found(**{"z.zip": "other"}), (), known)
+    assert (plan.vanished, plan.kept, plan.unpacking) == ([], [], ["z.zip"]), "of what it holds now nothing is known yet"
+    known = {"z.zip": replace(archive("z.zip")["z.zip"], failed=frozenset({"z.zip"}))}
+    plan = make_plan([stored("z.zip", "text", run_id=OLD_RUN), *documents], found("z.zip"), (), known)
+    assert (plan.vanished, len(plan.kept)) == ([], 4)
+
+
 def test_documents_out_of_an_archive_go_once_the_document_that_took_its_place_is_complete() -> None:
     file, gone = found(**{"z.zip": "text"}), archive("z.zip", in_run=False)
     inside = entry("z.zip", "a", OLD_RUN)
@@ -161,7 +180,8 @@ def test_documents_out_of_an_archive_go_with_it_but_not_with_an_unreadable_folde
 
 def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archive_where_it_is_now() -> None:
     documents = [entry("z.zip", "deep/a", RUN)]
-    assert worth_reading(documents, found(**{"new/y.zip": None, "note": None}), archive("z.zip")) == ["new/y.zip"]
+    files = {name: replace(file, may_be_archive=name == "new/y") for name, file in found(**{"new/y": None, "note": None}).items()}
+    assert worth_reading(documents, files, archive("z.zip")) == ["new/y"]
     plan = make_plan(documents, found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
     assert [(move.name, move.doc_id) for move in plan.moved] == [("new/y.zip/deep/a", "entry:new/y.zip/deep/a")]
     assert plan.vanished == []
@@ -174,8 +194,10 @@ def test_documents_out_of_a_moved_archive_are_replaced_by_those_out_of_the_archi
     )
     plan = make_plan([*documents, there], found(**{"new/y.zip": "z.zip"}), (), archive("z.zip"), entry_id="entry:{}".format)
     assert [document.entry for document in plan.vanished] == ["z.zip/deep/a"]
-    busy = {"y.zip": Found("y.zip", "id:y.zip", 9, None, busy=True)}
+    busy = {"y": Found("y", "id:y", 9, None, busy=True, may_be_archive=True)}
     assert make_plan(documents, busy, (), archive("z.zip")).waiting == ["z.zip/deep/a"]
+    busy["y"] = replace(busy["y"], may_be_archive=False)
+    assert make_plan(documents, busy, (), archive("z.zip")).waiting == []
 
 
 def test_a_document_out_of_an_archive_that_lies_beside_it_unpacked_was_moved_there() -> None:
@@ -230,7 +252,7 @@ def loss_of(count: int) -> None:
 
 def archives_of(count: int) -> None:
     """Read what is known of so many archives, each with one inside."""
-    known = {"run_id": RUN, "content_sha256": "x", "in_run": True, "finished": True, "unfinished": False, "cancelled": False}
+    known = {"run_id": RUN, "content_sha256": "x", "in_run": True, "ended": True, "failed": False, "unfinished": False, "cancelled": False}
     paths = [path for n in range(count) for path in (f"in/{n}.zip/", f"in/{n}.zip/a/b.zip/")]
     rows = [{**known, "entry_path": path, "open": path == "in/7.zip/a/b.zip/"} for path in paths]
     made = read_archives("batch", rows, {"in/0.zip": "in/0.zip"})
