@@ -19,6 +19,8 @@ from models.errors import ConfigurationError
 _UNQUOTABLE = frozenset('"$`\\\r\n')
 _PLAIN = re.compile(r"[\w./+@:-]+", re.ASCII)
 _SOCKET = ".s.PGSQL.5432"
+_HOLDERS = ".handle_pids.json"
+"""Where the package lists the processes that hold the server."""
 _LONGEST = 103
 """Bytes in the path of a socket: what macOS takes, Linux four more."""
 _PERMISSIONS = re.compile(rb"^\s*unix_socket_permissions\b", re.MULTILINE)
@@ -75,8 +77,11 @@ def _lives(pid: int) -> bool:
 def _prepare_socket(pgdata: Path, _runtime: Path) -> Path:
     """Have the server make a socket for its own user alone, and return the folder to make it in: its own, or a short one without blanks.
 
-    The package hands that folder to a shell unquoted, and then to libpq as a part of an address.
+    The package hands that folder to a shell unquoted, and then to libpq as a part of an address. It asks while it keeps other processes
+    from starting the server, or from joining it.
     """
+    # Nobody holds a server that does not run. After a power failure the list has numbers that other processes may have by now.
+    (pgdata / _HOLDERS).unlink(missing_ok=True)
     configuration = pgdata / "postgresql.conf"
     if not _PERMISSIONS.search(configuration.read_bytes()):
         # The file is the server's user's: root must not be led elsewhere by it.

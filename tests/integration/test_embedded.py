@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_nobody_else_gets_to_the_embedded_server(base: Path, name: str) -> None:
             assert facts["tried in an open folder"] == ["wrote"], "the socket by itself lets nobody in"
     text = (storage / "postgres" / "postgresql.conf").read_text()
     assert text.count("\nunix_socket_permissions") == 1
+
+
+def test_holders_from_before_a_power_failure_keep_no_server_running(base: Path) -> None:
+    storage = base / "plain"
+    facts_of(look(base, storage))
+    # Nobody has taken themselves off the list, and the number of one of them is another process's now.
+    (storage / "postgres" / ".handle_pids.json").write_text(json.dumps([os.getpid()]))
+    facts_of(look(base, storage))
+    left = storage / "postgres" / "postmaster.pid"
+    try:
+        assert not left.exists(), "the last to hold the server stops it"
+    finally:
+        if left.exists():
+            os.kill(int(left.read_text().split()[0]), signal.SIGINT)
 
 
 def test_a_place_that_no_socket_fits_in_is_named(base: Path) -> None:
