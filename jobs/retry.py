@@ -99,6 +99,14 @@ def _gave_way(error: BaseException) -> bool:
     return isinstance(error, psycopg.Error) and error.sqlstate in {"40001", "40P01", "55P03"}
 
 
+def _refuses_all(error: BaseException) -> bool:
+    """Say whether a database answers and yet takes nothing from anybody: its disk is full, it is read-only, it can open no more files.
+
+    Not so where memory or the room for temporary files is at an end (53200, 53400): it may be this very document that needs too much.
+    """
+    return isinstance(error, psycopg.Error) and error.sqlstate in {"25006", "53000", "53100", "53300"}
+
+
 def _of_http_error(error: BaseException) -> ErrorType:
     # httpx and the SDKs built on it carry the answer that made them fail, or its bare status, or there was none.
     status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status_code", None))
@@ -124,7 +132,12 @@ def should_retry(error_type: ErrorType, attempt: int, max_attempts: int) -> bool
 
 
 def _never_counts(error: BaseException) -> bool:
-    return isinstance(error, RateLimitError | ServiceUnavailable | StorageAway) or is_away(error) or _gave_way(error)
+    return isinstance(error, RateLimitError | ServiceUnavailable) or _is_met_by_all(error)
+
+
+def _is_met_by_all(error: BaseException) -> bool:
+    """Say whether the database or the storage has failed in a way that others meet too, whatever the document."""
+    return isinstance(error, StorageAway) or is_away(error) or _gave_way(error) or _refuses_all(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +181,7 @@ class StageRetry(BaseRetryStrategy):
         error_type = classify_error(error)
         if isinstance(error, WaitedTooLong):
             return None
-        if is_away(error) or _gave_way(error) or isinstance(error, StorageAway):
+        if _is_met_by_all(error):
             # A checkpoint outlives any number of outages, and so does a stage that is met by them in the middle of a question or a file.
             # Each wait is a quarter of all before it: it may be this very document that the server dies of.
             return RetryPlan(calculate_backoff(0, max(self.base, waited / 4), self.max_delay), counts=False)

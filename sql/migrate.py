@@ -36,8 +36,8 @@ def _lock(conn: psycopg.Connection) -> None:
         time.sleep(_LOCK_SECONDS)
 
 
-def _applied(conn: psycopg.Connection, component: str) -> set[str]:
-    return {row[0] for row in conn.execute(query("applied_migrations"), {"component": component})}
+def _applied(conn: psycopg.Connection) -> set[tuple[str, str]]:
+    return set(conn.execute(query("applied_migrations")))
 
 
 def _own() -> list[Traversable]:
@@ -88,7 +88,7 @@ def _make_procrastinate(conn: psycopg.Connection) -> list[str]:
             for path in procrastinates_migrations():
                 conn.execute(query("record_migration"), {"component": "procrastinate", "name": path.name})
         return ["procrastinate schema"]
-    if not _applied(conn, "procrastinate"):
+    if not any(component == "procrastinate" for component, _ in _applied(conn)):
         raise ConfigurationError(
             "The database already holds a procrastinate schema that docmill did not make. Use a database of docmill's own, or upgrade that "
             "schema to the installed procrastinate and record its migrations in docmill_migrations (docs/operations.md says how)."
@@ -96,11 +96,15 @@ def _make_procrastinate(conn: psycopg.Connection) -> list[str]:
     return []
 
 
-def _missing(conn: psycopg.Connection) -> list[_Migration]:
+def _missing(applied: set[tuple[str, str]]) -> list[_Migration]:
     theirs = [("procrastinate", path.name, path) for path in procrastinates_migrations()]
     ours = [("docmill", path.name, path) for path in _own()]
-    applied = {component: _applied(conn, component) for component in ("procrastinate", "docmill")}
-    return [(component, name, path) for component, name, path in [*theirs, *ours] if name not in applied[component]]
+    return [migration for migration in (*theirs, *ours) if migration[:2] not in applied]
+
+
+def _called(migration: _Migration) -> str:
+    component, name, _ = migration
+    return name if component == "docmill" else f"{component} {name}"
 
 
 def migrate(conn: psycopg.Connection) -> list[str]:
@@ -117,11 +121,11 @@ def migrate(conn: psycopg.Connection) -> list[str]:
         act_as_owner(conn)
         conn.execute(query("create_migrations_table"))
         done = _make_procrastinate(conn)
-        if missing := _missing(conn):
+        if missing := _missing(_applied(conn)):
             with Watcher(conn) as watcher:
                 for migration in missing:
                     _apply(conn, watcher, migration)
-            done += [name if component == "docmill" else f"{component} {name}" for component, name, _ in missing]
+            done += map(_called, missing)
         if is_secured(conn) and (done or may_secure(conn)):
             # Also where nothing was missing: whoever applied the last ones may have died before this.
             secure(conn)
@@ -132,6 +136,6 @@ def migrate(conn: psycopg.Connection) -> list[str]:
             conn.execute(query("unlock_migrations"), {"key": _LOCK})
 
 
-def missing_migrations(applied: set[str]) -> list[str]:
-    """Return which of docmill's migrations are not among those applied."""
-    return [p.name for p in _own() if p.name not in applied]
+def missing_migrations(applied: set[tuple[str, str]]) -> list[str]:
+    """Return the names of docmill's and procrastinate's migrations that are not among those applied, which are (component, name)."""
+    return [_called(migration) for migration in _missing(applied)]

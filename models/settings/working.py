@@ -31,8 +31,8 @@ class WorkSettings(BaseSettings):
     watchdog_seconds: Annotated[float, Interval(ge=1, le=86_400)] = 120
     """A worker whose event loop is stuck for this long, or whose queries hang this long although the database answers, ends itself."""
     max_wait_hours: Annotated[float, Interval(ge=0, le=8760)] = 72
-    """Longest wait of a document for a rate limit, an outage or the storage, in hours, and of an archive for the storage; such waits count
-    as no attempt. Then it is a dead letter, or failed. 0: as long as it takes."""
+    """Longest wait of a document for a rate limit, an outage, the storage or a full disk of the database, in hours, and of an archive for
+    the storage; such waits count as no attempt. Then it is a dead letter, or failed. 0: as long as it takes."""
     batch_processing_timeout: Annotated[float, Interval(ge=1, le=604_800)] = 1800
     """Seconds without progress, while one of its documents is being worked on, after which a batch is failed."""
 

@@ -35,7 +35,7 @@ END;
 $$;
 
 -- name: applied_migrations
-SELECT m.name FROM docmill_migrations AS m WHERE m.component = %(component)s;
+SELECT m.component, m.name FROM docmill_migrations AS m;
 
 -- name: record_migration
 INSERT INTO docmill_migrations (component, name) VALUES (%(component)s, %(name)s);

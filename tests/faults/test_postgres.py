@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -151,7 +152,8 @@ def test_a_refused_checkpoint_is_written_in_the_end(arena: Arena, refusal: str) 
 def test_a_refusal_that_lasts_is_not_taken_for_a_crash(arena: Arena, refusal: str) -> None:
     arena.submit(documents(6))
     marks = arena.mark("lasting")
-    arena.worker(faults=[f"raise:{refusal}@in_checkpoint:*;doc=d000[0-2];once={marks};times=30"], MAX_RETRY_ATTEMPTS="100")
+    tries = "0" if refusal == "53100" else "100"  # a full disk counts as no attempt
+    arena.worker(faults=[f"raise:{refusal}@in_checkpoint:*;doc=d000[0-2];once={marks};times=30"], MAX_RETRY_ATTEMPTS=tries)
     arena.settle(180)
     assert arena.all("SELECT doc_id, error_message FROM file_extractions WHERE state <> 'complete'") == []
     assert arena.one("SELECT count(*) FROM document_events WHERE event = 'rescued'") == 0
@@ -247,6 +249,40 @@ def test_a_full_disk_costs_time_and_nothing_else(
         assert worker.alive(), worker.exits
         assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
         arena.judge("10 refused checkpoints", f"the disk of the database full for {seconds} s")
+
+
+@pytest.fixture
+def small_tablespace(cluster: Cluster, small_disk: Path) -> Iterator[str]:
+    """A tablespace of the cluster on a disk of its own."""
+    small_disk.mkdir()
+    shutil.chown(small_disk, cluster.system_user or os.getuid())
+    with psycopg.connect(cluster.conninfo(), autocommit=True) as conn:
+        conn.execute(f"CREATE TABLESPACE small LOCATION '{small_disk}'")
+        yield "small"
+        conn.execute("DROP TABLESPACE small")
+
+
+LEAST_TRIES = """SELECT min((SELECT count(*) FROM document_events e WHERE e.doc_id = d.doc_id AND e.event = 'retry_scheduled'))
+    FROM file_extractions d"""
+
+
+def test_a_disk_with_room_for_claims_and_failures_but_not_for_passages_makes_no_dead_letters(
+    small_tablespace: str, small_disk: Path, arena: Arena
+) -> None:
+    """As where rows have gone, so that pages of small tables have room, and none can be added to the largest."""
+    with arena.connect() as conn:
+        conn.execute(f"ALTER TABLE document_chunks SET TABLESPACE {small_tablespace}")
+    give_back = fill(small_disk)
+    arena.submit(documents(6))
+    worker = arena.worker(MAX_RETRY_ATTEMPTS="1")
+    arena.wait(lambda: arena.one(LEAST_TRIES) > 2, "more tries of each document than may count")
+    give_back()
+    arena.fault()
+    arena.settle(60)
+    assert worker.alive(), worker.exits
+    assert arena.all("SELECT doc_id, error_message FROM file_extractions WHERE state <> 'complete'") == []
+    assert arena.one("SELECT count(*) FROM document_events WHERE detail->>'counts' = 'true'") == 0
+    arena.judge("10 refused checkpoints", "no room for passages on a full disk, and for all else enough")
 
 
 def test_a_worker_stuck_in_its_event_loop_ends_itself_so_that_a_supervisor_can_act(arena: Arena) -> None:

@@ -127,6 +127,17 @@ async def test_a_database_without_migrations_says_what_to_run(empty_database: st
         await check_database(settings_for(empty_database, tmp_path), empty_database)
 
 
+@pytest.mark.parametrize("component", ["docmill", "procrastinate"])
+async def test_a_database_that_lacks_the_newest_migration_says_what_to_run(database: str, tmp_path: Path, component: str) -> None:
+    """A newer procrastinate brings its own."""
+    await check_database(settings_for(database, tmp_path), database)
+    with psycopg.connect(database, autocommit=True) as conn:
+        newest = "SELECT max(name) FROM docmill_migrations WHERE component = %s"
+        conn.execute(f"DELETE FROM docmill_migrations WHERE name = ({newest})", [component])
+    with pytest.raises(ConfigurationError, match="lacks 1 migrations: run `docmill migrate`"):
+        await check_database(settings_for(database, tmp_path), database)
+
+
 async def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     conninfo = "postgresql://someone:hunter2@127.0.0.1:1/nowhere?connect_timeout=2"
     with pytest.raises(ConfigurationError, match=r"127\.0\.0\.1") as caught:
@@ -237,7 +248,7 @@ def test_a_migration_that_meets_a_submitter_of_the_old_release_in_a_deadlock_tri
             submitter.commit()
         finally:
             migrating.join()
-        assert migrations.missing_migrations(migrations._applied(conn, "docmill")) == []
+        assert migrations.missing_migrations(migrations._applied(conn)) == []
         assert conn.execute("SELECT doc_id FROM file_extractions").fetchall() == [("a",)]
 
 

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,32 @@ def test_nobody_else_gets_to_the_embedded_server(base: Path, name: str) -> None:
             assert facts["tried in an open folder"] == ["wrote"], "the socket by itself lets nobody in"
     text = (storage / "postgres" / "postgresql.conf").read_text()
     assert text.count("\nunix_socket_permissions") == 1
+
+
+def test_holders_from_before_a_power_failure_keep_no_server_running(base: Path) -> None:
+    storage = base / "plain"
+    facts_of(look(base, storage))
+    # Nobody has taken themselves off the list, and the number of one of them is another process's now.
+    (storage / "postgres" / ".handle_pids.json").write_text(json.dumps([os.getpid()]))
+    facts_of(look(base, storage))
+    left = storage / "postgres" / "postmaster.pid"
+    try:
+        assert not left.exists(), "the last to hold the server stops it"
+    finally:
+        if left.exists():
+            os.kill(int(left.read_text().split()[0]), signal.SIGINT)
+
+
+def test_a_process_that_has_the_servers_number_after_a_power_failure_is_neither_taken_for_it_nor_ended(base: Path) -> None:
+    storage = base / "plain"
+    facts_of(look(base, storage))
+    folder = storage / "postgres"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        (folder / "postmaster.pid").write_text(f"{stranger.pid}\n{folder}\n{time.time():.0f}\n5432\n{folder}\n\n\nready   \n")
+        done = look(base, storage)
+        if os.geteuid() == 0:  # who is not takes the server's own user for the stranger's too, and Postgres then refuses to start
+            facts_of(done)
+        assert stranger.poll() is None
 
 
 def test_a_place_that_no_socket_fits_in_is_named(base: Path) -> None:

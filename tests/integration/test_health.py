@@ -50,6 +50,12 @@ CASES: dict[str, tuple[str, str, Break, Break, str]] = {
             "DELETE FROM docmill_migrations WHERE name LIKE '0009%'"),
         sql("INSERT INTO docmill_migrations SELECT * FROM put_away"), "1 are missing: run `docmill migrate`",
     ),
+    "a migration of procrastinate that is missing": (
+        "migrations", "down",
+        sql("CREATE TABLE put_away AS SELECT * FROM docmill_migrations WHERE component = 'procrastinate' ORDER BY name DESC LIMIT 1",
+            "DELETE FROM docmill_migrations WHERE (component, name) IN (SELECT component, name FROM put_away)"),
+        sql("INSERT INTO docmill_migrations SELECT * FROM put_away"), "1 are missing: run `docmill migrate`",
+    ),
     "a database that takes no writes": (
         "database", "down",
         lambda conn: (conn.execute(f"ALTER DATABASE {conn.info.dbname} SET default_transaction_read_only = on"), None)[1],

@@ -127,16 +127,22 @@ def test_only_what_can_be_helped_is_tried_again_and_only_so_often() -> None:
         psycopg.errors.AdminShutdown("stopped"),
         psycopg.errors.DeadlockDetected("x"),
         psycopg.errors.SerializationFailure("x"),
+        psycopg.errors.DiskFull("x"),
+        psycopg.errors.InsufficientResources("no more files"),
+        psycopg.errors.TooManyConnections("x"),
+        psycopg.errors.ReadOnlySqlTransaction("x"),
         StorageAway("full"),
     ],
 )
-def test_a_database_or_storage_that_is_away_or_has_others_go_first_never_counts(error: Exception) -> None:
+def test_a_database_or_storage_that_is_away_or_full_or_has_others_go_first_never_counts(error: Exception) -> None:
     plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 7)
     assert plan is not None
     assert (plan.counts, 2 <= plan.delay <= 3) == (False, True)
 
 
-@pytest.mark.parametrize("away", [psycopg.OperationalError("server closed the connection"), StorageAway("full")])
+@pytest.mark.parametrize(
+    "away", [psycopg.OperationalError("server closed the connection"), psycopg.errors.DiskFull("full"), StorageAway("full")]
+)
 def test_waiting_for_a_database_or_a_storage_becomes_rarer_and_ends(away: Exception) -> None:
     strategy = StageRetry(max_attempts=3, base=2, max_delay=300, max_wait_hours=72)
     plan = strategy.plan(away, 0, 400)
@@ -150,9 +156,14 @@ def test_waiting_for_a_database_or_a_storage_becomes_rarer_and_ends(away: Except
 
 @pytest.mark.parametrize(
     "error",
-    [psycopg.errors.QueryCanceled("x"), psycopg.errors.DiskFull("x"), psycopg.DataError("NUL")],
+    [
+        psycopg.errors.QueryCanceled("x"),
+        psycopg.errors.OutOfMemory("x"),
+        psycopg.errors.ConfigurationLimitExceeded("temporary files"),
+        psycopg.DataError("NUL"),
+    ],
 )
-def test_what_a_database_answers_counts(error: Exception) -> None:
+def test_what_a_database_answers_that_may_be_the_documents_doing_counts(error: Exception) -> None:
     plan = StageRetry(max_attempts=3, base=2, max_delay=300).plan(error, 0)
     assert plan is None or plan.counts
     assert not is_away(error)
