@@ -21,7 +21,7 @@ from jobs.adapters.storage import LocalStorage
 from jobs.batch.submission import archive_upload_id
 from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
-from jobs.orphans import FEW, Orphans, find_orphans
+from jobs.orphans import FEW, PARTS, Orphans, find_orphans, part_of
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
 from tests.archives import write_zip, zip_bytes
@@ -384,7 +384,7 @@ def test_files_of_another_database_stay_also_where_each_part_has_few_of_them(ben
     storage = storage_of(bench)
     for number in range(40):
         storage.store_upload(f"d{number}", b"x", 100)
-    looks = [look(bench, part=part) for part in range(24)]
+    looks = [look(bench, part=part) for part in range(PARTS)]
     assert max(found.folders for found in looks) <= FEW
     assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
     assert {found.suspicious for found in looks if found.folders} == {40}, "what is said is said of the whole storage"
@@ -394,13 +394,22 @@ def test_a_left_over_goes_also_where_it_is_much_of_its_part(bench: Bench) -> Non
     for number in range(30):
         jobs.submit_document(b"x", doc_id=f"d{number}")
     storage_of(bench).store_upload("unknown", b"x", 100)
-    assert sum(look(bench, part=part).noted for part in range(24)) == 1
+    assert sum(look(bench, part=part).noted for part in range(PARTS)) == 1
 
 
 def test_all_parts_together_look_at_each_folder_once(bench: Bench) -> None:
     for number in range(30):
         jobs.submit_document(b"x", doc_id=f"d{number}")
-    assert sum(look(bench, part=part).folders for part in range(24)) == 30
+    assert sum(look(bench, part=part).folders for part in range(PARTS)) == 30
+
+
+@pytest.mark.parametrize("hours", [range(24), range(8, 19), range(3, 4)], ids=["round the clock", "in working hours", "one hour"])
+def test_workers_look_at_all_parts_whatever_hours_they_run(hours: range) -> None:
+    hour, day = 3600, 86_400
+    looks = [part_of(1_700_000_000 // day * day + n * day + at * hour + 17 * 60) for n in range(PARTS) for at in hours]
+    assert set(looks) == set(range(PARTS))
+    if len(hours) == 24:
+        assert all(set(looks[start : start + 24]) == set(range(PARTS)) for start in range(len(looks) - 24)), "within any day"
 
 
 def test_what_is_not_ours_among_the_files_stays(bench: Bench, tmp_path: Path) -> None:
