@@ -25,6 +25,7 @@ from jobs.orphans import FEW, PARTS, Orphans, find_orphans, part_of
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
 from tests.archives import write_zip, zip_bytes
+from tests.integration.batches import batch_of, begin
 from tests.integration.conftest import Bench
 from tests.integration.test_cli import docmill, eventually
 
@@ -281,6 +282,24 @@ def test_a_summary_goes_with_its_batch(bench: Bench) -> None:
     bench.conn.execute("SELECT seal_batch('b', (SELECT run_id FROM processing_jobs), 0)")
     bench.conn.execute("SELECT delete_batch('b')")
     assert bench.one("SELECT count(*) FROM run_summaries") == (0,)
+
+
+async def test_summaries_of_earlier_runs_go_a_while_after_a_later_one_and_the_last_stays(bench: Bench) -> None:
+    for _ in range(3):
+        batch_of(bench, "a", "c")
+        await bench.drain()
+    left = "SELECT id FROM run_summaries ORDER BY id"
+    _, second, last = bench.all(left)
+    assert prune(bench, summary_retention_days=30) == {}
+    bench.conn.execute("UPDATE run_summaries SET created_at = now() - interval '31 days' WHERE id <= %s", [second[0]])
+    assert prune(bench, summary_retention_days=30, dry_run=True) == {"summaries of earlier runs": 1}
+    assert prune(bench, summary_retention_days=30) == {"summaries of earlier runs": 1}
+    assert bench.all(left) == [second, last], "it is 30 days only since the second took the place of the first"
+    bench.conn.execute("UPDATE run_summaries SET created_at = created_at - interval '31 days'")
+    begin(bench.conn)  # a run that has not ended has no summary, and that of the last one is all there is
+    assert prune(bench, summary_retention_days=30) == {"summaries of earlier runs": 1}
+    assert bench.all(left) == [last]
+    assert prune(bench, summary_retention_days=30) == {}
 
 
 # Files
