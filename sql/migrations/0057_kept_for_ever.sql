@@ -78,4 +78,37 @@ $$;
 COMMENT ON FUNCTION renew_summaries IS
     'Brings the summaries of a batch up to date after documents of it have been deleted, of some runs a call; null while runs are left, which a note says, where nothing is noted, or while somebody holds the batch.';
 
+-- As before, and it knows a transaction number of another cluster, which a dump has brought along: there may be a billion until it is reached.
+CREATE OR REPLACE FUNCTION judge_file(path text) RETURNS text LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    note files_to_remove;
+BEGIN
+    SELECT n.* INTO note FROM files_to_remove AS n WHERE n.path = judge_file.path FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    IF note.settled_at_xid > pg_snapshot_xmax(pg_current_snapshot()) THEN
+        note.settled_at_xid := NULL;
+    END IF;
+    IF note.settled_at_xid IS NULL AND EXISTS (
+        SELECT FROM pg_snapshot_xip(pg_current_snapshot()) AS x WHERE x <> pg_current_xact_id()
+    ) THEN
+        UPDATE files_to_remove AS n SET settled_at_xid = pg_snapshot_xmax(pg_current_snapshot()) WHERE n.path = note.path;
+        RETURN 'wait';
+    END IF;
+    IF note.settled_at_xid > pg_snapshot_xmin(pg_current_snapshot()) THEN
+        RETURN 'wait';
+    END IF;
+    -- A statement of its own: it sees what those transactions have left.
+    IF EXISTS (SELECT FROM file_extractions AS d WHERE d.file_path = note.path)
+        OR EXISTS (SELECT FROM batch_archives AS a WHERE a.file_path = note.path)
+        OR EXISTS (SELECT FROM processing_jobs AS b WHERE b.zip_path = note.path) THEN
+        DELETE FROM files_to_remove AS n WHERE n.path = note.path;
+        RETURN 'needed';
+    END IF;
+    RETURN 'free';
+END;
+$$;
+
 CALL pin_search_path();

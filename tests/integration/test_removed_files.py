@@ -132,6 +132,16 @@ async def test_a_file_waits_for_transactions_that_may_have_begun_to_refer_to_it(
     sweep(bench, storage.base / path)
 
 
+def test_notes_that_a_dump_has_brought_from_another_cluster_wait_for_no_transaction_of_that_one(bench: Bench) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    grow_old(path)
+    bench.conn.execute("SELECT delete_document('a')")
+    bench.conn.execute("UPDATE files_to_remove SET settled_at_xid = (pg_current_xact_id()::text::bigint + 1000000000)::text::xid8")
+    sweep(bench, path)
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+
 async def test_a_submission_that_is_rolled_back_gives_the_file_up_again(bench: Bench, database: str) -> None:
     jobs.submit_document(b"one", doc_id="a")
     path = file_of(bench, "a")
