@@ -111,4 +111,10 @@ BEGIN
 END;
 $$;
 
+-- As before, and the job names no worker, as all that have finished.
+CREATE OR REPLACE FUNCTION end_job(job_id bigint) RETURNS void LANGUAGE sql AS $$
+    UPDATE procrastinate_jobs AS j SET status = 'aborted', attempts = j.attempts + 1, abort_requested = FALSE, worker_id = NULL
+    WHERE j.id = end_job.job_id AND j.status = 'doing';
+$$;
+
 CALL pin_search_path();
