@@ -117,4 +117,117 @@ CREATE OR REPLACE FUNCTION end_job(job_id bigint) RETURNS void LANGUAGE sql AS $
     WHERE j.id = end_job.job_id AND j.status = 'doing';
 $$;
 
+CREATE FUNCTION is_called_no_more(breaker circuit_breakers) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT breaker.state <> 'closed' AND breaker.try_at < now() - interval '1 hour'
+        -- For a breaker, and for a budget: an index for each.
+        AND NOT EXISTS (
+            SELECT FROM file_extractions AS d
+            WHERE d.state = 'retrying' AND d.waiting_for = breaker.service AND d.waiting_place IS NOT NULL
+        )
+        AND NOT EXISTS (
+            SELECT FROM file_extractions AS d
+            WHERE d.state = 'retrying' AND d.waiting_for = breaker.service AND d.waiting_place IS NULL
+        );
+$$;
+COMMENT ON FUNCTION is_called_no_more IS
+    'Whether a service that was down has not been called for an hour after it might have been, and no document waits for it: its key or address has been replaced, say.';
+
+-- As before, but for services that nobody calls any more.
+CREATE OR REPLACE VIEW alert_findings WITH (security_invoker = true) AS
+WITH oldest AS MATERIALIZED (
+    SELECT d.id, d.user_id, d.content_sha256, d.state, d.milestone, d.doc_id, d.updated_at, d.not_before, d.waiting_for, d.waiting_since,
+        d.error_message
+    FROM file_extractions AS d WHERE d.state IN ('queued', 'retrying') ORDER BY d.id LIMIT 10000
+), waiting AS MATERIALIZED (
+    -- Of the ten thousand that were submitted first those that are due.
+    SELECT stage_queue(due_stage(w.milestone)) AS queue, w.doc_id, greatest(w.updated_at, w.not_before) AS since
+    FROM oldest AS w
+    WHERE (w.not_before IS NULL OR w.not_before <= now())
+        -- One that waits for an equal document is not due before that has ended.
+        AND NOT (w.state = 'queued' AND w.milestone = 'upload_validated' AND EXISTS (
+            SELECT FROM file_extractions AS o
+            WHERE o.user_id = w.user_id AND o.content_sha256 = w.content_sha256 AND o.owns_content AND o.id <> w.id
+        ))
+), queues AS MATERIALIZED (
+    SELECT w.queue, extract(epoch FROM now() - min(w.since))::float8 AS seconds, (array_agg(w.doc_id ORDER BY w.since))[1] AS doc_id,
+        (SELECT count(*) FROM worker_registry AS r
+            WHERE r.heartbeat_at > now() - interval '60 seconds' AND (r.queues IS NULL OR w.queue = ANY(r.queues))) AS workers
+    FROM waiting AS w
+    GROUP BY w.queue
+), for_storage AS MATERIALIZED (
+    SELECT count(*) AS files, extract(epoch FROM now() - min(f.waiting_since))::float8 AS seconds,
+        (array_agg(f.error_message ORDER BY f.waiting_since))[1] AS error_message
+    FROM (
+        SELECT w.waiting_since, w.error_message FROM oldest AS w WHERE w.waiting_for = 'storage' AND w.waiting_since IS NOT NULL
+        UNION ALL
+        SELECT a.waiting_since, a.error_message FROM batch_archives AS a
+        WHERE a.state IN ('waiting', 'unpacking') AND a.waiting_since IS NOT NULL
+    ) AS f
+), ended AS (
+    SELECT count(*) FILTER (WHERE e.event = 'failed') AS failed, count(*) AS total
+    FROM (SELECT v.event, v.at FROM document_events AS v ORDER BY v.id DESC LIMIT 10000) AS e
+    WHERE e.event IN ('failed', 'completed', 'duplicate') AND e.at > now() - interval '1 hour'
+)
+SELECT r.rule, q.queue AS subject, q.seconds AS value,
+    format('%s has been due in queue %s for %s min; %s live workers listen to it', q.doc_id, q.queue, round(q.seconds / 60), q.workers) AS message,
+    jsonb_build_object('queue', q.queue, 'doc_id', q.doc_id, 'live_workers', q.workers) AS detail
+FROM alert_rules AS r, queues AS q
+WHERE r.rule = 'oldest_waiting' AND r.enabled AND q.seconds > r.threshold
+UNION ALL
+SELECT r.rule, q.queue, q.seconds,
+    format('documents wait in queue %s, for up to %s s, and no live worker listens to it', q.queue, round(q.seconds)),
+    jsonb_build_object('queue', q.queue, 'doc_id', q.doc_id)
+FROM alert_rules AS r, queues AS q
+WHERE r.rule = 'no_worker' AND r.enabled AND q.workers = 0 AND q.seconds > r.threshold
+UNION ALL
+SELECT r.rule, 'all', e.failed::float8 / e.total,
+    format('%s of the last %s documents failed for good (%s %%)', e.failed, e.total, round(100.0 * e.failed / e.total, 1)),
+    jsonb_build_object('failed', e.failed, 'ended', e.total)
+FROM alert_rules AS r, ended AS e
+WHERE r.rule = 'dead_letter_rate' AND r.enabled AND e.total >= 20 AND e.failed::float8 / e.total > r.threshold
+UNION ALL
+SELECT r.rule, w.worker, extract(epoch FROM now() - w.heartbeat_at)::float8,
+    format('worker %s was last heard of %s s ago, with %s documents in hand', w.worker,
+        round(extract(epoch FROM now() - w.heartbeat_at)), cardinality(w.documents)),
+    jsonb_build_object('worker', w.worker, 'host', w.host, 'heartbeat_at', w.heartbeat_at, 'documents', w.documents[1:20])
+FROM alert_rules AS r, worker_registry AS w
+WHERE r.rule = 'worker_dead' AND r.enabled AND w.heartbeat_at < now() - make_interval(secs => r.threshold)
+    -- After a day nobody expects it any more.
+    AND w.heartbeat_at > now() - interval '1 day'
+    AND NOT EXISTS (
+        SELECT FROM worker_registry AS n
+        WHERE n.host = w.host AND n.started_at > w.heartbeat_at AND n.heartbeat_at > now() - interval '60 seconds'
+    )
+UNION ALL
+SELECT r.rule, c.service, extract(epoch FROM now() - c.changed_at)::float8,
+    format('%s is not called: %s', c.service, c.reason),
+    jsonb_build_object('service', c.service, 'state', c.state, 'refused', c.refused, 'waiting', c.waiting, 'try_at', c.try_at)
+FROM alert_rules AS r, circuit_breakers AS c
+WHERE r.rule = 'breaker_open' AND r.enabled AND c.state <> 'closed' AND NOT is_called_no_more(c)
+UNION ALL
+SELECT r.rule, b.service, b.seconds,
+    format('a call to %s would wait for %s min: its rate limit is used up', b.service, round(b.seconds / 60)),
+    jsonb_build_object('service', b.service, 'requests_per_minute', b.requests_per_minute, 'tokens_per_minute', b.tokens_per_minute)
+FROM alert_rules AS r, (
+    SELECT p.service, p.requests_per_minute, p.tokens_per_minute,
+        extract(epoch FROM greatest(p.paused_until, p.last_send_at, p.overflow_at) - now())::float8 AS seconds
+    FROM provider_budgets AS p
+) AS b
+WHERE r.rule = 'budget_exhausted' AND r.enabled AND b.seconds > r.threshold
+UNION ALL
+SELECT r.rule, c.relname::text, 1,
+    format('index %s of %s is not valid', c.relname, i.indrelid::regclass),
+    jsonb_build_object('index', c.relname, 'table', i.indrelid::regclass::text)
+FROM alert_rules AS r, pg_index AS i
+JOIN pg_class AS c ON c.oid = i.indexrelid
+WHERE r.rule = 'index_invalid' AND r.enabled AND NOT i.indisvalid
+    AND c.relnamespace = (SELECT t.relnamespace FROM pg_class AS t WHERE t.oid = 'file_extractions'::regclass)
+    AND NOT is_index_being_built(i.indexrelid)
+UNION ALL
+SELECT r.rule, 'storage', s.seconds,
+    format('%s documents and archives wait for the storage, for up to %s min: %s', s.files, round(s.seconds / 60), s.error_message),
+    jsonb_build_object('waiting', s.files)
+FROM alert_rules AS r, for_storage AS s
+WHERE r.rule = 'storage_away' AND r.enabled AND s.seconds > r.threshold;
+
 CALL pin_search_path();
