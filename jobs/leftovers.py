@@ -22,7 +22,7 @@ from jobs.adapters.storage import LocalStorage, discard, is_upload
 from jobs.adapters.storage.names import folder_name
 from jobs.copies import remove_copies_of
 from jobs.redaction import describe
-from models.errors import PermanentError, RetryableError
+from models.errors import PermanentError, RetryableError, StorageAway
 from models.settings import Settings
 from sql import query
 
@@ -43,7 +43,7 @@ def remove_noted_files(
 ) -> int:
     """Remove what may be removed of the noted files, or of one document's, and return how many; the others stay noted.
 
-    `conn` commits each statement. `stop` is asked before each file.
+    A storage that is away is a warning and ends it. `conn` commits each statement. `stop` is asked before each file.
     """
     storage = LocalStorage.from_settings(settings)
     noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
@@ -55,7 +55,7 @@ def remove_noted_files(
         for older in _versions(storage, path, owner):
             conn.execute(query("note_older_file"), {"path": older, "doc_id": owner})
             owners.setdefault(older, owner)
-    return sum(_remove(storage, conn, path, owner, untouched_for) for path, owner in owners.items() if not stop())
+    return _remove_all(storage, conn, owners, untouched_for, stop)
 
 
 def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) -> int:
@@ -78,6 +78,22 @@ def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]
         return []
 
 
+def _remove_all(
+    storage: LocalStorage, conn: Connection, owners: dict[str, str | None], untouched_for: float, stop: Callable[[], bool]
+) -> int:
+    removed = 0
+    for path, owner in owners.items():
+        if stop():
+            break
+        try:
+            removed += _remove(storage, conn, path, owner, untouched_for)
+        except StorageAway as error:
+            logger.warning("Files of deleted documents were not removed, trying again later: {}", describe(error))
+            conn.execute(query("put_off_file"), {"path": path})  # should it be away for this file alone
+            break
+    return removed
+
+
 def _remove(storage: LocalStorage, conn: Connection, path: str, owner: str | None, untouched_for: float) -> bool:
     with conn.transaction():
         row = conn.execute(query("judge_file"), {"path": path}).fetchone()
@@ -91,6 +107,8 @@ def _remove(storage: LocalStorage, conn: Connection, path: str, owner: str | Non
         except PermanentError as error:
             logger.warning("A deleted document's file is none that could be removed: {}", describe(error))
             gone = True
+        except StorageAway:
+            raise
         except RetryableError as error:
             logger.warning("A deleted document's file was not removed, trying again later: {}", describe(error))
             gone = False

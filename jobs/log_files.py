@@ -13,7 +13,7 @@ from jobs.process_ids import process_id
 from models.errors import ConfigurationError
 
 ABANDONED_SECONDS = 86_400
-"""A log file that nobody wrote to for so long belongs to a process that has ended; should it not have, it opens a new one."""
+"""A process none of whose log files was written to for so long has ended; should it not have, it opens a new one."""
 _PARTS = {"{role}": "[a-z_]+", "{host}": r"[\w.-]+", "{pid}": r"\d+(?:-\d+)?"}
 _ROTATED = r"(?:\.\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}(?:\.\d+)?)?"
 """What loguru puts before the suffix of a rotated file."""
@@ -45,14 +45,18 @@ def log_files(path: Path) -> list[Path]:
 
 
 def remove_abandoned(path: Path, keep: int) -> None:
-    """Delete the log files that ended processes left for a LOG_FILE_PATH, but for the newest `keep`."""
-    written: list[tuple[float, Path]] = []
+    """Delete the log files that ended processes left for a LOG_FILE_PATH, but for the newest `keep`.
+
+    One that has written to any of its files lately lives, and removes its rotated files itself."""
+    stamp = re.compile(_ROTATED + re.escape(path.suffix) + "$")
+    by_process: dict[str, list[tuple[float, Path]]] = {}
     for file in log_files(path):
         with suppress(FileNotFoundError):  # another process is doing the same
-            written.append((file.stat().st_mtime, file))
-    for when, file in sorted(written, reverse=True)[keep:]:
-        if when < time.time() - ABANDONED_SECONDS:
-            file.unlink(missing_ok=True)
+            by_process.setdefault(stamp.sub("", file.name), []).append((file.stat().st_mtime, file))
+    before = time.time() - ABANDONED_SECONDS
+    ended = [each for files in by_process.values() if max(files)[0] < before for each in files]
+    for _, file in sorted(ended, reverse=True)[keep:]:
+        file.unlink(missing_ok=True)
 
 
 def _template(path: Path) -> str:

@@ -18,7 +18,7 @@ from psycopg.rows import dict_row
 from jobs.copies import Tidied, tidy_copies
 from jobs.database import conninfo_of
 from jobs.leftovers import remove_noted_files as remove_files
-from jobs.orphans import PARTS, find_orphans
+from jobs.orphans import find_orphans, part_of
 from jobs.pipeline.claims import one
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from jobs.sessions import connect, connect_async
@@ -167,7 +167,7 @@ async def prune(timestamp: int) -> dict[str, int]:
                 removed = prune_rows(app.settings, conn, stop=app.stopping)
             except SomebodyElsePrunes:
                 return {}
-            part = timestamp // 3600 % PARTS
+            part = part_of(timestamp)
             found = find_orphans(app.settings, conn, part=part, stop=app.stopping)
             # Into what may be another database's storage nothing is written.
             copies = Tidied() if found.suspicious else tidy_copies(app.settings, conn, part=part, stop=app.stopping)

@@ -23,8 +23,9 @@ from jobs.adapters.storage import LocalStorage
 from models.settings import Settings
 from sql import query
 
-PARTS = 24
-"""A look at one part is a look at every so-many-th folder; one an hour goes through all of them in a day."""
+PARTS = 23
+"""A look at one part is a look at every so-many-th folder. One fewer than a day has hours: a look an hour goes through all of them in less
+than a day, and where workers run for some hours of the day only, each day's look at the same hour is one at another part."""
 AT_A_TIME = 200  # folders that one statement asks for
 TEMPORARY_DAYS = 7
 """How old half-written files must be where ORPHAN_FILE_DAYS says nothing."""
@@ -87,6 +88,11 @@ def find_orphans(
         for path in orphans:
             conn.execute(query("note_unneeded_file"), {"path": path, "doc_id": None})
     return found
+
+
+def part_of(timestamp: int) -> int:
+    """Return which of PARTS is to be looked at in an hour; seconds since the epoch."""
+    return timestamp // 3600 % PARTS
 
 
 def _look(

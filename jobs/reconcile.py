@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import psycopg
@@ -35,6 +35,7 @@ SIDE_TASKS = [
 ]  # docmill's tasks that are no stages; an application's own are none of our business
 # What is due rather than broken.
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget", "wake_forgotten_equal"}
+RENEW_SECONDS = 5.0  # in a pass; each batch can take some, and none fails for long without getting on
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 # Most documents that each worker brings forward in a second, once a service's calls pass unasked or its budget lies idle: more than it
@@ -137,18 +138,29 @@ class Reconciler:
         yield find("find_replaced_documents", "delete_replaced_document", "doc_id")
         yield "queue_reembedding", partial(self._rows, "queue_reembedding", delay=0.0, job_id=None)
         yield find("find_unsettled_batches", "settle_batch", "batch_id")
-        yield find("find_summaries_to_renew", "renew_summaries", "batch_id")
+        yield find("find_summaries_to_renew", "renew_summaries", "batch_id", seconds_at_most=RENEW_SECONDS)
         yield "evaluate_alerts", self._evaluate_alerts
 
     def _repair_found(
-        self, done: dict[str, int], finder: str, repair: str, key: str, asked: Mapping[str, Any] = {}, **params: Any
+        self,
+        done: dict[str, int],
+        finder: str,
+        repair: str,
+        key: str,
+        asked: Mapping[str, Any] = {},
+        *,
+        seconds_at_most: float = inf,
+        **params: Any,
     ) -> _Step:
-        """Return the step that asks a finder and repairs each thing that it names by `key`."""
+        """Return the step that asks a finder and repairs each thing that it names by `key`, until none is begun any more."""
 
         async def step() -> None:
+            end = clock.seconds() + seconds_at_most
             for row in await self._rows(finder, most=MOST, **asked):
                 (found,) = row.values()
                 await self._repair(done, repair, **{key: found}, **params)
+                if clock.seconds() >= end:
+                    return
 
         return finder, step
 

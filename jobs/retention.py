@@ -48,6 +48,7 @@ POLICIES = (
     Policy("calls to outside services", "usage_retention_days", "prune_usage", start="-infinity"),
     Policy("costs of what is gone", "usage_retention_days", "prune_cost_totals", start=""),
     Policy("replaced archives", "archive_retention_days", "prune_archives"),
+    Policy("summaries of earlier runs", "summary_retention_days", "prune_summaries", params={"window": 50}),  # of up to 30 MB each
 )
 
 

@@ -14,7 +14,7 @@ from models.stages import State
 _ENDS = {"completed": "complete", "duplicate": "duplicate", "failed": "failed", "cancelled": "cancelled"}
 """The events that end a document, and how it ended."""
 _SUBMISSIONS = ("submitted", "resubmitted")
-_BREAKER_STATES = ("closed", "open", "half_open")
+_BREAKER_STATES = ("closed", "open", "half_open", "idle")
 
 
 def counters(tally: Tally) -> Iterator[Metric]:
@@ -129,7 +129,11 @@ async def workers(look: Look) -> list[Metric]:
 async def providers(look: Look) -> list[Metric]:
     """Outside services."""
     rows = await look.rows("metric_providers")
-    breaker = GaugeMetricFamily("docmill_provider_breaker", "1 for the state that the breaker is in.", labels=["service", "state"])
+    breaker = GaugeMetricFamily(
+        "docmill_provider_breaker",
+        "1 for the state that the breaker is in; idle: was open, and nobody calls any more.",
+        labels=["service", "state"],
+    )
     requests = GaugeMetricFamily(
         "docmill_provider_requests_per_minute", "Requests of the last minute, and the limit.", labels=["service", "kind"]
     )

@@ -39,5 +39,8 @@ class UpkeepSettings(BaseSettings):
     archive_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 30
     """Days that a zip archive, its row and its stored file, is kept after another one was unpacked in its place. Its documents stay. 0: as
     long as the batch."""
+    summary_retention_days: Annotated[int, Interval(ge=0, le=36_500)] = 30
+    """Days that the summary of a run is kept after a later run of its batch has ended, of which there is one each time that something in a
+    folder has changed; that of the last run always is. 0: as long as the batch."""
     orphan_file_days: Annotated[int, Interval(ge=0, le=36_500)] = 7
     """Days after which a stored file goes that no document, archive or batch refers to, because its submission was cut off. 0: never."""

@@ -152,6 +152,27 @@ SELECT (SELECT count(*) FROM gone) AS removed,
     max(l.id) AS next, count(*) = %(window)s AS more
 FROM looked AS l;
 
+-- name: prune_summaries
+-- Of earlier runs, once a later one's has been there for so long. While the present run has none yet, that of the last one stays.
+WITH looked AS MATERIALIZED (
+    SELECT r.id, r.batch_id FROM run_summaries AS r WHERE r.id > %(after)s ORDER BY r.id LIMIT %(window)s
+), latest AS MATERIALIZED (
+    SELECT r.batch_id, max(r.id) AS id
+    FROM run_summaries AS r
+    WHERE r.batch_id IN (SELECT l.batch_id FROM looked AS l) AND r.created_at < now() - make_interval(days => %(days)s)
+    GROUP BY r.batch_id
+), free AS MATERIALIZED (
+    SELECT r.id
+    FROM looked AS k
+    JOIN latest AS l ON l.batch_id = k.batch_id AND l.id > k.id
+    JOIN run_summaries AS r ON r.id = k.id
+    JOIN processing_jobs AS b ON b.batch_id = r.batch_id AND b.run_id <> r.run_id
+    FOR UPDATE OF r SKIP LOCKED
+), gone AS (
+    DELETE FROM run_summaries AS r USING free AS f WHERE r.id = f.id RETURNING r.id
+)
+SELECT (SELECT count(*) FROM gone) AS removed, max(k.id) AS next, count(*) = %(window)s AS more FROM looked AS k;
+
 -- name: usage_services
 -- From service to service by the index, not from call to call.
 WITH RECURSIVE services (service) AS (

@@ -89,7 +89,7 @@ SELECT w.worker, w.health, w.concurrency, w.jobs, w.memory_mb, w.cpu_seconds, w.
 FROM worker_health AS w;
 
 -- name: metric_providers
-SELECT c.service, c.state, c.waiting, b.share, b.requests_per_minute, b.requests_last_minute
+SELECT c.service, CASE WHEN is_called_no_more(c) THEN 'idle' ELSE c.state END AS state, c.waiting, b.share, b.requests_per_minute, b.requests_last_minute
 FROM circuit_breakers AS c
 LEFT JOIN provider_budget_use AS b ON b.service = c.service;
 

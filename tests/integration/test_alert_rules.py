@@ -86,6 +86,24 @@ def test_an_alert_is_told_once_while_it_lasts_again_after_hours_and_when_it_is_o
     assert conn.execute("SELECT count(*), count(resolved_at) FROM alert_conditions").fetchone() == (1, 0)
 
 
+def test_a_service_that_nobody_calls_any_more_is_no_alert_unless_a_document_waits_for_it(conn: psycopg.Connection) -> None:
+    set_rule(conn, "breaker_open", for_seconds=0, clear_seconds=0)
+    break_service(conn)
+    assert evaluate(conn) == [("open", "breaker_open", "embedding http://x")]
+    conn.execute("SELECT submit_document('uploads/a', doc_id => 'a')")
+    for changes in ("state = 'working', claim = 1, lease_until = now()", "state = 'retrying', lease_until = NULL"):
+        conn.execute(f"UPDATE file_extractions SET {changes}")
+    conn.execute("UPDATE circuit_breakers SET try_at = now() - interval '61 minutes'")
+    for place in (7, None):  # among those that wait for the breaker; for the budget, before that opened
+        conn.execute("UPDATE file_extractions SET waiting_for = 'embedding http://x', waiting_place = %s", [place])
+        assert findings(conn) == [("breaker_open", "embedding http://x")]
+    conn.execute("UPDATE file_extractions SET waiting_for = 'embedding http://new'")
+    assert conn.execute("SELECT health, what_to_do FROM provider_health").fetchall() == [("idle", None)]
+    assert evaluate(conn) == [("resolved", "breaker_open", "embedding http://x")]
+    conn.execute("UPDATE circuit_breakers SET try_at = now() + interval '1 minute'")  # somebody did call
+    assert evaluate(conn) == [("open", "breaker_open", "embedding http://x")]
+
+
 def test_what_passes_before_its_time_is_never_told(conn: psycopg.Connection) -> None:
     set_rule(conn, "breaker_open", for_seconds=120)
     break_service(conn)

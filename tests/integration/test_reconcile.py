@@ -54,9 +54,10 @@ async def test_a_whole_database_is_left_alone(bench: Bench) -> None:
 async def test_an_expired_lease_is_rescued_with_a_new_job_and_the_old_one_ended(bench: Bench) -> None:
     bench.submit()
     crash(bench)
+    bench.conn.execute("UPDATE procrastinate_jobs SET worker_id = (SELECT worker_id FROM procrastinate_register_worker_v1())")
     assert await reconciler(bench).pass_once() == {"rescued": 1}
     assert bench.one("SELECT state, crash_count, lone_crash_count, lease_until FROM file_extractions") == ("queued", 1, 0, None)
-    assert bench.all("SELECT status FROM procrastinate_jobs ORDER BY id") == [("aborted",), ("todo",)]
+    assert bench.all("SELECT status, worker_id FROM procrastinate_jobs ORDER BY id") == [("aborted", None), ("todo", None)]
     await bench.drain()
     assert bench.one("SELECT state, crash_count FROM file_extractions") == ("complete", 0)
 

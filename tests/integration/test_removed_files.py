@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from loguru import logger
 
 import jobs
 from jobs.adapters.storage import LocalStorage, StoredUpload
@@ -130,6 +131,41 @@ async def test_a_file_waits_for_transactions_that_may_have_begun_to_refer_to_it(
     storage = LocalStorage.from_settings(bench.settings)
     assert find_orphans(bench.settings, bench.conn, now=time.time() + 86_400 * 100).noted == 1
     sweep(bench, storage.base / path)
+
+
+def test_notes_that_a_dump_has_brought_from_another_cluster_wait_for_no_transaction_of_that_one(bench: Bench) -> None:
+    jobs.submit_document(b"one", doc_id="a")
+    path = file_of(bench, "a")
+    grow_old(path)
+    bench.conn.execute("SELECT delete_document('a')")
+    bench.conn.execute("UPDATE files_to_remove SET settled_at_xid = (pg_current_xact_id()::text::bigint + 1000000000)::text::xid8")
+    sweep(bench, path)
+    assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
+
+
+def test_a_storage_that_is_away_is_said_once_and_not_once_a_file(bench: Bench) -> None:
+    paths = []
+    for doc_id in ("a", "b", "c"):
+        jobs.submit_document(doc_id.encode(), doc_id=doc_id)
+        paths.append(file_of(bench, doc_id))
+        grow_old(paths[-1])
+        bench.conn.execute("SELECT delete_document(%s)", [doc_id])
+    base = LocalStorage.from_settings(bench.settings).base
+    base.rename(base.with_name("away"))
+    told: list[str] = []
+    handler = logger.add(lambda message: told.append(message.record["message"]), level="WARNING")
+
+    def tried() -> bool:
+        assert remove_noted_files(bench.settings, bench.conn) == 0
+        return bool(told)
+
+    try:
+        wait_for(tried, "the storage to be asked")
+    finally:
+        logger.remove(handler)
+    assert len(told) == 1 and "is not there: is it mounted?" in told[0]
+    base.with_name("away").rename(base)
+    sweep(bench, *paths)
 
 
 async def test_a_submission_that_is_rolled_back_gives_the_file_up_again(bench: Bench, database: str) -> None:

@@ -21,10 +21,11 @@ from jobs.adapters.storage import LocalStorage
 from jobs.batch.submission import archive_upload_id
 from jobs.front import close_sync
 from jobs.leftovers import remove_noted_files
-from jobs.orphans import FEW, Orphans, find_orphans
+from jobs.orphans import FEW, PARTS, Orphans, find_orphans, part_of
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
 from tests.archives import write_zip, zip_bytes
+from tests.integration.batches import batch_of, begin
 from tests.integration.conftest import Bench
 from tests.integration.test_cli import docmill, eventually
 
@@ -283,6 +284,24 @@ def test_a_summary_goes_with_its_batch(bench: Bench) -> None:
     assert bench.one("SELECT count(*) FROM run_summaries") == (0,)
 
 
+async def test_summaries_of_earlier_runs_go_a_while_after_a_later_one_and_the_last_stays(bench: Bench) -> None:
+    for _ in range(3):
+        batch_of(bench, "a", "c")
+        await bench.drain()
+    left = "SELECT id FROM run_summaries ORDER BY id"
+    _, second, last = bench.all(left)
+    assert prune(bench, summary_retention_days=30) == {}
+    bench.conn.execute("UPDATE run_summaries SET created_at = now() - interval '31 days' WHERE id <= %s", [second[0]])
+    assert prune(bench, summary_retention_days=30, dry_run=True) == {"summaries of earlier runs": 1}
+    assert prune(bench, summary_retention_days=30) == {"summaries of earlier runs": 1}
+    assert bench.all(left) == [second, last], "it is 30 days only since the second took the place of the first"
+    bench.conn.execute("UPDATE run_summaries SET created_at = created_at - interval '31 days'")
+    begin(bench.conn)  # a run that has not ended has no summary, and that of the last one is all there is
+    assert prune(bench, summary_retention_days=30) == {"summaries of earlier runs": 1}
+    assert bench.all(left) == [last]
+    assert prune(bench, summary_retention_days=30) == {}
+
+
 # Files
 
 
@@ -384,7 +403,7 @@ def test_files_of_another_database_stay_also_where_each_part_has_few_of_them(ben
     storage = storage_of(bench)
     for number in range(40):
         storage.store_upload(f"d{number}", b"x", 100)
-    looks = [look(bench, part=part) for part in range(24)]
+    looks = [look(bench, part=part) for part in range(PARTS)]
     assert max(found.folders for found in looks) <= FEW
     assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
     assert {found.suspicious for found in looks if found.folders} == {40}, "what is said is said of the whole storage"
@@ -394,13 +413,22 @@ def test_a_left_over_goes_also_where_it_is_much_of_its_part(bench: Bench) -> Non
     for number in range(30):
         jobs.submit_document(b"x", doc_id=f"d{number}")
     storage_of(bench).store_upload("unknown", b"x", 100)
-    assert sum(look(bench, part=part).noted for part in range(24)) == 1
+    assert sum(look(bench, part=part).noted for part in range(PARTS)) == 1
 
 
 def test_all_parts_together_look_at_each_folder_once(bench: Bench) -> None:
     for number in range(30):
         jobs.submit_document(b"x", doc_id=f"d{number}")
-    assert sum(look(bench, part=part).folders for part in range(24)) == 30
+    assert sum(look(bench, part=part).folders for part in range(PARTS)) == 30
+
+
+@pytest.mark.parametrize("hours", [range(24), range(8, 19), range(3, 4)], ids=["round the clock", "in working hours", "one hour"])
+def test_workers_look_at_all_parts_whatever_hours_they_run(hours: range) -> None:
+    hour, day = 3600, 86_400
+    looks = [part_of(1_700_000_000 // day * day + n * day + at * hour + 17 * 60) for n in range(PARTS) for at in hours]
+    assert set(looks) == set(range(PARTS))
+    if len(hours) == 24:
+        assert all(set(looks[start : start + 24]) == set(range(PARTS)) for start in range(len(looks) - 24)), "within any day"
 
 
 def test_what_is_not_ours_among_the_files_stays(bench: Bench, tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def test_the_text_is_prometheus_and_its_figures_are_those_of_the_tables(
     )
     conn.execute("UPDATE worker_registry SET heartbeat_at = now() - interval '1 hour' WHERE worker = 'h:2'")
     conn.execute(
-        "INSERT INTO circuit_breakers (service, state, reason, try_at) VALUES ('embedding x', 'open', 'down', now() + interval '1 min')"
+        "INSERT INTO circuit_breakers (service, state, reason, try_at) VALUES ('embedding x', 'open', 'down', now() + interval '1 min'), "
+        "('embedding old', 'open', 'down', now() - interval '2 hours')"
     )
     with served(tmp_path / "serve.log") as address, client(address) as visitor:
         answer = visitor.get("/metrics")
@@ -95,6 +96,10 @@ def test_the_text_is_prometheus_and_its_figures_are_those_of_the_tables(
     assert ("docmill_worker_memory_bytes", frozenset({("worker", "h:2")})) not in found, "a dead worker uses no memory"
     assert value(found, "docmill_worker_heartbeat_age_seconds", worker="h:2") >= 3600
     assert value(found, "docmill_provider_breaker", service="embedding x", state="open") == 1
+    states = {
+        state: value(found, "docmill_provider_breaker", service="embedding old", state=state) for state in ("open", "half_open", "idle")
+    }
+    assert states == {"open": 0, "half_open": 0, "idle": 1}, "a rule that asks for the first two has nothing to tell"
     assert value(found, "docmill_component_up", component="services") == 0
     assert value(found, "docmill_ready") == 0
     assert value(found, "docmill_database_connections", state="idle") >= 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from typing import Any
 
 import psycopg
 import pytest
 
+from jobs import reconcile
 from tests.integration.batches import BATCH, accept, add_archive, at_once, batch_of, begin, reconciler, refuse, seal, summary
 from tests.integration.conftest import Bench
 
@@ -201,3 +203,53 @@ async def test_requeueing_while_settling_ends_with_the_last_word_about_each_docu
     await bench.drain()
     assert bench.one(BATCH)[0] == "completed_with_errors"
     assert summary(bench)[0]["totals"] | {"succeeded": 1, "failed": 1, "unfinished": 0} == summary(bench)[0]["totals"]
+
+
+CARDS = "SELECT jsonb_path_query_array(ui_json, '$.files[*].doc_id') FROM run_summaries"
+
+
+async def test_summaries_of_many_large_runs_are_renewed_a_few_at_a_time_until_none_is_left(bench: Bench) -> None:
+    for number in range(6):
+        batch_of(bench, "a", "c", "d", str(number))
+        await bench.drain()
+    bench.conn.execute("UPDATE run_summaries SET file_count = 5000")
+    bench.conn.execute("SELECT delete_document('a')")
+    renewed, left = 0, [6]
+    for number in range(9):
+        renewed = (await reconciler(bench).pass_once()).get("renewed", 0)
+        left.append(sum("a" in cards for (cards,) in bench.all(CARDS)))
+        if number == 0:
+            assert bench.one("SELECT total_files FROM processing_jobs") == (3,), "the present run is told at once"
+            bench.conn.execute("SELECT delete_document('c')")
+        if renewed:
+            break
+    assert left[-1] == 0
+    assert all(0 <= before - after <= 4 for before, after in pairwise(left)), "two that are next and, at the first, the present one"
+    assert len(left) >= 6, "what was deleted meanwhile begins a round of its own"
+    assert {tuple(cards) for (cards,) in bench.all(CARDS)} == {(str(number), "d") for number in range(6)}
+    assert bench.one("SELECT count(*) FROM summaries_to_renew") == (0,)
+    assert await reconciler(bench).pass_once() == {}
+
+
+async def test_deletions_that_go_on_keep_no_card_of_the_first_in_any_summary(bench: Bench) -> None:
+    runs = 5
+    for _ in range(runs):
+        batch_of(bench, "a", *(f"d{number}" for number in range(2 * runs)))
+        await bench.drain()
+    bench.conn.execute("UPDATE run_summaries SET file_count = 10000")
+    bench.conn.execute("SELECT delete_document('a')")
+    for number in range(runs):
+        await reconciler(bench).pass_once()
+        bench.conn.execute("SELECT delete_document(%s)", [f"d{number}"])
+    assert not any("a" in cards for (cards,) in bench.all(CARDS))
+
+
+async def test_a_pass_that_has_renewed_for_long_leaves_other_batches_to_the_next(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "RENEW_SECONDS", 0.0)
+    for batch_id in ("b", "other"):
+        run = begin(bench.conn, batch_id)
+        accept(bench.conn, run, f"{batch_id} 1", f"{batch_id} 2", batch_id=batch_id)
+        seal(bench.conn, run, 2, batch_id)
+        await bench.drain()
+        bench.conn.execute("SELECT delete_document(%s)", [f"{batch_id} 1"])
+    assert [await reconciler(bench).pass_once() for _ in range(3)] == [{"renewed": 1}, {"renewed": 1}, {}]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
@@ -205,6 +206,21 @@ def test_each_process_rotates_its_own_file(monkeypatch: pytest.MonkeyPatch, tmp_
     log_files.remove_abandoned(folder / "docmill.log", keep=1)
     assert len([file for file in folder.iterdir() if file.name != "other.log"]) == 1
     assert (folder / "other.log").exists()
+
+
+def test_rotated_files_of_a_process_that_lives_are_its_own_to_remove(tmp_path: Path) -> None:
+    def write(pid: int, day: str = "", days_ago: float = 0) -> str:
+        file = tmp_path / f"docmill.worker-host.x-{pid}{day}.log"
+        file.touch()
+        os.utime(file, (time.time() - days_ago * 86_400,) * 2)
+        return file.name
+
+    stamps = [f".2026-01-0{day}_10-00-00_123456" for day in (1, 2, 3)]
+    alive = [write(1), *(write(1, stamp, days_ago=3) for stamp in stamps)]
+    ended = [write(2, days_ago=2), *(write(pid, stamp, days_ago=4) for pid in (2, 3) for stamp in stamps)]
+    log_files.remove_abandoned(tmp_path / "docmill.log", keep=1)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {*alive, ended[0]}
 
 
 def test_braces_in_the_storage_path_are_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
