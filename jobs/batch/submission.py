@@ -12,7 +12,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from jobs.batch.steps import Ask, Steps
-from jobs.submit import taken_or_held
+from jobs.submit import NOTHING_DONE, taken_or_held
 from models.errors import DocmillError, SubmitConflict, SubmitError
 from models.submissions import Submission
 
@@ -101,8 +101,9 @@ def look_at_batch(batch_id: str, user_id: str) -> Steps[dict[str, Any] | None]:
     return batch
 
 
-def refused_batch(error: psycopg.Error, batch_id: str) -> Exception:
-    """Translate what Postgres said to the submission of a batch."""
+def refused_batch(error: psycopg.Error, batch_id: str, *, in_part: bool = False) -> Exception:
+    """Translate what Postgres said to the submission of a batch. `in_part`: a run of it has been begun by then."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f'batch_id "{batch_id}" has been begun again meanwhile.')
-    return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it")
+    done = "A part of the batch has been submitted, and submitting it again does the rest" if in_part else NOTHING_DONE
+    return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it", done)

@@ -95,10 +95,13 @@ class FolderMemory:
         return derive_doc_id(self._user_id, f"{self.batch_id}\n{path}")
 
     async def remember(self, seen: Sequence[tuple[str, str, str]]) -> None:
-        """Store what files looked like when they were read: doc_id, look, SHA-256. Nothing where the folder is no batch yet."""
+        """Store what files looked like when they were read: doc_id, look, SHA-256. Nothing where the folder is no batch yet, or somebody's
+        transaction holds it: then they are read once more next time."""
         if seen:
             path_ids, seen_as, hashes = (list(column) for column in zip(*seen, strict=True))
-            await self._ask("remember_seen_files", {"batch_id": self.batch_id, "path_ids": path_ids, "seen_as": seen_as, "hashes": hashes})
+            params = {"batch_id": self.batch_id, "path_ids": path_ids, "seen_as": seen_as, "hashes": hashes}
+            with suppress(SubmitConflict):
+                await self._guarded("remember_seen_files", params)
 
     async def forget(self, doc_ids: Iterable[str]) -> None:
         """Drop what is stored of files that are no longer there."""
