@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
+from jobs.adapters.archives.names import LONGEST_PATH
 from jobs.adapters.storage import LocalStorage, StoredUpload, storable_text
 from jobs.batch.steps import Ask, Steps
 from jobs.batch.storing import Seen, digest_of, in_groups, look, store
@@ -22,9 +23,11 @@ from jobs.batch.submission import (
     archive_upload_id,
     look_at_batch,
     refused_batch,
+    same_name,
+    told_apart,
 )
 from jobs.submit import refused, submission
-from models.errors import ConfigurationError, DocmillError, SubmitConflict
+from models.errors import ConfigurationError, DocmillError, SubmitConflict, SubmitError
 from models.settings import Settings
 from models.stages import State
 from models.submissions import Submission
@@ -45,12 +48,15 @@ class FolderRun:
         self._held: list[str] = []
         """doc_ids of documents that were refused because somebody's transaction holds them."""
 
-    def submit(self, entries: Sequence[Entry]) -> Steps[BatchSubmission]:
+    def submit(self, given: Sequence[Entry]) -> Steps[BatchSubmission]:
         """Submit the entries in order, then make sure that the batch's run holds just the accepted ones, and seal it.
 
         SubmitConflict: somebody's transaction holds the batch or an unchanged document of it.
         """
         made = self.made
+        entries, doubles = told_apart(given)
+        for double in doubles:
+            self._note(double)
         params = {"doc_ids": [entry.doc_id for entry in entries], "user_id": self._whole.user_id, "batch_id": made.batch_id}
         known = {row["doc_id"]: row for row in (yield Ask("find_known_documents", params))}
         batch = yield from look_at_batch(made.batch_id, self._whole.user_id)
@@ -76,7 +82,7 @@ class FolderRun:
             if made.run_id is not None:
                 yield from self._add_archives(stored)
                 yield from self._seal(accepted)
-        order = {entry.name: number for number, entry in enumerate(entries)}
+        order = {entry.name: number for number, entry in enumerate(given)}
         made.files.sort(key=lambda result: order[result.name])
         return made
 
@@ -132,9 +138,14 @@ class FolderRun:
         return digest is not None and before.get(f"{storable_text(entry.name)}/") == digest
 
     def _look_at_archive(self, entry: Entry, archives: dict[str, tuple[Entry, str]]) -> Steps[None]:
+        name = storable_text(entry.name)
         digest = partial(digest_of, entry.path, self._settings.max_archive_mb * 1_000_000, "MAX_ARCHIVE_MB")
         try:
-            archives[storable_text(entry.name)] = entry, self._looked.digests.get(entry.name) or (yield digest)
+            if len(name.encode()) > LONGEST_PATH:
+                raise SubmitError(f"Archive {str(entry.path)!r}: its path in the batch is longer than {LONGEST_PATH:,} bytes.")
+            if name in archives:
+                raise same_name(entry, archives[name][0])
+            archives[name] = entry, self._looked.digests.get(entry.name) or (yield digest)
         except DocmillError as error:
             self._note(FileResult(entry.name, error=error))
 

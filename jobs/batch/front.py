@@ -173,10 +173,14 @@ def _refuse_other_than_zip(path: Path) -> None:
         )
 
 
+def entries_of(user_id: str, root: Path, names: Iterable[str]) -> list[Entry]:
+    """Return the files of a folder as entries of its batch."""
+    return [Entry(name, path_doc_id(user_id, root / name), root / name, storable_path(root / name)) for name in names]
+
+
 def submit_listing(run: FolderRun, user_id: str, root: Path, listing: Listing) -> Steps[BatchSubmission]:
     """Submit what lies in a folder."""
-    entries = [Entry(name, path_doc_id(user_id, root / name), root / name, storable_path(root / name)) for name in listing.files]
-    made = yield from run.submit(entries)
+    made = yield from run.submit(entries_of(user_id, root, listing.files))
     for name, error in listing.unreadable:
         made.files.append(FileResult(name, error=error))
         run.tell(made.files[-1])

@@ -53,7 +53,7 @@ class FolderMemory:
         """Return what is stored. `doc_ids`: name -> doc_id of the files that lie in the folder now."""
         params = {"user_id": self._user_id, "batch_id": self.batch_id, "below": self._below}
         rows = await self._ask("find_stored_files", params)
-        shown = {storable_text(name): name for name in doc_ids}
+        shown = {storable_text(name): name for name in reversed(list(doc_ids))}  # of two that are shown alike the first is submitted
         memory = Memory(archives=_archives(self.batch_id, await self._ask("find_archives", params), shown))
         names = {doc_id: name for name, doc_id in doc_ids.items()}
         archives = {archive.shown: archive for archive in memory.archives.values()}
