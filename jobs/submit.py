@@ -29,6 +29,7 @@ from sql import query
 
 File = str | os.PathLike[str] | bytes | BinaryIO
 
+NOTHING_DONE = "Nothing was submitted"
 _MEMORY_LIMIT = 8_000_000  # bytes of an open file that are kept in memory while its hash is not known yet
 
 
@@ -184,12 +185,15 @@ def refused(error: psycopg.Error, doc_id: str) -> Exception:
     return taken_or_held(error, f'doc_id "{doc_id}"', "this document")
 
 
-def taken_or_held(error: psycopg.Error, name: str, held: str) -> Exception:
-    """Translate what Postgres said where another user or another transaction was first; any other error is returned as it is."""
+def taken_or_held(error: psycopg.Error, name: str, held: str, done: str = NOTHING_DONE) -> Exception:
+    """Translate what Postgres said where another user or another transaction was first; any other error is returned as it is.
+
+    `held`, `done`: in words, what somebody holds and what was done until then.
+    """
     if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure):
         return SubmitConflict(
-            f"{name}: another transaction holds {held}; sql/inspect/22_blocked.sql shows whose. Nothing was submitted; try again once "
-            "it has ended (SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
+            f"{name}: another transaction holds {held}; sql/inspect/22_blocked.sql shows whose. {done}; try again once "
+            "that transaction has ended (SUBMIT_LOCK_TIMEOUT_SECONDS says how long to wait)."
         )
     if isinstance(error, psycopg.errors.UniqueViolation):
         return SubmitError(f"{name} is taken; choose another.")

@@ -188,7 +188,8 @@ class SubmitError(PermanentError):
 
 
 class SubmitConflict(RetryableError):
-    """Another transaction holds this document; nothing was stored. Try again after it ends."""
+    """Another transaction holds this document or batch. Nothing was stored, or the message says otherwise; trying again after it ends does
+    the rest."""
 
 
 class OperationRefused(PermanentError):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import psycopg
 from psycopg.types.json import Jsonb
 
+from jobs.adapters.archives.names import LONGEST_PATH
 from jobs.adapters.storage import LocalStorage, StoredUpload, storable_text
 from jobs.batch.steps import Ask, Steps
 from jobs.batch.storing import Seen, digest_of, in_groups, look, store
@@ -24,9 +23,11 @@ from jobs.batch.submission import (
     archive_upload_id,
     look_at_batch,
     refused_batch,
+    same_name,
+    told_apart,
 )
 from jobs.submit import refused, submission
-from models.errors import ConfigurationError, DocmillError
+from models.errors import ConfigurationError, DocmillError, SubmitConflict, SubmitError
 from models.settings import Settings
 from models.stages import State
 from models.submissions import Submission
@@ -44,10 +45,18 @@ class FolderRun:
         self._whole = whole
         self.tell = on_file or (lambda _: None)
         self.made = BatchSubmission(whole.batch_id)
+        self._held: list[str] = []
+        """doc_ids of documents that were refused because somebody's transaction holds them."""
 
-    def submit(self, entries: Sequence[Entry]) -> Steps[BatchSubmission]:
-        """Submit the entries in order, then make sure that the batch's run holds just the accepted ones, and seal it."""
+    def submit(self, given: Sequence[Entry]) -> Steps[BatchSubmission]:
+        """Submit the entries in order, then make sure that the batch's run holds just the accepted ones, and seal it.
+
+        SubmitConflict: somebody's transaction holds the batch or an unchanged document of it.
+        """
         made = self.made
+        entries, doubles = told_apart(given)
+        for double in doubles:
+            self._note(double)
         params = {"doc_ids": [entry.doc_id for entry in entries], "user_id": self._whole.user_id, "batch_id": made.batch_id}
         known = {row["doc_id"]: row for row in (yield Ask("find_known_documents", params))}
         batch = yield from look_at_batch(made.batch_id, self._whole.user_id)
@@ -62,16 +71,18 @@ class FolderRun:
         accepted = [result.submission.doc_id for result in mine if result.submission is not None]
         made.archives = list(archives)
         there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
-        if made.run_id is not None or not (self._stands(batch, [known[doc_id] for doc_id in accepted]) and before == there):
+        # A changed document that somebody holds stays what it was: no reason to begin a run without it.
+        stay = [*accepted, *(doc_id for doc_id in self._held if doc_id in known)]
+        if made.run_id is not None or not (self._stands(batch, [known[doc_id] for doc_id in stay]) and before == there):
             # Stored before the run is begun, as documents are.
             stored = yield from self._store_archives(archives)
             made.archives = list(stored)
             if made.run_id is None and (accepted or stored):
-                yield from self._begin()
+                yield from self._begin(accepted)
             if made.run_id is not None:
                 yield from self._add_archives(stored)
                 yield from self._seal(accepted)
-        order = {entry.name: number for number, entry in enumerate(entries)}
+        order = {entry.name: number for number, entry in enumerate(given)}
         made.files.sort(key=lambda result: order[result.name])
         return made
 
@@ -127,9 +138,14 @@ class FolderRun:
         return digest is not None and before.get(f"{storable_text(entry.name)}/") == digest
 
     def _look_at_archive(self, entry: Entry, archives: dict[str, tuple[Entry, str]]) -> Steps[None]:
+        name = storable_text(entry.name)
         digest = partial(digest_of, entry.path, self._settings.max_archive_mb * 1_000_000, "MAX_ARCHIVE_MB")
         try:
-            archives[storable_text(entry.name)] = entry, self._looked.digests.get(entry.name) or (yield digest)
+            if len(name.encode()) > LONGEST_PATH:
+                raise SubmitError(f"Archive {str(entry.path)!r}: its path in the batch is longer than {LONGEST_PATH:,} bytes.")
+            if name in archives:
+                raise same_name(entry, archives[name][0])
+            archives[name] = entry, self._looked.digests.get(entry.name) or (yield digest)
         except DocmillError as error:
             self._note(FileResult(entry.name, error=error))
 
@@ -150,25 +166,38 @@ class FolderRun:
 
     def _accept(self, stored: Sequence[tuple[Entry, dict[str, Any]]]) -> Steps[None]:
         """Accept documents whose files have been stored: all at once or, where one of them stands in the way, one by one."""
-        accepted: dict[str, Submission] = {}
-        if len(stored) > 1:
-            with suppress(DocmillError, psycopg.Error):  # each of them is told what is wrong with it below
-                run_id = self.made.run_id or (yield from self._begin())
-                documents = [{**params, "run_id": str(run_id), "metadata": params["metadata"].obj} for _, params in stored]
-                rows = {row["doc_id"]: row for row in (yield Ask("accept_documents", {"documents": Jsonb(documents)}))}
-                accepted = {params["doc_id"]: submission(params, rows.get(params["doc_id"])) for _, params in stored}
+        together = (yield from self._take([params for _, params in stored])) if len(stored) > 1 else None
         for entry, params in stored:
-            try:
-                made = accepted.get(params["doc_id"])
-                if made is None:
-                    params["run_id"] = self.made.run_id or (yield from self._begin())
-                    made = yield from accept(params)
-            except ConfigurationError:
-                raise
-            except DocmillError as error:
-                self._note(FileResult(entry.name, error=error))
+            taken = together if isinstance(together, dict) else (yield from self._take([params]))
+            if isinstance(taken, dict):
+                self._note(FileResult(entry.name, taken[params["doc_id"]], content_sha256=params["content_sha256"]))
+                continue
+            error = refused(taken, params["doc_id"])
+            if not isinstance(error, DocmillError):
+                raise error
+            if isinstance(error, SubmitConflict):
+                self._held.append(params["doc_id"])
+            self._note(FileResult(entry.name, error=error))
+
+    def _take(self, documents: Sequence[Mapping[str, Any]]) -> Steps[dict[str, Submission] | psycopg.Error]:
+        """Accept documents, all or none, in the batch's run, which is begun with them if it has not been.
+
+        Returns what became of each by doc_id, or what stands in the way of one of them. Raises what stands in the way of the batch.
+        """
+        run_id = self.made.run_id
+        plain = [{**params, "run_id": None if run_id is None else str(run_id), "metadata": params["metadata"].obj} for params in documents]
+        try:
+            if run_id is None:
+                found = yield Ask("begin_batch_with_documents", {**self._beginning(), "documents": Jsonb(plain)})
+                self.made.run_id = found[0]["run_id"]
             else:
-                self._note(FileResult(entry.name, made, content_sha256=params["content_sha256"]))
+                found = yield Ask("accept_documents", {"documents": Jsonb(plain)})
+        except psycopg.Error as error:
+            if error.diag.table_name == "processing_jobs":
+                raise self._refused(error) from error
+            return error
+        rows = {row["doc_id"]: row for row in found}
+        return {params["doc_id"]: submission(params, rows.get(params["doc_id"])) for params in documents}
 
     def _stands(self, batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
         """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""
@@ -178,21 +207,26 @@ class FolderRun:
             return False
         return all(document["run_id"] == batch["run_id"] for document in documents)
 
-    def _begin(self) -> Steps[uuid.UUID]:
+    def _begin(self, doc_ids: Sequence[str]) -> Steps[None]:
+        """Begin the run with documents that have not changed."""
+        try:
+            self.made.run_id = (yield Ask("begin_batch", {**self._beginning(), "doc_ids": list(doc_ids)}))[0]["run_id"]
+        except psycopg.Error as error:
+            raise self._refused(error) from error
+
+    def _beginning(self) -> dict[str, Any]:
         whole = self._whole
-        params = {
+        return {
             "batch_id": whole.batch_id,
             "user_id": whole.user_id,
             "source_path": whole.source_path,
             "correlation_id": whole.correlation_id,
             "metadata": whole.metadata or Jsonb({}),
+            "lock_timeout_ms": self._lock_timeout_ms,
         }
-        try:
-            run_id: uuid.UUID = (yield Ask("begin_batch", params))[0]["run_id"]
-        except psycopg.Error as error:
-            raise refused_batch(error, whole.batch_id) from error
-        self.made.run_id = run_id
-        return run_id
+
+    def _refused(self, error: psycopg.Error) -> Exception:
+        return refused_batch(error, self._whole.batch_id, in_part=self.made.run_id is not None)
 
     def _store_archives(self, archives: Mapping[str, tuple[Entry, str]]) -> Steps[dict[str, tuple[Entry, StoredUpload]]]:
         """Store archives and return those that could be."""
@@ -236,14 +270,13 @@ class FolderRun:
             try:
                 yield Ask("add_archive", params)
             except psycopg.Error as error:
-                raise refused_batch(error, whole.batch_id) from error
+                raise self._refused(error) from error
 
     def _seal(self, doc_ids: Sequence[str]) -> Steps[None]:
-        whole = self._whole
         params = {
-            "batch_id": whole.batch_id,
+            "batch_id": self.made.batch_id,
             "run_id": self.made.run_id,
-            "user_id": whole.user_id,
+            "user_id": self._whole.user_id,
             "doc_ids": list(doc_ids),
             "total_files": len(doc_ids),
             "lock_timeout_ms": self._lock_timeout_ms,
@@ -253,7 +286,7 @@ class FolderRun:
             # After the documents have been let go: sealing locks the batch.
             yield Ask("seal_batch", params)
         except psycopg.Error as error:
-            raise refused_batch(error, whole.batch_id) from error
+            raise self._refused(error) from error
 
     @property
     def _lock_timeout_ms(self) -> int:
@@ -263,11 +296,3 @@ class FolderRun:
 def _unchanged(entry: Entry, known: Mapping[str, Any]) -> FileResult:
     kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
     return FileResult(entry.name, kept)
-
-
-def accept(params: Mapping[str, Any]) -> Steps[Submission]:
-    """Accept a document whose file has been stored."""
-    try:
-        return submission(params, next(iter((yield Ask("accept_document", params))), None))
-    except psycopg.Error as error:
-        raise refused(error, params["doc_id"]) from error

@@ -21,7 +21,7 @@ from jobs.adapters.storage import LocalStorage, storable_path
 from jobs.adapters.storage.faults import source_faults
 from jobs.adapters.storage.sources import read_blocks
 from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id
-from jobs.batch.folders import FolderRun, accept
+from jobs.batch.folders import FolderRun
 from jobs.batch.steps import Ask, Steps, run_steps, run_steps_async
 from jobs.batch.submission import (
     BatchSubmission,
@@ -34,11 +34,11 @@ from jobs.batch.submission import (
     look_at_batch,
     refused_batch,
 )
-from jobs.submit import Place, prepare
+from jobs.submit import Place, prepare, refused, submission
 from models.documents import FileType
-from models.errors import ConfigurationError, DocmillError, SubmitError
+from models.errors import ConfigurationError, DocmillError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
-from models.submissions import BatchOutcome, SubmittedBatch
+from models.submissions import BatchOutcome, Submission, SubmittedBatch
 
 AnyPath = str | os.PathLike[str]
 Source = AnyPath | Sequence[AnyPath]
@@ -56,13 +56,17 @@ def submit_batch(
     """Submit a zip archive, a folder or a list of files as one batch, and return its batch_id, a string that also tells the outcome.
 
     `source`: the path of a zip or folder, or several paths of files. `batch_id`: 1 to 200 characters, unique over the installation; left
-    out, it is derived from user and absolute path. `metadata`: JSON, kept with the batch. `priority`: of its documents, higher is worked on
-    first. `connection`: joins the caller's transaction, so that the batch exists if and only if that commits.
+    out, it is derived from user and absolute path. `metadata`: JSON, kept with the batch; a new run without any keeps those of the batch.
+    `priority`: of its documents, higher is worked on first. `connection`: joins the caller's transaction, so that the batch exists if and
+    only if that commits.
 
     Workers unpack archives, also those in a folder and those inside of archives. What has not changed since the batch's last run stays as
     it is; the same zip, or a folder of which nothing has changed, writes nothing. Errors: SubmitError (refused: no zip, no such file,
-    another user's batch_id, no file that can be submitted; nothing stored), SubmitConflict (another transaction holds the batch or a
-    document of it), RetryableError (storage full or read-only), ConfigurationError.
+    another user's batch_id, no file that can be submitted; nothing stored), SubmitConflict (another transaction holds the batch or
+    documents of it; a part may have been submitted, as the message says, and submitting again does the rest), RetryableError (storage full
+    or read-only), ConfigurationError.
+
+    A changed file whose document somebody's transaction holds is one of `refused`, unless all are.
     """
     settings = load_settings()
     steps = _steps(settings, source, batch_id, user_id, metadata=check_metadata(metadata), priority=check_priority(priority))
@@ -109,13 +113,17 @@ def _steps(
 
 
 def _answer(made: BatchSubmission) -> SubmittedBatch:
-    """Tell the outcome of a folder or list; SubmitError if nothing of it could be taken."""
-    refused = tuple((file.name, str(file.error)) for file in made.files if file.error is not None)
-    if len(refused) == len(made.files) and not made.archives:
-        first = f" {refused[0][1]}" if refused else ""
-        raise SubmitError(f"There is no file that can be submitted ({len(refused)} refused, {made.skipped} skipped).{first}")
+    """Tell the outcome of a folder or list. If no file was taken: SubmitConflict or RetryableError where that may pass, or SubmitError."""
+    errors = [(file.name, file.error) for file in made.files if file.error is not None]
+    if len(errors) == len(made.files) and not made.archives:
+        # One that passes shows first: the caller may try again.
+        first = next((error for _, error in errors if isinstance(error, RetryableError)), errors[0][1] if errors else None)
+        kind = SubmitConflict if isinstance(first, SubmitConflict) else RetryableError if isinstance(first, RetryableError) else SubmitError
+        told = f" {first}" if first is not None else ""
+        raise kind(f"There is no file that can be submitted ({len(errors)} refused, {made.skipped} skipped).{told}")
     outcome: BatchOutcome = "unchanged" if made.run_id is None else "new_run" if made.known else "accepted"
-    return SubmittedBatch(made.batch_id, outcome, made.run_id or made.standing, archives=len(made.archives), refused=refused)
+    told_of = tuple((name, str(error)) for name, error in errors)
+    return SubmittedBatch(made.batch_id, outcome, made.run_id or made.standing, archives=len(made.archives), refused=told_of)
 
 
 def submit_zip(settings: Settings, path: Path, whole: Whole) -> Steps[SubmittedBatch]:
@@ -165,10 +173,14 @@ def _refuse_other_than_zip(path: Path) -> None:
         )
 
 
+def entries_of(user_id: str, root: Path, names: Iterable[str]) -> list[Entry]:
+    """Return the files of a folder as entries of its batch."""
+    return [Entry(name, path_doc_id(user_id, root / name), root / name, storable_path(root / name)) for name in names]
+
+
 def submit_listing(run: FolderRun, user_id: str, root: Path, listing: Listing) -> Steps[BatchSubmission]:
     """Submit what lies in a folder."""
-    entries = [Entry(name, path_doc_id(user_id, root / name), root / name, storable_path(root / name)) for name in listing.files]
-    made = yield from run.submit(entries)
+    made = yield from run.submit(entries_of(user_id, root, listing.files))
     for name, error in listing.unreadable:
         made.files.append(FileResult(name, error=error))
         run.tell(made.files[-1])
@@ -209,8 +221,16 @@ async def submit_file(settings: Settings, path: Path, *, user_id: str = "default
     doc_id = path_doc_id(user_id, source)
     try:
         params = await asyncio.to_thread(prepare, settings, source, place=place, doc_id=doc_id, priority=priority)
-        return FileResult(str(path), await run_steps_async(accept(params), settings, None))
+        return FileResult(str(path), await run_steps_async(_accept(params), settings, None))
     except ConfigurationError:
         raise
     except DocmillError as error:
         return FileResult(str(path), error=error)
+
+
+def _accept(params: Mapping[str, Any]) -> Steps[Submission]:
+    """Accept a document whose file has been stored."""
+    try:
+        return submission(params, next(iter((yield Ask("accept_document", params))), None))
+    except psycopg.Error as error:
+        raise refused(error, params["doc_id"]) from error

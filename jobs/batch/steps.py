@@ -53,7 +53,7 @@ def run_steps(steps: Steps[T], settings: Settings, connection: psycopg.Connectio
             if _opens_implicitly(conn):
                 conn.execute(query("open_transaction"))
             with conn.transaction() if _in_transaction(conn) else nullcontext():
-                return conn.cursor(row_factory=dict_row).execute(query(step.name), step.params).fetchall()
+                return psycopg.Cursor(conn, row_factory=dict_row).execute(query(step.name), step.params).fetchall()
 
     try:
         step = next(steps)
@@ -81,7 +81,7 @@ async def run_steps_async(steps: Steps[T], settings: Settings, connection: psyco
             if _opens_implicitly(conn):
                 await conn.execute(query("open_transaction"))
             async with conn.transaction() if _in_transaction(conn) else nullcontext():
-                return await (await conn.cursor(row_factory=dict_row).execute(query(step.name), step.params)).fetchall()
+                return await (await psycopg.AsyncCursor(conn, row_factory=dict_row).execute(query(step.name), step.params)).fetchall()
 
     try:
         step = next(steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from jobs.batch.steps import Ask, Steps
-from jobs.submit import taken_or_held
+from jobs.submit import NOTHING_DONE, taken_or_held
 from models.errors import DocmillError, SubmitConflict, SubmitError
 from models.submissions import Submission
 
@@ -101,8 +101,30 @@ def look_at_batch(batch_id: str, user_id: str) -> Steps[dict[str, Any] | None]:
     return batch
 
 
-def refused_batch(error: psycopg.Error, batch_id: str) -> Exception:
-    """Translate what Postgres said to the submission of a batch."""
+def refused_batch(error: psycopg.Error, batch_id: str, *, in_part: bool = False) -> Exception:
+    """Translate what Postgres said to the submission of a batch. `in_part`: a run of it has been begun by then."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f'batch_id "{batch_id}" has been begun again meanwhile.')
-    return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it")
+    done = "A part of the batch has been submitted, and submitting it again does the rest" if in_part else NOTHING_DONE
+    return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it", done)
+
+
+def told_apart(entries: Sequence[Entry]) -> tuple[list[Entry], list[FileResult]]:
+    """Return the entries, in order, without those that have the doc_id of another, and an error for each of those.
+
+    Whatever the order, the first by path stays: another one each time would be a new version each time.
+    """
+    first: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: str(entry.path)):
+        first.setdefault(entry.doc_id, entry)
+    mine = [entry for entry in entries if first[entry.doc_id] is entry]
+    doubles = (entry for entry in entries if first[entry.doc_id] is not entry)
+    return mine, [FileResult(entry.name, error=same_name(entry, first[entry.doc_id])) for entry in doubles]
+
+
+def same_name(entry: Entry, other: Entry) -> SubmitError:
+    """Return the error of a file whose name is that of another one, once what cannot be stored or shown of them is escaped."""
+    return SubmitError(
+        f"File {str(entry.path)!r} cannot be told from {str(other.path)!r}: with control characters and bytes that are no UTF-8 escaped, "
+        "their names are the same. Rename one of them."
+    )

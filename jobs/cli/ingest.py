@@ -137,7 +137,7 @@ class Ingest:
     async def report(self, seconds: float) -> Report:
         """Return what became of the documents so far."""
         found = {row["doc_id"]: row for row in await rows(self.settings, "documents_by_id", doc_ids=self.doc_ids())}
-        return Report(self.files, found, self.batches, seconds)
+        return Report(self.files, found, self.batches, seconds, await open_archives(self.settings, self.batches))
 
 
 def run(paths: Sequence[Path], options: Options) -> ExitCode:
@@ -193,7 +193,7 @@ async def carry_out(make: Callable[[Display], Ingest]) -> ExitCode:
         finally:
             await call.worker.stop()
         report = await call.report(time.monotonic() - started)
-    queued = not call.options.wait and bool(report.unfinished() or await open_archives(call.settings, call.batches))
+    queued = not call.options.wait and bool(report.unfinished() or report.packed)
     return call.print(report, queued=queued)
 
 
@@ -204,16 +204,15 @@ async def _interrupted(call: Ingest) -> ExitCode:
     try:
         await call.collect()
         report = await call.report(0)
-        packed = await open_archives(call.settings, call.batches)
     except Exception as error:  # the database may be why somebody lost patience
         complain(f"Interrupted; the documents stay queued. The database cannot say how many: {error}", prefix="")
         return ExitCode.INTERRUPTED
     finally:
         await close_async()
     left = report.unfinished()
-    if packed:
+    if report.packed:
         text = (
-            f"Interrupted. {packed} archives are still to be unpacked and {len(left)} documents stay queued; "
+            f"Interrupted. {report.packed} archives are still to be unpacked and {len(left)} documents stay queued; "
             "the same command or `docmill worker` goes on."
         )
     elif left:

@@ -51,6 +51,8 @@ class Report:
     rows: Mapping[str, Mapping[str, Any]]
     batches: Sequence[BatchSubmission]
     seconds: float
+    packed: int = 0
+    """Archives that are still to be unpacked."""
 
     def lines(self) -> Iterator[Line]:
         """Yield one line a document, archive that was not unpacked or refused file, in the order of submission."""
@@ -119,16 +121,17 @@ def print_report(report: Report) -> None:
     if not lines and not any(batch.archives for batch in report.batches):
         say(f"0 documents: there is no file that docmill takes{aside}")
         return
-    if lines and len(unchanged) == len(lines):
-        say(f"nothing to do: {_documents(len(lines))} unchanged{of_them}{aside}")
+    if lines and len(unchanged) == len(lines) and not report.packed:
+        say(f"nothing to do: {_counted(len(lines), 'document')} unchanged{of_them}{aside}")
         return
     counts = Counter(f"unchanged{of_them}" if line.unchanged else line.state for line in lines)
     parts = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    say(f"{_documents(len(lines))}{': ' if parts else ''}{parts}{aside}, in {duration(report.seconds)}")
+    packed = f", {_counted(report.packed, 'archive')} to be unpacked" if report.packed else ""
+    say(f"{_counted(len(lines), 'document')}{': ' if parts else ''}{parts}{packed}{aside}, in {duration(report.seconds)}")
 
 
-def _documents(count: int) -> str:
-    return f"{count} document{'' if count == 1 else 's'}"
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _cells(line: Line) -> list[object]:

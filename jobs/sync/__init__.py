@@ -37,8 +37,8 @@ async def sync_folder_async(
     is written. Workers do the rest: this does not wait for documents.
 
     Errors: SubmitError (a bad argument, or the folder is not there, cannot be listed, or is empty although documents are stored for it and
-    not `allow_empty`), SubmitConflict (another sync of the folder is at work), RetryableError (the folder went away meanwhile). In all
-    these cases nothing is deleted.
+    not `allow_empty`), SubmitConflict (another sync of the folder is at work, or another transaction holds its batch), RetryableError (the
+    folder went away meanwhile). In all these cases nothing is deleted.
     """
     options = SyncOptions(user_id, priority, metadata, checksum, allow_empty, dry_run)
     return await FolderSync(load_settings(), folder, options).run()

@@ -11,8 +11,8 @@ from dataclasses import replace
 from jobs import faults
 from jobs.adapters.folders import Listing, own_folders, storage_folders
 from jobs.adapters.storage import storable_text
-from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, path_doc_id
-from jobs.batch import BatchSubmission, FileResult, Listener, Looked, submit_folder
+from jobs.arguments import absolute_path, check_metadata, check_name, check_priority
+from jobs.batch import BatchSubmission, FileResult, Listener, Looked, entries_of, submit_folder, told_apart
 from jobs.sync.files import Found, Stored
 from jobs.sync.looking import (
     FolderLook,
@@ -70,7 +70,7 @@ class FolderSync:
         """Sync once.
 
         SubmitError: the folder is not there, cannot be listed, or is empty although documents are stored for it. SubmitConflict: another
-        sync of it is at work. RetryableError: it went away meanwhile. In all these cases nothing is deleted.
+        sync of it is at work, or somebody holds its batch. RetryableError: it went away meanwhile. In all these cases nothing is deleted.
         """
         async with self._alone():
             seen, ids, memory = await self._look()
@@ -109,7 +109,11 @@ class FolderSync:
     async def _look(self) -> tuple[FolderLook, dict[str, str], Memory]:
         """Return what lies in the folder, the doc_id of each file by name, and what is stored."""
         seen = await asyncio.to_thread(look_at_folder, self.root, storage_folders(self._settings))
-        ids = {name: path_doc_id(self._options.user_id, self.root / name) for name in seen.listing.files}
+        entries, doubles = told_apart(entries_of(self._options.user_id, self.root, seen.listing.files))
+        # Told of with what cannot be listed: of two files that are one document the first is synced.
+        seen.listing.unreadable += [(double.name, double.error) for double in doubles if double.error is not None]
+        seen.listing.files = [entry.name for entry in entries]
+        ids = {entry.name: entry.doc_id for entry in entries}
         return seen, ids, await self._memory.recall(ids)
 
     def _refuse_empty(self, seen: FolderLook, memory: Memory) -> None:
@@ -198,7 +202,7 @@ class FolderSync:
             return [
                 (found[name].doc_id, str(look), sha256)
                 for name, look in seen.looks.items()
-                if (sha256 := contents[name]) is not None
+                if (sha256 := contents.get(name)) is not None
                 and memory.seen.get(found[name].doc_id) != (str(look), sha256)
                 and is_steady(look, seen.at_ns)
                 and look_at(self.root / name) == look

@@ -53,7 +53,7 @@ class FolderMemory:
         """Return what is stored. `doc_ids`: name -> doc_id of the files that lie in the folder now."""
         params = {"user_id": self._user_id, "batch_id": self.batch_id, "below": self._below}
         rows = await self._ask("find_stored_files", params)
-        shown = {storable_text(name): name for name in doc_ids}
+        shown = {storable_text(name): name for name in reversed(list(doc_ids))}  # of two that are shown alike the first is submitted
         memory = Memory(archives=_archives(self.batch_id, await self._ask("find_archives", params), shown))
         names = {doc_id: name for name, doc_id in doc_ids.items()}
         archives = {archive.shown: archive for archive in memory.archives.values()}
@@ -95,10 +95,13 @@ class FolderMemory:
         return derive_doc_id(self._user_id, f"{self.batch_id}\n{path}")
 
     async def remember(self, seen: Sequence[tuple[str, str, str]]) -> None:
-        """Store what files looked like when they were read: doc_id, look, SHA-256. Nothing where the folder is no batch yet."""
+        """Store what files looked like when they were read: doc_id, look, SHA-256. Nothing where the folder is no batch yet, or somebody's
+        transaction holds it: then they are read once more next time."""
         if seen:
             path_ids, seen_as, hashes = (list(column) for column in zip(*seen, strict=True))
-            await self._ask("remember_seen_files", {"batch_id": self.batch_id, "path_ids": path_ids, "seen_as": seen_as, "hashes": hashes})
+            params = {"batch_id": self.batch_id, "path_ids": path_ids, "seen_as": seen_as, "hashes": hashes}
+            with suppress(SubmitConflict):
+                await self._guarded("remember_seen_files", params)
 
     async def forget(self, doc_ids: Iterable[str]) -> None:
         """Drop what is stored of files that are no longer there."""

@@ -67,4 +67,4 @@ class WorkSettings(BaseSettings):
     shutdown_grace_seconds: Annotated[float, Interval(ge=0, le=3600)] = 30
     """Seconds that work in hand has to end after SIGTERM."""
     submit_lock_timeout_seconds: Annotated[float, Interval(ge=0.01, le=300)] = 5
-    """Seconds that a submission waits for somebody else's open transaction on the same document."""
+    """Seconds that a submission waits for somebody else's open transaction on the same document or batch."""

@@ -26,7 +26,32 @@ CROSS JOIN LATERAL accept_document(
 ) AS a;
 
 -- name: begin_batch
-SELECT begin_batch(%(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s) AS run_id;
+-- With the documents whose content has not changed, all of it or nothing.
+WITH begun AS MATERIALIZED (
+    SELECT begin_batch(%(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s, %(lock_timeout_ms)s) AS run_id
+)
+SELECT b.run_id, adopt_documents(%(batch_id)s, b.run_id, %(user_id)s, %(doc_ids)s, %(lock_timeout_ms)s) AS adopted
+FROM begun AS b;
+
+-- name: begin_batch_with_documents
+-- A run and the first documents that are new or changed in it, all of it or nothing: where they cannot be had, the batch stays as it is.
+WITH begun AS MATERIALIZED (
+    SELECT begin_batch(%(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s, %(lock_timeout_ms)s) AS run_id
+)
+SELECT b.run_id, e.doc_id, a.outcome, a.version, a.state,
+    CASE WHEN a.outcome IN ('unchanged', 'resumed') THEN correlation_id_of(e.doc_id) END AS kept_correlation_id
+FROM begun AS b
+CROSS JOIN (
+    SELECT t.* FROM jsonb_to_recordset(%(documents)s) AS t (
+        doc_id text, user_id text, file_name text, file_path text, source_path text, file_size bigint, content_sha256 text,
+        metadata jsonb, priority integer, correlation_id text, batch_id text, lock_timeout_ms integer
+    )
+    ORDER BY t.doc_id
+) AS e
+CROSS JOIN LATERAL accept_document(
+    e.doc_id, e.user_id, e.file_name, e.file_path, e.source_path, e.file_size, e.content_sha256, e.metadata,
+    e.priority, e.correlation_id, e.batch_id, b.run_id, e.lock_timeout_ms
+) AS a;
 
 -- name: seal_batch
-SELECT seal_batch(%(batch_id)s, %(run_id)s, %(total_files)s) AS status;
+SELECT seal_batch(%(batch_id)s, %(run_id)s, %(total_files)s, %(lock_timeout_ms)s) AS status;

@@ -93,6 +93,21 @@ def test_without_waiting_the_archive_is_left_to_a_worker(tmp_path: Path, conn: p
     assert conn.execute("SELECT state FROM batch_archives").fetchall() == [("waiting",)]
 
 
+@pytest.mark.parametrize("command", ["ingest", "sync"])
+def test_without_waiting_an_archive_that_is_new_or_changed_is_counted(command: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_zip(folder / "more.zip", {"b.txt": "A text about valves."})
+    told = docmill(command, folder, "--no-wait").stdout
+    assert told.startswith("0 documents, 1 archive to be unpacked, in "), told
+    (folder / "a.txt").write_text("A text about pumps.")
+    assert docmill(command, folder).returncode == 0
+    assert docmill(command, folder, "--no-wait").stdout == "nothing to do: 2 documents unchanged\n"
+    write_zip(folder / "more.zip", {"b.txt": "A text about valves.", "c.txt": "Another."})
+    told = docmill(command, folder, "--no-wait").stdout
+    assert told.startswith("1 document: 1 unchanged, 1 archive to be unpacked, in "), told
+
+
 def test_an_interrupted_wait_says_that_the_archive_is_still_to_be_unpacked(tmp_path: Path, conn: psycopg.Connection) -> None:
     path = write_zip(tmp_path / "batch.zip", {"a.txt": "A text."})
     with running("ingest", path, "--no-worker") as waiting:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import signal
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from jobs import submit_batch, submit_document
+from jobs import submit_batch, submit_document, sync_folder_async
 from jobs.adapters.storage import safe_display_name
+from jobs.front import close_async
 from models.settings import Settings
-from tests.archives import Raw, raw_zip
+from tests.archives import Raw, raw_zip, write_zip
 from tests.integration.test_cli import docmill
 from tests.running import wait_for, worker
 
@@ -105,6 +107,60 @@ def test_names_from_every_side_are_only_ever_shown(conn: psycopg.Connection, set
         shown = docmill(*arguments)
         assert shown.returncode == 0, (arguments, shown.stderr)
         assert CONTROL.search(shown.stdout + shown.stderr) is None, arguments
+
+
+async def test_an_archive_at_a_long_path_is_refused_alone(tmp_path: Path, conn: psycopg.Connection) -> None:
+    folder = tmp_path / "folder"
+    deep = folder
+    for _ in range(13):
+        deep /= secrets.token_hex(119)  # random, so that no index makes it shorter
+    deep.mkdir(parents=True)
+    write_zip(deep / "long.zip", {"a.txt": "a"})
+    (deep / "a.txt").write_text("a")
+    write_zip(folder / "short.zip", {"a.txt": "a"})
+    for _ in range(2):
+        made = submit_batch(folder)
+        assert (made.archives, [name for name, _ in made.refused]) == (1, [str((deep / "long.zip").relative_to(folder))])
+        assert "longer than 1,200 bytes" in made.refused[0][1]
+    assert made.outcome == "unchanged"
+    synced = await sync_folder_async(folder)
+    assert synced.batch is not None
+    assert (synced.batch.archives, synced.batch.run_id) == (["short.zip"], None)
+    await close_async()
+    assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("names", [("\udcff.txt", "\\udcff.txt"), ("a\nb.zip", "a\\nb.zip")], ids=["documents", "archives"])
+async def test_of_two_files_whose_names_are_the_same_once_escaped_the_second_is_refused_and_named(
+    names: tuple[str, str], tmp_path: Path, conn: psycopg.Connection
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, name in enumerate(names):
+        if name.endswith(".zip"):
+            write_zip(folder / name, {"x.txt": f"text {number}"})
+        else:
+            (folder / name).write_text(f"text {number}")
+    table = "batch_archives" if names[0].endswith(".zip") else "file_extractions"
+    first = submit_batch(folder)
+    assert len(first.refused) == 1
+    for name in names:
+        assert repr(str(folder / name)) in first.refused[0][1]
+    stored = conn.execute(f"SELECT content_sha256 FROM {table}").fetchall()
+    assert len(stored) == 1
+    again = submit_batch(folder)
+    assert (again.outcome, again.refused) == ("unchanged", first.refused)
+    for _ in range(2):
+        synced = await sync_folder_async(folder)
+        assert synced.batch is not None
+        told = [str(file.error) for file in synced.batch.files if file.error is not None]
+        assert (synced.batch.run_id, told, synced.deleted) == (None, [first.refused[0][1]], [])
+    await close_async()
+    if table == "file_extractions":
+        for paths in ([folder / name for name in names], [folder / name for name in reversed(names)]):
+            assert [error for _, error in submit_batch(paths).refused] == [first.refused[0][1]]
+    assert conn.execute(f"SELECT DISTINCT content_sha256 FROM {table}").fetchall() == stored
+    assert conn.execute("SELECT coalesce(max(version), 1) FROM file_extractions").fetchone() == (1,)
 
 
 def ended(conn: psycopg.Connection) -> bool:

@@ -298,6 +298,12 @@ async def test_a_callers_connection_may_have_cursors_of_any_kind(database: str, 
     assert count(conn, "file_extractions") == 2
 
 
+def test_a_batch_may_come_over_a_connection_with_cursors_of_any_kind(database: str, conn: psycopg.Connection, file: Path) -> None:
+    with psycopg.connect(database, cursor_factory=psycopg.RawCursor) as caller:
+        assert submit_batch([file], batch_id="b", connection=caller).accepted == 1
+    assert count(conn, "file_extractions") == 1
+
+
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
 async def test_a_callers_connection_that_does_not_speak_utf8_is_refused_before_anything_is_sent(database: str, encoding: str) -> None:
     with psycopg.connect(database, client_encoding=encoding) as caller:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from jobs import submit_batch, submit_batch_async
+from jobs import submit_batch, submit_batch_async, sync_folder, update_batch
 from jobs.arguments import absolute_path, path_doc_id
+from jobs.batch import submit_folder
 from jobs.batch.steps import run_steps
 from jobs.front import close_async
 from models.errors import SubmitConflict, SubmitError
@@ -197,6 +200,194 @@ def test_a_callers_long_transaction_holds_nobody_up(
         caller.commit()
     assert conn.execute("SELECT count(*), count(DISTINCT run_id) FROM batch_archives").fetchone() == (2, 2)
     assert conn.execute("SELECT settle_batch('b')").fetchone() == (None,)
+
+
+@pytest.fixture
+def held_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two files, and nobody who waits long."""
+    monkeypatch.setenv("SUBMIT_LOCK_TIMEOUT_SECONDS", "0.1")
+    load_settings.cache_clear()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def before_it_ends(holder: psycopg.Connection, submit: Callable[[], Any]) -> Any:
+    """Do something in a thread while somebody's transaction is open. A wait without limit ends with the transaction, as an error."""
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            return threads.submit(submit).result(timeout=20)
+        finally:
+            holder.rollback()
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("how", ["folder", "list", "async", "sync", "removed"])
+def test_a_batch_that_somebody_holds_is_not_waited_for_for_ever(
+    how: str, known: bool, held_folder: Path, database: str, conn: psycopg.Connection
+) -> None:
+    source: Any = sorted(held_folder.iterdir()) if how == "list" else held_folder
+    if known:
+        submit_batch(source)
+        (held_folder / "b.txt").write_text("other")
+    if how == "removed":  # its run is begun without any file that has changed
+        (held_folder / "b.txt").unlink()
+
+    def submit() -> Any:
+        if how == "sync":
+            return sync_folder(held_folder)
+        if how != "async":
+            return submit_batch(source)
+
+        async def whole() -> str:
+            try:
+                return await submit_batch_async(source)
+            finally:
+                await close_async()
+
+        return asyncio.run(whole())
+
+    before = conn.execute("SELECT run_id, sealed_at FROM processing_jobs").fetchall()
+    with psycopg.connect(database) as holder:
+        submit_batch(source, connection=holder)
+        with pytest.raises(SubmitConflict, match="Nothing was submitted"):
+            before_it_ends(holder, submit)
+    assert conn.execute("SELECT run_id, sealed_at FROM processing_jobs").fetchall() == before
+
+
+def test_a_batch_that_is_held_when_it_is_to_be_sealed_says_that_a_part_was_submitted(
+    held_folder: Path, database: str, conn: psycopg.Connection, settings: Settings
+) -> None:
+    async def whole(on_file: Any) -> Any:
+        try:
+            return await submit_folder(load_settings(), held_folder, on_file=on_file)
+        finally:
+            await close_async()
+
+    with psycopg.connect(database) as holder:
+
+        def hold(_: object) -> None:
+            holder.execute("SELECT FROM processing_jobs FOR UPDATE")
+
+        with pytest.raises(SubmitConflict, match="A part of the batch has been submitted"):
+            before_it_ends(holder, lambda: asyncio.run(whole(hold)))
+    assert submit_batch(held_folder).outcome == "new_run"
+    assert conn.execute("SELECT status, direct_files FROM processing_jobs").fetchone() == ("processing", 2)
+
+
+def test_a_sync_whose_batch_is_held_remembers_nothing_instead_of_waiting(
+    held_folder: Path, database: str, conn: psycopg.Connection
+) -> None:
+    sync_folder(held_folder)
+    for path in held_folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+    time.sleep(2.2)  # until then a file may change again without looking different, and is not remembered at all
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM processing_jobs FOR UPDATE")
+        assert before_it_ends(holder, lambda: sync_folder(held_folder)).batch.run_id is None
+    assert count(conn, "folder_files") == 0
+    sync_folder(held_folder)
+    assert count(conn, "folder_files") == 2
+
+
+def hold_document(holder: psycopg.Connection, path: Path) -> None:
+    found = holder.execute("SELECT doc_id FROM file_extractions WHERE source_path = %s FOR UPDATE", [str(path)]).fetchall()
+    assert found != []
+
+
+@pytest.mark.parametrize("batch_id", ["B", "a new one"])
+def test_a_batch_all_of_whose_changed_files_are_held_stays_as_it_is(
+    batch_id: str, held_folder: Path, database: str, conn: psycopg.Connection
+) -> None:
+    (held_folder / "b.txt").unlink()
+    submit_batch(held_folder, batch_id="B", metadata={"dept": "legal"})
+    (held_folder / "a.txt").write_text("other")
+    before = conn.execute("SELECT * FROM processing_jobs").fetchall()
+    with psycopg.connect(database) as holder:
+        hold_document(holder, held_folder / "a.txt")
+        with pytest.raises(SubmitConflict, match="Nothing was submitted"):
+            submit_batch(held_folder, batch_id=batch_id)
+    assert conn.execute("SELECT * FROM processing_jobs").fetchall() == before
+    assert submit_batch(held_folder, batch_id=batch_id).outcome == ("new_run" if batch_id == "B" else "accepted")
+    assert conn.execute("SELECT version FROM file_extractions").fetchall() == [(2,)]
+
+
+def test_a_changed_file_that_is_held_is_told_and_its_batch_does_without_no_other(
+    held_folder: Path, database: str, conn: psycopg.Connection
+) -> None:
+    first = submit_batch(held_folder)
+    (held_folder / "a.txt").write_text("other")
+    with psycopg.connect(database) as holder:
+        hold_document(holder, held_folder / "a.txt")
+        made = submit_batch(held_folder)
+        assert ([name for name, _ in made.refused], made.outcome, made.run_id) == (["a.txt"], "unchanged", first.run_id)
+        (held_folder / "b.txt").write_text("other")
+        made = submit_batch(held_folder)
+        assert ([name for name, _ in made.refused], made.outcome) == (["a.txt"], "new_run")
+    assert submit_batch(held_folder).refused == ()
+    assert conn.execute("SELECT min(version), count(DISTINCT run_id) FROM file_extractions").fetchone() == (2, 1)
+
+
+def test_an_unchanged_file_that_is_held_has_the_message_say_what_was_submitted(
+    held_folder: Path, database: str, conn: psycopg.Connection
+) -> None:
+    submit_batch(held_folder)
+    (held_folder / "b.txt").write_text("other")
+    with psycopg.connect(database) as holder:
+        hold_document(holder, held_folder / "a.txt")
+        with pytest.raises(SubmitConflict, match="A part of the batch has been submitted, and submitting it again does the rest"):
+            submit_batch(held_folder)
+    assert submit_batch(held_folder).outcome == "new_run"
+    assert conn.execute("SELECT status, direct_files FROM processing_jobs").fetchone() == ("processing", 2)
+    assert conn.execute("SELECT version FROM file_extractions ORDER BY source_path").fetchall() == [(1,), (2,)]
+
+
+def test_a_run_that_an_unchanged_file_cannot_be_taken_into_is_not_begun(held_folder: Path, database: str, conn: psycopg.Connection) -> None:
+    submit_batch(held_folder)
+    (held_folder / "b.txt").unlink()
+    before = conn.execute("SELECT * FROM processing_jobs").fetchall()
+    with psycopg.connect(database) as holder:
+        hold_document(holder, held_folder / "a.txt")
+        with pytest.raises(SubmitConflict, match="Nothing was submitted"):
+            submit_batch(held_folder)
+    assert conn.execute("SELECT * FROM processing_jobs").fetchall() == before
+
+
+def test_a_batch_none_of_whose_documents_can_be_had_is_not_begun(held_folder: Path, conn: psycopg.Connection) -> None:
+    for path in held_folder.iterdir():
+        taken = path_doc_id("default", path)
+        conn.execute("SELECT submit_document('uploads/b', doc_id => %s, user_id => 'bob')", [taken])
+    with pytest.raises(SubmitError, match="is taken"):
+        submit_batch(held_folder)
+    assert count(conn, "processing_jobs") == 0
+
+
+@pytest.mark.parametrize("what", ["zip", "folder", "sync"])
+def test_a_batch_that_is_submitted_again_without_metadata_keeps_what_it_has(
+    what: str, batch: Path, tmp_path: Path, conn: psycopg.Connection
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+
+    def submit(**given: Any) -> str:
+        if what == "sync":
+            return sync_folder(folder, **given).batch_id
+        return submit_batch(batch if what == "zip" else folder, **given)
+
+    batch_id = submit(metadata={"dept": "legal"})
+    update_batch(batch_id, metadata={"label": 1})
+    write_zip(batch, {"a.txt": "other"})
+    (folder / "b.txt").write_text("b")
+    submit()
+    known = "SELECT metadata, count(*) OVER () FROM processing_jobs"
+    assert conn.execute(known).fetchone() == ({"dept": "legal", "label": 1}, 1)
+    write_zip(batch, {"a.txt": "and another"})
+    (folder / "c.txt").write_text("c")
+    submit(metadata={"year": 2026})
+    assert conn.execute(known).fetchone() == ({"year": 2026}, 1)
 
 
 def test_the_same_zip_from_many_threads_at_once_is_one_batch(batch: Path, conn: psycopg.Connection) -> None:
