@@ -91,7 +91,7 @@ def test_what_counted_documents_alone_goes_on_doing_so(conn: psycopg.Connection)
     assert conn.execute(progress).fetchone() == (1, 1, 1, 2, 1, 1, 1, 2, 5, 3)
 
 
-@pytest.mark.usefixtures("run", "settings")
+@pytest.mark.usefixtures("run", "front_door")
 def test_each_file_has_the_outcome_that_it_is_counted_as(conn: psycopg.Connection) -> None:
     one_by_one = "SELECT f.outcome, count(*) FROM processing_jobs AS b, run_files(b) AS f GROUP BY 1"
     found: dict[str, int] = dict(conn.execute(one_by_one).fetchall())
