@@ -1,0 +1,128 @@
+-- Searches name the file that the text they show comes from, also while a newer version waits.
+
+-- The name of what is served
+
+DO $$
+-- The names are looked up first: from the ALTER to the end of the transaction, nobody else can read the table.
+DECLARE
+    ids bigint[];
+    served integer[];
+    names text[];
+BEGIN
+    SELECT array_agg(s.id), array_agg(s.served_version), array_agg(s.file_name)
+    INTO ids, served, names
+    FROM (
+        SELECT f.id, f.served_version, (
+            SELECT e.detail ->> 'file_name'
+            FROM document_events AS e
+            WHERE e.doc_id = f.doc_id AND e.version = f.served_version AND e.event IN ('submitted', 'resubmitted')
+            ORDER BY e.id DESC
+            LIMIT 1
+        ) AS file_name
+        FROM file_extractions AS f
+        WHERE f.served_version < f.version
+    ) AS s
+    WHERE s.file_name IS NOT NULL;
+    ALTER TABLE file_extractions ADD COLUMN served_file_name text;
+    UPDATE file_extractions AS d
+    SET served_file_name = s.file_name
+    FROM unnest(ids, served, names) AS s (id, served_version, file_name)
+    WHERE d.id = s.id AND d.served_version = s.served_version AND d.served_version < d.version AND d.file_name <> s.file_name;
+END;
+$$;
+COMMENT ON COLUMN file_extractions.served_file_name IS
+    'The submitter''s name for the version that searches see, while a newer one was submitted under another name; else null, and file_name holds.';
+
+CREATE FUNCTION keep_served_name() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.served_file_name := CASE
+        WHEN NEW.served_version = OLD.served_version AND NEW.served_version < NEW.version
+            THEN nullif(coalesce(OLD.served_file_name, OLD.file_name), NEW.file_name)
+    END;
+    RETURN NEW;
+END;
+$$;
+COMMENT ON FUNCTION keep_served_name IS 'Keeps what the file was called whose version is served, until another version is.';
+-- By its name it comes after keep_display_name, and sees the new name as it will be stored.
+CREATE TRIGGER keep_served_name BEFORE UPDATE ON file_extractions
+    FOR EACH ROW WHEN (
+        OLD.served_version IS NOT NULL AND (NEW.file_name IS DISTINCT FROM OLD.file_name OR OLD.served_file_name IS NOT NULL)
+    )
+    EXECUTE FUNCTION keep_served_name();
+
+-- As before, but for the name.
+
+CREATE OR REPLACE FUNCTION search_by_vector(
+    query_vector vector, embedding_model text, user_id text DEFAULT NULL, batch_id text DEFAULT NULL, file_type text DEFAULT NULL,
+    metadata jsonb DEFAULT NULL, limit_to integer DEFAULT 10
+) RETURNS TABLE (
+    chunk_id uuid, doc_id text, file_name text, version integer, chunk_index integer, content text, heading_path text[],
+    page_start integer, page_end integer, score double precision, vector_rank integer, text_rank integer
+) LANGUAGE sql STABLE AS $$
+    SELECT f.chunk_id, p.doc_id, p.file_name, p.version, p.chunk_index, p.content, p.heading_path, p.page_start, p.page_end,
+        f.score, f.rank::integer, NULL::integer
+    FROM nearest_chunks(query_vector, embedding_model, user_id, batch_id, file_type, metadata, limit_to)
+        WITH ORDINALITY AS f (chunk_id, score, rank)
+    CROSS JOIN LATERAL (
+        SELECT c.doc_id, coalesce(d.served_file_name, d.file_name) AS file_name, c.version, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end
+        FROM document_chunks AS c
+        JOIN file_extractions AS d ON d.doc_id = c.doc_id
+        WHERE c.id = f.chunk_id
+        LIMIT 1
+    ) AS p
+    ORDER BY f.rank;
+$$;
+
+CREATE OR REPLACE FUNCTION search_by_text(
+    query_text text, user_id text DEFAULT NULL, batch_id text DEFAULT NULL, file_type text DEFAULT NULL, metadata jsonb DEFAULT NULL,
+    limit_to integer DEFAULT 10, language text DEFAULT NULL
+) RETURNS TABLE (
+    chunk_id uuid, doc_id text, file_name text, version integer, chunk_index integer, content text, heading_path text[],
+    page_start integer, page_end integer, score double precision, vector_rank integer, text_rank integer
+) LANGUAGE sql STABLE AS $$
+    SELECT f.chunk_id, p.doc_id, p.file_name, p.version, p.chunk_index, p.content, p.heading_path, p.page_start, p.page_end,
+        f.score, NULL::integer, f.rank::integer
+    FROM matching_chunks(query_text, user_id, batch_id, file_type, metadata, limit_to, language)
+        WITH ORDINALITY AS f (chunk_id, score, rank)
+    CROSS JOIN LATERAL (
+        SELECT c.doc_id, coalesce(d.served_file_name, d.file_name) AS file_name, c.version, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end
+        FROM document_chunks AS c
+        JOIN file_extractions AS d ON d.doc_id = c.doc_id
+        WHERE c.id = f.chunk_id
+        LIMIT 1
+    ) AS p
+    ORDER BY f.rank;
+$$;
+
+CREATE OR REPLACE FUNCTION search_hybrid(
+    query_text text, query_vector vector, embedding_model text, user_id text DEFAULT NULL, batch_id text DEFAULT NULL,
+    file_type text DEFAULT NULL, metadata jsonb DEFAULT NULL, limit_to integer DEFAULT 10, language text DEFAULT NULL
+) RETURNS TABLE (
+    chunk_id uuid, doc_id text, file_name text, version integer, chunk_index integer, content text, heading_path text[],
+    page_start integer, page_end integer, score double precision, vector_rank integer, text_rank integer
+) LANGUAGE sql STABLE AS $$
+    SELECT f.chunk_id, p.doc_id, p.file_name, p.version, p.chunk_index, p.content, p.heading_path, p.page_start, p.page_end,
+        f.score, f.vector_rank, f.text_rank
+    FROM (
+        SELECT chunk_id, coalesce(1.0 / (60 + v.rank), 0)::double precision + coalesce(1.0 / (60 + t.rank), 0)::double precision AS score,
+            v.rank::integer AS vector_rank, t.rank::integer AS text_rank
+        FROM nearest_chunks(
+            query_vector, embedding_model, user_id, batch_id, file_type, metadata, greatest(100, check_search_limit(limit_to))
+        ) WITH ORDINALITY AS v (chunk_id, score, rank)
+        FULL JOIN matching_chunks(
+            query_text, user_id, batch_id, file_type, metadata, greatest(100, check_search_limit(limit_to)), language
+        ) WITH ORDINALITY AS t (chunk_id, score, rank) USING (chunk_id)
+        ORDER BY score DESC, v.rank, chunk_id
+        LIMIT limit_to
+    ) AS f
+    CROSS JOIN LATERAL (
+        SELECT c.doc_id, coalesce(d.served_file_name, d.file_name) AS file_name, c.version, c.chunk_index, c.content, c.heading_path, c.page_start, c.page_end
+        FROM document_chunks AS c
+        JOIN file_extractions AS d ON d.doc_id = c.doc_id
+        WHERE c.id = f.chunk_id
+        LIMIT 1
+    ) AS p
+    ORDER BY f.score DESC, f.vector_rank, f.chunk_id;
+$$;
+
+CALL pin_search_path();
