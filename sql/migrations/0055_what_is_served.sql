@@ -1,4 +1,5 @@
--- Searches name the file that the text they show comes from, also while a newer version waits.
+-- What is said of a document while a newer version of it waits: searches name the file that the text they show comes from, and a cut text is
+-- listed for as long as it is served.
 
 -- The name of what is served
 
@@ -124,5 +125,26 @@ CREATE OR REPLACE FUNCTION search_hybrid(
     ) AS p
     ORDER BY f.score DESC, f.vector_rank, f.chunk_id;
 $$;
+
+-- Cut texts
+
+CREATE OR REPLACE VIEW incomplete_documents WITH (security_invoker = true) AS
+SELECT d.doc_id, d.batch_id, d.user_id,
+    CASE m.version WHEN d.served_version THEN coalesce(d.served_file_name, d.file_name) ELSE d.file_name END AS file_name,
+    d.state, m.version, m.parser,
+    coalesce(m.parse_metadata ->> 'cut_by', 'some pages could not be read') AS reason,
+    (m.parse_metadata ->> 'pages_kept')::integer AS pages_kept,
+    (m.parse_metadata ->> 'pages_of')::integer AS pages_of,
+    coalesce(m.parse_metadata -> 'failed_pages', m.parse_metadata -> 'pages_failed') AS failed_pages,
+    m.created_at AS parsed_at,
+    m.version IS NOT DISTINCT FROM d.served_version AS is_served
+FROM document_markdown AS m
+JOIN file_extractions AS d ON d.doc_id = m.doc_id AND m.version IN (d.version, d.served_version)
+WHERE m.parse_metadata ?| ARRAY['cut_by', 'failed_pages', 'pages_failed'];
+COMMENT ON VIEW incomplete_documents IS
+    'Documents whose text is not whole: a limit cut it off (PARTIAL_PARSE=keep), or pages could not be read. Two rows where that is so of the version that searches see and of a newer one.';
+COMMENT ON COLUMN incomplete_documents.file_name IS 'The submitter''s name for the file of that version.';
+COMMENT ON COLUMN incomplete_documents.state IS 'Where the document stands with its newest version.';
+COMMENT ON COLUMN incomplete_documents.is_served IS 'Whether this is the version that searches see.';
 
 CALL pin_search_path();
