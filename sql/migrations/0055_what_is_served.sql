@@ -1,5 +1,5 @@
--- What is said of a document while a newer version of it waits: searches name the file that the text they show comes from, and a cut text is
--- listed for as long as it is served.
+-- What is said of a document while a newer version of it waits, or once another document is gone: searches name the file that the text they
+-- show comes from, a cut text is listed for as long as it is served, and the document that another one is called a duplicate of is there.
 
 -- The name of what is served
 
@@ -146,5 +146,75 @@ COMMENT ON VIEW incomplete_documents IS
 COMMENT ON COLUMN incomplete_documents.file_name IS 'The submitter''s name for the file of that version.';
 COMMENT ON COLUMN incomplete_documents.state IS 'Where the document stands with its newest version.';
 COMMENT ON COLUMN incomplete_documents.is_served IS 'Whether this is the version that searches see.';
+
+-- Duplicates
+
+CREATE FUNCTION original_of(doc_id text, user_id text, content_sha256 text, duplicate_of text) RETURNS text
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+RETURN coalesce(
+    (
+        SELECT o.doc_id FROM file_extractions AS o
+        WHERE o.doc_id = original_of.duplicate_of AND o.user_id = original_of.user_id AND o.content_sha256 = original_of.content_sha256
+    ),
+    -- Of those that it leaves behind when it goes, the first takes its place.
+    (
+        SELECT nullif(o.doc_id, original_of.doc_id)
+        FROM (
+            SELECT e.doc_id FROM file_extractions AS e
+            WHERE e.user_id = original_of.user_id AND e.content_sha256 = original_of.content_sha256 AND e.state = 'complete'
+            ORDER BY e.processing_completed_at, e.id
+            LIMIT 1
+        ) AS o
+    )
+);
+COMMENT ON FUNCTION original_of IS
+    'Of which document one that was found to be a duplicate is one now: of the same, while that has the content, else of the first that is left with it; null where that is itself.';
+COMMENT ON COLUMN file_extractions.duplicate_of IS
+    'doc_id of the same user''s document with the same content that was complete first; it may be gone since, or have other content: original_of() knows.';
+
+CREATE OR REPLACE VIEW document_status WITH (security_invoker = true) AS
+SELECT
+    d.doc_id, d.user_id, d.batch_id, d.run_id, d.file_name, d.file_type, d.file_size, d.version, d.served_version,
+    CASE
+        WHEN d.state IN ('complete', 'failed', 'duplicate', 'cancelled', 'retrying') THEN d.state::text
+        WHEN d.milestone = 'upload_validated' THEN CASE d.state WHEN 'queued' THEN 'parse_queued' ELSE 'parsing' END
+        WHEN d.milestone = 'chunks_stored' THEN CASE d.state WHEN 'queued' THEN 'embedding_queued' ELSE 'embedding_in_progress' END
+        ELSE d.milestone::text
+    END AS status,
+    d.milestone, d.state, due_stage(d.milestone) AS stage_due, d.page_count, d.chunk_count, d.retry_count, d.crash_count,
+    d.error_type, d.error_message, d.correlation_id, d.claimed_by, d.lease_until, d.created_at, d.updated_at,
+    d.processing_started_at, d.processing_completed_at, d.processing_duration_ms,
+    stage_queue(due_stage(d.milestone)) AS queue_due, d.not_before AS next_try_at,
+    original_of(d.doc_id, d.user_id, d.content_sha256, d.duplicate_of) AS duplicate_of, d.priority
+FROM file_extractions AS d;
+COMMENT ON COLUMN document_status.duplicate_of IS
+    'doc_id of the document with the same content that was complete first; null where there is no such document any more.';
+
+CREATE OR REPLACE FUNCTION run_files(batch processing_jobs) RETURNS TABLE (
+    kind text, doc_id text, name text, path text, file_type text, mime_type text, bytes bigint, pages integer, passages integer, state text,
+    outcome text, error_type document_error_type, error_message text, duration_ms bigint, version integer, served_version integer,
+    duplicate_of text, submitted_at timestamptz, started_at timestamptz, ended_at timestamptz, raw_extraction jsonb
+) LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT 'document', d.doc_id, d.file_name, path_in_batch(d.source_path, (batch).source_path, d.file_name), d.file_type, d.mime_type,
+        d.file_size, d.page_count, d.chunk_count, d.state::text,
+        CASE WHEN d.state IN ('complete', 'duplicate') THEN 'succeeded' WHEN d.state IN ('failed', 'cancelled') THEN d.state::text
+            ELSE 'unfinished' END,
+        d.error_type, d.error_message, d.processing_duration_ms, d.version, d.served_version,
+        original_of(d.doc_id, d.user_id, d.content_sha256, d.duplicate_of), d.created_at, d.processing_started_at, d.processing_completed_at, d.raw_extraction
+    FROM file_extractions AS d
+    WHERE d.batch_id = (batch).batch_id AND d.run_id = (batch).run_id
+    UNION ALL
+    -- An archive that was unpacked is its entries.
+    SELECT 'archive', NULL, regexp_replace(p.path, '^.*/', ''), p.path, 'zip', 'application/zip', NULL, NULL, NULL, a.state,
+        CASE WHEN a.state IN ('failed', 'cancelled') THEN a.state ELSE 'unfinished' END,
+        CASE WHEN a.state = 'failed' THEN 'PERMANENT'::document_error_type END, a.error_message, NULL, 1, NULL, NULL, a.created_at, NULL,
+        a.ended_at, NULL
+    FROM batch_archives AS a
+    CROSS JOIN LATERAL (
+        SELECT coalesce(nullif(rtrim(a.entry_path, '/'), ''), regexp_replace((batch).source_path, '^.*/', ''), (batch).batch_id) AS path
+    ) AS p
+    WHERE a.run_id = (batch).run_id AND a.state <> 'unpacked';
+END;
 
 CALL pin_search_path();
