@@ -1,5 +1,6 @@
 -- What is said of a document while a newer version of it waits, or once another document is gone: searches name the file that the text they
--- show comes from, a cut text is listed for as long as it is served, and the document that another one is called a duplicate of is there.
+-- show comes from, a cut text is listed for as long as it is served, and the document that another one is called a duplicate of is there. And
+-- a batch is through to 100 percent only when all of its files have ended.
 
 -- The name of what is served
 
@@ -216,5 +217,31 @@ BEGIN ATOMIC
     ) AS p
     WHERE a.run_id = (batch).run_id AND a.state <> 'unpacked';
 END;
+
+-- Progress
+
+-- As before, and rounded down.
+CREATE OR REPLACE VIEW batch_progress WITH (security_invoker = true) AS
+SELECT
+    b.batch_id, b.user_id, b.source_path, b.status, b.total_files, b.queued, b.working, b.retrying, b.complete, b.duplicate,
+    b.documents_failed AS failed, b.documents_cancelled AS cancelled, b.archives_open,
+    b.completed + b.failed AS ended, b.pending + b.processing AS unfinished,
+    CASE WHEN b.status IN ('completed', 'completed_with_errors') AND b.files_unfinished = 0 THEN 100 ELSE
+        trunc(100.0 * t.ended / nullif(b.files_expected, 0), 1)
+    END AS percent,
+    CASE WHEN t.goes_on THEN t.rate END AS per_second,
+    CASE WHEN t.goes_on THEN (b.files_expected - t.ended) / t.rate END AS seconds_left,
+    b.last_progress_at, b.started_at, b.sealed_at, b.completed_at, b.error_message, b.run_id,
+    b.archives, b.archives_failed, b.archives_cancelled, b.archive_files, b.unpacked_files, b.documents, b.files, b.files_succeeded,
+    b.files_failed, b.files_cancelled, b.files_unfinished, b.files_expected, t.ended AS files_ended
+FROM batch_status AS b
+CROSS JOIN LATERAL (
+    SELECT b.files - b.files_unfinished AS ended,
+        b.files - b.files_unfinished < b.files_expected AND b.ended_recently > 0
+            AND (b.completed_at IS NULL OR b.files_unfinished > 0) AS goes_on,
+        b.ended_recently / greatest(1, least(300, extract(epoch FROM now() - b.started_at)))::double precision AS rate
+) AS t;
+COMMENT ON COLUMN batch_progress.percent IS
+    'Part of files_expected that has ended, 0 to 100, rounded down: 100 once all have. Null while there is none.';
 
 CALL pin_search_path();
