@@ -43,6 +43,7 @@ class DocumentRecord:
     page_count: int | None
     chunk_count: int | None
     duplicate_of: str | None
+    """The doc_id of the document with the same content that was complete first; None where there is none any more."""
     retry_count: int
     crash_count: int
     error_type: ErrorType | None

@@ -23,7 +23,8 @@ GROUP BY d.state
 ORDER BY d.state;
 
 -- name: count_incomplete_documents
-SELECT count(*) AS documents FROM incomplete_documents AS i WHERE i.state <> 'cancelled';
+-- Two versions of one may be incomplete. Of a cancelled one, what searches see counts.
+SELECT count(DISTINCT i.doc_id) AS documents FROM incomplete_documents AS i WHERE i.state <> 'cancelled' OR i.is_served;
 
 -- name: count_unfinished_by_stage
 SELECT due_stage(d.milestone) AS stage, stage_queue(due_stage(d.milestone)) AS queue,
@@ -141,7 +142,7 @@ LIMIT %(limit)s;
 SELECT s.doc_id, s.file_name, s.user_id, s.batch_id, s.status, s.state, s.milestone, s.stage_due, s.file_type, s.file_size, s.page_count,
     s.chunk_count, s.version, s.served_version, s.retry_count, s.crash_count, s.error_type, s.error_message, s.correlation_id,
     s.claimed_by, s.lease_until, s.created_at, s.processing_started_at, s.processing_completed_at, s.processing_duration_ms,
-    d.source_path, d.mime_type, d.content_sha256, d.duplicate_of, d.metadata,
+    d.source_path, d.mime_type, d.content_sha256, s.duplicate_of, d.metadata,
     (SELECT m.markdown_sha256 FROM document_markdown AS m WHERE m.doc_id = d.doc_id AND m.version = d.served_version) AS served_text_sha256,
     (SELECT min(j.scheduled_at) FROM procrastinate_jobs AS j
         WHERE j.status = 'todo' AND j.queueing_lock = s.stage_due || ':' || s.doc_id) AS scheduled_at

@@ -3,7 +3,8 @@
 -- name: get_document
 SELECT d.doc_id, d.user_id, d.batch_id, d.run_id, d.file_name, d.source_path, d.file_path, d.file_type, d.mime_type, d.file_size,
     d.content_sha256, d.version, d.served_version, d.milestone, d.state, d.status, due_stage(d.milestone) AS stage_due, d.priority,
-    d.page_count, d.chunk_count, d.duplicate_of, d.retry_count, d.crash_count, d.error_type, d.error_message, d.correlation_id, d.metadata,
+    d.page_count, d.chunk_count, original_of(d.doc_id, d.user_id, d.content_sha256, d.duplicate_of) AS duplicate_of, d.retry_count,
+    d.crash_count, d.error_type, d.error_message, d.correlation_id, d.metadata,
     d.created_at, d.updated_at, d.processing_started_at, d.processing_completed_at, d.processing_duration_ms, d.raw_extraction
 FROM file_extractions AS d
 WHERE d.doc_id = %(doc_id)s;
@@ -12,7 +13,8 @@ WHERE d.doc_id = %(doc_id)s;
 -- Those of the batch's current run in the order of doc_ids, from behind one on.
 SELECT d.doc_id, d.user_id, d.batch_id, d.run_id, d.file_name, d.source_path, d.file_path, d.file_type, d.mime_type, d.file_size,
     d.content_sha256, d.version, d.served_version, d.milestone, d.state, d.status, due_stage(d.milestone) AS stage_due, d.priority,
-    d.page_count, d.chunk_count, d.duplicate_of, d.retry_count, d.crash_count, d.error_type, d.error_message, d.correlation_id, d.metadata,
+    d.page_count, d.chunk_count, original_of(d.doc_id, d.user_id, d.content_sha256, d.duplicate_of) AS duplicate_of, d.retry_count,
+    d.crash_count, d.error_type, d.error_message, d.correlation_id, d.metadata,
     d.created_at, d.updated_at, d.processing_started_at, d.processing_completed_at, d.processing_duration_ms
 FROM processing_jobs AS b
 JOIN file_extractions AS d ON d.batch_id = b.batch_id AND d.run_id = b.run_id

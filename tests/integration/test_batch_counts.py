@@ -91,7 +91,7 @@ def test_what_counted_documents_alone_goes_on_doing_so(conn: psycopg.Connection)
     assert conn.execute(progress).fetchone() == (1, 1, 1, 2, 1, 1, 1, 2, 5, 3)
 
 
-@pytest.mark.usefixtures("run", "settings")
+@pytest.mark.usefixtures("run", "front_door")
 def test_each_file_has_the_outcome_that_it_is_counted_as(conn: psycopg.Connection) -> None:
     one_by_one = "SELECT f.outcome, count(*) FROM processing_jobs AS b, run_files(b) AS f GROUP BY 1"
     found: dict[str, int] = dict(conn.execute(one_by_one).fetchall())
@@ -205,3 +205,19 @@ async def test_counting_asks_for_the_documents_of_the_batches_that_are_asked_for
     ):  # fmt: skip
         plan = "\n".join(line for (line,) in conn.execute("EXPLAIN " + query(name), params))
         assert "Seq Scan on file_extractions" not in plan, name
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_batch_is_not_said_to_be_through_while_a_file_of_it_is_unfinished(conn: psycopg.Connection) -> None:
+    run = begin(conn)
+    conn.execute(
+        """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message, ended_at)
+        SELECT 'b', %s, 'ann', n || '.zip/', '', 'uploads/z', 'failed', 'bad', now() FROM generate_series(1, 1999) AS n""",
+        [run],
+    )
+    add_archive(conn, run, "last.zip/", "waiting")
+    seal(conn, run, 0)
+    said = "SELECT files_ended, files_expected, percent::float8 FROM batch_progress"
+    assert conn.execute(said).fetchone() == (1999, 2000, 99.9)
+    conn.execute("SELECT end_archive(a.id, 'failed', 'bad') FROM batch_archives AS a WHERE a.state = 'waiting'")
+    assert conn.execute(said).fetchone() == (2000, 2000, 100.0)

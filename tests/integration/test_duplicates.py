@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 from jobs.pipeline.claims import NotClaimed, claim_document
 from jobs.pipeline.work import Work
@@ -17,6 +18,7 @@ from models.documents import Document, FileType
 from models.errors import ParseError
 from models.stages import State
 from sql import query
+from tests.integration.batches import batch_of, reconciler, summary
 from tests.integration.conftest import STAGE_NAMES, Bench, sha
 
 
@@ -320,6 +322,50 @@ async def test_a_copy_whose_original_goes_while_it_is_worked_on_becomes_no_secon
     assert left == "queued"
     await bench.drain(duplicate_policy="skip")
     assert states(bench) == {"b": "duplicate", "c": "complete"}
+
+
+async def drain_and_compare(bench: Bench) -> None:
+    """Run all waiting jobs with a check that looks for an equal document, as the real one does."""
+    runner = bench.runner()
+    plain = runner._runs._stages["check"]
+
+    async def check(document: Document, tools: Tools) -> Document:
+        return replace(await plain(document, tools), duplicate_of=await tools.find_original(document))
+
+    runner._runs._stages["check"] = check
+    while job := bench.fetch():
+        await runner.run(*job)
+
+
+def originals(bench: Bench) -> dict[str, str | None]:
+    """What each document of the batch is called a duplicate of, the same wherever that is shown."""
+    shown = dict(bench.all("SELECT doc_id, duplicate_of FROM document_status WHERE batch_id = 'b'"))
+    with bench.conn.cursor(row_factory=dict_row) as cursor:
+        for name in ("get_document", "show_document", "page_document"):
+            for doc_id, original in shown.items():
+                row = cursor.execute(query(name), {"doc_id": doc_id}).fetchone()
+                assert row is not None
+                assert row["duplicate_of"] == original, name
+        listed = cursor.execute(query("list_batch_documents"), {"batch_id": "b", "state": None, "after": None, "limit": 10}).fetchall()
+        assert {row["doc_id"]: row["duplicate_of"] for row in listed} == shown
+    ui, _ = summary(bench)
+    assert {card["doc_id"]: card["duplicate_of"] for card in ui["files"]} == shown
+    assert ui["totals"]["duplicates"] == sum(original is not None for original in shown.values())
+    return shown
+
+
+async def test_a_document_is_called_a_duplicate_of_one_that_is_there_with_that_content(bench: Bench) -> None:
+    batch_of(bench, *"abc")
+    await drain_and_compare(bench)
+    assert originals(bench) == {"a": None, "b": "a", "c": "a"}
+    bench.conn.execute("SELECT delete_document('a')")
+    assert (await reconciler(bench).pass_once())["renewed"] == 1
+    assert originals(bench) == {"b": None, "c": "b"}
+    assert bench.all("SELECT original, doc_ids FROM duplicate_documents") == [("b", ["c"])]
+    bench.submit("b", "2", user_id="ann")
+    bench.conn.execute("SELECT settle_batch('b')")
+    assert originals(bench) == {"c": None}
+    assert bench.all("SELECT original FROM duplicate_documents") == []
 
 
 class Unused:

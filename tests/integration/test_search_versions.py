@@ -88,3 +88,65 @@ async def test_a_document_is_found_by_the_type_of_the_version_that_is_served(ben
     await bench.drain()
     assert types(bench) == ["text"]
     assert bench.one("SELECT served_file_type FROM file_extractions") == (None,)
+
+
+FOUND_BY = (
+    "SELECT * FROM search_by_text('version')",
+    "SELECT * FROM search_by_vector('[1,0,0,0,0,0,0,0]', 'eye')",
+    "SELECT * FROM search_hybrid('version', '[1,0,0,0,0,0,0,0]', 'eye')",
+)
+
+
+def submit_called(bench: Bench, file_name: str, content: str) -> None:
+    bench.conn.execute(
+        "SELECT submit_document('uploads/a', doc_id => 'a', file_name => %s, content_sha256 => %s)", [file_name, content * 64]
+    )
+
+
+def named(bench: Bench) -> set[tuple[str, int]]:
+    """The names and versions that searches give, the same in all three."""
+    found = [set(bench.all(f"SELECT f.file_name, f.version FROM ({statement}) AS f")) for statement in FOUND_BY]
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+@pytest.mark.parametrize("ends", [State.FAILED, State.CANCELLED, State.COMPLETE])
+async def test_what_is_found_is_called_as_the_file_was_whose_text_it_is(bench: Bench, ends: State) -> None:
+    submit_called(bench, "alpha.txt", "1")
+    await bench.drain()
+    for number, name in enumerate(("beta.txt", "in/alpha.txt", "gamma.txt"), start=2):
+        submit_called(bench, name, str(number))
+        assert named(bench) == {("alpha.txt", 1)}
+    if ends is State.CANCELLED:
+        bench.conn.execute("SELECT cancel_document('a')")
+    bench.also |= {"parse": refuse} if ends is State.FAILED else {}
+    await bench.drain()
+    assert bench.one("SELECT state, file_name FROM file_extractions") == (ends, "gamma.txt")
+    assert named(bench) == ({("gamma.txt", 4)} if ends is State.COMPLETE else {("alpha.txt", 1)})
+    bench.also.clear()
+    submit_called(bench, "delta.txt", "5")
+    await bench.drain()
+    bench.conn.execute("UPDATE file_extractions SET file_name = 'renamed.txt'")
+    assert named(bench) == {("renamed.txt", 5)}
+    assert bench.one("SELECT served_file_name FROM file_extractions") == (None,)
+
+
+def test_what_was_served_before_names_were_kept_is_called_as_it_was_submitted(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = migrations._own()
+    submit = "SELECT submit_document('uploads/a', doc_id => %s, file_name => %s, content_sha256 => repeat(%s, 64))"
+    with psycopg.connect(empty_database, autocommit=True) as conn:
+        monkeypatch.setattr(migrations, "_own", lambda: [path for path in own if path.name < "0055"])
+        migrations.migrate(conn)
+        for doc_id, second in (("newer", "2.txt"), ("same name", "1.txt"), ("complete", None)):
+            conn.execute(submit, [doc_id, "1.txt", "1"])
+            conn.execute("SET session_replication_role = replica")
+            conn.execute(
+                "UPDATE file_extractions SET state = 'complete', milestone = 'complete', served_version = 1 WHERE doc_id = %s", [doc_id]
+            )
+            conn.execute("RESET session_replication_role")
+            if second is not None:
+                conn.execute(submit, [doc_id, second, "2"])
+        monkeypatch.setattr(migrations, "_own", lambda: own)
+        migrations.migrate(conn)
+        found = conn.execute("SELECT doc_id, version, file_name, served_file_name FROM file_extractions ORDER BY 1").fetchall()
+        assert found == [("complete", 1, "1.txt", None), ("newer", 2, "2.txt", "1.txt"), ("same name", 2, "1.txt", None)]

@@ -84,6 +84,17 @@ async def fill(bench: Bench) -> None:
     )
 
 
+async def refuse(bench: Bench, stage: str) -> None:
+    """Run all that waits; documents fail at a stage for good."""
+
+    async def stumble(_: Document) -> None:
+        raise PermanentError("no")
+
+    bench.also[stage] = stumble
+    await bench.drain()
+    del bench.also[stage]
+
+
 @pytest.fixture
 async def filled(bench: Bench) -> Bench:
     await fill(bench)
@@ -318,6 +329,33 @@ async def test_duplicates_are_listed_once_with_the_original_first(filled: Bench)
     assert filled.all("SELECT original, documents, doc_ids FROM duplicate_documents") == [("same", 2, ["same again"])]
     filled.submit("theirs", "a", user_id="another")
     assert filled.one("SELECT count(*) FROM duplicate_documents") == (1,)
+
+
+async def test_a_cut_text_is_listed_for_as_long_as_searches_see_it(filled: Bench) -> None:
+    shown = "SELECT file_name, version, is_served, state FROM incomplete_documents ORDER BY version"
+
+    def count() -> int:
+        (counted,) = filled.one(query("count_incomplete_documents"))
+        return int(counted)
+
+    def submit(content: str) -> None:
+        filled.conn.execute(
+            "SELECT submit_document('uploads/a', doc_id => 'complete', file_name => 'new.txt', content_sha256 => %s)", [content * 64]
+        )
+
+    assert filled.all(shown) == [("a", 1, True, "complete")]
+    submit("c")
+    assert filled.all(shown) == [("a", 1, True, "queued")]
+    await refuse(filled, "chunk")
+    filled.conn.execute("UPDATE document_markdown SET parse_metadata = '{\"cut_by\": \"MAX_PAGES\"}' WHERE doc_id = 'complete'")
+    assert filled.all(shown) == [("a", 1, True, "failed"), ("new.txt", 2, False, "failed")]
+    assert count() == 1, "it is one document"
+    submit("d")
+    filled.conn.execute("SELECT cancel_document('complete')")
+    assert (filled.all(shown), count()) == ([("a", 1, True, "cancelled")], 1)
+    submit("e")
+    await filled.drain()
+    assert (filled.all(shown), count()) == ([], 0)
 
 
 @pytest.mark.parametrize(
