@@ -36,8 +36,8 @@ class Lease:
     on_lost: Callable[[bool], None]
     """Called once, from the lease thread. True: the claim has gone to somebody else. False: it could not be renewed in time."""
     is_held: bool = False
-    """Another transaction holds the document, so that the claim can neither be renewed nor taken. It is renewed once that has ended: until
-    then nobody rescues what a worker that lives says it holds."""
+    """At the last try to renew, another transaction held the document, so that the claim can neither be renewed nor taken. It is renewed
+    once that has ended: until then nobody rescues what a worker that lives says it holds."""
 
 
 @contextmanager
@@ -119,15 +119,13 @@ class LeaseKeeper:
             with self._lock:
                 leases = list(self._leases.values())
             now = clock.seconds()
-            for lease in leases:
-                lease.is_held = False
             due = [e for e in leases if now < e.deadline and e.good_until - now < 0.8 * self.seconds]
             self._try("Leases were not renewed", partial(self._renew, leases=due))
             if self._on_tick is not None:
                 self._try("The registry was not told of this worker", self._on_tick)
             now = clock.seconds()
             for lease in leases:
-                if now >= lease.good_until and not lease.is_held:
+                if now >= lease.good_until and not (lease.is_held and now < lease.deadline):
                     self._lose(lease, superseded=False)
             self._stop.wait(self._tick_seconds)
 

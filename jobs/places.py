@@ -1,4 +1,4 @@
-"""A worker's places for documents in work. One that only waits for an outside service lends its place to another meanwhile."""
+"""A worker's places for documents in work. One that only waits, for a service or for somebody's transaction, lends its place meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 Lend = Callable[[int, float], AbstractContextManager[None]]
-"""Lends a place with so many documents in it, whose texts fill so many requests to the service that they wait for."""
+"""Lends a place with so many documents in it, whose texts fill so many requests to the service that they wait for; 0 for none."""
 
 
 def not_lent(documents: int, requests: float) -> AbstractContextManager[None]:
@@ -50,7 +50,7 @@ class Places:
     def lent(self, documents: int, requests: float) -> Iterator[None]:
         """Lend the caller's place to another for as long as the block takes, where that is still allowed.
 
-        `documents` in it wait for a service, and their texts fill so many `requests`; a part of one counts as such.
+        `documents` in it wait, for a service if their texts fill so many `requests`; a part of one counts as such.
         """
         too_many = self._documents + documents > self._most_documents or self._requests + requests > self._most_requests
         if self._lent and too_many:

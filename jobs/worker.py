@@ -214,7 +214,7 @@ class DocmillApp(App):
         return self._running is not None and self._running.stopping()
 
     def lent_place(self, documents: int, requests: float) -> AbstractContextManager[None]:
-        """Lend the place of documents that wait for an outside service to others; see jobs.places."""
+        """Lend the place of documents that only wait to others; see jobs.places."""
         return nullcontext() if self._running is None else self._running.places.lent(documents, requests)
 
     def _worker(self, **kwargs: Any) -> DocmillWorker:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
-import psycopg
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
 from jobs.pipeline.claims import Connection, NotClaimed, claim_document, take_along
-from jobs.pipeline.durable import LAST_WAIT
+from jobs.pipeline.durable import LAST_WAIT, Locked, when_free
 from jobs.pipeline.work import Work
 from models.errors import PermanentError
 from models.settings import Settings
-from models.stages import Milestone
+from models.stages import Milestone, Stage
 from sql import query
 
 _LOCK_MS = 200
@@ -36,6 +36,18 @@ class Job:
     queues: frozenset[str] | None
     """The queues that this worker listens to; None for all."""
 
+    def listens_to(self, stage: Stage) -> bool:
+        """Say whether this worker runs such a stage."""
+        return self.queues is None or stage.queue in self.queues
+
+
+class NotPutOff(Exception):
+    """Another transaction is putting the document into the queue, and may end well or not. `delay` is what was asked for, in seconds."""
+
+    def __init__(self, delay: float) -> None:
+        super().__init__()
+        self.delay = delay
+
 
 class Claiming:
     """Claims for one worker."""
@@ -52,7 +64,7 @@ class Claiming:
         """Return the document, and after it those that are taken along, or nothing where it cannot be had and its job has no more to do.
 
         And whether this was cancelled meanwhile: a claim that nobody knows of would pass for a crash when its lease ends.
-        PermanentError: there is no such document.
+        PermanentError: there is no such document. NotPutOff: it is to be looked at again, and its job could not be put off.
         """
         claiming = asyncio.ensure_future(self._claim(job, doc_id))
         try:
@@ -94,9 +106,16 @@ class Claiming:
             return []
 
     async def say_alone(self, work: Work) -> None:
-        """Note that the document has its worker to itself from now on. LockNotAvailable: another transaction holds it."""
-        async with self._pool.connection() as conn:
-            await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
+        """Note that the document has its worker to itself from now on. Locked: another transaction holds it."""
+
+        async def say() -> None:
+            async with self._pool.connection() as conn:
+                await conn.execute(query("claim_alone"), {"doc_id": work.document.doc_id, "claim": work.claim})
+
+        try:
+            await when_free(work, say, give_up=lambda: True)
+        except Locked as error:
+            raise Locked(f"{work.document.file_name}: another transaction holds the document.") from error
 
     async def _take_along(self, conn: Connection, job: Job, work: Work) -> list[Work]:
         """Claim small documents that wait like this one."""
@@ -124,6 +143,17 @@ class Claiming:
             async with conn.transaction():
                 await conn.execute(query("limit_lock_waits"), {"milliseconds": _LOCK_MS})
                 await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
-        except psycopg.errors.LockNotAvailable:
-            # Whose open transaction has put it into the queue again commits that, or the reconciler finds that nothing waits for the stage.
-            logger.bind(doc_id=doc_id, stage=job.stage).debug("Another transaction is about to put the document into the queue")
+        except Locked as error:
+            raise NotPutOff(delay) from error
+
+    async def put_off_later(self, job: Job, doc_id: str, delay: float) -> None:
+        """Put the job off once that transaction has ended, or leave it to the reconciler where this worker stops before.
+
+        Until then the job is one that was fetched, so that its document is not taken for one whose job was lost.
+        """
+        while not self._stopping():
+            await asyncio.sleep(LAST_WAIT)
+            with suppress(NotPutOff):
+                async with self._pool.connection() as conn:
+                    await self._put_off(conn, job, doc_id, delay)
+                return

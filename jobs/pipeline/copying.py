@@ -119,7 +119,7 @@ class Copier:
             self._warned_at, missed, self._missed = clock.seconds(), self._missed, 0
         logger.warning(
             "Copies of parsed texts for people (STORAGE_EXTRACTED_DIR) could not be brought up to date, {} since the last warning; the "
-            "documents are as they should be, and the copies follow within a day while workers run. The last one: {}",
+            "documents are as they should be, and the copies follow within a day where workers run round the clock. The last one: {}",
             missed,
             why,
         )

@@ -83,7 +83,9 @@ class Endings:
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
         # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
         _, cancelled = await unbroken(
-            work, checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient)
+            work,
+            checkpoint_durably(self._pool, work, outcome, worker=self._worker, give_up=self._stopping, patient=patient),
+            self._stopping,
         )
         if outcome.state is not State.WORKING:
             work.ended = True
@@ -136,7 +138,7 @@ class Endings:
         task = asyncio.current_task()
         if task is not None:
             task.uncancel()
-        work.hurried = True
+        work.hurried = self._stopping()
         if work.fenced:
             await self.tell_fenced(work, stage)
             return
@@ -188,7 +190,7 @@ class Endings:
         name = stage.name if stage else None
         logger.bind(stage=name, duration_ms=work.taken_ms()).warning("The claim has moved on; the work on {} is dropped", name)
         # The lease of what is not ours any more is lost too, which cancels this task: it has ended already.
-        _, cancelled = await unbroken(work, self._tell(fenced_params(work, name, self._worker)))
+        _, cancelled = await unbroken(work, self._tell(fenced_params(work, name, self._worker)), self._stopping)
         task = asyncio.current_task()
         if cancelled and task is not None:
             task.uncancel()

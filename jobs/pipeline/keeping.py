@@ -198,7 +198,7 @@ class Keeping:
                     return True
             return bool(await outlive("Keeping what was paid for", write_when_free, until=self._stopping))
 
-        written, cancelled = await unbroken(work, with_others_or_alone())
+        written, cancelled = await unbroken(work, with_others_or_alone(), self._stopping)
         # There may be rows of it even where nobody said so.
         work.buffered = True
         work.gained = work.gained or bool(written)
@@ -236,7 +236,7 @@ class _Ready:
                 return await self._caller.call(send, purpose)
 
 
-async def unbroken(work: Work, action: Awaitable[Any]) -> tuple[Any, bool]:
+async def unbroken(work: Work, action: Awaitable[Any], stopping: Callable[[], bool]) -> tuple[Any, bool]:
     """Wait for what the work needs to its end, also where this task is cancelled meanwhile; return what it returned and whether it was."""
     running = asyncio.ensure_future(action)
     cancelled = False
@@ -246,7 +246,7 @@ async def unbroken(work: Work, action: Awaitable[Any]) -> tuple[Any, bool]:
         except asyncio.CancelledError:
             if running.cancelled():
                 raise
-            cancelled = work.hurried = True
+            cancelled, work.hurried = True, stopping()
         except Exception:
             break
     return running.result(), cancelled

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
@@ -18,11 +17,11 @@ from jobs.adapters.embedders import HostedEmbedder
 from jobs.leases import Lease, LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
-from jobs.pipeline.claiming import Claiming, Job
+from jobs.pipeline.claiming import Claiming, Job, NotPutOff
 from jobs.pipeline.claims import Connection, has_stored, load_document
 from jobs.pipeline.company import Company, Entry
 from jobs.pipeline.copying import Copier
-from jobs.pipeline.durable import CheckpointFailed, when_free
+from jobs.pipeline.durable import CheckpointFailed
 from jobs.pipeline.endings import Endings
 from jobs.pipeline.running import StageFunction
 from jobs.pipeline.sharing import Sharing
@@ -62,8 +61,8 @@ class Runner:
         claimed: Callable[[], None] | None = None,
         copier: Copier | None = None,
     ) -> None:
-        """`lent_place` is open while the documents in a place do nothing but wait for requests that they share with others.
-        `claimed` is called once a job has claimed what it takes up. `copier` writes copies of texts; None: nobody does.
+        """`lent_place` is open while the documents in a place do nothing but wait, for a service or for somebody's transaction. `claimed`
+        is called once a job has claimed what it takes up. `copier` writes copies of texts; None: nobody does.
         """
         self._claimed = claimed or (lambda: None)
         self._settings = settings
@@ -100,6 +99,9 @@ class Runner:
         """Work on a document for a job until it ends, waits or must be handed on. Returns well however the document fares."""
         try:
             await self._run(job, doc_id)
+        except NotPutOff as refused:
+            with self._lent_place(1, 0.0):
+                await self._claiming.put_off_later(job, doc_id, refused.delay)
         finally:
             self._sharing.expect(job.id, False)
 
@@ -194,13 +196,14 @@ class Runner:
                 with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to be told
                     loop.call_soon_threadsafe(task.cancel)
 
-        return self._leases.hold(work.document.doc_id, work.claim, claimed_at=claimed_at, on_lost=lost)
+        work.lease = self._leases.hold(work.document.doc_id, work.claim, claimed_at=claimed_at, on_lost=lost)
+        return work.lease
 
     async def _carry(self, job: Job, work: Work, lease: Lease) -> None:
         """Run stage after stage until the document ends or leaves this worker; whatever stops it takes the one failure path."""
         stage = claimed_for = due_stage(work.document.milestone)
         try:
-            if stage is not None and not self._listens(job.queues, stage):
+            if stage is not None and not job.listens_to(stage):
                 await self._endings.leave(work, lease, stage)
                 return
             async with self._place(work):
@@ -241,7 +244,7 @@ class Runner:
             return True
         if stage.name == "finalize":
             return self._settings.storage_keep_extracted  # for the copy
-        return self._settings.handoff == "inline" and self._listens(job.queues, STAGE_BY_NAME["extract"])
+        return self._settings.handoff == "inline" and job.listens_to(STAGE_BY_NAME["extract"])
 
     async def _load(self, work: Work, lease: Lease, stage: Stage | None, *, with_text: bool) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
@@ -260,7 +263,7 @@ class Runner:
             yield
             return
         async with self._company.alone():
-            await when_free(work, partial(self._claiming.say_alone, work), give_up=lambda: True)
+            await self._claiming.say_alone(work)
             yield
 
     async def _after(self, job: Job, work: Work, lease: Lease, elapsed: float) -> Stage | None:
@@ -270,7 +273,7 @@ class Runner:
             await self._complete(work, lease)
             return None
         waits = following.name == "parse" and not work.may_parse
-        if self._settings.handoff == "queue" or waits or self._stopping() or not self._listens(job.queues, following):
+        if self._settings.handoff == "queue" or waits or self._stopping() or not job.listens_to(following):
             await self._endings.leave(work, lease, following)
             return None
         settings, carried = self._settings, work.carried_bytes()
@@ -293,7 +296,3 @@ class Runner:
             lease.on_lost = on_lost
             await self._runs.embed_again(work, lease)
             await self._endings.complete(work, lease)
-
-    @staticmethod
-    def _listens(queues: Iterable[str] | None, stage: Stage) -> bool:
-        return queues is None or stage.queue in queues

@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs import clock
 from jobs.adapters.usage import Usage
+from jobs.leases import Lease
 from jobs.pipeline.company import Entry
 from jobs.pipeline.together import Together
 from jobs.places import SharedPlace, not_lent
@@ -49,7 +50,8 @@ class Work:
     gained: bool = False
     """Something paid for has been kept since: a wait from now on is a new one."""
     advanced: bool = False
-    """A part of what the stage that runs is to make has been kept since it began: the next try has less to do."""
+    """A part of what the stage that runs is to make has been kept since it began, so that the next try has less to do, or it had to wait
+    for another transaction: what ends it for its time is no failure of the document."""
     buffered: bool = False
     """Whether rows of this version lie in the buffer tables."""
     events: list[StageEvent] = field(default_factory=list)
@@ -74,10 +76,12 @@ class Work:
     """Those that it was taken up with; None where it is worked on by itself."""
     place: SharedPlace = field(default_factory=lambda: SharedPlace(1, not_lent))
     """The worker's place that it is in, with those that it was taken up with."""
+    lease: Lease | None = None
+    """What keeps the claim."""
     entry: Entry | None = None
     """What counts it among those that work beside each other in this worker; None while it is, or is to be, alone."""
     hurried: bool = False
-    """The work has been cut short: should this worker stop, its grace is over."""
+    """It has been cut short by a worker that stops: its grace is over."""
     fenced: bool = False
     """The claim has gone to somebody else: nothing may be written any more."""
     began_at: float = field(default_factory=clock.seconds)

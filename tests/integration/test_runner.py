@@ -379,6 +379,63 @@ async def test_a_row_that_an_open_transaction_holds_is_put_off_and_not_waited_fo
     assert bench.one("SELECT state FROM file_extractions") == ("complete",)
 
 
+@pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])
+async def test_a_job_that_somebodys_transaction_puts_into_the_queue_anew_is_no_lost_one_if_that_fails(
+    bench: Bench, database: str, ends: str
+) -> None:
+    bench.submit()
+    found = bench.fetch()
+    assert found is not None
+    with psycopg.connect(database, autocommit=True) as application:
+        application.execute("BEGIN")
+        application.execute("SELECT FROM file_extractions FOR UPDATE")
+        application.execute("SELECT defer_stage('a', 'validate', 0)")
+        running = asyncio.create_task(bench.runner().run(*found))
+        await asyncio.sleep(1)
+        assert not running.done(), "nobody would look at the document again"
+        assert bench.one("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()") == (0,)
+        application.execute(ends)
+    await running
+    assert bench.all("SELECT task_name FROM procrastinate_jobs WHERE status = 'todo'") == [("validate",)]
+    await bench.drain()
+    assert bench.one("SELECT state, requeue_count FROM file_extractions") == ("complete", 0)
+
+
+async def test_a_suspect_that_a_transaction_holds_when_it_is_to_begin_waits_for_its_retry_and_counts_no_attempt(
+    bench: Bench, database: str
+) -> None:
+    bench.submit("busy")
+    bench.submit("suspect")
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(document: Document) -> None:
+        if document.doc_id == "busy":
+            started.set()
+            await go_on.wait()
+
+    bench.also["parse"] = hold
+    runner = bench.runner()
+    jobs = [bench.fetch(), bench.fetch()]
+    assert jobs[0] is not None and jobs[1] is not None
+    bench.conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id = 'suspect'")
+    running = [asyncio.create_task(runner.run(*jobs[0]))]
+    await started.wait()
+    running.append(asyncio.create_task(runner.run(*jobs[1])))
+    async with asyncio.timeout(30):
+        while bench.one("SELECT state FROM file_extractions WHERE doc_id = 'suspect'") != ("working",):  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.02)
+    with psycopg.connect(database) as holder:
+        holder.execute("SELECT FROM file_extractions WHERE doc_id = 'suspect' FOR UPDATE")
+        go_on.set()
+        await running[0]
+        await asyncio.sleep(2)
+    await running[1]
+    told = bench.one("SELECT state, retry_count, error_message FROM file_extractions WHERE doc_id = 'suspect'")
+    assert told == ("retrying", 0, "a: another transaction holds the document.")
+    await bench.drain()
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == (2,)
+
+
 async def test_a_stray_job_does_not_cut_a_backoff_short(bench: Bench) -> None:
     async def fail(document: Document) -> None:
         raise RetryableError("busy")
