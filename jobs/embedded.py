@@ -4,6 +4,7 @@ passwords, so that nobody but the user it runs as, and root, may get to it."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import stat
 import tempfile
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def start_embedded(base: Path) -> str:
         base.mkdir(parents=True, exist_ok=True)
         with _starting:
             server = postgres_server.get_server(folder)
+            setattr(server, "_stop", partial(_stop, server))  # noqa: B010
             _close_to_others(folder, server.get_postmaster_info().socket_path)
             uri: str = server.get_uri()
             holders = server.global_process_id_list
@@ -62,7 +65,8 @@ def start_embedded(base: Path) -> str:
         raise
     except Exception as error:
         raise ConfigurationError(
-            f"The embedded Postgres under {folder} did not start: {describe(error)}. Set DATABASE_URL to use a server of your own."
+            f"The embedded Postgres under {folder} did not start: {_taken_number(folder) or describe(error)}. "
+            "Set DATABASE_URL to use a server of your own."
         ) from error
     return uri
 
@@ -82,11 +86,64 @@ def _is_running(server: Any) -> bool:
 
     After a power failure it can be any other, which the package would neither start a server beside nor, at the end, leave alive.
     """
-    process = server.process
+    return server.process is not None and _serves(server.process, server.pgdata)
+
+
+def _serves(process: Any, pgdata: Path) -> bool:
     try:
-        return process is not None and process.name() == "postgres" and str(server.pgdata) in process.cmdline()
+        return process.name() == "postgres" and str(pgdata) in process.cmdline()
     except Exception:  # it has ended meanwhile, or is somebody's who lets nobody look
         return False
+
+
+def _stop(server: Any) -> None:
+    """Stop the server that runs now: another process may have started it again since this one got hold of it."""
+    running = type(server.get_postmaster_info()).read_from_pgdata(server.pgdata)
+    if running is not None and running.is_running():
+        server._postmaster_info = running
+        type(server)._stop(server)
+
+
+def _taken_number(pgdata: Path) -> str | None:
+    """Return what to say where a server does not start because another process has the number that an ended one has left, else None.
+
+    Postgres starts beside no living process of its user that its file names. The file stays: it is what keeps a second server away.
+    """
+    import psutil  # type: ignore[import-untyped]  # noqa: PLC0415 - comes with the package
+
+    file = pgdata / "postmaster.pid"
+    try:
+        process = psutil.Process(int(file.read_text().split()[0]))
+        if process.uids().real != pgdata.stat().st_uid or _serves(process, pgdata):
+            return None
+        name = process.name()
+    except (OSError, ValueError, IndexError, psutil.Error):
+        return None
+    return (
+        f"{file} says that the process {process.pid} is its server, and that is {name!r} now, which Postgres does not start beside. "
+        "If no server of that folder runs, remove that file"
+    )
+
+
+def _holders(pgdata: Path) -> list[int]:
+    """Return which processes on the list of a server that does not run hold it still: such as wait for it to be there again.
+
+    A process that began after the list was written has only taken over the number of one, as all have after a power failure.
+    """
+    import psutil  # noqa: PLC0415
+
+    file, held = pgdata / _HOLDERS, []
+    try:
+        written, pids = file.stat().st_mtime, json.loads(file.read_bytes())
+    except (OSError, ValueError):  # there is none, or a power failure has cut it short
+        return []
+    for pid in pids:
+        try:
+            if psutil.Process(pid).create_time() < written:
+                held.append(pid)
+        except psutil.Error:  # it has ended, or is somebody's who lets nobody look
+            continue
+    return held
 
 
 def _prepare_socket(pgdata: Path, _runtime: Path) -> Path:
@@ -95,8 +152,9 @@ def _prepare_socket(pgdata: Path, _runtime: Path) -> Path:
     The package hands that folder to a shell unquoted, and then to libpq as a part of an address. It asks while it keeps other processes
     from starting the server, or from joining it.
     """
-    # Nobody holds a server that does not run. After a power failure the list has numbers that other processes may have by now.
-    (pgdata / _HOLDERS).unlink(missing_ok=True)
+    held = _holders(pgdata)
+    (pgdata / _HOLDERS).unlink(missing_ok=True)  # it may be a link, as below
+    (pgdata / _HOLDERS).write_text(json.dumps(held))
     configuration = pgdata / "postgresql.conf"
     if not _PERMISSIONS.search(configuration.read_bytes()):
         # The file is the server's user's: root must not be led elsewhere by it.

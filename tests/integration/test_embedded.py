@@ -66,7 +66,7 @@ if os.geteuid() == 0:
     folder.chmod(0o777)
     facts["tried in an open folder"] = tried(folder)
     folder.chmod(0o700)
-print(json.dumps(facts))
+print(json.dumps(facts), flush=True)
 """ % {"nobody": NOBODY}  # noqa: UP031 - full of braces
 
 
@@ -80,10 +80,14 @@ def base() -> Iterator[Path]:
     shutil.rmtree(made, ignore_errors=True)
 
 
+def environment_of(base: Path, storage: Path, tmp: str = "tmp") -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG") and name != "DATABASE_URL"}
+    return {**environment, "PYTHONPATH": str(REPOSITORY), "STORAGE_BASE_PATH": str(storage), "TMPDIR": str(base / tmp)}
+
+
 def look(base: Path, storage: Path, tmp: str = "tmp") -> subprocess.CompletedProcess[str]:
     """Start the server in a process of its own, with such a folder for temporary files, and look at it."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG") and name != "DATABASE_URL"}
-    given = {**environment, "PYTHONPATH": str(REPOSITORY), "STORAGE_BASE_PATH": str(storage), "TMPDIR": str(base / tmp)}
+    given = environment_of(base, storage, tmp)
     return subprocess.run([sys.executable, "-c", LOOK], env=given, cwd=base, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -112,7 +116,9 @@ def test_holders_from_before_a_power_failure_keep_no_server_running(base: Path) 
     storage = base / "plain"
     facts_of(look(base, storage))
     # Nobody has taken themselves off the list, and the number of one of them is another process's now.
-    (storage / "postgres" / ".handle_pids.json").write_text(json.dumps([os.getpid()]))
+    holders = storage / "postgres" / ".handle_pids.json"
+    holders.write_text(json.dumps([os.getpid()]))
+    os.utime(holders, (0, 0))  # before this process began
     facts_of(look(base, storage))
     left = storage / "postgres" / "postmaster.pid"
     try:
@@ -120,6 +126,66 @@ def test_holders_from_before_a_power_failure_keep_no_server_running(base: Path) 
     finally:
         if left.exists():
             os.kill(int(left.read_text().split()[0]), signal.SIGINT)
+
+
+def test_a_list_of_holders_that_a_power_failure_has_damaged_keeps_no_server_from_starting(base: Path) -> None:
+    storage = base / "plain"
+    facts_of(look(base, storage))
+    (storage / "postgres" / ".handle_pids.json").write_bytes(bytes(4))
+    facts_of(look(base, storage))
+    assert not (storage / "postgres" / "postmaster.pid").exists()
+
+
+def test_a_server_that_was_started_again_runs_until_the_last_that_held_it_before_has_ended(base: Path) -> None:
+    storage = base / "plain"
+    file = storage / "postgres" / "postmaster.pid"
+    command = [sys.executable, "-c", LOOK + "input()"]
+    with subprocess.Popen(command, env=environment_of(base, storage), cwd=base, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.read(1) == b"{"
+        first = int(file.read_text().split()[0])
+        os.kill(first, signal.SIGQUIT)
+        ends(first)
+        facts_of(look(base, storage))
+        second = int(file.read_text().split()[0])
+        assert second != first
+        os.kill(second, 0)
+        holder.communicate(b"\n", timeout=60)
+    try:
+        assert not file.exists(), "the last to hold the server stops it, whoever started it"
+    finally:
+        if file.exists():
+            os.kill(second, signal.SIGINT)
+
+
+def ends(pid: int) -> None:
+    """Wait for the end of a process that may be no child."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the process {pid} has not ended")
+
+
+def test_a_process_of_the_servers_user_that_has_its_number_after_a_power_failure_is_named(base: Path) -> None:
+    storage = base / "plain"
+    facts_of(look(base, storage))
+    folder = storage / "postgres"
+    user = folder.stat().st_uid if os.geteuid() == 0 else None  # root has the server run as somebody else
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, user=user) as stranger:
+        stale = f"{stranger.pid}\n{folder}\n{time.time():.0f}\n5432\n{folder}\n\n\nready   \n"
+        (folder / "postmaster.pid").write_text(stale)
+        done = look(base, storage)
+        assert done.returncode != 0
+        error = done.stderr[done.stderr.rindex("ConfigurationError: ") :]
+        assert f"{folder / 'postmaster.pid'} says that the process {stranger.pid} is its server, and that is 'cat' now" in error
+        assert "If no server of that folder runs, remove that file." in error
+        assert (folder / "postmaster.pid").read_text() == stale
+        assert stranger.poll() is None
+    facts_of(look(base, storage))
 
 
 def test_a_process_that_has_the_servers_number_after_a_power_failure_is_neither_taken_for_it_nor_ended(base: Path) -> None:
