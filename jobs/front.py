@@ -151,6 +151,15 @@ def _refuse_other_text(given: psycopg.BaseConnection[Any]) -> None:
         raise ConfigurationError(f"connection has client_encoding {encoding}, but docmill needs UTF8: connect with client_encoding='UTF8'.")
 
 
+def prepares(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool | None:
+    """Return psycopg's `prepare` for statements over a connection that are run by a cursor of psycopg's plain kind.
+
+    None, as psycopg does by itself, where that is the connection's own kind. Else False: its owner may have chosen another because the
+    server's end of it changes with each transaction, and a statement that was prepared at one is not known at the next.
+    """
+    return None if conn.cursor_factory in (psycopg.Cursor, psycopg.AsyncCursor) else False
+
+
 @contextmanager
 def sync_connection(settings: Settings, given: psycopg.Connection[Any] | None) -> Iterator[psycopg.Connection[Any]]:
     """Yield the caller's connection as it stands, or one of ours that commits each statement.

@@ -13,7 +13,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from jobs.arguments import check_metadata, check_priority, lookup
-from jobs.front import async_connection, sync_connection
+from jobs.front import async_connection, prepares, sync_connection
 from jobs.redaction import describe
 from models.documents import FileType
 from models.errors import ErrorType, OperationRefused, SubmitConflict
@@ -44,7 +44,7 @@ def _ask(connection: Sync, name: str, **params: Any) -> Rows:
     plain = lookup(params)
     with sync_connection(load_settings(), connection) as conn:
         try:
-            return psycopg.Cursor(conn, row_factory=dict_row).execute(query(name), plain).fetchall()
+            return psycopg.Cursor(conn, row_factory=dict_row).execute(query(name), plain, prepare=prepares(conn)).fetchall()
         except psycopg.Error as error:
             raise _translated(error) from error
 
@@ -54,7 +54,7 @@ async def _ask_async(connection: Async, name: str, **params: Any) -> Rows:
     async with async_connection(load_settings(), connection) as conn:
         cursor = psycopg.AsyncCursor(conn, row_factory=dict_row)
         try:
-            await cursor.execute(query(name), plain)
+            await cursor.execute(query(name), plain, prepare=prepares(conn))
             return await cursor.fetchall()
         except psycopg.Error as error:
             raise _translated(error) from error

@@ -16,7 +16,7 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from jobs.arguments import lookup
-from jobs.front import async_connection, sync_connection
+from jobs.front import async_connection, prepares, sync_connection
 from jobs.leftovers import remove_files_of
 from jobs.redaction import describe
 from models.errors import NotFound, SubmitConflict
@@ -147,7 +147,8 @@ def _ask(connection: Connection | None, name: str, **names: str) -> Any:
     with _translated(), sync_connection(load_settings(), connection) as conn:
         for tries_left in reversed(range(1 if connection is not None else _TRIES)):
             try:
-                row = psycopg.Cursor(conn, row_factory=tuple_row).execute(query(name), _params(names)).fetchone()
+                cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+                row = cursor.execute(query(name), _params(names), prepare=prepares(conn)).fetchone()
                 return None if row is None else row[0]
             except psycopg.errors.DeadlockDetected:
                 if not tries_left:
@@ -159,7 +160,7 @@ async def _ask_async(connection: AsyncConnection, name: str, **names: str) -> An
     with _translated():
         async with async_connection(load_settings(), connection) as conn:
             cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
-            row = await (await cursor.execute(query(name), _params(names))).fetchone()
+            row = await (await cursor.execute(query(name), _params(names), prepare=prepares(conn))).fetchone()
             return None if row is None else row[0]
 
 

@@ -19,7 +19,7 @@ from jobs.adapters.storage import LocalStorage, StoredUpload, Upload, safe_displ
 from jobs.adapters.storage.faults import source_faults
 from jobs.adapters.storage.sources import read_blocks
 from jobs.arguments import absolute_path, check_metadata, check_name, check_priority, derive_doc_id, path_doc_id
-from jobs.front import async_connection, sync_connection
+from jobs.front import async_connection, prepares, sync_connection
 from jobs.redaction import describe
 from models.errors import DocmillError, RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
@@ -233,7 +233,8 @@ def submit_document(
     )
     with sync_connection(settings, connection) as conn:
         try:
-            row = psycopg.Cursor(conn, row_factory=dict_row).execute(query("accept_document"), params).fetchone()
+            cursor = psycopg.Cursor(conn, row_factory=dict_row)
+            row = cursor.execute(query("accept_document"), params, prepare=prepares(conn)).fetchone()
         except psycopg.Error as error:
             raise refused(error, params["doc_id"]) from error
     return submission(params, row)
@@ -273,7 +274,7 @@ async def accept(
     async with async_connection(settings, connection) as conn:
         cursor = psycopg.AsyncCursor(conn, row_factory=dict_row)
         try:
-            await cursor.execute(query("accept_document"), params)
+            await cursor.execute(query("accept_document"), params, prepare=prepares(conn))
             return submission(params, await cursor.fetchone())
         except psycopg.Error as error:
             raise refused(error, params["doc_id"]) from error

@@ -24,7 +24,9 @@ from jobs.batch.submission import (
     look_at_batch,
     refused_batch,
     same_name,
+    stands,
     told_apart,
+    unchanged,
 )
 from jobs.submit import refused, submission
 from models.errors import ConfigurationError, DocmillError, SubmitConflict, SubmitError
@@ -34,6 +36,9 @@ from models.submissions import Submission
 
 _TOGETHER = 16
 """Files that are looked at, stored and, if new, accepted in one transaction: each step waits for the disk."""
+_ENOUGH_HELD = 3
+"""Documents in a row that somebody holds. There may be thousands: those after them are waited for no longer than _SHORT_MS each."""
+_SHORT_MS = 50
 
 
 class FolderRun:
@@ -47,6 +52,7 @@ class FolderRun:
         self.made = BatchSubmission(whole.batch_id)
         self._held: list[str] = []
         """doc_ids of documents that were refused because somebody's transaction holds them."""
+        self._held_in_a_row = 0
 
     def submit(self, given: Sequence[Entry]) -> Steps[BatchSubmission]:
         """Submit the entries in order, then make sure that the batch's run holds just the accepted ones, and seal it.
@@ -73,7 +79,7 @@ class FolderRun:
         there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
         # A changed document that somebody holds stays what it was: no reason to begin a run without it.
         stay = [*accepted, *(doc_id for doc_id in self._held if doc_id in known)]
-        if made.run_id is not None or not (self._stands(batch, [known[doc_id] for doc_id in stay]) and before == there):
+        if made.run_id is not None or not (stands(batch, [known[doc_id] for doc_id in stay], self._looked) and before == there):
             # Stored before the run is begun, as documents are.
             stored = yield from self._store_archives(archives)
             made.archives = list(stored)
@@ -118,7 +124,7 @@ class FolderRun:
             elif found.kind == "archive":
                 yield from self._look_at_archive(entry, archives)
             elif found.kind == "unchanged":
-                self._note(_unchanged(entry, known[entry.doc_id]))
+                self._note(unchanged(entry, known[entry.doc_id]))
             elif entry.doc_id in known:  # its row is locked: many at once, in another order than others have, could end in a deadlock
                 yield from self._store([entry])
             else:
@@ -131,7 +137,7 @@ class FolderRun:
         digest = self._looked.digests.get(entry.name)
         if known is None or digest is None or digest != known["content_sha256"] or entry.name.lower().endswith(".zip"):
             return None  # what became a failed document once may be an archive
-        return None if known["state"] == State.CANCELLED and self._looked.resume else _unchanged(entry, known)
+        return None if known["state"] == State.CANCELLED and self._looked.resume else unchanged(entry, known)
 
     def _is_kept_archive(self, entry: Entry, before: Mapping[str, str]) -> bool:
         digest = self._looked.digests.get(entry.name)
@@ -170,6 +176,7 @@ class FolderRun:
         for entry, params in stored:
             taken = together if isinstance(together, dict) else (yield from self._take([params]))
             if isinstance(taken, dict):
+                self._held_in_a_row = 0
                 self._note(FileResult(entry.name, taken[params["doc_id"]], content_sha256=params["content_sha256"]))
                 continue
             error = refused(taken, params["doc_id"])
@@ -177,6 +184,7 @@ class FolderRun:
                 raise error
             if isinstance(error, SubmitConflict):
                 self._held.append(params["doc_id"])
+                self._held_in_a_row += 1
             self._note(FileResult(entry.name, error=error))
 
     def _take(self, documents: Sequence[Mapping[str, Any]]) -> Steps[dict[str, Submission] | psycopg.Error]:
@@ -185,45 +193,43 @@ class FolderRun:
         Returns what became of each by doc_id, or what stands in the way of one of them. Raises what stands in the way of the batch.
         """
         run_id = self.made.run_id
-        plain = [{**params, "run_id": None if run_id is None else str(run_id), "metadata": params["metadata"].obj} for params in documents]
+        lock_timeout_ms = self._lock_timeout_ms if self._held_in_a_row < _ENOUGH_HELD else min(self._lock_timeout_ms, _SHORT_MS)
+        same = {"run_id": None if run_id is None else str(run_id), "lock_timeout_ms": lock_timeout_ms}
+        plain = [{**params, **same, "metadata": params["metadata"].obj} for params in documents]
         try:
             if run_id is None:
-                found = yield Ask("begin_batch_with_documents", {**self._beginning(), "documents": Jsonb(plain)})
+                beginning = self._beginning([params["doc_id"] for params in documents], lock_timeout_ms)
+                found = yield Ask("begin_batch_with_documents", {**beginning, "documents": Jsonb(plain)})
                 self.made.run_id = found[0]["run_id"]
             else:
                 found = yield Ask("accept_documents", {"documents": Jsonb(plain)})
         except psycopg.Error as error:
-            if error.diag.table_name == "processing_jobs":
+            if error.diag.table_name == "processing_jobs" or (yield from self._is_held(error)):
                 raise self._refused(error) from error
             return error
         rows = {row["doc_id"]: row for row in found}
         return {params["doc_id"]: submission(params, rows.get(params["doc_id"])) for params in documents}
 
-    def _stands(self, batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
-        """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""
-        if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents):
+    def _is_held(self, error: psycopg.Error) -> Steps[bool]:
+        """Say whether documents could not be taken into the run that has been begun because somebody holds its batch."""
+        if self.made.run_id is None or not isinstance(error, psycopg.errors.LockNotAvailable):
             return False
-        if batch["lacks_deleted"] or (self._looked.resume and not batch["whole"]):
-            return False
-        return all(document["run_id"] == batch["run_id"] for document in documents)
+        return bool((yield Ask("find_held_batch", {"batch_id": self.made.batch_id})))
 
     def _begin(self, doc_ids: Sequence[str]) -> Steps[None]:
         """Begin the run with documents that have not changed."""
         try:
-            self.made.run_id = (yield Ask("begin_batch", {**self._beginning(), "doc_ids": list(doc_ids)}))[0]["run_id"]
+            self.made.run_id = (yield Ask("begin_batch", self._beginning(doc_ids, self._lock_timeout_ms)))[0]["run_id"]
         except psycopg.Error as error:
             raise self._refused(error) from error
 
-    def _beginning(self) -> dict[str, Any]:
+    def _beginning(self, doc_ids: Sequence[str], lock_timeout_ms: int) -> dict[str, Any]:
         whole = self._whole
         return {
-            "batch_id": whole.batch_id,
-            "user_id": whole.user_id,
-            "source_path": whole.source_path,
-            "correlation_id": whole.correlation_id,
-            "metadata": whole.metadata or Jsonb({}),
-            "lock_timeout_ms": self._lock_timeout_ms,
-        }
+            "batch_id": whole.batch_id, "user_id": whole.user_id, "source_path": whole.source_path,
+            "correlation_id": whole.correlation_id, "metadata": whole.metadata or Jsonb({}), "lock_timeout_ms": lock_timeout_ms,
+            "doc_ids": list(doc_ids),
+        }  # fmt: skip
 
     def _refused(self, error: psycopg.Error) -> Exception:
         return refused_batch(error, self._whole.batch_id, in_part=self.made.run_id is not None)
@@ -291,8 +297,3 @@ class FolderRun:
     @property
     def _lock_timeout_ms(self) -> int:
         return int(self._settings.submit_lock_timeout_seconds * 1000)
-
-
-def _unchanged(entry: Entry, known: Mapping[str, Any]) -> FileResult:
-    kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
-    return FileResult(entry.name, kept)

@@ -16,7 +16,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
-from jobs.front import async_connection, sync_connection
+from jobs.front import async_connection, prepares, sync_connection
 from models.settings import Settings
 from sql import query
 
@@ -53,7 +53,8 @@ def run_steps(steps: Steps[T], settings: Settings, connection: psycopg.Connectio
             if _opens_implicitly(conn):
                 conn.execute(query("open_transaction"))
             with conn.transaction() if _in_transaction(conn) else nullcontext():
-                return psycopg.Cursor(conn, row_factory=dict_row).execute(query(step.name), step.params).fetchall()
+                cursor = psycopg.Cursor(conn, row_factory=dict_row)
+                return cursor.execute(query(step.name), step.params, prepare=prepares(conn)).fetchall()
 
     try:
         step = next(steps)
@@ -81,7 +82,8 @@ async def run_steps_async(steps: Steps[T], settings: Settings, connection: psyco
             if _opens_implicitly(conn):
                 await conn.execute(query("open_transaction"))
             async with conn.transaction() if _in_transaction(conn) else nullcontext():
-                return await (await psycopg.AsyncCursor(conn, row_factory=dict_row).execute(query(step.name), step.params)).fetchall()
+                cursor = psycopg.AsyncCursor(conn, row_factory=dict_row)
+                return await (await cursor.execute(query(step.name), step.params, prepare=prepares(conn))).fetchall()
 
     try:
         step = next(steps)

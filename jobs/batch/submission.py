@@ -14,6 +14,7 @@ from psycopg.types.json import Jsonb
 from jobs.batch.steps import Ask, Steps
 from jobs.submit import NOTHING_DONE, taken_or_held
 from models.errors import DocmillError, SubmitConflict, SubmitError
+from models.stages import State
 from models.submissions import Submission
 
 
@@ -101,12 +102,27 @@ def look_at_batch(batch_id: str, user_id: str) -> Steps[dict[str, Any] | None]:
     return batch
 
 
+def stands(batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]], looked: Looked) -> bool:
+    """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""
+    if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents):
+        return False
+    if batch["lacks_deleted"] or (looked.resume and not batch["whole"]):
+        return False
+    return all(document["run_id"] == batch["run_id"] for document in documents)
+
+
 def refused_batch(error: psycopg.Error, batch_id: str, *, in_part: bool = False) -> Exception:
     """Translate what Postgres said to the submission of a batch. `in_part`: a run of it has been begun by then."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f'batch_id "{batch_id}" has been begun again meanwhile.')
     done = "A part of the batch has been submitted, and submitting it again does the rest" if in_part else NOTHING_DONE
     return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it", done)
+
+
+def unchanged(entry: Entry, known: Mapping[str, Any]) -> FileResult:
+    """Return the result of a file whose document stays as it is known."""
+    kept = Submission(entry.doc_id, "unchanged", known["version"], State(known["state"]), known["correlation_id"])
+    return FileResult(entry.name, kept)
 
 
 def told_apart(entries: Sequence[Entry]) -> tuple[list[Entry], list[FileResult]]:

@@ -28,7 +28,9 @@ CROSS JOIN LATERAL accept_document(
 -- name: begin_batch
 -- With the documents whose content has not changed, all of it or nothing.
 WITH begun AS MATERIALIZED (
-    SELECT begin_batch(%(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s, %(lock_timeout_ms)s) AS run_id
+    SELECT begin_batch(
+        %(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s, %(lock_timeout_ms)s, %(doc_ids)s
+    ) AS run_id
 )
 SELECT b.run_id, adopt_documents(%(batch_id)s, b.run_id, %(user_id)s, %(doc_ids)s, %(lock_timeout_ms)s) AS adopted
 FROM begun AS b;
@@ -36,7 +38,9 @@ FROM begun AS b;
 -- name: begin_batch_with_documents
 -- A run and the first documents that are new or changed in it, all of it or nothing: where they cannot be had, the batch stays as it is.
 WITH begun AS MATERIALIZED (
-    SELECT begin_batch(%(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s, %(lock_timeout_ms)s) AS run_id
+    SELECT begin_batch(
+        %(batch_id)s, %(user_id)s, %(source_path)s, %(correlation_id)s, %(metadata)s, %(lock_timeout_ms)s, %(doc_ids)s
+    ) AS run_id
 )
 SELECT b.run_id, e.doc_id, a.outcome, a.version, a.state,
     CASE WHEN a.outcome IN ('unchanged', 'resumed') THEN correlation_id_of(e.doc_id) END AS kept_correlation_id
@@ -52,6 +56,13 @@ CROSS JOIN LATERAL accept_document(
     e.doc_id, e.user_id, e.file_name, e.file_path, e.source_path, e.file_size, e.content_sha256, e.metadata,
     e.priority, e.correlation_id, e.batch_id, b.run_id, e.lock_timeout_ms
 ) AS a;
+
+-- name: find_held_batch
+-- The batch, if somebody's transaction holds it so that no document can be taken into it.
+WITH free AS MATERIALIZED (
+    SELECT b.id FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s FOR KEY SHARE SKIP LOCKED
+)
+SELECT b.batch_id FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s AND NOT EXISTS (SELECT FROM free AS f WHERE f.id = b.id);
 
 -- name: seal_batch
 SELECT seal_batch(%(batch_id)s, %(run_id)s, %(total_files)s, %(lock_timeout_ms)s) AS status;

@@ -26,7 +26,18 @@ import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 
-from jobs import connector, front, get_document, get_document_async, submit_batch, submit_document, submit_document_async
+from jobs import (
+    connector,
+    delete_document,
+    delete_document_async,
+    front,
+    get_document,
+    get_document_async,
+    submit_batch,
+    submit_batch_async,
+    submit_document,
+    submit_document_async,
+)
 from jobs.adapters.storage import local
 from jobs.connector import DocmillConnector
 from jobs.front import async_connection, close_async
@@ -302,6 +313,28 @@ def test_a_batch_may_come_over_a_connection_with_cursors_of_any_kind(database: s
     with psycopg.connect(database, cursor_factory=psycopg.RawCursor) as caller:
         assert submit_batch([file], batch_id="b", connection=caller).outcome == "accepted"
     assert count(conn, "file_extractions") == 1
+
+
+async def test_a_connection_whose_cursors_prepare_no_statements_is_given_none(database: str, conn: psycopg.Connection, file: Path) -> None:
+    prepared = "SELECT count(*) FROM pg_prepared_statements"
+    with psycopg.connect(database, cursor_factory=psycopg.ClientCursor) as caller:
+        for _ in range(7):
+            submit_document(file, connection=caller)
+            submit_batch([file], batch_id="b", connection=caller)
+            get_document("x", connection=caller)
+            delete_document("x", connection=caller)
+        assert caller.execute(prepared).fetchone() == (0,)
+    async with await psycopg.AsyncConnection.connect(database, cursor_factory=psycopg.AsyncClientCursor) as other:
+        for _ in range(7):
+            await submit_document_async(file, connection=other)
+            await submit_batch_async([file], batch_id="b", connection=other)
+            await get_document_async("x", connection=other)
+            await delete_document_async("x", connection=other)
+        assert await (await other.execute(prepared)).fetchone() == (0,)
+    with psycopg.connect(database) as plain:
+        for _ in range(7):
+            submit_document(file, connection=plain)
+        assert plain.execute(prepared).fetchone() != (0,)
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])

@@ -355,6 +355,75 @@ def test_a_run_that_an_unchanged_file_cannot_be_taken_into_is_not_begun(held_fol
     assert conn.execute("SELECT * FROM processing_jobs").fetchall() == before
 
 
+@pytest.mark.parametrize("change", ["changed", "removed"])
+def test_a_submission_that_waits_for_a_document_does_not_hold_its_batch(
+    change: str, held_folder: Path, database: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_batch(held_folder)
+    (held_folder / "b.txt").unlink()
+    if change == "changed":
+        (held_folder / "a.txt").write_text("other")
+    monkeypatch.setenv("SUBMIT_LOCK_TIMEOUT_SECONDS", "10")
+    load_settings.cache_clear()
+    with psycopg.connect(database) as holder, ThreadPoolExecutor(1) as threads:
+        hold_document(holder, held_folder / "a.txt")
+        made = threads.submit(submit_batch, held_folder)
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        while not made.done() and conn.execute(waiting).fetchone() == (0,):
+            time.sleep(0.01)
+        try:
+            assert not made.done()
+            assert conn.execute("SELECT FROM processing_jobs FOR UPDATE NOWAIT").rowcount == 1
+        finally:
+            holder.rollback()
+        assert made.result().outcome == "new_run"
+
+
+def test_files_that_somebody_holds_are_not_each_waited_for(
+    held_folder: Path, database: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(40):
+        (held_folder / f"{number:02}.txt").write_text("words")
+    submit_batch(held_folder)
+    for number in range(40):
+        (held_folder / f"{number:02}.txt").write_text("other")
+    (held_folder / "a.txt").write_text("other")
+    monkeypatch.setenv("SUBMIT_LOCK_TIMEOUT_SECONDS", "1")
+    load_settings.cache_clear()
+    with psycopg.connect(database) as holder:
+        for number in range(40):
+            hold_document(holder, held_folder / f"{number:02}.txt")
+        made = before_it_ends(holder, lambda: submit_batch(held_folder))
+    assert (len(made.refused), made.outcome) == (40, "new_run")
+    assert conn.execute("SELECT source_path FROM file_extractions WHERE version = 2").fetchall() == [(str(held_folder / "a.txt"),)]
+
+
+def test_a_batch_that_is_held_once_its_run_has_begun_has_no_other_file_refused(
+    held_folder: Path, database: str, conn: psycopg.Connection, settings: Settings
+) -> None:
+    for number in range(40):
+        (held_folder / f"{number:02}.txt").write_text("words")
+    told: list[Any] = []
+
+    async def whole(on_file: Any) -> Any:
+        try:
+            return await submit_folder(load_settings(), held_folder, on_file=on_file)
+        finally:
+            await close_async()
+
+    with psycopg.connect(database) as holder:
+
+        def hold(result: Any) -> None:
+            told.append(result)
+            holder.execute("SELECT FROM processing_jobs FOR UPDATE")
+
+        with pytest.raises(SubmitConflict, match="A part of the batch has been submitted"):
+            before_it_ends(holder, lambda: asyncio.run(whole(hold)))
+    assert [result.error for result in told] == [None] * count(conn, "file_extractions")
+    assert submit_batch(held_folder).outcome == "new_run"
+    assert conn.execute("SELECT direct_files FROM processing_jobs").fetchone() == (42,)
+
+
 def test_a_batch_none_of_whose_documents_can_be_had_is_not_begun(held_folder: Path, conn: psycopg.Connection) -> None:
     for path in held_folder.iterdir():
         taken = path_doc_id("default", path)
