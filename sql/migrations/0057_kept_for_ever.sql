@@ -65,7 +65,8 @@ BEGIN
         WHERE r.batch_id = renew_summaries.batch_id AND (notes.after_run IS NULL OR r.run_id > notes.after_run)
     ) AS c
     WHERE c.cards_before < most_cards;
-    PERFORM forget_deleted_documents(renew_summaries.batch_id, runs);
+    -- Null would be all of them.
+    PERFORM forget_deleted_documents(renew_summaries.batch_id, coalesce(runs, '{}'));
     last_run := runs[cardinality(runs)];
     is_left := EXISTS (SELECT FROM run_summaries AS r WHERE r.batch_id = renew_summaries.batch_id AND r.run_id > last_run);
     INSERT INTO summaries_to_renew (batch_id, is_its_own, after_run)
