@@ -35,7 +35,7 @@ SIDE_TASKS = [
 ]  # docmill's tasks that are no stages; an application's own are none of our business
 # What is due rather than broken.
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget", "wake_forgotten_equal"}
-RENEW_SECONDS = 5.0  # in a pass; each batch can take some, and none fails for long without getting on
+RENEW_SECONDS = 5.0  # in a pass; each batch can take some, and the others come in a later one
 WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 # Most documents that each worker brings forward in a second, once a service's calls pass unasked or its budget lies idle: more than it

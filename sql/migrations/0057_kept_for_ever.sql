@@ -65,7 +65,8 @@ BEGIN
         WHERE r.batch_id = renew_summaries.batch_id AND (notes.after_run IS NULL OR r.run_id > notes.after_run)
     ) AS c
     WHERE c.cards_before < most_cards;
-    PERFORM forget_deleted_documents(renew_summaries.batch_id, runs);
+    -- Null would be all of them.
+    PERFORM forget_deleted_documents(renew_summaries.batch_id, coalesce(runs, '{}'));
     last_run := runs[cardinality(runs)];
     is_left := EXISTS (SELECT FROM run_summaries AS r WHERE r.batch_id = renew_summaries.batch_id AND r.run_id > last_run);
     INSERT INTO summaries_to_renew (batch_id, is_its_own, after_run)
@@ -131,6 +132,63 @@ CREATE FUNCTION is_called_no_more(breaker circuit_breakers) RETURNS boolean LANG
 $$;
 COMMENT ON FUNCTION is_called_no_more IS
     'Whether a service that was down has not been called for an hour after it might have been, and no document waits for it: its key or address has been replaced, say.';
+
+CREATE OR REPLACE VIEW provider_health WITH (security_invoker = true) AS
+SELECT
+    c.service,
+    CASE
+        WHEN is_called_no_more(c) THEN 'idle'
+        WHEN c.refused AND c.state <> 'closed' THEN 'refused'
+        WHEN c.state = 'open' THEN 'down'
+        WHEN c.state = 'half_open' OR c.passes_from > now() THEN 'recovering'
+        WHEN b.paused_until IS NOT NULL THEN 'paused'
+        WHEN u.failed_last_hour > 0 AND u.failed_last_hour >= u.calls_last_hour * 0.1 THEN 'shaky'
+        ELSE 'up'
+    END AS health,
+    c.state AS breaker, c.reason, c.changed_at AS since, c.try_at AS next_try_at, c.waiting, c.opened_count,
+    u.calls_last_hour, u.ok_last_hour, u.failed_last_hour, u.limited_last_hour, u.p50_ms, u.p95_ms, u.cost_last_hour,
+    g.last_ok_at, f.last_failure_at, f.last_error,
+    b.requests_per_minute, b.requests_last_minute, b.tokens_per_minute, b.tokens_last_minute, b.share, b.paused_until,
+    CASE
+        WHEN is_called_no_more(c) THEN NULL
+        WHEN c.refused AND c.state <> 'closed' THEN 'mend the key or the quota, then: SELECT reset_breaker(' || quote_literal(c.service) || ');'
+        WHEN c.state = 'open' THEN 'it is tried again by itself; if you know that it is back: SELECT reset_breaker(' || quote_literal(c.service) || ');'
+        WHEN b.paused_until IS NOT NULL THEN 'the service asked for a pause; if it does so often, lower its requests or tokens per minute'
+    END AS what_to_do
+FROM circuit_breakers AS c
+LEFT JOIN provider_budget_use AS b ON b.service = c.service
+CROSS JOIN LATERAL (
+    SELECT count(*) AS calls_last_hour, count(*) FILTER (WHERE u.outcome IN ('ok', 'rejected')) AS ok_last_hour,
+        count(*) FILTER (WHERE u.outcome IN ('failed', 'timeout', 'bad_answer', 'refused')) AS failed_last_hour,
+        count(*) FILTER (WHERE u.outcome = 'rate_limited') AS limited_last_hour,
+        percentile_cont(0.5) WITHIN GROUP (ORDER BY u.latency_ms) AS p50_ms,
+        percentile_cont(0.95) WITHIN GROUP (ORDER BY u.latency_ms) AS p95_ms,
+        coalesce(sum(coalesce(u.cost, u.estimated_cost)), 0) AS cost_last_hour
+    FROM provider_usage AS u
+    WHERE u.service = c.service AND u.started_at > now() - interval '1 hour' AND u.outcome <> 'not_sent'
+) AS u
+LEFT JOIN LATERAL (
+    SELECT u.finished_at AS last_ok_at
+    FROM provider_usage AS u
+    WHERE u.service = c.service AND u.started_at > now() - interval '1 day' AND u.outcome IN ('ok', 'rejected')
+    ORDER BY u.started_at DESC
+    LIMIT 1
+) AS g ON TRUE
+LEFT JOIN LATERAL (
+    SELECT l.finished_at AS last_failure_at, l.error_message AS last_error
+    FROM (
+        SELECT u.finished_at, u.error_message, u.outcome
+        FROM provider_usage AS u
+        WHERE u.service = c.service AND u.started_at > now() - interval '1 day'
+        ORDER BY u.started_at DESC
+        LIMIT 10000
+    ) AS l
+    WHERE l.outcome IN ('failed', 'timeout', 'bad_answer', 'refused', 'rate_limited')
+    LIMIT 1
+) AS f ON TRUE
+ORDER BY c.state = 'closed', c.service;
+COMMENT ON COLUMN provider_health.health IS
+    'up; shaky: a tenth of the calls or more failed; paused: it asked for a pause; recovering: calls are let in one by one; down: not called for now; refused: it takes neither key nor quota; idle: it was down or refused, nobody has called it for an hour after that might have been, and no document waits for it.';
 
 -- As before, but for services that nobody calls any more.
 CREATE OR REPLACE VIEW alert_findings WITH (security_invoker = true) AS

@@ -261,7 +261,8 @@ LIMIT %(most)s;
 SELECT requeue_lost_archive(%(archive_id)s, %(max_requeues)s) AS outcome;
 
 -- name: find_summaries_to_renew
-SELECT DISTINCT n.batch_id FROM summaries_to_renew AS n LIMIT %(most)s;
+-- In any order: a pass may end after the first, and a batch that takes many calls, or fails in each, would stand before the same others in all.
+SELECT n.batch_id FROM summaries_to_renew AS n GROUP BY n.batch_id ORDER BY random() LIMIT %(most)s;
 
 -- name: renew_summaries
 SELECT renew_summaries(%(batch_id)s) AS outcome;

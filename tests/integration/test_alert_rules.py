@@ -97,6 +97,8 @@ def test_a_service_that_nobody_calls_any_more_is_no_alert_unless_a_document_wait
     for place in (7, None):  # among those that wait for the breaker; for the budget, before that opened
         conn.execute("UPDATE file_extractions SET waiting_for = 'embedding http://x', waiting_place = %s", [place])
         assert findings(conn) == [("breaker_open", "embedding http://x")]
+        ((health, what_to_do),) = conn.execute("SELECT health, what_to_do FROM provider_health").fetchall()
+        assert health == "down" and "reset_breaker" in what_to_do
     conn.execute("UPDATE file_extractions SET waiting_for = 'embedding http://new'")
     assert conn.execute("SELECT health, what_to_do FROM provider_health").fetchall() == [("idle", None)]
     assert evaluate(conn) == [("resolved", "breaker_open", "embedding http://x")]

@@ -99,6 +99,22 @@ async def test_a_working_document_names_its_worker_and_a_silent_worker_is_said_t
     assert "has fallen silent" in standing and when is not None and "takes it over" in following
 
 
+@pytest.mark.parametrize(("holds", "ago"), [("a", -60), ("other", -60), ("a", 31)])
+async def test_a_document_that_a_transaction_holds_is_told_from_one_whose_worker_is_silent(bench: Bench, holds: str, ago: float) -> None:
+    bench.submit()
+    bench.conn.execute(
+        "UPDATE file_extractions SET state = 'working', claim = claim + 1, claimed_by = 'h:1', lease_until = now() - interval '1 min'"
+    )
+    beat(bench.conn, ago=ago)
+    bench.conn.execute("UPDATE worker_registry SET documents = %s", [[holds]])
+    standing, when, following = last_two(explain(bench))
+    if (holds, ago) == ("a", -60):
+        assert standing == "in the hands of h:1, which lives, for validate; an open transaction holds it"
+        assert when is None and "22_blocked.sql" in following
+    else:
+        assert "has fallen silent" in standing and "takes it over" in following
+
+
 async def test_a_lost_job_a_cancelled_document_and_a_duplicate_say_what_comes_next(bench: Bench) -> None:
     bench.submit()
     beat(bench.conn)
@@ -111,7 +127,20 @@ async def test_a_lost_job_a_cancelled_document_and_a_duplicate_say_what_comes_ne
     bench.conn.execute("UPDATE file_extractions SET state = 'queued'")
     bench.conn.execute("UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now()")
     bench.conn.execute("UPDATE file_extractions SET state = 'duplicate', lease_until = NULL, duplicate_of = 'first'")
+    standing, _, following = last_two(explain(bench))
+    assert standing == "a duplicate of a document that is gone, or has other content by now" and "queues it" in following
+
+
+async def test_a_duplicate_names_the_document_that_it_is_one_of_now(bench: Bench, database: str) -> None:
+    for doc_id in ("first", "second", "a"):
+        bench.submit(doc_id, "1")
+    await bench.drain(duplicate_policy="skip")
     assert last_two(explain(bench))[0] == "a duplicate of first, whose passages stand for it"
+    with psycopg.connect(database) as other:
+        other.execute("SELECT FROM file_extractions WHERE doc_id = 'a' FOR UPDATE")
+        bench.conn.execute("SELECT delete_document('first')")
+    await bench.drain(duplicate_policy="skip")
+    assert last_two(explain(bench))[0] == "a duplicate of second, whose passages stand for it"
 
 
 async def test_a_new_version_says_what_searches_see_meanwhile(bench: Bench) -> None:

@@ -248,6 +248,29 @@ def test_a_job_that_was_there_before_its_document_serves_the_application_that_su
         walls.admin.execute("DELETE FROM procrastinate_jobs WHERE queueing_lock = 'validate:early'")
 
 
+def test_everybody_is_told_who_holds_their_document_up_and_nothing_of_others(walls: Walls) -> None:
+    admin = walls.admin
+    try:
+        admin.execute(
+            """UPDATE file_extractions SET state = 'working', claim = claim + 1, lease_until = now() - interval '5 minutes',
+                claimed_by = (SELECT w.worker FROM worker_registry AS w WHERE doc_id = ANY(w.documents))
+            WHERE doc_id IN ('alice-doc', 'bob-doc')"""
+        )
+        admin.execute("UPDATE worker_registry SET heartbeat_at = now() + interval '1 hour'")
+        for login in ("alice", "web", "operator", "worker"):
+            with walls.as_login(login) as conn, conn.transaction():
+                if login == "web":
+                    conn.execute("SET LOCAL docmill.user_id = 'alice'")
+                ((what,),) = rows(conn, "SELECT e.what FROM explain_document('alice-doc') AS e WHERE e.tense = 'now'")
+                assert "an open transaction holds it" in what
+                both = [("alice-doc", "held"), ("bob-doc", "held")]
+                seen = rows(conn, "SELECT doc_id, cause FROM stuck_documents WHERE state = 'working' ORDER BY doc_id")
+                assert seen == (both[:1] if login in ("alice", "web") else both)
+    finally:
+        admin.execute("UPDATE file_extractions SET state = 'queued', lease_until = NULL WHERE state = 'working'")
+        admin.execute("UPDATE worker_registry SET heartbeat_at = now()")
+
+
 def test_an_operator_sees_everything_and_changes_nothing(walls: Walls) -> None:
     with walls.as_login("operator") as conn:
         assert rows(conn, "SELECT DISTINCT user_id FROM file_extractions ORDER BY 1") == [("alice",), ("bob",)]

@@ -69,6 +69,19 @@ def test_a_worker_that_fell_silent_with_a_document_is_named(conn: psycopg.Connec
     assert "workers alive should take it over" in str(advice)
 
 
+def test_a_document_that_a_transaction_holds_is_no_reason_to_restart_its_worker(conn: psycopg.Connection) -> None:
+    submit(conn)
+    work(conn, "-5 minutes")
+    beat(conn)
+    assert [row[0] for row in stuck(conn)] == ["worker_lost"], "a worker of that name lives, and knows nothing of the document"
+    conn.execute("UPDATE worker_registry SET documents = '{a}'")
+    ((cause, reason, minutes, advice),) = stuck(conn)
+    assert (cause, minutes) == ("held", 5)
+    assert "h:1" in str(reason) and "an open transaction holds it" in str(reason) and "22_blocked.sql" in str(advice)
+    conn.execute("UPDATE worker_registry SET heartbeat_at = now() - interval '31 seconds'")
+    assert [row[0] for row in stuck(conn)] == ["worker_lost"]
+
+
 def test_a_long_stage_is_told_from_a_short_one(conn: psycopg.Connection) -> None:
     submit(conn)
     beat(conn)

@@ -231,6 +231,19 @@ async def test_summaries_of_many_large_runs_are_renewed_a_few_at_a_time_until_no
     assert await reconciler(bench).pass_once() == {}
 
 
+async def test_a_round_that_finds_no_run_behind_its_mark_rewrites_none_before_it(bench: Bench) -> None:
+    for _ in range(3):
+        batch_of(bench, "a", "b")
+        await bench.drain()
+    bench.conn.execute("SELECT delete_document('a')")
+    bench.conn.execute("UPDATE summaries_to_renew SET is_its_own = FALSE, after_run = 'ffffffff-ffff-ffff-ffff-ffffffffffff'")
+    bench.conn.execute("INSERT INTO summaries_to_renew (batch_id, is_its_own) SELECT batch_id, FALSE FROM summaries_to_renew")
+    bench.one("SELECT renew_summaries('b')")
+    assert bench.all(CARDS) == [(["a", "b"],)] * 3
+    assert await reconciler(bench).pass_once() == {"renewed": 1}, "what was noted meanwhile begins a round of its own"
+    assert bench.all(CARDS) == [(["b"],)] * 3
+
+
 async def test_deletions_that_go_on_keep_no_card_of_the_first_in_any_summary(bench: Bench) -> None:
     runs = 5
     for _ in range(runs):
@@ -253,3 +266,35 @@ async def test_a_pass_that_has_renewed_for_long_leaves_other_batches_to_the_next
         await bench.drain()
         bench.conn.execute("SELECT delete_document(%s)", [f"{batch_id} 1"])
     assert [await reconciler(bench).pass_once() for _ in range(3)] == [{"renewed": 1}, {"renewed": 1}, {}]
+
+
+FAIL = """CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'always'; END $$;
+CREATE TRIGGER fail BEFORE UPDATE ON run_summaries FOR EACH ROW WHEN (OLD.batch_id = '%s') EXECUTE FUNCTION fail();"""
+MORE_RUNS = """INSERT INTO run_summaries OVERRIDING SYSTEM VALUE SELECT (
+    jsonb_populate_record(r, jsonb_build_object('id', -n, 'run_id', gen_random_uuid(), 'file_count', 10000))
+).* FROM run_summaries AS r, generate_series(1, 99) AS n WHERE r.batch_id = %s"""
+
+
+@pytest.mark.parametrize("first", ["b", "other"])
+@pytest.mark.parametrize("what", ["takes many calls", "fails"])
+async def test_a_batch_that_is_not_through_with_one_renewal_keeps_no_other_from_its_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, first: str, what: str
+) -> None:
+    monkeypatch.setattr(reconcile, "RENEW_SECONDS", 0.0)
+    for batch_id in ("b", "other"):
+        run = begin(bench.conn, batch_id)
+        accept(bench.conn, run, f"{batch_id} 1", f"{batch_id} 2", batch_id=batch_id)
+        seal(bench.conn, run, 2, batch_id)
+        await bench.drain()
+    if what == "fails":
+        bench.conn.execute(FAIL % first)
+    else:
+        bench.conn.execute(MORE_RUNS, [first])
+    for batch_id in ("b", "other"):
+        bench.conn.execute("SELECT delete_document(%s)", [f"{batch_id} 1"])
+    for _ in range(40):  # which of the two a pass begins with is as a coin falls
+        await reconciler(bench).pass_once()
+        left = [batch_id for (batch_id,) in bench.all("SELECT DISTINCT batch_id FROM summaries_to_renew")]
+        if left == [first]:
+            break
+    assert left == [first]

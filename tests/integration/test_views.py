@@ -191,6 +191,15 @@ def test_who_holds_a_document_is_shown_also_while_nobody_waits_and_whom_it_block
             waits.result()
 
 
+def test_a_worker_is_silent_when_it_is_not_heard_of_whatever_its_leases_say(conn: psycopg.Connection, database: str) -> None:
+    conn.execute("SELECT submit_document('uploads/a', doc_id => 'a')")
+    conn.execute("UPDATE file_extractions SET state = 'working', claim = 1, claimed_by = 'h:1', lease_until = now() - interval '1 minute'")
+    for ago, silent in ((STAYS, "f"), (31, "t")):
+        conn.execute("DELETE FROM worker_registry")
+        beat(conn, ago=ago)
+        assert run_files(database, "05", "-At").split("|")[-2:] == ["h:1", f"{silent}\n"]
+
+
 def test_days_of_costs_are_those_of_utc_in_any_time_zone(conn: psycopg.Connection, database: str) -> None:
     conn.execute("INSERT INTO circuit_breakers (service) VALUES ('s')")
     conn.execute(
