@@ -39,9 +39,10 @@ async def test_the_lease_of_a_document_that_a_transaction_holds_is_kept_until_th
             application.execute("SELECT FROM file_extractions FOR UPDATE")
             await until(lambda: lease.is_held and clock.seconds() > lease.good_until + SECONDS)
             # A renewal that fails says nothing of who holds the document.
-            bench.conn.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%SET lease_until%' AND pid <> pg_backend_pid()"
+            ended = bench.all(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%%SET lease_until%%' AND pid <> pg_backend_pid()"
             )
+            assert ended == [(True,)]
             await asyncio.sleep(SECONDS)
             assert (lost, keeper.held()) == ([], ["a"])
         await until(lambda: lease.good_until > clock.seconds())
