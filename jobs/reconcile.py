@@ -114,12 +114,14 @@ class Reconciler:
 
     def _living(self, done: dict[str, int]) -> Iterator[_Step]:
         """Yield what is judged by who lives."""
-        lease, rules = self._settings.lease_seconds, self._settings
+        lease = self._settings.lease_seconds
         find = partial(self._repair_found, done)
         # Workers are heard of at least four times a lease: one that has not been for half of one has stopped renewing as well.
-        alive, rescue = lease / 2, {"max_crashes": rules.max_crashes}
-        asked = {"lease_seconds": lease, "alive_seconds": alive}
-        yield find("find_expired_leases", "rescue_document", "doc_id", asked, alive_seconds=alive, **rescue)
+        alive = lease / 2
+        yield find(
+            "find_expired_leases", "rescue_document", "doc_id", {"lease_seconds": lease, "alive_seconds": alive},
+            alive_seconds=alive, max_crashes=self._settings.max_crashes,
+        )  # fmt: skip
         yield find("find_abandoned_jobs", "end_abandoned_job", "job_id", {"grace_seconds": lease}, grace_seconds=lease)
         yield find("find_dead_side_jobs", "requeue_side_job", "job_id", {"grace_seconds": lease, "tasks": SIDE_TASKS})
         yield "_fail_stalled", partial(self._fail_stalled, done)
