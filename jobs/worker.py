@@ -40,7 +40,7 @@ from models.settings import Settings
 from sql import query
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
-_MOST_WAITING = 256
+_MOST_WAITING = 512
 """Documents that wait for the embedding service beside those in work, unless their texts fill all requests: as many as one request holds.
 With far fewer a worker stands still while a request with all of them is under way; each of them runs alone once if it dies."""
 
