@@ -40,6 +40,15 @@ class Lease:
     once that has ended: until then nobody rescues what a worker that lives says it holds."""
 
 
+def nobody_minds(superseded: bool) -> None:
+    """For a lease whose end is no loss: where work is written for the last time, fencing decides."""
+
+
+def no_lease() -> Lease:
+    """Return what stands for the lease of work that nobody has begun on: it is no lease of any document, and nobody renews it."""
+    return Lease("", 0, -math.inf, math.inf, nobody_minds)
+
+
 @contextmanager
 def cut_off(conn: psycopg.Connection, *, after: float) -> Iterator[None]:
     """Break the connection if what runs inside takes longer than `after` seconds, so that it raises there instead of hanging."""

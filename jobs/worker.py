@@ -41,8 +41,9 @@ from sql import query
 
 _LAST_SECONDS = 3.0  # that a worker which stops waits for an answer of the database
 _MOST_WAITING = 512
-"""Documents that wait for the embedding service beside those in work, unless their texts fill all requests: as many as one request holds.
-With far fewer a worker stands still while a request with all of them is under way; each of them runs alone once if it dies."""
+"""Documents that wait for the embedding service beside those in work, unless their texts fill all requests: as many as two requests hold,
+one under way and one that fills meanwhile. With fewer a worker stands still until the first is answered; each of them runs alone once if
+it dies."""
 
 
 def _leave_at_once(number: int) -> None:

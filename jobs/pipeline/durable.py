@@ -91,11 +91,10 @@ async def when_free(work: Work, write: Callable[[], Awaitable[T]], give_up: Call
                 logger.warning("Another transaction holds the document (sql/inspect/22_blocked.sql says whose); what was made of it waits")
             pause = calculate_backoff(attempt - 1, _SHORTEST_PAUSE, LAST_WAIT)
             work.advanced = True
-            if work.lease is not None:
-                work.lease.deadline += pause
+            work.lease.deadline += pause
             # A large one keeps its place, so that no more of them come to lie in memory.
             with nullcontext() if work.carried_bytes() > SMALL_BYTES else work.place.waiting(0.0):
-                async with nullcontext() if work.entry is None else work.entry.away():
+                async with work.entry.away():
                     await asyncio.sleep(pause)
 
 

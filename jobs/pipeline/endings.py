@@ -14,7 +14,7 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
 from jobs import faults
-from jobs.leases import Lease
+from jobs.leases import nobody_minds
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, Outcome
 from jobs.pipeline.claims import Connection
@@ -51,35 +51,35 @@ class Endings:
         self._finished_jobs = finished_jobs
         self._copier = copier
 
-    async def leave(self, work: Work, lease: Lease, following: Stage) -> None:
+    async def leave(self, work: Work, following: Stage) -> None:
         """Hand the document on to its next stage's queue."""
         work.part()
         retry_count = work.attempt_at(work.document.milestone)
-        await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count), lease)
+        await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count))
         logger.bind(duration_ms=work.taken_ms()).debug("{} is handed on to {}", work.document.file_name, following.name)
 
     async def keep(self, work: Work) -> None:
         """Make what has been done durable and go on."""
-        await self._checkpoint(work, Outcome(State.WORKING), None)
+        await self._checkpoint(work, Outcome(State.WORKING))
 
-    async def complete(self, work: Work, lease: Lease) -> None:
+    async def complete(self, work: Work) -> None:
         """Swap the finished version in."""
-        await self._checkpoint(work, Outcome(State.COMPLETE), lease)
+        await self._checkpoint(work, Outcome(State.COMPLETE))
         told = logger.bind(duration_ms=work.taken_ms(), passages=len(work.document.chunks or ()))
         told.success("{} is complete: {} passages", work.document.file_name, len(work.document.chunks or ()))
 
-    async def skip(self, work: Work, lease: Lease, original: str) -> None:
+    async def skip(self, work: Work, original: str) -> None:
         """End a document as a duplicate, without rows of its own."""
         work.part()
         work.document = replace(work.document, duplicate_of=original)
         work.events.append(StageEvent("duplicate", detail={"duplicate_of": original}))
-        await self._checkpoint(work, Outcome(State.DUPLICATE), lease)
+        await self._checkpoint(work, Outcome(State.DUPLICATE))
         logger.bind(duration_ms=work.taken_ms()).success("{} is a duplicate of {}", work.document.file_name, original)
 
-    async def _checkpoint(self, work: Work, outcome: Outcome, lease: Lease | None, *, patient: bool = False) -> None:
-        """Make the work durable. `lease` is given when the work ends here; it is renewed until then, and its end is no loss."""
-        if lease is not None:
-            lease.on_lost, lease.deadline = _nobody_minds, math.inf
+    async def _checkpoint(self, work: Work, outcome: Outcome, *, patient: bool = False) -> None:
+        """Make the work durable. Where it ends here, its lease is renewed until then, and the lease's end is no loss."""
+        if outcome.state is not State.WORKING:
+            work.lease.on_lost, work.lease.deadline = nobody_minds, math.inf
         await faults.at(f"before_checkpoint:{work.document.milestone}", work.document.doc_id)
         # A cancellation waits: a transaction cut off at its commit would leave open what became of it.
         _, cancelled = await unbroken(
@@ -96,7 +96,7 @@ class Endings:
             raise asyncio.CancelledError
         await faults.at(f"after_checkpoint:{work.document.milestone}", work.document.doc_id)
 
-    async def fail(self, work: Work, lease: Lease, stage: Stage | None, error: Exception) -> None:
+    async def fail(self, work: Work, stage: Stage | None, error: Exception) -> None:
         """The one failure path: keep what was done before, record the error, and defer the stage again or write the dead letter."""
         if stage is None:
             raise error
@@ -108,14 +108,14 @@ class Endings:
         failure = describe_failure(work.document, stage.name, error, attempt=attempt, worker=self._worker)
         work.events.append(failure_event(failure, plan, attempt, work.used))
         try:
-            await self._checkpoint(work, outcome_of(plan, failure, attempt), lease, patient=True)
+            await self._checkpoint(work, outcome_of(plan, failure, attempt), patient=True)
         except FencedOff:
             await self.tell_fenced(work, stage)
             return
         except CheckpointFailed as refused:
             if not refused.refuses_results or work.document is work.saved:
                 raise
-            await self.fail_without_results(work, lease, refused)
+            await self.fail_without_results(work, refused)
             return
         with bound(stage=stage.name, attempt=attempt, error_type=failure.error_type, duration_ms=work.stage_taken_ms()):
             if plan is None:
@@ -125,15 +125,15 @@ class Endings:
                 level = "WARNING" if plan.counts else "INFO"
                 logger.log(level, "{}, trying again in {:.1f} s: {}", failure.error_type, plan.delay, failure.message)
 
-    async def fail_without_results(self, work: Work, lease: Lease, refused: CheckpointFailed) -> None:
+    async def fail_without_results(self, work: Work, refused: CheckpointFailed) -> None:
         """Fail with what kept a checkpoint from being written. It may be the results, so they are dropped; what the database has stays.
         Where they are not to blame this worker stops, and has waited as long as it may: that is raised."""
         if not refused.refuses_results:
             raise refused
         _drop_results(work)
-        await self.fail(work, lease, due_stage(work.saved.milestone), refused.cause)
+        await self.fail(work, due_stage(work.saved.milestone), refused.cause)
 
-    async def cancelled(self, work: Work, lease: Lease, stage: Stage | None) -> None:
+    async def cancelled(self, work: Work, stage: Stage | None) -> None:
         """A claim that has gone drops the work; a shutdown, or a lease that could not be renewed, hands it on at once without counting."""
         task = asyncio.current_task()
         if task is not None:
@@ -153,20 +153,20 @@ class Endings:
             return
         try:
             try:
-                await self._hand_on(work, lease, following)
+                await self._hand_on(work, following)
             except CheckpointFailed as refused:
                 if not refused.refuses_results or work.document is work.saved:
                     raise
                 _drop_results(work)
                 following = due_stage(work.saved.milestone) or following
-                await self._hand_on(work, lease, following)
+                await self._hand_on(work, following)
         except FencedOff:
             await self.tell_fenced(work, following)
 
-    async def _hand_on(self, work: Work, lease: Lease, following: Stage) -> None:
+    async def _hand_on(self, work: Work, following: Stage) -> None:
         attempt = work.attempt_at(following.due_at)
         work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
-        await self.leave(work, lease, following)
+        await self.leave(work, following)
 
     def _why_cancelled(self) -> str:
         return "the worker stops" if self._stopping() else "the lease could not be renewed in time"
@@ -207,7 +207,3 @@ def _drop_results(work: Work) -> None:
     """Go back to what the database has."""
     work.document = work.saved
     work.events.clear()
-
-
-def _nobody_minds(superseded: bool) -> None:
-    """For a lease whose work is being written for the last time: fencing decides, not the lease."""

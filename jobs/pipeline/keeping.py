@@ -15,7 +15,6 @@ from psycopg_pool import AsyncConnectionPool
 from jobs import clock, faults
 from jobs.adapters.embedders import HostedEmbedder, SizedText
 from jobs.adapters.llm import PartAnswer
-from jobs.leases import Lease
 from jobs.outages import outlive
 from jobs.pipeline.checkpoint import FencedOff, store_vectors
 from jobs.pipeline.claims import Connection, one, rows
@@ -46,7 +45,6 @@ class Keeping:
         self,
         pool: AsyncConnectionPool[Connection],
         work: Work,
-        lease: Lease,
         *,
         lease_seconds: float,
         checkpoint: Callable[[Work], Awaitable[None]],
@@ -56,7 +54,7 @@ class Keeping:
     ) -> None:
         """`checkpoint` makes durable what the stages before have made; `sharing` is the worker's. Without
         `keeps_vectors` those that are kept already, of another model, stay as they are."""
-        self._pool, self._work, self._lease, self._sharing = pool, work, lease, sharing
+        self._pool, self._work, self._sharing = pool, work, sharing
         self._margin = _MARGIN * lease_seconds
         self._checkpoint, self._stopping = checkpoint, stopping
         self._keeps_vectors = keeps_vectors
@@ -98,7 +96,7 @@ class Keeping:
 
     def may_call(self) -> bool:
         """Say whether the claim is ours for long enough to start a call, as far as can be known without asking."""
-        return not self._work.fenced and clock.seconds() < self._lease.good_until - self._margin
+        return not self._work.fenced and clock.seconds() < self._work.lease.good_until - self._margin
 
     async def kept_vectors(self, model: str) -> dict[int, NDArray[np.float32]]:
         """Return what is durable of this version's vectors of a model: number of the passage -> vector."""

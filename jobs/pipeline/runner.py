@@ -14,7 +14,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock
 from jobs.adapters.embedders import HostedEmbedder
-from jobs.leases import Lease, LeaseKeeper
+from jobs.leases import LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claiming import Claiming, Job, NotPutOff
@@ -124,13 +124,13 @@ class Runner:
                 return
             work = works[0]
             work.place = SharedPlace(1, self._lent_place)
-            lease = self._hold(work, claimed_at)
+            self._hold(work, claimed_at)
             if not work.suspect or cancelled:
                 work.entry = entry
-                await self._work(job, work, lease, cancelled=cancelled)
+                await self._work(job, work, cancelled=cancelled)
                 return
         self._sharing.expect(job.id, False)  # not before it is alone
-        await self._work(job, work, lease)
+        await self._work(job, work)
 
     async def _work_together(self, job: Job, works: Sequence[Work], claimed_at: float, *, cancelled: bool) -> None:
         """Work on a job's document and on those that were taken along with it, each as if it were alone with its lease and its failures."""
@@ -139,11 +139,11 @@ class Runner:
         async def go(work: Work) -> None:
             work.together, work.place = together, place
             try:
-                await self._work(replace(job, id=work.job_id), work, self._hold(work, claimed_at), cancelled=cancelled)
+                self._hold(work, claimed_at)
+                await self._work(replace(job, id=work.job_id), work, cancelled=cancelled)
             finally:
                 place.leave()
-                if work.entry is not None:
-                    work.entry.leave()
+                work.entry.leave()
                 if work is not works[0]:
                     await self._endings.end_job(work)
 
@@ -164,7 +164,7 @@ class Runner:
                 logger.bind(doc_id=work.document.doc_id).error("What it came to could not be written: {}", describe(error))
         await tasks[0]
 
-    async def _work(self, job: Job, work: Work, lease: Lease, *, cancelled: bool = False) -> None:
+    async def _work(self, job: Job, work: Work, *, cancelled: bool = False) -> None:
         document = work.document
         about = {"doc_id": document.doc_id, "batch_id": document.batch_id, "correlation_id": document.correlation_id}
         told = {**about, "user_id": document.user_id, "version": document.version, "claim": work.claim}
@@ -172,14 +172,14 @@ class Runner:
         with bound(**about, worker=self._worker), span("document", trace=document.correlation_id, **told) as note:
             try:
                 if cancelled:
-                    await self._endings.cancelled(work, lease, due_stage(work.document.milestone))
+                    await self._endings.cancelled(work, due_stage(work.document.milestone))
                 else:
-                    await self._carry(job, work, lease)
+                    await self._carry(job, work)
                 note(milestone=str(work.document.milestone), fenced=work.fenced)
             finally:
                 self._sharing.expect(work.job_id, False)  # the batch may take a while to settle
                 work.part()
-                self._leases.release(lease)
+                self._leases.release(work.lease)
                 self._in_hand[document.batch_id] -= 1
         # While another document of it is in hand here, a batch has not ended; that one will ask.
         if document.batch_id is not None and not self._in_hand[document.batch_id]:
@@ -187,7 +187,7 @@ class Runner:
             async with self._pool.connection() as conn:
                 await conn.execute(query("settle_batch"), {"batch_id": document.batch_id})
 
-    def _hold(self, work: Work, claimed_at: float) -> Lease:
+    def _hold(self, work: Work, claimed_at: float) -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         def lost(superseded: bool) -> None:
@@ -197,43 +197,42 @@ class Runner:
                     loop.call_soon_threadsafe(task.cancel)
 
         work.lease = self._leases.hold(work.document.doc_id, work.claim, claimed_at=claimed_at, on_lost=lost)
-        return work.lease
 
-    async def _carry(self, job: Job, work: Work, lease: Lease) -> None:
+    async def _carry(self, job: Job, work: Work) -> None:
         """Run stage after stage until the document ends or leaves this worker; whatever stops it takes the one failure path."""
         stage = claimed_for = due_stage(work.document.milestone)
         try:
             if stage is not None and not job.listens_to(stage):
-                await self._endings.leave(work, lease, stage)
+                await self._endings.leave(work, stage)
                 return
             async with self._place(work):
-                await self._load(work, lease, stage, with_text=self._needs_text(job, stage))
+                await self._load(work, stage, with_text=self._needs_text(job, stage))
                 while stage is not None:
                     self._sharing.expect(work.job_id, stage.name in _UNTIL_EMBED)
-                    if stage.name == "parse" and await self._needs_no_parse(work, lease, stage, fresh=claimed_for is stage):
+                    if stage.name == "parse" and await self._needs_no_parse(work, stage, fresh=claimed_for is stage):
                         break
                     with bound(stage=stage.name, attempt=work.attempt_at(stage.due_at)):
-                        elapsed = await self._runs.run(stage, work, lease)
-                        stage = await self._after(job, work, lease, elapsed)
+                        elapsed = await self._runs.run(stage, work)
+                        stage = await self._after(job, work, elapsed)
         except FencedOff:
             await self._endings.tell_fenced(work, stage)
         except asyncio.CancelledError:
-            await self._endings.cancelled(work, lease, stage)
+            await self._endings.cancelled(work, stage)
         except CheckpointFailed as error:
-            await self._endings.fail_without_results(work, lease, error)
+            await self._endings.fail_without_results(work, error)
         except Exception as error:
-            await self._endings.fail(work, lease, stage, error)
+            await self._endings.fail(work, stage, error)
 
-    async def _needs_no_parse(self, work: Work, lease: Lease, stage: Stage, *, fresh: bool) -> bool:
+    async def _needs_no_parse(self, work: Work, stage: Stage, *, fresh: bool) -> bool:
         """End the document as a duplicate where it is to be skipped; `fresh`: it was claimed for this stage.
 
         One whose original has gone since it was claimed is claimed anew: another copy may have taken that place by now.
         """
         original = await self._runs.original(work.document)
         if original is not None:
-            await self._endings.skip(work, lease, original)
+            await self._endings.skip(work, original)
         elif self._settings.duplicate_policy == "skip" and not fresh and not work.is_sole:
-            await self._endings.leave(work, lease, stage)
+            await self._endings.leave(work, stage)
         else:
             return False
         return True
@@ -246,7 +245,7 @@ class Runner:
             return self._settings.storage_keep_extracted  # for the copy
         return self._settings.handoff == "inline" and job.listens_to(STAGE_BY_NAME["extract"])
 
-    async def _load(self, work: Work, lease: Lease, stage: Stage | None, *, with_text: bool) -> None:
+    async def _load(self, work: Work, stage: Stage | None, *, with_text: bool) -> None:
         """Take in what earlier checkpoints stored: under the lease and, for a suspect, alone, because a large one can cost the process."""
         if not has_stored(work.document):
             return
@@ -254,7 +253,7 @@ class Runner:
             work.document = work.saved = await load_document(conn, work.document, with_text=with_text)
         work.buffered = work.document.chunks is not None
         if stage is not None and stage.name not in _UNTIL_EMBED and work.document.vectors is None:
-            await self._runs.embed_once_more(work, lease)
+            await self._runs.embed_once_more(work)
 
     @asynccontextmanager
     async def _place(self, work: Work) -> AsyncIterator[None]:
@@ -266,15 +265,15 @@ class Runner:
             await self._claiming.say_alone(work)
             yield
 
-    async def _after(self, job: Job, work: Work, lease: Lease, elapsed: float) -> Stage | None:
+    async def _after(self, job: Job, work: Work, elapsed: float) -> Stage | None:
         """Checkpoint if it pays and return the next stage to run here, or None when the document is done or has left."""
         following = due_stage(work.document.milestone)
         if following is None:
-            await self._complete(work, lease)
+            await self._complete(work)
             return None
         waits = following.name == "parse" and not work.may_parse
         if self._settings.handoff == "queue" or waits or self._stopping() or not job.listens_to(following):
-            await self._endings.leave(work, lease, following)
+            await self._endings.leave(work, following)
             return None
         settings, carried = self._settings, work.carried_bytes()
         if carried > SMALL_BYTES:
@@ -287,12 +286,12 @@ class Runner:
             await self._endings.keep(work)
         return following
 
-    async def _complete(self, work: Work, lease: Lease) -> None:
+    async def _complete(self, work: Work) -> None:
         """Swap the version in, with vectors of the model that serves at that moment, so that readers find it from the first one on."""
-        on_lost = lease.on_lost
+        on_lost = work.lease.on_lost
         try:
-            await self._endings.complete(work, lease)
+            await self._endings.complete(work)
         except StaleVectors:
-            lease.on_lost = on_lost
-            await self._runs.embed_again(work, lease)
-            await self._endings.complete(work, lease)
+            work.lease.on_lost = on_lost
+            await self._runs.embed_again(work)
+            await self._endings.complete(work)

@@ -10,7 +10,6 @@ from loguru import logger
 
 from jobs import clock, faults
 from jobs.adapters.usage import measured
-from jobs.leases import Lease
 from jobs.outages import drop_late
 from jobs.pipeline.details import stage_detail
 from jobs.pipeline.work import StageEvent, Work
@@ -33,13 +32,13 @@ STAGE_FUNCTIONS: dict[str, StageFunction] = {
 }
 
 
-async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, tools: Tools, *, limit: float) -> float:
+async def run_stage(stage: Stage, work: Work, run: StageFunction, tools: Tools, *, limit: float) -> float:
     """Run one stage for at most `limit` seconds, note its event, and return how long it took in seconds."""
     started = work.stage_began_at = clock.seconds()
     attempt = work.attempt_at(stage.due_at)
     with span(stage.name, doc_id=work.document.doc_id, stage=stage.name, attempt=attempt) as note, measured() as usage:
         work.used = usage
-        document = await run_within(stage.name, work, lease, run, tools, limit=limit)
+        document = await run_within(stage.name, work, run, tools, limit=limit)
         note(cpu_ms=usage.cpu_ms, peak_memory_mb=usage.peak_memory_mb, file_type=document.file_type, file_size=document.file_size)
     elapsed = clock.seconds() - started
     work.document = replace(document, milestone=stage.reaches)
@@ -58,9 +57,9 @@ async def run_stage(stage: Stage, work: Work, lease: Lease, run: StageFunction, 
     return elapsed
 
 
-async def run_within(name: str, work: Work, lease: Lease, run: StageFunction, tools: Tools, *, limit: float) -> Document:
+async def run_within(name: str, work: Work, run: StageFunction, tools: Tools, *, limit: float) -> Document:
     """Return what a stage makes of the document in at most `limit` seconds; the work stays as it is. StageTimeout after that."""
-    lease.deadline = clock.seconds() + limit
+    work.lease.deadline = clock.seconds() + limit
     work.advanced = False
     try:
         async with asyncio.timeout(limit) as deadline:

@@ -9,7 +9,6 @@ from functools import partial
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
-from jobs.leases import Lease
 from jobs.pipeline.checkpoint import FencedOff
 from jobs.pipeline.claims import Connection
 from jobs.pipeline.durable import CheckpointFailed
@@ -58,10 +57,10 @@ class StageRuns:
         """Return the doc_id of the complete document for which this one is to be skipped, if any."""
         return await self._tools.find_original(document) if self._settings.duplicate_policy == "skip" else None
 
-    async def run(self, stage: Stage, work: Work, lease: Lease) -> float:
+    async def run(self, stage: Stage, work: Work) -> float:
         """Run one stage. A document whose extraction fails for good goes on without, unless EXTRACTION_REQUIRED."""
         try:
-            return await self._run_stage(stage, work, lease, self._stages[stage.name])
+            return await self._run_stage(stage, work, self._stages[stage.name])
         except (FencedOff, CheckpointFailed):
             raise
         except Exception as error:
@@ -75,16 +74,15 @@ class StageRuns:
             logger.bind(error_type=failure.error_type, duration_ms=work.stage_taken_ms()).error(
                 "The document goes on without its extraction: {}: {}", failure.error_type, failure.message
             )
-            return await self._run_stage(stage, work, lease, partial(extract.run_without, failure=told))
+            return await self._run_stage(stage, work, partial(extract.run_without, failure=told))
 
-    async def _run_stage(self, stage: Stage, work: Work, lease: Lease, run: StageFunction) -> float:
-        return await run_stage(stage, work, lease, run, self._tools_for(work, lease), limit=self._settings.stage_timeout_seconds)
+    async def _run_stage(self, stage: Stage, work: Work, run: StageFunction) -> float:
+        return await run_stage(stage, work, run, self._tools_for(work), limit=self._settings.stage_timeout_seconds)
 
-    def _tools_for(self, work: Work, lease: Lease, *, keeps_vectors: bool = True) -> Tools:
+    def _tools_for(self, work: Work, *, keeps_vectors: bool = True) -> Tools:
         keeping = Keeping(
             self._pool,
             work,
-            lease,
             lease_seconds=self._lease_seconds,
             checkpoint=self._endings.keep,
             stopping=self._stopping,
@@ -96,12 +94,12 @@ class StageRuns:
             return replace(tools, paid=keeping, find_original=_none, original_text=_none)
         return replace(tools, paid=keeping)
 
-    async def embed_once_more(self, work: Work, lease: Lease, *, keeps_vectors: bool = True) -> None:
+    async def embed_once_more(self, work: Work, *, keeps_vectors: bool = True) -> None:
         """Give a document that is past embed vectors of one model. It stays at its milestone, and the audit trail has embed already."""
-        tools, limit = self._tools_for(work, lease, keeps_vectors=keeps_vectors), self._settings.stage_timeout_seconds
-        work.document = await run_within("embed", work, lease, self._stages["embed"], tools, limit=limit)
+        tools, limit = self._tools_for(work, keeps_vectors=keeps_vectors), self._settings.stage_timeout_seconds
+        work.document = await run_within("embed", work, self._stages["embed"], tools, limit=limit)
 
-    async def embed_again(self, work: Work, lease: Lease) -> None:
+    async def embed_again(self, work: Work) -> None:
         """Take the vectors of the model that has come to serve; where that cannot be, the re-embedding job adds them afterwards.
 
         Until all are there the old ones stay, so that a document whose worker stops, or which the new model refuses, has them still.
@@ -114,7 +112,7 @@ class StageRuns:
         work.part()
         try:
             if choose is not None and (await choose(fresh=True)).model != finished.embedding_model:
-                await self.embed_once_more(work, lease, keeps_vectors=False)
+                await self.embed_once_more(work, keeps_vectors=False)
         except (FencedOff, CheckpointFailed):
             raise
         except Exception as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 from jobs import clock
 from jobs.adapters.usage import Usage
-from jobs.leases import Lease
-from jobs.pipeline.company import Entry
+from jobs.leases import Lease, no_lease
+from jobs.pipeline.company import Company, Entry
 from jobs.pipeline.together import Together
 from jobs.places import SharedPlace, not_lent
 from models.documents import Document
@@ -76,10 +76,10 @@ class Work:
     """Those that it was taken up with; None where it is worked on by itself."""
     place: SharedPlace = field(default_factory=lambda: SharedPlace(1, not_lent))
     """The worker's place that it is in, with those that it was taken up with."""
-    lease: Lease | None = None
+    lease: Lease = field(default_factory=no_lease)
     """What keeps the claim."""
-    entry: Entry | None = None
-    """What counts it among those that work beside each other in this worker; None while it is, or is to be, alone."""
+    entry: Entry = field(default_factory=lambda: Entry(Company()))
+    """What counts it among those that work beside each other in this worker; of a company of its own while it is, or is to be, alone."""
     hurried: bool = False
     """It has been cut short by a worker that stops: its grace is over."""
     fenced: bool = False
