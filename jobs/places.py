@@ -39,12 +39,19 @@ class Places:
         self._free += 1
         self._news.set()
 
-    async def close(self) -> None:
-        """Give nobody a place from now on, and return once all have left, those included who have lent theirs."""
+    async def close(self, patience: float) -> None:
+        """Give nobody a place from now on, and return once all have left; who has lent theirs is waited for as well, but where nobody works
+        and nobody leaves for `patience` seconds no longer: somebody's transaction may last for hours.
+        """
         self._closed = True
         while self._free - self._lent < self._count:
             self._news.clear()
-            await self._news.wait()
+            try:
+                async with asyncio.timeout(patience):
+                    await self._news.wait()
+            except TimeoutError:
+                if self._free >= self._count:
+                    return
 
     @contextmanager
     def lent(self, documents: int, requests: float) -> Iterator[None]:

@@ -64,11 +64,14 @@ class DocmillWorker(Worker):
         return self._worked
 
     def leave(self) -> None:
-        """Take no more jobs, finish those in hand as if nothing were, then stop. A signal meanwhile is answered as ever."""
+        """Take no more jobs, finish those in hand as if nothing were, then stop. A signal meanwhile is answered as ever.
+
+        What has merely waited for LEASE_SECONDS, for a service or for somebody's transaction, has the grace of a stop left.
+        """
         self._leaving = asyncio.create_task(self._stop_when_idle(), name="leave")
 
     async def _stop_when_idle(self) -> None:
-        await self.places.close()
+        await self.places.close(self.app.settings.lease_seconds)
         self.stop()
 
     def _log_extra(self, action: str, context: Any, job_result: Any, **kwargs: Any) -> dict[str, Any]:

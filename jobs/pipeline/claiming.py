@@ -53,10 +53,19 @@ class Claiming:
     """Claims for one worker."""
 
     def __init__(
-        self, settings: Settings, pool: AsyncConnectionPool[Connection], *, worker: str, stopping: Callable[[], bool], may_share: bool
+        self,
+        settings: Settings,
+        pool: AsyncConnectionPool[Connection],
+        *,
+        worker: str,
+        stopping: Callable[[], bool],
+        may_share: bool,
+        claimed: Callable[[], None],
     ) -> None:
-        """`may_share`: whether working on several small documents at once is quick, or waits for requests that they share."""
+        """`may_share`: whether working on several small documents at once is quick, or waits for requests that they share. `claimed` is
+        called once a job has its documents, or gets none."""
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
+        self._claimed = claimed
         self.takes_along = frozenset(_TAKEN_ALONG_AT) if may_share and settings.small_documents_together > 1 else frozenset[str]()
         """Stages for which small documents are taken up together."""
 
@@ -76,6 +85,8 @@ class Claiming:
             if claiming.cancelled() or claiming.exception() or not claiming.result():
                 raise
             return claiming.result(), True
+        finally:
+            self._claimed()
 
     async def _claim(self, job: Job, doc_id: str) -> list[Work]:
         settings = self._settings
@@ -145,6 +156,13 @@ class Claiming:
                 await conn.execute(query("put_off_stage"), {"doc_id": doc_id, "stage": job.stage, "delay": delay})
         except Locked as error:
             raise NotPutOff(delay) from error
+
+    async def give_back(self, job: Job, doc_id: str) -> None:
+        """Let another worker have the document. NotPutOff: as of `claim`."""
+        self._claimed()
+        async with self._pool.connection() as conn:
+            await self._put_off(conn, job, doc_id, LAST_WAIT)
+        logger.bind(doc_id=doc_id, stage=job.stage).info("The document goes back into the queue: another one is alone in this worker")
 
     async def put_off_later(self, job: Job, doc_id: str, delay: float) -> None:
         """Put the job off once that transaction has ended, or leave it to the reconciler where this worker stops before.

@@ -24,7 +24,7 @@ Connection = psycopg.AsyncConnection[Any]
 
 # Seconds between two looks whether an equal document has ended. Its end wakes those that wait, and the reconciler those that it missed.
 _LONGEST_WAIT = 900.0
-_LONGEST_LOOK = 10.0  # seconds between two looks at a document that another transaction holds
+_LONGEST_LOOK = 120.0  # seconds between two looks at a document that another transaction holds
 _LOOKS = 3  # at a document that could be claimed but was not: it changed between claim and look, or its row is locked
 
 

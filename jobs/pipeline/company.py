@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 
 class Company:
@@ -45,6 +45,14 @@ class Company:
     async def open(self) -> None:
         """Return when one more may be inside together with others."""
         await self._until(lambda: not self._alone and not self._waiting_alone)
+
+    async def opens(self, seconds: float) -> bool:
+        """Say whether it has opened within so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.open()
+                return True
+        return False
 
     def count(self, entries: int) -> None:
         """Note that so many more are inside, or fewer."""

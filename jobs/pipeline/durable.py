@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
@@ -91,11 +92,15 @@ async def when_free(work: Work, write: Callable[[], Awaitable[T]], give_up: Call
                 logger.warning("Another transaction holds the document (sql/inspect/22_blocked.sql says whose); what was made of it waits")
             pause = calculate_backoff(attempt - 1, _SHORTEST_PAUSE, LAST_WAIT)
             work.advanced = True
-            work.lease.deadline += pause
-            # A large one keeps its place, so that no more of them come to lie in memory.
-            with nullcontext() if work.carried_bytes() > SMALL_BYTES else work.place.waiting(0.0):
-                async with work.entry.away():
-                    await asyncio.sleep(pause)
+            # To come back takes as long as another document is alone in this worker, and what is waited for is not the stage's time.
+            began, deadline, work.lease.deadline = clock.seconds(), work.lease.deadline, math.inf
+            try:
+                # A large one keeps its place, so that no more of them come to lie in memory.
+                with nullcontext() if work.carried_bytes() > SMALL_BYTES else work.place.waiting(0.0):
+                    async with work.entry.away():
+                        await asyncio.sleep(pause)
+            finally:
+                work.lease.deadline = deadline + clock.seconds() - began
 
 
 async def checkpoint_durably(

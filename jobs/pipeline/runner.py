@@ -58,13 +58,12 @@ class Runner:
         stages: dict[str, StageFunction] | None = None,
         company: Company | None = None,
         lent_place: Lend = not_lent,
-        claimed: Callable[[], None] | None = None,
+        claimed: Callable[[], None] = lambda: None,
         copier: Copier | None = None,
     ) -> None:
         """`lent_place` is open while the documents in a place do nothing but wait, for a service or for somebody's transaction. `claimed`
         is called once a job has claimed what it takes up. `copier` writes copies of texts; None: nobody does.
         """
-        self._claimed = claimed or (lambda: None)
         self._settings = settings
         self._pool = pool
         self._leases = leases
@@ -76,7 +75,7 @@ class Runner:
         hosted = tools.hosted_parser is not None or tools.extractor is not None
         quick = tools.embedder.quick or isinstance(tools.embedder, HostedEmbedder)
         may_share = settings.handoff == "inline" and quick and not hosted
-        self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share)
+        self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share, claimed=claimed)
         self.takes_along = self._claiming.takes_along
         """Stages for which small documents are taken up together."""
         self._in_hand: Counter[str | None] = Counter()
@@ -100,20 +99,22 @@ class Runner:
         try:
             await self._run(job, doc_id)
         except NotPutOff as refused:
+            self._sharing.expect(job.id, False)  # for as long as that transaction lasts no request is to wait for it
             with self._lent_place(1, 0.0):
                 await self._claiming.put_off_later(job, doc_id, refused.delay)
         finally:
             self._sharing.expect(job.id, False)
 
     async def _run(self, job: Job, doc_id: str) -> None:
+        if not await self._company.opens(self._leases.seconds):
+            # What is alone here may be held by somebody's transaction for hours, and other workers have places.
+            await self._claiming.give_back(job, doc_id)
+            return
         async with self._company.shared() as entry:
             # From now on, because it is worth waiting for while it is claimed and loaded.
             self._sharing.expect(job.id, job.stage in _UNTIL_EMBED)
             claimed_at = clock.seconds()
-            try:
-                works, cancelled = await self._claiming.claim(job, doc_id)
-            finally:
-                self._claimed()
+            works, cancelled = await self._claiming.claim(job, doc_id)
             if not works:
                 return
             if len(works) > 1:

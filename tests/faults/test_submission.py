@@ -188,3 +188,81 @@ def test_a_document_that_must_be_alone_does_not_wait_for_one_that_somebodys_tran
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     assert arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off')") == 0
     arena.judge("6 colliding submissions", "an open transaction over 2 documents in hand, beside 2 that must be alone")
+
+
+def suspect(arena: Arena, doc_id: str) -> dict[str, bytes]:
+    """Submit a document that must be alone in its worker."""
+    offer = {doc_id: text_document(700)}
+    with arena.connect() as conn, conn.transaction():
+        submit_document(offer[doc_id], doc_id=doc_id, file_name=name_of(doc_id), connection=conn)
+        conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id = %s", [doc_id])
+    return offer
+
+
+def test_a_held_document_that_comes_back_while_another_is_alone_keeps_its_lease(arena: Arena) -> None:
+    held = documents(1)
+    arena.submit(held)
+    # Alone for longer than a stage of the held one may take, though none of its own stages does.
+    slow = [f"sleep:2@stage_started:{stage};doc=alone;once={arena.mark(stage)}" for stage in ("parse", "check", "chunk", "embed")]
+    stops = f"sleep:1.5@before_checkpoint:parse_complete;doc=d0000;once={arena.mark('held')}"
+    arena.worker(faults=[stops, *slow], CHECKPOINT_SECONDS="0", STAGE_TIMEOUT_SECONDS="4", SMALL_DOCUMENTS_TOGETHER="1")
+    arena.reconciler()
+    arena.wait(lambda: len(arena.marks()) == 1, "its checkpoint")
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        application.execute("SELECT FROM file_extractions WHERE doc_id = 'd0000' FOR UPDATE")
+        arena.fault(1)
+        alone = suspect(arena, "alone")
+        arena.wait(lambda: len(arena.marks()) == 2, "the other to be alone")
+        application.execute("ROLLBACK")
+    arena.accepted(alone)
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    assert arena.one("SELECT count(*) FROM document_events WHERE doc_id = 'd0000' AND event IN ('rescued', 'fenced_off')") == 0
+    arena.judge("6 colliding submissions", "an open transaction over 1 document in hand, which ends while another must be alone")
+
+
+def test_what_waits_behind_a_held_document_that_is_alone_goes_to_another_worker(arena: Arena) -> None:
+    alone = suspect(arena, "alone")
+    arena.worker(faults=[f"sleep:1@before_checkpoint:complete;doc=alone;once={arena.mark('alone')}"], WORKER_CONCURRENCY="4")
+    arena.wait(lambda: len(arena.marks()) == 1, "its last checkpoint")
+    others = documents(4)
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        application.execute("SELECT FROM file_extractions WHERE doc_id = 'alone' FOR UPDATE")
+        arena.fault(1)
+        arena.submit(others)
+        arena.wait(lambda: arena.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'") > 1, "others to be fetched")
+        arena.worker(WORKER_CONCURRENCY="4")
+        arena.wait(
+            lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == 4, "the others to be complete", 40
+        )
+        application.execute("ROLLBACK")
+    arena.accepted(alone)
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    assert arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off')") == 0
+    arena.judge("6 colliding submissions", "an open transaction over a document that is alone, with others fetched behind it")
+
+
+def test_a_worker_with_too_much_memory_ends_though_somebodys_transaction_holds_what_it_has_in_hand(arena: Arena) -> None:
+    held, others = documents(1), documents(5, prefix="other")
+    arena.submit(held)
+    stops = f"sleep:2@before_checkpoint:upload_validated;doc=d0000;once={arena.mark('held')}"
+    given = {"CHECKPOINT_SECONDS": "0", "WORKER_MEMORY_LIMIT_MB": "30", "SMALL_DOCUMENTS_TOGETHER": "1", "SHUTDOWN_GRACE_SECONDS": "3"}
+    worker = arena.worker(faults=[stops], **given)
+    arena.wait(lambda: len(arena.marks()) == 1, "its first checkpoint")
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        application.execute("SELECT FROM file_extractions WHERE doc_id = 'd0000' FOR UPDATE")
+        arena.fault(1)
+        arena.wait(lambda: not worker.alive(), "the worker to end", 40)
+        arena.worker()
+        arena.submit(others)
+        arena.wait(
+            lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == 5, "the others to be complete", 40
+        )
+        application.execute("ROLLBACK")
+    arena.settle()
+    assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
+    arena.judge("6 colliding submissions", "an open transaction over 1 document in hand of a worker that is to end for its memory")

@@ -252,3 +252,26 @@ async def test_what_takes_long_for_each_is_taken_up_alone(outside: Outside, endp
     assert not outside.runner({}, embedder=embedder, extractor=outside.extractor(endpoint.url)).takes_along
     assert not outside.runner({}, embedder=embedder, hosted_parser=outside.parser(endpoint.url)).takes_along
     assert not outside.runner({}, embedder=embedder, settings={"handoff": "queue"}).takes_along
+
+
+async def test_no_request_waits_for_a_job_that_somebodys_transaction_keeps_from_being_put_off(
+    outside: Outside, endpoint: Gated, database: str
+) -> None:
+    outside.bench.submit("held")
+    held = outside.bench.fetch()
+    outside.bench.submit("other")
+    other = outside.bench.fetch()
+    assert held is not None
+    assert other is not None
+    worker = runner(outside, endpoint, embedding_gather_ms=3_600_000, small_documents_together=1)
+    with psycopg.connect(database) as application:
+        application.execute("SELECT FROM file_extractions WHERE doc_id = 'held' FOR UPDATE")
+        application.execute("SELECT defer_stage('held', 'validate', 0)")
+        waiting = asyncio.create_task(worker.run(*held))
+        await asyncio.sleep(1)
+        assert not waiting.done()
+        async with asyncio.timeout(60):
+            await worker.run(*other)
+        assert outside.bench.one("SELECT state FROM file_extractions WHERE doc_id = 'other'") == ("complete",)
+        application.rollback()
+    await waiting

@@ -139,7 +139,7 @@ async def test_closing_waits_for_all_who_work_or_wait_and_lets_nobody_in() -> No
     places = places_of(2, 1)
     assert await places.acquire()
     with places.lent(1, 0):
-        closing = asyncio.create_task(places.close())
+        closing = asyncio.create_task(places.close(60))
         await asyncio.sleep(0)
         assert not await is_free(places)
         assert not closing.done()
@@ -148,6 +148,20 @@ async def test_closing_waits_for_all_who_work_or_wait_and_lets_nobody_in() -> No
     places.release()
     async with asyncio.timeout(10):
         await closing
+    assert not await is_free(places)
+
+
+async def test_closing_waits_for_who_only_waits_no_longer_than_it_has_patience_and_for_who_works_as_long_as_that_takes() -> None:
+    places = places_of(2, 2)
+    assert await places.acquire()
+    assert await places.acquire()
+    with places.lent(1, 0):
+        closing = asyncio.create_task(places.close(0.01))
+        await asyncio.sleep(0.1)
+        assert not closing.done()  # one works
+        places.release()
+        async with asyncio.timeout(10):
+            await closing
     assert not await is_free(places)
 
 
