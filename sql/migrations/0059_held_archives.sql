@@ -29,4 +29,17 @@ $$;
 COMMENT ON FUNCTION put_off_held_archive IS
     'Has an archive that somebody''s open transaction holds looked at again in 1 to 10 seconds, without waiting for its row.';
 
+-- A file that is noted for removal was waited for in the same way, where an open transaction had noted it too.
+CREATE FUNCTION note_file_unless_held(path text, doc_id text) RETURNS boolean LANGUAGE plpgsql SET lock_timeout = '20ms' AS $$
+BEGIN
+    INSERT INTO files_to_remove AS n (path, doc_id) VALUES (note_file_unless_held.path, note_file_unless_held.doc_id)
+    ON CONFLICT ON CONSTRAINT files_to_remove_pkey DO NOTHING;
+    RETURN TRUE;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN FALSE;
+END;
+$$;
+COMMENT ON FUNCTION note_file_unless_held IS
+    'Notes a stored file for removal unless it is noted already; false where an open transaction is about to, or about to refer to the file.';
+
 CALL pin_search_path();

@@ -182,9 +182,9 @@ def test_a_worker_that_stops_waits_for_no_transaction_that_holds_its_archive(are
     files = texts(3)
     batch = write(arena, files, {})
     # Longer than its grace, so that the archive is broken off while it is held.
-    worker = arena.worker(faults=[f"sleep:60@unpack_begun;doc=b;once={arena.mark('begun')}"], SHUTDOWN_GRACE_SECONDS="1")
+    worker = arena.worker(faults=[f"sleep:60@unpack_listed;doc=b;once={arena.mark('listed')}"], SHUTDOWN_GRACE_SECONDS="1")
     submit_batch(batch, batch_id="b")
-    arena.wait(lambda: len(arena.marks()) == 1, "the archive to be begun")
+    arena.wait(lambda: len(arena.marks()) == 1, "the archive to be listed")
     with arena.connect() as caller:
         caller.execute("BEGIN")
         cancel_batch("b", connection=caller)
