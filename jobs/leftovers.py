@@ -53,7 +53,7 @@ def remove_noted_files(
         if stop():
             break
         for older in _versions(storage, path, owner):
-            conn.execute(query("note_older_file"), {"path": older, "doc_id": owner})
+            conn.execute(query("note_unneeded_file"), {"path": older, "doc_id": owner})
             owners.setdefault(older, owner)
     return _remove_all(storage, conn, owners, untouched_for, stop)
 

@@ -29,6 +29,7 @@ from jobs.batch.intake import Intake, reach
 from jobs.batch.submission import archive_upload_id
 from jobs.logs import bound
 from jobs.pipeline.claims import Connection, one
+from jobs.pipeline.durable import LAST_WAIT
 from jobs.retry import StageRetry
 from jobs.stages import Sandbox
 from models.errors import DocmillError, PermanentError, RetryableError, TimeoutError
@@ -37,7 +38,7 @@ from models.settings import Settings
 CRASHES = 3
 """How many times MAX_CRASHES beginnings may break off without progress. What the worker does besides may be to blame, not the archive."""
 HELD_SECONDS = 5.0
-"""After how long an archive is gone on with when somebody's open transaction is in the way."""
+"""After how long an archive is gone on with when somebody's open transaction holds some of its documents."""
 
 
 class ClosableSandbox(Sandbox, Protocol):
@@ -75,17 +76,26 @@ class Unpacker:
 
     async def run(self, archive_id: int) -> None:
         """Unpack an archive, or go on with one. Returns well however it fares; only the database's errors and a cancellation come out."""
-        began = await self._one("begin_unpacking", archive_id=archive_id, max_attempts=CRASHES * self._settings.max_crashes)
+        began: dict[str, Any] | None = {"outcome": "held"}
+        with suppress(BatchHeld):
+            began = await self._one("begin_unpacking", archive_id=archive_id, max_attempts=CRASHES * self._settings.max_crashes)
         row = await self._one("look_at_archive", archive_id=archive_id)
         if row is None or began is None:
             return
         archive = Archive(**row)
         with bound(batch_id=archive.batch_id, correlation_id=archive.correlation_id, stage="unpack"):
-            if began["outcome"] == "begun":
-                await self._run(archive)
-            await self._count_and_settle(archive)
+            try:
+                if began["outcome"] == "held":
+                    raise BatchHeld
+                if began["outcome"] == "begun":
+                    await self._run(archive)
+            except BatchHeld:
+                await self._put_off_held(archive)
+            else:
+                await self._count_and_settle(archive)
 
     async def _run(self, archive: Archive) -> None:
+        """Raise BatchHeld where somebody's transaction holds the archive or its batch; what has been accepted until then stays."""
         await reach("begun", archive)
         try:
             if await self._unpack(archive):
@@ -95,19 +105,23 @@ class Unpacker:
         except Superseded:
             await self._one("end_archive", archive_id=archive.id, state="cancelled", error_message=None)
             logger.info("{}: a newer run of the batch has begun, or this one was ended; unpacking stops", archive.name)
-        except BatchHeld:
-            logger.info("{}: somebody's transaction holds the batch; unpacking goes on later", archive.name)
-            await self._put_off(archive, HELD_SECONDS)
         except (RetryableError, TimeoutError) as error:
             await self._try_later(archive, error)
         except DocmillError as error:
-            await fail_archive(self._pool, archive, error)
+            await self._fail(archive, error)
         except asyncio.CancelledError:
             # The worker has run out of patience. Without this the reconciler would find it, a little later.
-            with suppress(psycopg.Error):
-                await asyncio.shield(self._put_off(archive, 0.0))
+            await asyncio.wait({asyncio.ensure_future(self._leave(archive))}, timeout=LAST_WAIT)
             raise
         await reach("ended", archive)
+
+    async def _leave(self, archive: Archive) -> None:
+        """Hand the rest on at once, as far as the database lets it."""
+        with suppress(psycopg.Error):
+            try:
+                await self._put_off(archive, 0.0)
+            except BatchHeld:
+                await self._put_off_held(archive)
 
     async def _unpack(self, archive: Archive) -> bool:
         """Do what is left to do; False if the rest has been put off."""
@@ -183,12 +197,9 @@ class Unpacker:
 
         Raises Superseded, or BatchHeld: the file is looked at again later.
         """
-        try:
-            await self._one(
-                "submit_zip_again", batch_id=archive.batch_id, run_id=archive.run_id, priority=archive.priority, lock_timeout_ms=LOCK_MS
-            )
-        except psycopg.errors.LockNotAvailable as error:
-            raise BatchHeld from error
+        await self._one(
+            "submit_zip_again", batch_id=archive.batch_id, run_id=archive.run_id, priority=archive.priority, lock_timeout_ms=LOCK_MS
+        )
         logger.warning("{}: its file was replaced since its unpacking began", archive.name)
         raise Superseded
 
@@ -205,6 +216,18 @@ class Unpacker:
     async def _put_off(self, archive: Archive, delay: float, reason: str | None = None, *, waits: bool = False) -> None:
         await self._one("put_off_archive", archive_id=archive.id, delay=delay, reason=reason, waits=waits)
 
+    async def _put_off_held(self, archive: Archive) -> None:
+        """Have the archive looked at again by a job of its own, which needs nothing that the transaction holds."""
+        with suppress(BatchHeld):  # by the job that should do so: the reconciler finds it
+            await self._one("put_off_held_archive", archive_id=archive.id)
+        logger.info("{}: somebody's transaction holds the batch; unpacking goes on later", archive.name)
+
+    async def _fail(self, archive: Archive, error: Exception) -> None:
+        try:
+            await fail_archive(self._pool, archive, error)
+        except psycopg.errors.LockNotAvailable as held:
+            raise BatchHeld from held
+
     def _is_last_try(self, archive: Archive) -> bool:
         return archive.retry_count >= self._settings.max_retry_attempts
 
@@ -212,12 +235,16 @@ class Unpacker:
         judged = self._retry.judge(error, archive.waited_seconds)
         plan = self._retry.plan(judged, archive.retry_count, archive.waited_seconds)
         if plan is None:
-            await fail_archive(self._pool, archive, judged)
+            await self._fail(archive, judged)
             return
         plan = self._retry.within_wait(plan, archive.waited_seconds)
         await self._put_off(archive, plan.delay, f"{archive.name}: {error}", waits=not plan.counts)
         logger.warning("{}: trying again in {:.1f} s: {}", archive.name, plan.delay, error)
 
     async def _one(self, name: str, **params: Any) -> dict[str, Any] | None:
-        async with self._pool.connection() as conn:
-            return await one(conn, name, params)
+        """Ask a named query for its row. Raises BatchHeld where it met somebody's lock for longer than it waits."""
+        try:
+            async with self._pool.connection() as conn:
+                return await one(conn, name, params)
+        except psycopg.errors.LockNotAvailable as error:
+            raise BatchHeld from error

@@ -62,6 +62,9 @@ SELECT end_archive(%(archive_id)s, %(state)s, %(error_message)s);
 -- name: put_off_archive
 SELECT put_off_archive(%(archive_id)s, %(delay)s, %(reason)s, %(waits)s);
 
+-- name: put_off_held_archive
+SELECT put_off_held_archive(%(archive_id)s);
+
 -- name: archives_of_batches
 -- Of the last runs of batches, for those who wait for them.
 SELECT a.id, a.batch_id, a.entry_path, a.state, a.entry_count, a.unpacked_count, a.skipped_count, a.error_message, b.source_path

@@ -31,18 +31,17 @@ WHERE %(doc_id)s::text IS NULL OR n.doc_id = %(doc_id)s
 ORDER BY n.noted_at
 LIMIT %(most)s;
 
--- name: note_older_file
-INSERT INTO files_to_remove AS n (path, doc_id) VALUES (%(path)s, %(doc_id)s) ON CONFLICT (path) DO NOTHING;
-
 -- name: note_unneeded_file
-INSERT INTO files_to_remove AS n (path, doc_id) VALUES (%(path)s, %(doc_id)s) ON CONFLICT (path) DO NOTHING RETURNING n.path;
+-- Where somebody's open transaction has noted it too, that one's end decides. Should it be undone, the next look at the storage finds the file.
+SELECT note_file_unless_held(%(path)s, %(doc_id)s) AS noted;
 
 -- name: judge_file
 SELECT judge_file(%(path)s) AS verdict;
 
 -- name: put_off_file
 -- Behind all others, so that files that have to wait keep none from being looked at.
-UPDATE files_to_remove AS n SET noted_at = clock_timestamp() WHERE n.path = %(path)s;
+UPDATE files_to_remove AS n SET noted_at = clock_timestamp()
+WHERE n.path = (SELECT f.path FROM files_to_remove AS f WHERE f.path = %(path)s FOR NO KEY UPDATE SKIP LOCKED);
 
 -- name: forget_file
 DELETE FROM files_to_remove AS n WHERE n.path = %(path)s;

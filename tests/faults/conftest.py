@@ -69,6 +69,7 @@ SHORT = {
     "test_unpacking": [
         "test_a_kill_at_any_point_of_unpacking_leaves_the_batch_of_an_uninterrupted_run[inline]",
         "test_an_unpacker_paused_until_another_has_taken_over_changes_nothing_when_it_wakes_up[queue-stored]",
+        "test_batches_cancelled_in_a_callers_long_transaction_stop_no_worker[inline-commit]",
     ],
     "test_hosted": [
         "test_a_kill_in_mid_embed_pays_at_most_one_request_twice[inline-80]",

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.faults.harness import Arena, documents
+from jobs import delete_document
+from tests.faults.harness import Arena, documents, text_document
 
 PLACES = [
     "stage_started:validate",
@@ -117,3 +118,23 @@ def test_a_stopped_worker_waits_for_somebodys_transaction_for_its_grace(arena: A
     assert arena.one("SELECT count(*) FROM document_events WHERE event = 'failed'") == 0
     assert held > 4 or arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off', 'handed_on')") == 0
     arena.judge("8 SIGTERM", f"while another transaction holds all documents for {held} s more, 8 s of grace")
+
+
+def test_a_worker_that_removes_files_waits_for_no_transaction_that_notes_them_too(arena: Arena) -> None:
+    for number in range(2):
+        if number > 0:
+            delete_document("x")
+        arena.submit({"x": text_document(number)})
+    removals = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'remove_noted_files' AND status = 'succeeded'"
+    with arena.connect() as caller:
+        caller.execute("BEGIN")
+        delete_document("x", connection=caller)
+        worker = arena.worker()
+        arena.fault()
+        arena.wait(lambda: arena.one(removals) >= 1, "the noted files to be looked at", 20)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+        caller.execute("ROLLBACK")
+    arena.worker()
+    arena.settle()
+    arena.judge("8 SIGTERM", "SIGTERM while a transaction that is left open notes files for removal", compared=False)

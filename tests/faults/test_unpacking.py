@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import submit_batch
+from jobs import cancel_batch, submit_batch
 from jobs.arguments import derive_doc_id
 from jobs.batch.archive import GROUP_ENTRIES
 from tests.archives import zip_bytes
-from tests.faults.harness import Arena, text_document
+from tests.faults.harness import Arena, documents, text_document
 
 POINTS = ["begun", "listed", "unpacked", "stored", "inner_added", "accepted", "done", "ended"]
 SCENARIO = "12 archives"
@@ -148,3 +148,53 @@ def test_a_stopped_worker_leaves_the_rest_of_an_archive_to_the_next_without_a_co
     settle(arena)
     assert_whole(arena, len(outer))
     arena.judge(SCENARIO, f"SIGTERM in mid-unpack of {len(outer)} files")
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback"])
+def test_batches_cancelled_in_a_callers_long_transaction_stop_no_worker(arena: Arena, ending: str) -> None:
+    for number in range(4):
+        files = texts(3, start=10 * number)
+        submit_batch(unnoted(arena, files, f"{number}.zip"), batch_id=f"b{number}")
+        if ending == "rollback":
+            arena.accepted(
+                {derive_doc_id("default", f"b{number}\n{name}"): bytes(text) for name, text in files.items() if not isinstance(text, str)}
+            )
+    with arena.connect() as caller:
+        caller.execute("BEGIN")
+        for number in range(4):
+            cancel_batch(f"b{number}", connection=caller)
+        worker = arena.worker(WORKER_CONCURRENCY="4")
+        deferred = "SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'unpack' AND scheduled_at IS NOT NULL"
+        arena.wait(lambda: arena.one(deferred) >= 4, "every archive to be put off", 30)
+        arena.fault()
+        arena.submit(documents(5))
+        complete = "SELECT count(*) FROM file_extractions WHERE state = 'complete'"
+        arena.wait(lambda: arena.one(complete) == 5, "the documents that nobody holds", 30)
+        caller.execute(ending)
+    settle(arena)
+    assert worker.alive()
+    state = "unpacked" if ending == "rollback" else "cancelled"
+    assert arena.all("SELECT DISTINCT state, attempts, retry_count, requeue_count FROM batch_archives") == [(state, 0, 0, 0)]
+    arena.judge(SCENARIO, f"4 batches cancelled in a transaction that is left open, then {ending}")
+
+
+def test_a_worker_that_stops_waits_for_no_transaction_that_holds_its_archive(arena: Arena) -> None:
+    files = texts(3)
+    batch = write(arena, files, {})
+    # Longer than its grace, so that the archive is broken off while it is held.
+    worker = arena.worker(faults=[f"sleep:60@unpack_listed;doc=b;once={arena.mark('listed')}"], SHUTDOWN_GRACE_SECONDS="1")
+    submit_batch(batch, batch_id="b")
+    arena.wait(lambda: len(arena.marks()) == 1, "the archive to be listed")
+    with arena.connect() as caller:
+        caller.execute("BEGIN")
+        cancel_batch("b", connection=caller)
+        arena.fault()
+        worker.signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+        assert arena.one("SELECT count(*) FROM procrastinate_jobs WHERE task_name = 'unpack' AND status = 'todo'") == 1
+        caller.execute("ROLLBACK")
+    arena.worker()
+    settle(arena)
+    assert_whole(arena, len(files))
+    assert arena.one("SELECT requeue_count, retry_count FROM batch_archives") == (0, 0)
+    arena.judge(SCENARIO, "SIGTERM while a transaction that is left open holds the archive in hand")

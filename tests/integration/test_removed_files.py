@@ -77,6 +77,26 @@ async def test_delete_removes_the_files_of_all_versions_and_their_folder(bench: 
     assert bench.one("SELECT count(*) FROM files_to_remove") == (0,)
 
 
+async def test_a_file_that_an_open_transaction_notes_too_keeps_no_other_from_being_removed(bench: Bench, database: str) -> None:
+    for doc_id in ("a", "b"):
+        jobs.submit_document(doc_id.encode(), doc_id=doc_id)
+    paths = [file_of(bench, doc_id) for doc_id in ("a", "b")]
+    for path in paths:
+        grow_old(path)
+    # The file of a is noted; that of its next version an open transaction notes.
+    bench.conn.execute("SELECT delete_document(doc_id) FROM unnest(ARRAY['a', 'b']) AS doc_id")
+    jobs.submit_document(b"anew", doc_id="a")
+    with psycopg.connect(database) as caller:
+        jobs.delete_document("a", connection=caller)
+        passes = asyncio.create_task(asyncio.to_thread(remove_noted_files, bench.settings, bench.conn))
+        done, _ = await asyncio.wait({passes}, timeout=20)
+        caller.rollback()
+    await passes
+    assert done, "it waited for somebody's transaction"
+    sweep(bench, *paths)
+    assert file_of(bench, "a").exists()
+
+
 async def test_a_file_that_was_stored_lately_stays_for_a_while(bench: Bench) -> None:
     """Whoever stored it may be about to submit it: no row says so."""
     jobs.submit_document(b"one", doc_id="a")

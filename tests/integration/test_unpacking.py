@@ -22,6 +22,7 @@ from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
 from jobs.arguments import derive_doc_id
 from jobs.batch import archive as archive_module
+from jobs.batch import unpacking
 from jobs.batch.unpacking import CRASHES, Unpacker
 from jobs.database import make_pool
 from jobs.front import close_sync
@@ -816,6 +817,46 @@ async def test_a_zip_that_was_replaced_waits_for_whoever_holds_its_batch(bench: 
     await bench.unpack()
     assert set(bench.documents().values()) == {"queued"}
     assert len(bench.documents()) == 12
+
+
+@pytest.mark.parametrize("ending", ["commit", "rollback"])
+@pytest.mark.parametrize("moment", ["waiting", "begun", "listed", "done"])
+async def test_an_archive_that_an_open_transaction_holds_is_put_off_and_not_waited_for(
+    bench: Bench, database: str, monkeypatch: pytest.MonkeyPatch, moment: str, ending: str
+) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    with psycopg.connect(database) as holder:
+
+        async def reach(point: str, _: Any) -> None:
+            if point == moment:
+                holder.execute("SELECT cancel_batch('b')")
+
+        monkeypatch.setattr(unpacking, "reach", reach)
+        await reach("waiting", None)
+        run = asyncio.create_task(bench.unpacker().run(archive))
+        await asyncio.wait({run}, timeout=20)
+        put_off = run.done()
+        waiting = bench.jobs()
+        requeued = bench.all("SELECT requeue_lost_archive(id, 3) FROM batch_archives")
+        holder.execute(ending)
+    await run
+    assert put_off
+    assert waiting == [archive], "nothing goes on with it when the transaction has ended"
+    assert requeued == [(None,)]
+    monkeypatch.undo()
+    before = len(bench.documents())
+    assert before == (10 if moment == "done" else 0)
+    bench.calls.clear()
+    await bench.unpack()
+    assert bench.one("SELECT state, retry_count, requeue_count FROM batch_archives") == (
+        "cancelled" if ending == "commit" else "unpacked", 0, 0,
+    )  # fmt: skip
+    assert len(bench.documents()) == (before if ending == "commit" else 10)
+    assert bench.one("SELECT coalesce(max(version), 1) FROM file_extractions") == (1,)
+    if moment == "done":
+        assert "unpack_members" not in bench.calls, "what is in the tables was unpacked again"
 
 
 async def test_an_archive_that_has_gone_from_storage_is_to_blame_and_not_its_entries(bench: Bench) -> None:
