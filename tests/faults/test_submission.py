@@ -249,8 +249,9 @@ def test_a_worker_with_too_much_memory_ends_though_somebodys_transaction_holds_w
     held, others = documents(1), documents(5, prefix="other")
     arena.submit(held)
     stops = f"sleep:2@before_checkpoint:upload_validated;doc=d0000;once={arena.mark('held')}"
-    given = {"CHECKPOINT_SECONDS": "0", "WORKER_MEMORY_LIMIT_MB": "30", "SMALL_DOCUMENTS_TOGETHER": "1", "SHUTDOWN_GRACE_SECONDS": "3"}
-    worker = arena.worker(faults=[stops], **given)
+    worker = arena.worker(
+        faults=[stops], CHECKPOINT_SECONDS="0", WORKER_MEMORY_LIMIT_MB="30", SMALL_DOCUMENTS_TOGETHER="1", SHUTDOWN_GRACE_SECONDS="3"
+    )
     arena.wait(lambda: len(arena.marks()) == 1, "its first checkpoint")
     with arena.connect() as application:
         application.execute("BEGIN")
