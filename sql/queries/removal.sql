@@ -42,7 +42,13 @@ SELECT delete_batch(%(batch_id)s, %(lock_timeout_ms)s) AS deleted;
 -- name: noted_files
 SELECT n.path, n.doc_id
 FROM files_to_remove AS n
-WHERE %(doc_id)s::text IS NULL OR n.doc_id = %(doc_id)s
+ORDER BY n.noted_at
+LIMIT %(most)s;
+
+-- name: noted_files_of
+SELECT n.path, n.doc_id
+FROM files_to_remove AS n
+WHERE n.doc_id = %(doc_id)s
 ORDER BY n.noted_at
 LIMIT %(most)s;
 
