@@ -237,12 +237,22 @@ WHERE EXISTS (SELECT FROM file_extractions AS d WHERE d.file_path = p.path)
     OR EXISTS (SELECT FROM processing_jobs AS b WHERE b.zip_path = p.path)
     OR EXISTS (SELECT FROM files_to_remove AS n WHERE n.path = p.path);
 
+-- name: users_who_deleted
+-- Whoever has deleted documents in the last days.
+SELECT DISTINCT v.user_id
+FROM document_events AS v
+WHERE v.id >= event_id_since(now() - interval '3 days') AND v.event = 'deleted' AND v.at > now() - interval '3 days';
+
 -- name: note_missed_summaries
--- Summaries that still speak of documents that their users have deleted in the last days, as of batches that had found them unchanged.
-INSERT INTO summaries_to_renew (batch_id, is_its_own)
-SELECT DISTINCT r.batch_id, FALSE
-FROM run_summaries AS r, jsonb_array_elements_text(summary_documents(r.ui_json, r.nested_summary)) AS e (doc_id)
-WHERE r.user_id IN (
-    SELECT v.user_id FROM document_events AS v
-    WHERE v.id >= event_id_since(now() - interval '3 days') AND v.event = 'deleted' AND v.at > now() - interval '3 days'
-) AND NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = e.doc_id);
+-- Summaries that still speak of documents that their users have deleted, as of batches that had found them unchanged. Nothing is removed here.
+WITH looked AS MATERIALIZED (
+    SELECT r.id, r.user_id FROM run_summaries AS r WHERE r.id > %(after)s ORDER BY r.id LIMIT %(window)s
+), noted AS (
+    INSERT INTO summaries_to_renew (batch_id, is_its_own)
+    SELECT DISTINCT r.batch_id, FALSE
+    FROM looked AS l
+    JOIN run_summaries AS r ON r.id = l.id
+    CROSS JOIN LATERAL jsonb_array_elements_text(summary_documents(r.ui_json, r.nested_summary)) AS e (doc_id)
+    WHERE l.user_id = ANY(%(users)s) AND NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = e.doc_id)
+)
+SELECT 0 AS removed, max(l.id) AS next, count(*) = %(window)s AS more FROM looked AS l;

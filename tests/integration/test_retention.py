@@ -304,6 +304,35 @@ async def test_summaries_of_earlier_runs_go_a_while_after_a_later_one_and_the_la
     assert prune(bench, summary_retention_days=30) == {}
 
 
+MANY_RUNS = """INSERT INTO run_summaries OVERRIDING SYSTEM VALUE SELECT (
+    jsonb_populate_record(r, jsonb_build_object('id', r.id + n, 'run_id', gen_random_uuid(), 'batch_id', r.batch_id))
+).* FROM run_summaries AS r, generate_series(1, %s) AS n"""
+
+
+async def test_what_summaries_still_say_of_the_deleted_is_looked_for_in_windows_with_a_pause_and_until_it_is_to_stop(bench: Bench) -> None:
+    batch_of(bench, "a", "c")
+    await bench.drain()
+    bench.conn.execute(MANY_RUNS, [2 * retention.SUMMARIES])
+    noted = "SELECT count(*) > 0 FROM summaries_to_renew"
+    pauses: list[float] = []
+    settings = bench.settings.model_copy(update={policy.setting: 0 for policy in retention.POLICIES})
+    prune_rows(settings, bench.conn, pause=pauses.append)
+    assert (pauses, bench.one(noted)) == ([], (False,)), "nobody has deleted anything"
+    bench.conn.execute("SELECT delete_document('a')")
+    bench.conn.execute("DELETE FROM summaries_to_renew")
+    prune_rows(settings, bench.conn, stop=lambda: True, pause=pauses.append)
+    assert (pauses, bench.one(noted)) == ([], (False,))
+    # What is left to say stands in the last of them alone.
+    bench.conn.execute(
+        """UPDATE run_summaries SET ui_json = '{"files": []}', nested_summary = '{"folders": []}'
+        WHERE id < (SELECT max(id) FROM run_summaries)"""
+    )
+    prune_rows(settings, bench.conn, stop=lambda: len(pauses) == 2, pause=pauses.append)
+    assert (len(pauses), bench.one(noted)) == (2, (False,))
+    prune_rows(settings, bench.conn, pause=pauses.append)
+    assert (len(pauses), bench.one(noted)) == (4, (True,))
+
+
 ARCHIVES = """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message, ended_at)
 SELECT b.batch_id, md5('run ' || r)::uuid, 'ann', n || '.zip/', '', 'uploads/z', 'unpacked', NULL,
     now() - interval '30 days' FROM processing_jobs AS b, generate_series(1, %(runs)s) AS r, generate_series(1, %(paths)s) AS n
