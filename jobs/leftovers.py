@@ -46,7 +46,7 @@ def remove_noted_files(
     A storage that is away is a warning and ends it. `conn` commits each statement. `stop` is asked before each file.
     """
     storage = LocalStorage.from_settings(settings)
-    noted: list[tuple[str, str | None]] = conn.execute(query("noted_files"), {"doc_id": doc_id, "most": MOST}).fetchall()
+    noted = noted_files(conn, doc_id)
     remove_copies_of(settings, conn, {owner for _, owner in noted if owner is not None})
     owners = dict(noted)
     for path, owner in noted:
@@ -65,6 +65,13 @@ def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) ->
     while more := remove_noted_files(settings, conn, doc_id=doc_id):
         removed += more
     return removed
+
+
+def noted_files(conn: Connection, doc_id: str | None) -> list[tuple[str, str | None]]:
+    """Return some files that are noted, of one document or of all, those that come next: path and document."""
+    if doc_id is None:
+        return conn.execute(query("noted_files"), {"most": MOST}).fetchall()
+    return conn.execute(query("noted_files_of"), {"doc_id": doc_id, "most": MOST}).fetchall()
 
 
 def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]:

@@ -39,9 +39,11 @@ def cancel_document(doc_id: str, *, connection: Connection | None = None) -> Sta
     writes nothing any more. `connection` joins the caller's transaction.
     Errors: NotFound, SubmitConflict (another transaction holds the document).
     """
+    claim = None if connection is not None else _ask(None, "claim_of_document", doc_id=doc_id)
     state = State(_ask(connection, "cancel_document", doc_id=doc_id))
-    if connection is None:
-        _settle(_ask(None, "batch_of_document", doc_id=doc_id))
+    if connection is None and state is State.CANCELLED:
+        # It may have been the last one that its batch waited for.
+        _ask(None, "settle_cancelled", doc_id=doc_id, claim=claim)
     return state
 
 
@@ -54,7 +56,8 @@ def delete_document(doc_id: str, *, connection: Connection | None = None) -> boo
     batch_id = None if connection is not None else _ask(None, "batch_of_document", doc_id=doc_id)
     deleted = bool(_ask(connection, "delete_document", doc_id=doc_id))
     if connection is None and deleted:
-        _settle(batch_id)
+        if batch_id is not None:
+            _ask(None, "settle_bereft", batch_id=batch_id)
         _remove_files(doc_id)
     return deleted
 
@@ -137,12 +140,12 @@ def _translated() -> Iterator[None]:
         ) from error
 
 
-def _params(names: dict[str, str]) -> dict[str, Any]:
+def _params(names: dict[str, Any]) -> dict[str, Any]:
     limits = {"lock_timeout_ms": int(load_settings().submit_lock_timeout_seconds * 1000), "max_count": AT_A_TIME}
     return lookup(names) | limits
 
 
-def _ask(connection: Connection | None, name: str, **names: str) -> Any:
+def _ask(connection: Connection | None, name: str, **names: Any) -> Any:
     """Run a named query and return the first column of its row, None without one."""
     with _translated(), sync_connection(load_settings(), connection) as conn:
         for tries_left in reversed(range(1 if connection is not None else _TRIES)):
@@ -162,12 +165,6 @@ async def _ask_async(connection: AsyncConnection, name: str, **names: str) -> An
             cursor = psycopg.AsyncCursor(conn, row_factory=tuple_row)
             row = await (await cursor.execute(query(name), _params(names), prepare=prepares(conn))).fetchone()
             return None if row is None else row[0]
-
-
-def _settle(batch_id: str | None) -> None:
-    """The document may have been the last one that its batch waited for."""
-    if batch_id is not None:
-        _ask(None, "settle_batch", batch_id=batch_id)
 
 
 def _remove_files(doc_id: str | None) -> None:

@@ -22,6 +22,7 @@ from models.stages import STAGES
 from sql import query
 
 WINDOW = 1000  # rows that one transaction looks at
+SUMMARIES = 50  # of them, where these are summaries, of up to 30 MB each
 _LOCK = 0x646F636D707275  # "docmpru" in ASCII: the key of the transaction advisory lock of the one that prunes
 _PAUSE = 1.0  # seconds: the longest between two windows
 
@@ -48,7 +49,7 @@ POLICIES = (
     Policy("calls to outside services", "usage_retention_days", "prune_usage", start="-infinity"),
     Policy("costs of what is gone", "usage_retention_days", "prune_cost_totals", start=""),
     Policy("replaced archives", "archive_retention_days", "prune_archives"),
-    Policy("summaries of earlier runs", "summary_retention_days", "prune_summaries", params={"window": 50}),  # of up to 30 MB each
+    Policy("summaries of earlier runs", "summary_retention_days", "prune_summaries", params={"window": SUMMARIES}),
 )
 
 
@@ -79,16 +80,34 @@ def prune_rows(
         removed[policy.what] = 0
         for more in _parts(conn, policy):
             params = {"window": WINDOW, **policy.params, **more, "days": days, "after": policy.start}
-            while not stop():
-                began = time.monotonic()
-                row = _window(conn, policy.query, params, dry_run=dry_run)
-                removed[policy.what] += row["removed"]
-                if not row["more"]:
-                    break
-                params["after"] = row["next"]
-                pause(min(_PAUSE, time.monotonic() - began))
+            removed[policy.what] += _all_windows(conn, policy.query, params, stop=stop, dry_run=dry_run, pause=pause)
     if not dry_run:
-        conn.execute(query("note_missed_summaries"))
+        users = [row[0] for row in conn.execute(query("users_who_deleted")).fetchall()]
+        if users:
+            params = {"window": SUMMARIES, "users": users, "after": 0}
+            _all_windows(conn, "note_missed_summaries", params, stop=stop, dry_run=False, pause=pause)
+    return removed
+
+
+def _all_windows(
+    conn: psycopg.Connection[Any],
+    name: str,
+    params: dict[str, Any],
+    *,
+    stop: Callable[[], bool],
+    dry_run: bool,
+    pause: Callable[[float], None],
+) -> int:
+    """Go through a table from `after` on and return how many rows went."""
+    removed = 0
+    while not stop():
+        began = time.monotonic()
+        row = _window(conn, name, params, dry_run=dry_run)
+        removed += row["removed"]
+        if not row["more"]:
+            break
+        params = {**params, "after": row["next"]}
+        pause(min(_PAUSE, time.monotonic() - began))
     return removed
 
 

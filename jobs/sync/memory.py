@@ -138,8 +138,8 @@ class FolderMemory:
         return gone, [move for move in moves if move.old.doc_id in states and states.get(move.doc_id) not in ended]
 
     async def settle(self) -> None:
-        """End the folder's batch if its last unfinished document has just been deleted."""
-        await self._ask("settle_batch", {"batch_id": self.batch_id})
+        """End the folder's batch if its last unfinished document has just been deleted; of one that had ended the summary follows soon."""
+        await self._ask("settle_bereft", {"batch_id": self.batch_id})
 
     async def _ask(self, name: str, params: Mapping[str, Any]) -> list[Row]:
         async with async_connection(self._settings, None) as conn, conn.cursor(row_factory=dict_row) as cursor:

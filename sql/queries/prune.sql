@@ -119,19 +119,22 @@ SELECT count(*) AS removed, 0 AS next, count(*) = %(window)s AS more FROM gone;
 -- Of earlier runs, once a later one has unpacked what took their place. One that nothing has taken the place of still says what was last found
 -- under its path. Files go that docmill has stored; what an application submitted where it lay is the application's.
 WITH looked AS MATERIALIZED (
-    SELECT a.id, a.batch_id FROM batch_archives AS a WHERE a.id > %(after)s ORDER BY a.id LIMIT %(window)s
-), ranked AS MATERIALIZED (
-    SELECT a.id, max(a.id) FILTER (WHERE a.state = 'unpacked' AND a.ended_at < now() - make_interval(days => %(days)s)) OVER (
-        PARTITION BY a.batch_id, a.entry_path
-    ) AS latest
-    FROM batch_archives AS a
-    WHERE a.batch_id IN (SELECT l.batch_id FROM looked AS l)
+    SELECT a.id FROM batch_archives AS a WHERE a.id > %(after)s ORDER BY a.id LIMIT %(window)s
 ), free AS MATERIALIZED (
     SELECT a.id
     FROM batch_archives AS a
     WHERE a.id IN (
-        SELECT r.id FROM ranked AS r WHERE r.id > %(after)s AND r.id <= (SELECT max(l.id) FROM looked AS l) AND r.latest > r.id
+        SELECT l.id FROM looked AS l
     )
+        AND EXISTS (
+            SELECT FROM batch_archives AS n
+            WHERE n.batch_id = a.batch_id AND md5(n.entry_path) = md5(a.entry_path) AND n.entry_path = a.entry_path
+                AND n.state = 'unpacked' AND n.ended_at < now() - make_interval(days => %(days)s) AND n.id > a.id
+            -- So that it is asked for each row, by the index, and no window reads the whole table for a join; the last one first, which answers
+            -- for all before it.
+            ORDER BY n.ended_at DESC
+            OFFSET 0
+        )
         AND a.state NOT IN ('waiting', 'unpacking')
         AND EXISTS (SELECT FROM processing_jobs AS b WHERE b.batch_id = a.batch_id AND b.run_id <> a.run_id)
     FOR UPDATE OF a SKIP LOCKED
@@ -234,12 +237,22 @@ WHERE EXISTS (SELECT FROM file_extractions AS d WHERE d.file_path = p.path)
     OR EXISTS (SELECT FROM processing_jobs AS b WHERE b.zip_path = p.path)
     OR EXISTS (SELECT FROM files_to_remove AS n WHERE n.path = p.path);
 
+-- name: users_who_deleted
+-- Whoever has deleted documents in the last days.
+SELECT DISTINCT v.user_id
+FROM document_events AS v
+WHERE v.id >= event_id_since(now() - interval '3 days') AND v.event = 'deleted' AND v.at > now() - interval '3 days';
+
 -- name: note_missed_summaries
--- Summaries that still speak of documents that their users have deleted in the last days, as of batches that had found them unchanged.
-INSERT INTO summaries_to_renew (batch_id, is_its_own)
-SELECT DISTINCT r.batch_id, FALSE
-FROM run_summaries AS r, jsonb_array_elements_text(summary_documents(r.ui_json, r.nested_summary)) AS e (doc_id)
-WHERE r.user_id IN (
-    SELECT v.user_id FROM document_events AS v
-    WHERE v.id >= event_id_since(now() - interval '3 days') AND v.event = 'deleted' AND v.at > now() - interval '3 days'
-) AND NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = e.doc_id);
+-- Summaries that still speak of documents that their users have deleted, as of batches that had found them unchanged. Nothing is removed here.
+WITH looked AS MATERIALIZED (
+    SELECT r.id, r.user_id FROM run_summaries AS r WHERE r.id > %(after)s ORDER BY r.id LIMIT %(window)s
+), noted AS (
+    INSERT INTO summaries_to_renew (batch_id, is_its_own)
+    SELECT DISTINCT r.batch_id, FALSE
+    FROM looked AS l
+    JOIN run_summaries AS r ON r.id = l.id
+    CROSS JOIN LATERAL jsonb_array_elements_text(summary_documents(r.ui_json, r.nested_summary)) AS e (doc_id)
+    WHERE l.user_id = ANY(%(users)s) AND NOT EXISTS (SELECT FROM file_extractions AS d WHERE d.doc_id = e.doc_id)
+)
+SELECT 0 AS removed, max(l.id) AS next, count(*) = %(window)s AS more FROM looked AS l;

@@ -3,6 +3,21 @@
 -- name: batch_of_document
 SELECT d.batch_id FROM file_extractions AS d WHERE d.doc_id = %(doc_id)s;
 
+-- name: claim_of_document
+-- Cancelling an unfinished document changes it.
+SELECT d.claim FROM file_extractions AS d WHERE d.doc_id = %(doc_id)s;
+
+-- name: settle_cancelled
+-- A settled batch is summed up again only where the document has not been as it is for its summary already.
+SELECT settle_batch(b.batch_id)
+FROM file_extractions AS d
+JOIN processing_jobs AS b ON b.batch_id = d.batch_id
+WHERE d.doc_id = %(doc_id)s AND (b.settled_at IS NULL OR d.claim IS DISTINCT FROM %(claim)s::bigint);
+
+-- name: settle_bereft
+-- Of a settled batch the deletion has left a note: its summary is made again by a reconciler, once for all that were deleted meanwhile.
+SELECT settle_batch(b.batch_id) FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s AND b.settled_at IS NULL;
+
 -- name: cancel_document
 SELECT cancel_document(%(doc_id)s, %(lock_timeout_ms)s) AS state;
 
@@ -27,7 +42,13 @@ SELECT delete_batch(%(batch_id)s, %(lock_timeout_ms)s) AS deleted;
 -- name: noted_files
 SELECT n.path, n.doc_id
 FROM files_to_remove AS n
-WHERE %(doc_id)s::text IS NULL OR n.doc_id = %(doc_id)s
+ORDER BY n.noted_at
+LIMIT %(most)s;
+
+-- name: noted_files_of
+SELECT n.path, n.doc_id
+FROM files_to_remove AS n
+WHERE n.doc_id = %(doc_id)s
 ORDER BY n.noted_at
 LIMIT %(most)s;
 

@@ -16,6 +16,7 @@ from models.errors import NotFound, SubmitConflict
 from models.settings import load_settings
 from models.stages import State
 from sql import migrate as migrations
+from tests.integration.batches import refuse
 from tests.integration.conftest import STAGE_NAMES, Bench
 
 TABLES = ("file_extractions", "document_markdown", "document_chunks", "chunk_buffer", "vector_buffer", "extraction_buffer")
@@ -391,3 +392,47 @@ async def test_the_batch_of_the_last_document_ends_when_that_is_cancelled_or_del
         await bench.runner(small_documents_together=1).run(*bench.fetch())  # type: ignore[misc]  # there is one
         end(f"open {number}")
         assert bench.one("SELECT status FROM processing_jobs WHERE batch_id = %s", f"b{number}") == (status,)
+
+
+SUMMARY = "SELECT xmin::text, jsonb_path_query_array(ui_json, '$.files[*].outcome') FROM run_summaries"
+
+
+async def test_the_summary_of_a_batch_that_has_ended_is_made_again_once_for_all_that_were_deleted_and_never_for_nothing(
+    bench: Bench,
+) -> None:
+    batch(bench, "a", "c", "x", "y")
+    bench.also["parse"] = refuse("x")
+    await bench.drain()
+    before = bench.one(SUMMARY)
+    assert jobs.cancel_document("a") is State.COMPLETE
+    for doc_id in ("a", "c", "x"):
+        assert jobs.delete_document(doc_id)
+    assert bench.one(SUMMARY) == before
+    reconciler = Reconciler(bench.settings, bench.pool)
+    assert await reconciler.pass_once() == {"renewed": 1}
+    after = bench.one(SUMMARY)
+    assert after[1] == ["succeeded"]
+    assert bench.one("SELECT status, total_files FROM processing_jobs") == ("completed", 1)
+    assert await reconciler.pass_once() == {}
+    assert bench.one(SUMMARY) == after
+
+
+async def test_a_summary_tells_at_once_of_a_document_that_was_cancelled_before_its_batch_was_reopened(bench: Bench) -> None:
+    batch(bench, "a", "x")
+    bench.also["parse"] = refuse("x")
+    await bench.drain()
+    bench.conn.execute("SELECT requeue_document('x')")
+    assert bench.one("SELECT settled_at IS NULL FROM processing_jobs") == (False,)
+    assert jobs.cancel_document("x") is State.CANCELLED
+    told = bench.one(SUMMARY)
+    assert sorted(told[1]) == ["cancelled", "succeeded"]
+    assert jobs.cancel_document("x") is State.CANCELLED
+    assert bench.one(SUMMARY) == told
+
+
+async def test_a_batch_whose_canceller_was_cut_off_ends_when_that_is_done_again(bench: Bench) -> None:
+    batch(bench, "a")
+    bench.conn.execute("SELECT cancel_document('a')")
+    assert bench.one("SELECT count(*) FROM run_summaries") == (0,)
+    assert jobs.cancel_document("a") is State.CANCELLED
+    assert bench.one(SUMMARY)[1] == ["cancelled"]

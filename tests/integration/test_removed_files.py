@@ -16,7 +16,7 @@ from loguru import logger
 
 import jobs
 from jobs.adapters.storage import LocalStorage, StoredUpload
-from jobs.leftovers import remove_noted_files
+from jobs.leftovers import noted_files, remove_noted_files
 from jobs.orphans import find_orphans
 from tests.archives import write_zip
 from tests.integration.conftest import Bench
@@ -62,6 +62,25 @@ def own_file(bench: Bench, name: str, content: bytes = b"mine") -> Path:
     path.write_bytes(content)
     grow_old(path)
     return path
+
+
+def test_whoever_removes_files_reads_the_notes_of_those_alone_however_many_there_are(bench: Bench) -> None:
+    bench.conn.execute(
+        """INSERT INTO files_to_remove (path, doc_id, noted_at)
+        SELECT 'uploads/' || md5(n::text), 'doc ' || n, now() - n * interval '1 s' FROM generate_series(1, 20000) AS n"""
+    )
+    bench.conn.execute("ANALYZE files_to_remove")
+    read = """SELECT sum(pg_stat_get_xact_tuples_returned(c.oid)) FROM pg_class AS c LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
+        WHERE coalesce(i.indrelid, c.oid) = 'files_to_remove'::regclass"""
+    for doc_id, most in ((None, 1000), ("doc 7", 1)):
+        for _ in range(7):  # by the plan for any values too
+            with bench.conn.transaction():
+                before = bench.one(read)[0]
+                noted = noted_files(bench.conn, doc_id)
+                assert bench.one(read)[0] - before == most
+        assert noted == [
+            (f"uploads/{hashlib.md5(str(n).encode()).hexdigest()}", f"doc {n}") for n in ([7] if doc_id else range(20000, 19000, -1))
+        ]
 
 
 async def test_delete_removes_the_files_of_all_versions_and_their_folder(bench: Bench) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from jobs.leftovers import remove_noted_files
 from jobs.orphans import FEW, PARTS, Orphans, find_orphans, part_of
 from jobs.retention import SomebodyElsePrunes, prune_rows
 from models.settings import Settings, load_settings
+from sql import query
 from tests.archives import write_zip, zip_bytes
 from tests.integration.batches import batch_of, begin
-from tests.integration.conftest import Bench
+from tests.integration.conftest import Bench, sha
 from tests.integration.test_cli import docmill, eventually
 
 DAY = 86_400
@@ -300,6 +302,93 @@ async def test_summaries_of_earlier_runs_go_a_while_after_a_later_one_and_the_la
     assert prune(bench, summary_retention_days=30) == {"summaries of earlier runs": 1}
     assert bench.all(left) == [last]
     assert prune(bench, summary_retention_days=30) == {}
+
+
+MANY_RUNS = """INSERT INTO run_summaries OVERRIDING SYSTEM VALUE SELECT (
+    jsonb_populate_record(r, jsonb_build_object('id', r.id + n, 'run_id', gen_random_uuid(), 'batch_id', r.batch_id))
+).* FROM run_summaries AS r, generate_series(1, %s) AS n"""
+
+
+async def test_what_summaries_still_say_of_the_deleted_is_looked_for_in_windows_with_a_pause_and_until_it_is_to_stop(bench: Bench) -> None:
+    batch_of(bench, "a", "c")
+    await bench.drain()
+    bench.conn.execute(MANY_RUNS, [2 * retention.SUMMARIES])
+    noted = "SELECT count(*) > 0 FROM summaries_to_renew"
+    pauses: list[float] = []
+    settings = bench.settings.model_copy(update={policy.setting: 0 for policy in retention.POLICIES})
+    prune_rows(settings, bench.conn, pause=pauses.append)
+    assert (pauses, bench.one(noted)) == ([], (False,)), "nobody has deleted anything"
+    bench.conn.execute("SELECT delete_document('a')")
+    bench.conn.execute("DELETE FROM summaries_to_renew")
+    prune_rows(settings, bench.conn, stop=lambda: True, pause=pauses.append)
+    assert (pauses, bench.one(noted)) == ([], (False,))
+    # What is left to say stands in the last of them alone.
+    bench.conn.execute(
+        """UPDATE run_summaries SET ui_json = '{"files": []}', nested_summary = '{"folders": []}'
+        WHERE id < (SELECT max(id) FROM run_summaries)"""
+    )
+    prune_rows(settings, bench.conn, stop=lambda: len(pauses) == 2, pause=pauses.append)
+    assert (len(pauses), bench.one(noted)) == (2, (False,))
+    prune_rows(settings, bench.conn, pause=pauses.append)
+    assert (len(pauses), bench.one(noted)) == (4, (True,))
+
+
+ARCHIVES = """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message, ended_at)
+SELECT b.batch_id, md5('run ' || r)::uuid, 'ann', n || '.zip/', '', 'uploads/z', 'unpacked', NULL,
+    now() - interval '30 days' FROM processing_jobs AS b, generate_series(1, %(runs)s) AS r, generate_series(1, %(paths)s) AS n
+ORDER BY r, n"""
+
+
+@pytest.mark.parametrize(("runs", "paths"), [(1, 12000), (12000, 1)])
+def test_a_window_of_archives_reads_no_more_of_them_the_more_their_batch_has(bench: Bench, runs: int, paths: int) -> None:
+    begin(bench.conn)
+    bench.conn.execute(ARCHIVES, {"runs": runs, "paths": paths})
+    bench.conn.execute("ANALYZE batch_archives")
+    read = """SELECT sum(pg_stat_get_xact_tuples_returned(c.oid)) FROM pg_class AS c LEFT JOIN pg_index AS i ON i.indexrelid = c.oid
+        WHERE coalesce(i.indrelid, c.oid) = 'batch_archives'::regclass"""
+    for days, removed in ((60, 0), (7, 0 if runs == 1 else 100)):
+        for _ in range(7):  # by the plan for any values too
+            with bench.conn.transaction(force_rollback=True):
+                before = bench.one(read)[0]
+                window = {"after": 0, "window": 100, "days": days}
+                row = bench.conn.execute(query("prune_archives"), window, prepare=True).fetchone()
+                assert row is not None and (row[0], row[3]) == (removed, True)
+                assert bench.one(read)[0] - before < 1000
+
+
+def test_an_archive_may_have_a_long_path_in_a_batch_with_a_long_name(bench: Bench) -> None:
+    begin(bench.conn, "\U0001f4e6".join("abcdefghij") * 10)
+    bench.conn.execute("UPDATE processing_jobs SET source_path = NULL")
+    for number in range(2):
+        path = "".join(sha256(f"{number} {n}".encode()).hexdigest() for n in range(60))[:2600] + "/"
+        bench.conn.execute(
+            """INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path)
+            SELECT b.batch_id, b.run_id, 'ann', %s, '', 'uploads/z' FROM processing_jobs AS b""",
+            [path],
+        )
+    assert bench.one("SELECT count(*) FROM batch_archives") == (2,)
+
+
+def test_of_archives_those_go_that_a_later_one_was_unpacked_for_long_enough_ago(bench: Bench) -> None:
+    """By what has become of the archives of one path, in order: the last of them is of the present run."""
+    run = begin(bench.conn)
+    cases = {
+        "oo": "-o", "fo": "-o", "co": "-o", "wo": "wo", "oy": "oy", "of": "of", "ow": "ow", "oyy": "oyy", "ofo": "--o", "oof": "-of",
+        "ooy": "-oy", "yo": "-o", "yoy": "-oy", "o": "o",
+    }  # fmt: skip
+    states = {"o": ("unpacked", 8), "y": ("unpacked", 6), "f": ("failed", 8), "c": ("cancelled", 8), "w": ("waiting", None)}
+    for path, fates in {**{case: case for case in cases}, "other": "f"}.items():
+        for place, fate in enumerate(fates):
+            state, days = states[fate]
+            bench.conn.execute(
+                """INSERT INTO batch_archives (
+                    batch_id, run_id, user_id, entry_path, source_prefix, file_path, state, error_message, ended_at
+                ) VALUES ('b', %s, 'ann', %s, '', 'uploads/z', %s, 'no', now() - make_interval(days => %s))""",
+                [run if place == len(fates) - 1 else sha(f"{place}")[:32], f"{path}/", state, days],
+            )
+    prune(bench, archive_retention_days=7)
+    left = dict(bench.all("SELECT entry_path, count(*) FROM batch_archives GROUP BY 1"))
+    assert left == {f"{case}/": len(kept.strip("-")) for case, kept in cases.items()} | {"other/": 1}
 
 
 # Files

@@ -77,6 +77,18 @@ async def test_a_dry_run_shows_the_plan_and_writes_nothing(front: Bench, folder:
     assert sorted(front.settings.storage_base_path.rglob("*")) == storage
 
 
+async def test_a_sync_that_deletes_writes_the_summary_of_its_run_once_and_leaves_the_rest_to_the_reconciler(
+    front: Bench, folder: Path
+) -> None:
+    await synced(front, folder)
+    (folder / "b.txt").unlink()
+    assert shown(await sync(front, folder)) == ([], [], [], ["b.txt"])
+    assert front.all("SELECT file_count, updated_at = created_at FROM run_summaries ORDER BY id") == [(3, True), (2, True)]
+    assert await reconcile(front) == {"renewed": 1}
+    cards = "SELECT jsonb_path_query_array(ui_json, '$.files[*].path') FROM run_summaries"
+    assert front.all(cards) == [(["a.txt", "sub/c.txt"],)] * 2
+
+
 async def test_the_old_document_of_a_moved_file_is_served_until_the_new_one_is_complete(front: Bench, folder: Path) -> None:
     await synced(front, folder)
     (folder / "a.txt").rename(folder / "z.txt")
