@@ -36,7 +36,7 @@ SIDE_TASKS = [
 # What is due rather than broken.
 EXPECTED = {"bring_forward", "delete_replaced_document", "renew_summaries", "use_idle_budget", "wake_forgotten_equal"}
 RENEW_SECONDS = 5.0  # in a pass; each batch can take some, and the others come in a later one
-WINDOW = 2000  # waiting documents, and duplicates, that are looked at together
+WINDOW = 2000  # waiting documents, duplicates, and open archives, that are looked at together
 SWEEP_SHARE = 0.01  # of the time between two passes that looking at waiting documents may take, if one window does not take more
 # Most documents that each worker brings forward in a second, once a service's calls pass unasked or its budget lies idle: more than it
 # embeds. How many of their requests are under way the workers limit as for new documents.
@@ -57,7 +57,7 @@ class Reconciler:
         self._awake_since = self._noted_at = clock.seconds()
         self._doing = ""
         self._took: dict[str, float] = {}
-        self._after = self._after_duplicate = 0
+        self._after = self._after_duplicate = self._after_archive = 0
         self._disturbed_at: float | None = None
         self._after_batch = ""
 
@@ -136,7 +136,7 @@ class Reconciler:
         yield find("find_recovered_services", "bring_forward", "service", {"seconds": period}, **brought)
         yield find("find_idle_budgets", "use_idle_budget", "service", {"seconds": period}, **brought)
         yield find("find_stragglers", "cancel_straggler", "doc_id")
-        yield find("find_lost_archives", "requeue_lost_archive", "archive_id", max_requeues=self._settings.max_requeues)
+        yield "_requeue_archives", partial(self._requeue_archives, done)
         yield find("find_replaced_documents", "delete_replaced_document", "doc_id")
         yield "queue_reembedding", partial(self._rows, "queue_reembedding", delay=0.0, job_id=None)
         yield find("find_unsettled_batches", "settle_batch", "batch_id")
@@ -207,6 +207,13 @@ class Reconciler:
             if row["orphaned"]:
                 await self._repair(done, "requeue_duplicate", doc_id=row["doc_id"])
         self._after_duplicate = seen[-1]["id"] if len(seen) == WINDOW else 0
+
+    async def _requeue_archives(self, done: dict[str, int]) -> None:
+        seen = await self._rows("find_lost_archives", after=self._after_archive, window=WINDOW)
+        for row in seen:
+            if row["lost"]:
+                await self._repair(done, "requeue_lost_archive", archive_id=row["id"], max_requeues=self._settings.max_requeues)
+        self._after_archive = seen[-1]["id"] if len(seen) == WINDOW else 0
 
     async def _repair(self, done: dict[str, int], name: str, **params: Any) -> None:
         """Run one repair, a transaction of its own; one that fails keeps no other from being tried."""

@@ -251,11 +251,17 @@ ORDER BY u.place;
 SELECT reopen_batch(%(batch_id)s) AS outcome;
 
 -- name: find_lost_archives
-SELECT a.id
-FROM batch_archives AS a
-WHERE a.state IN ('waiting', 'unpacking') AND NOT is_being_unpacked(a.id)
-ORDER BY a.id
-LIMIT %(most)s;
+-- A window of open archives by id, as of waiting documents.
+WITH looked AS MATERIALIZED (
+    SELECT a.id
+    FROM batch_archives AS a
+    WHERE a.state IN ('waiting', 'unpacking') AND a.id > %(after)s
+    ORDER BY a.id
+    LIMIT %(window)s
+)
+SELECT l.id, NOT is_being_unpacked(l.id) AS lost
+FROM looked AS l
+ORDER BY l.id;
 
 -- name: requeue_lost_archive
 SELECT requeue_lost_archive(%(archive_id)s, %(max_requeues)s) AS outcome;

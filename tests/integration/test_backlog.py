@@ -75,6 +75,15 @@ SELECT j.id, 'succeeded', now() - interval '1 hour' FROM procrastinate_jobs AS j
 INSERT INTO document_events (at, doc_id, version, batch_id, user_id, correlation_id, event, claim, detail)
 SELECT now() - interval '30 minutes', d.doc_id, 1, d.batch_id, d.user_id, 'c', e, 1, '{}'
 FROM file_extractions AS d CROSS JOIN unnest(ARRAY['submitted', 'stage_completed']) AS e""",
+    # Archives wait too, each with its job.
+    """
+INSERT INTO batch_archives (batch_id, run_id, user_id, entry_path, source_prefix, file_path)
+SELECT b.batch_id, b.run_id, 'user 1', n || '.zip/', '', 'uploads/archive ' || n FROM generate_series(1, 10000) AS n, processing_jobs AS b
+WHERE b.batch_id = 'batch 0'""",
+    """
+INSERT INTO procrastinate_jobs (queue_name, task_name, queueing_lock, args, status, scheduled_at, docmill_user)
+SELECT 'cpu', 'unpack', 'unpack:' || a.id, jsonb_build_object('archive_id', a.id), 'todo', now() + interval '1 day', a.user_id
+FROM batch_archives AS a""",
     "INSERT INTO circuit_breakers (service) VALUES ('embedding https://one.test'), ('embedding https://two.test')",
     """
 INSERT INTO provider_budgets (service, requests_per_minute, overflow_at)
@@ -185,7 +194,7 @@ STATEMENTS: list[tuple[str, dict[str, Any]]] = [
     ("find_idle_budgets", {"seconds": 5.0}),
     ("use_idle_budget", {"service": "embedding https://two.test", "most": BROUGHT_AT_ONCE, "seconds": 5.0}),
     ("find_stragglers", {"most": MOST}),
-    ("find_lost_archives", {"most": MOST}),
+    ("find_lost_archives", {"after": 100, "window": WINDOW}),
     ("find_replaced_documents", {"most": MOST}),
     ("find_unsettled_batches", {"most": MOST}),
     ("find_summaries_to_renew", {"most": MOST}),

@@ -13,7 +13,7 @@ from jobs import faults
 from jobs.database import make_pool
 from jobs.reconcile import Reconciler
 from models.documents import Document
-from tests.integration.batches import accept, begin, seal
+from tests.integration.batches import accept, add_archive, begin, seal
 from tests.integration.conftest import STAGE_NAMES, Bench
 
 
@@ -373,3 +373,16 @@ async def test_a_sweep_of_what_waits_goes_on_where_the_last_pass_stopped_and_tak
     assert [await hurried.pass_once() for _ in range(4)] == [{"requeued": 2}, {"requeued": 2}, {"requeued": 2}, {"requeued": 1}]
     bench.conn.execute("DELETE FROM procrastinate_jobs")
     assert await reconciler(bench, reconcile_seconds=3600.0).pass_once() == {"requeued": 7}
+
+
+async def test_a_pass_looks_at_a_window_of_the_archives_that_wait_and_the_next_one_goes_on_behind_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.reconcile.WINDOW", 2)
+    run = begin(bench.conn)
+    for n in range(5):
+        add_archive(bench.conn, run, f"{n}.zip/", "waiting")
+    sweeps = reconciler(bench)
+    assert [await sweeps.pass_once() for _ in range(3)] == [{}] * 3
+    bench.conn.execute("DELETE FROM procrastinate_jobs")
+    assert [await sweeps.pass_once() for _ in range(4)] == [{"requeued": 2}, {"requeued": 2}, {"requeued": 1}, {}]

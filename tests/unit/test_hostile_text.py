@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from models.chunks import Chunk
 from models.documents import Document
 from models.errors import ParseError
 from models.stages import Milestone
+from tests.unit.small_files import pptx
 
 DOCUMENT = Document(doc_id="d", version=1, user_id="u", file_name="a.txt", file_path="uploads/d", milestone=Milestone.UPLOADED)
 MANY = 300_000
@@ -107,6 +110,25 @@ def test_what_nests_a_hundred_thousand_levels_deep_is_read(name: str, data: byte
     text = parsed(tmp_path, name, data)
     assert "visible" in text
     passages(text)
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u3000"])
+def test_many_blanks_inside_a_line_of_a_slide_are_looked_at_once(blank: str, tmp_path: Path) -> None:
+    """Not compressed: a slide that unpacks to so much more than it is, xberg refuses."""
+    stored = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(pptx(f"all of it{blank * MANY}visible"))) as packed, zipfile.ZipFile(stored, "w") as archive:
+        for name in packed.namelist():
+            archive.writestr(name, packed.read(name))
+    text = parsed(tmp_path, "a.pptx", stored.getvalue())
+    assert len(text) > MANY and "visible" in text
+    passages(text)
+
+
+def test_links_that_never_close_in_the_html_of_a_mail_are_looked_at_once(tmp_path: Path) -> None:
+    head = b"From: a@b\r\nMIME-Version: 1.0\r\nContent-Type: multipart/alternative; boundary=B\r\n\r\n"
+    plain = b"--B\r\nContent-Type: text/plain\r\n\r\nSee the page.\r\n"
+    html = b"--B\r\nContent-Type: text/html\r\n\r\n<p>visible " + b"](" * (MANY // 2) + b"</p>\r\n--B--\r\n"
+    assert "visible" in parsed(tmp_path, "a.eml", head + plain + html)
 
 
 def test_a_mail_of_too_many_parts_or_messages_in_messages_is_refused_rather_than_cut(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ MAX_HTML_DEPTH = 3
 """How deep an alternative is searched for HTML; each level may mean to read it once more."""
 STUB_RATIO = 3
 """HTML so many times as long as the plain text beside it is the message, and the text says no more than that there is one."""
-_LINK_TARGET = re.compile(r"\]\([^)\n]*\)")
+_LINK_TARGET = re.compile(r"\]\((?:[^)\n\]]|\](?!\())*+\)")
+"""Not past where another begins, so that what never closes is looked at once."""
 _DATED = rb"From \S{1,200} .{0,60}\d{4}[^\n]{0,20}\n"
 _FROM_LINE = re.compile(rb"\A(?:\xef\xbb\xbf)?%b|(?:(?<=\n\n)|(?<=\n\r\n))%b(?=>?[A-Za-z][\w-]{0,60}:)" % (_DATED, _DATED))
 """What a message of a mailbox follows: sender and date, behind a blank line and before headers. Other lines may begin with `From ` too."""

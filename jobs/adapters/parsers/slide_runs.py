@@ -14,8 +14,8 @@ MAX_SLIDE_BYTES = 32 * MB
 """Of XML in a slide, or in its notes, that is read a second time for this."""
 _SLIDE = re.compile(r"ppt/(?:slides/slide|notesSlides/notesSlide)\d+\.xml")
 _CELLS = re.compile(r"((?<!\\)\|)")
-_LINE = re.compile(r"(\s*(?:(?:#{1,6}|[-+]|\d+\.)\s+)?)(.*?)(\s*)", re.DOTALL)
-"""A line's or cell's mark (of a heading, of a list), its text, and the blanks behind it."""
+_LEAD = re.compile(r"\s*(?:(?:#{1,6}|[-+]|\d+\.)\s+)?")
+"""What a line or cell begins with: blanks and the mark of a heading or of a list."""
 _MARKS = "*~\\"
 _INSIDE_WORD = re.compile(r"\w[*~\\]+\w")
 
@@ -25,8 +25,10 @@ def run_joiner(source: Source) -> Callable[[str], str]:
     exact = _exact_texts(source) if source.is_ooxml else {}
 
     def joined(text: str) -> str:
-        before, body, behind = _LINE.fullmatch(text).groups()  # type: ignore[union-attr]  # it matches any text
-        return f"{before}{_without_gaps(body, exact.get(_key(body), ''))}{behind}"
+        before = _LEAD.match(text)[0]  # type: ignore[index]  # it matches any text
+        rest = text[len(before) :]
+        body = rest.rstrip()  # a pattern that leaves the blanks at the end to another would try each blank inside as one of those
+        return f"{before}{_without_gaps(body, exact.get(_key(body), ''))}{rest[len(body) :]}"
 
     def line(text: str) -> str:
         return "".join(map(joined, _CELLS.split(text))) if text.startswith("|") else joined(text)
