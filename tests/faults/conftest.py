@@ -33,6 +33,7 @@ SHORT = {
         "test_new_content_in_mid_run_wins_and_the_old_never_shows[queue]",
         "test_a_submission_while_the_document_waits_for_its_retry[inline]",
         "test_an_open_transaction_on_one_document_harms_no_other[inline-commit]",
+        "test_a_held_document_that_comes_back_while_another_is_alone_keeps_its_lease[inline]",
     ],
     "test_batches": [
         "test_last_documents_that_end_in_the_same_moment_end_their_batch_once[inline]",
@@ -42,7 +43,6 @@ SHORT = {
         "test_a_deed_while_each_stage_runs_wins[inline-cancel]",
         "test_a_late_worker_of_a_deleted_document_writes_nothing_to_its_successor[inline]",
         "test_the_original_of_duplicates_is_deleted_under_load[inline-skip]",
-        "test_equals_at_once_are_parsed_once_whatever_happens_to_the_first[queue-reuse]",
         "test_a_batch_is_cancelled_and_deleted_under_load[queue]",
         "test_a_storm_of_submissions_cancels_and_deletes_ends_with_what_was_submitted_last[inline]",
     ],
@@ -77,9 +77,7 @@ SHORT = {
     ],
     "test_small_documents": [
         "test_a_worker_killed_with_several_in_hand_loses_and_doubles_none[inline-in_checkpoint:complete]",
-        "test_what_was_kept_before_a_kill_is_not_paid_for_again[inline-kept-d0020-1]",
         "test_a_worker_killed_with_several_that_waited_for_a_service_loses_and_doubles_none[inline-kept-20]",
-        "test_a_lease_that_is_lost_by_all_at_once_is_made_good_by_another_worker[inline]",
         "test_parsers_killed_under_several_documents_cost_none_of_them[inline]",
     ],
     "test_services": [
@@ -89,9 +87,7 @@ SHORT = {
     "test_services_refusing": [
         "test_documents_wait_for_a_key_that_works_again_and_spend_nothing[queue-401-embedding]",
     ],
-    "test_services_moody": [
-        "test_documents_get_through_a_service_that_answers_every_fifth_request_or_do_when_requeued[inline-extraction]",
-    ],
+    "test_services_moody": [],
     "test_services_parsing": [
         "test_an_outage_of_the_parsing_service_pays_no_page_twice_and_new_files_are_parsed_here[inline-10]",
     ],
