@@ -84,15 +84,13 @@ class Unpacker:
             return
         archive = Archive(**row)
         with bound(batch_id=archive.batch_id, correlation_id=archive.correlation_id, stage="unpack"):
-            try:
-                if began["outcome"] == "held":
-                    raise BatchHeld
-                if began["outcome"] == "begun":
+            held = began["outcome"] == "held"
+            if began["outcome"] == "begun":
+                try:
                     await self._run(archive)
-            except BatchHeld:
-                await self._put_off_held(archive)
-            else:
-                await self._count_and_settle(archive)
+                except BatchHeld:
+                    held = True
+            await (self._put_off_held(archive) if held else self._count_and_settle(archive))
 
     async def _run(self, archive: Archive) -> None:
         """Raise BatchHeld where somebody's transaction holds the archive or its batch; what has been accepted until then stays."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -164,39 +166,42 @@ def test_an_open_transaction_over_all_that_a_worker_has_in_hand_keeps_no_other_d
     arena.judge("6 colliding submissions", f"an open transaction that resubmits all 6 documents in hand, then {ends}")
 
 
+def must_be_alone(arena: Arena, offer: dict[str, bytes]) -> dict[str, bytes]:
+    """Submit documents that each must be alone in their worker, and return them."""
+    with arena.connect() as conn, conn.transaction():
+        for doc_id, content in offer.items():
+            submit_document(content, doc_id=doc_id, file_name=name_of(doc_id), connection=conn)
+        conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id = ANY(%s)", [list(offer)])
+    return offer
+
+
+@contextmanager
+def holding(arena: Arena, doc_ids: str) -> Iterator[None]:
+    """Keep a transaction open that holds the documents of which this is the beginning; at the end it is undone."""
+    with arena.connect() as application:
+        application.execute("BEGIN")
+        application.execute("SELECT FROM file_extractions WHERE starts_with(doc_id, %s) FOR UPDATE", [doc_ids])
+        arena.fault()
+        yield
+        application.execute("ROLLBACK")
+
+
 def test_a_document_that_must_be_alone_does_not_wait_for_one_that_somebodys_transaction_holds(arena: Arena) -> None:
     held, suspects, others = documents(2), documents(2, prefix="suspect"), documents(6, prefix="other")
     arena.submit(held)
     faults = [f"sleep:1@before_checkpoint:complete;doc={doc};once={arena.mark(doc)}" for doc in held]
     arena.worker(faults=faults, WORKER_CONCURRENCY="4", SMALL_DOCUMENTS_TOGETHER="1")
     arena.wait(lambda: len(arena.marks()) == 2, "both to come to their last checkpoint")
-    with arena.connect() as application:
-        application.execute("BEGIN")
-        application.execute("SELECT FROM file_extractions WHERE doc_id LIKE 'd%' FOR UPDATE")
-        arena.fault(2)
-        with arena.connect() as conn, conn.transaction():
-            for doc_id, content in suspects.items():
-                submit_document(content, doc_id=doc_id, file_name=name_of(doc_id), connection=conn)
-            conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id LIKE 'suspect%'")
-        arena.accepted(suspects)
+    with holding(arena, "d"):
+        arena.accepted(must_be_alone(arena, suspects))
         arena.submit(others)
         arena.wait(
             lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == 8, "all others to be complete", 30
         )
-        application.execute("ROLLBACK")
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     assert arena.one("SELECT count(*) FROM document_events WHERE event IN ('rescued', 'fenced_off')") == 0
     arena.judge("6 colliding submissions", "an open transaction over 2 documents in hand, beside 2 that must be alone")
-
-
-def suspect(arena: Arena, doc_id: str) -> dict[str, bytes]:
-    """Submit a document that must be alone in its worker."""
-    offer = {doc_id: text_document(700)}
-    with arena.connect() as conn, conn.transaction():
-        submit_document(offer[doc_id], doc_id=doc_id, file_name=name_of(doc_id), connection=conn)
-        conn.execute("UPDATE file_extractions SET crash_count = 1 WHERE doc_id = %s", [doc_id])
-    return offer
 
 
 def test_a_held_document_that_comes_back_while_another_is_alone_keeps_its_lease(arena: Arena) -> None:
@@ -208,13 +213,9 @@ def test_a_held_document_that_comes_back_while_another_is_alone_keeps_its_lease(
     arena.worker(faults=[stops, *slow], CHECKPOINT_SECONDS="0", STAGE_TIMEOUT_SECONDS="4", SMALL_DOCUMENTS_TOGETHER="1")
     arena.reconciler()
     arena.wait(lambda: len(arena.marks()) == 1, "its checkpoint")
-    with arena.connect() as application:
-        application.execute("BEGIN")
-        application.execute("SELECT FROM file_extractions WHERE doc_id = 'd0000' FOR UPDATE")
-        arena.fault(1)
-        alone = suspect(arena, "alone")
+    with holding(arena, "d0000"):
+        alone = must_be_alone(arena, {"alone": text_document(700)})
         arena.wait(lambda: len(arena.marks()) == 2, "the other to be alone")
-        application.execute("ROLLBACK")
     arena.accepted(alone)
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
@@ -223,21 +224,17 @@ def test_a_held_document_that_comes_back_while_another_is_alone_keeps_its_lease(
 
 
 def test_what_waits_behind_a_held_document_that_is_alone_goes_to_another_worker(arena: Arena) -> None:
-    alone = suspect(arena, "alone")
+    alone = must_be_alone(arena, {"alone": text_document(700)})
     arena.worker(faults=[f"sleep:1@before_checkpoint:complete;doc=alone;once={arena.mark('alone')}"], WORKER_CONCURRENCY="4")
     arena.wait(lambda: len(arena.marks()) == 1, "its last checkpoint")
     others = documents(4)
-    with arena.connect() as application:
-        application.execute("BEGIN")
-        application.execute("SELECT FROM file_extractions WHERE doc_id = 'alone' FOR UPDATE")
-        arena.fault(1)
+    with holding(arena, "alone"):
         arena.submit(others)
         arena.wait(lambda: arena.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'doing'") > 1, "others to be fetched")
         arena.worker(WORKER_CONCURRENCY="4")
         arena.wait(
             lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == 4, "the others to be complete", 40
         )
-        application.execute("ROLLBACK")
     arena.accepted(alone)
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
@@ -253,17 +250,13 @@ def test_a_worker_with_too_much_memory_ends_though_somebodys_transaction_holds_w
         faults=[stops], CHECKPOINT_SECONDS="0", WORKER_MEMORY_LIMIT_MB="30", SMALL_DOCUMENTS_TOGETHER="1", SHUTDOWN_GRACE_SECONDS="3"
     )
     arena.wait(lambda: len(arena.marks()) == 1, "its first checkpoint")
-    with arena.connect() as application:
-        application.execute("BEGIN")
-        application.execute("SELECT FROM file_extractions WHERE doc_id = 'd0000' FOR UPDATE")
-        arena.fault(1)
+    with holding(arena, "d0000"):
         arena.wait(lambda: not worker.alive(), "the worker to end", 40)
         arena.worker()
         arena.submit(others)
         arena.wait(
             lambda: arena.one("SELECT count(*) FROM file_extractions WHERE state = 'complete'") == 5, "the others to be complete", 40
         )
-        application.execute("ROLLBACK")
     arena.settle()
     assert arena.one("SELECT count(*) FROM file_extractions WHERE state <> 'complete'") == 0
     arena.judge("6 colliding submissions", "an open transaction over 1 document in hand of a worker that is to end for its memory")
