@@ -1,16 +1,16 @@
 """Bulk vectors: rows a second through docmill's checkpoint against plain COPY, index builds, and recall with and without filters.
 
-Usage: python -m bench.vectors [--vectors 100000] [--rounds 5] [--written 10000] [--passages 100] [--role docmill_worker]
-    [--only written index]
+Usage: python -m bench.vectors [--vectors 100000] [--rounds 5] [--written 10000] [--passages 100] [--at-once 1]
+    [--role docmill_worker] [--only written index]
 
 The vectors are those that come with SciFact (384 dimensions), each many times with a little noise; the texts its abstracts, cut at 1,000
 characters. written: documents of so many passages, complete in one checkpoint each (row, markdown, passages, event, job), against plain
 binary COPY of the same rows, a transaction for each document, into a table with the same columns and indexes, into such a one with the
 document's text into another, into one with the foreign key and the trigger of document_chunks too, as COPY into that table itself would
-meet them, and into one with a primary key alone; alternately, medians, all tables growing alike. --role docmill_worker:
-the checkpoint is written as a role that row security applies to, for which Postgres refuses COPY. index: built as
-maintenance builds it, and with other settings of the server; then rows a second into the standing index. recall@10: search_by_vector
-against exact search, for the queries that come with the corpus.
+meet them, and into one with a primary key alone; alternately, medians, all tables growing alike. --at-once: over so many connections
+of this one process, as a worker writes what it has in hand. --role docmill_worker: the checkpoint is written as a role that row
+security applies to, for which Postgres refuses COPY. index: built as maintenance builds it, and with other settings of the server; then
+rows a second into the standing index. recall@10: search_by_vector against exact search, for the queries that come with the corpus.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,8 @@ async def copy_text(conn: psycopg.AsyncConnection[Any], table: str, document: Do
         await copy.write_row(row)
 
 
-async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, rounds: int, role: str) -> None:
-    """Print rows a second of each way to write."""
+async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, rounds: int, at_once: int, role: str) -> None:
+    """Print rows a second of each way to write, and its share of COPY with the indexes and of COPY with foreign key and trigger."""
     ways = {
         "COPY, primary key alone": by_copy("bare"),
         "COPY, same columns and indexes": by_copy("same"),
@@ -157,8 +158,14 @@ async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, 
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     if role != "NONE":
         await asyncio.to_thread(create_roles, settings)
-    async with await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True) as conn:
-        await register_vectors(conn)
+    async with AsyncExitStack() as opened:
+        conns = [
+            await opened.enter_async_context(await psycopg.AsyncConnection.connect(url_of(settings), autocommit=True))
+            for _ in range(at_once)
+        ]
+        for each in conns:
+            await register_vectors(each)
+        conn, pids = conns[0], [os.getpid(), *(each.info.backend_pid for each in conns)]
         for table in ("same", "beside", "checked"):
             await conn.execute(f"CREATE TABLE {table} (LIKE document_chunks INCLUDING ALL)".encode())
         await conn.execute("ALTER TABLE checked ADD FOREIGN KEY (doc_id) REFERENCES file_extractions (doc_id) ON DELETE CASCADE")
@@ -172,9 +179,8 @@ async def written(settings: Settings, corpus: Corpus, rows: int, passages: int, 
             works = await claimed(conn, corpus, range(rows // passages), f"round {number}")
             for name, write in ways.items():
                 await conn.execute("CHECKPOINT")
-                pids = (os.getpid(), conn.info.backend_pid)
                 began, cpu = time.perf_counter(), sum(map(own_cpu, pids))
-                await write(conn, works)
+                await asyncio.gather(*(write(each, works[i::at_once]) for i, each in enumerate(conns)))
                 seconds[name].append((time.perf_counter() - began, sum(map(own_cpu, pids)) - cpu))
         await conn.execute("DROP TABLE same, beside, checked, bare, texts")
     bases = seconds["COPY, same columns and indexes"], seconds["COPY, and foreign key and trigger"]
@@ -266,11 +272,9 @@ async def load(settings: Settings, corpus: Corpus) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--written", type=int, default=10_000)
-    parser.add_argument("--passages", type=int, default=100)
-    parser.add_argument("--queries", type=int, default=100)
+    numbers = {"vectors": 100_000, "rounds": 5, "written": 10_000, "passages": 100, "at-once": 1, "queries": 100}
+    for name, usual in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--role", default="NONE")
     parser.add_argument("--only", nargs="*", choices=["written", "index"], default=["written", "index"])
     given = parser.parse_args()
@@ -285,7 +289,7 @@ def main() -> None:
             shares = "of COPY, clock | of COPY, CPU | of COPY with key and trigger, clock | the same, CPU"
             print(f"| {given.passages} passages a document | rows/s | rows per CPU s | {shares} | load |\n|{'---|' * 8}")
             settings = fresh_settings(server, folder, "written")
-            asyncio.run(written(settings, corpus, given.written, given.passages, given.rounds, given.role))
+            asyncio.run(written(settings, corpus, given.written, given.passages, given.rounds, given.at_once, given.role))
         if "index" in given.only:
             settings = fresh_settings(server, folder, "indexed")
             asyncio.run(load(settings, corpus))
