@@ -171,8 +171,10 @@ class Schedule:
         worker.take(count)
         worker.trap = None
         if worker.trapped is not None:
-            within = worker.trapped.partition(":")[0] in ("in_checkpoint", "keeping", "claimed", "committed")
-            self._do("kill" if deed == "freeze" and within else deed, worker)
+            point = worker.trapped.partition(":")[0]
+            # No transaction is left open for as long as a worker is frozen, and what ends a stage cannot be cut short: there is no wait.
+            unfit = {"freeze": ("in_checkpoint", "keeping", "claimed", "committed"), "stop": ("stage_done",)}
+            self._do("kill" if point in unfit.get(deed, ()) else deed, worker)
 
     def _do(self, deed: str, worker: Worker) -> None:
         if deed == "kill":
