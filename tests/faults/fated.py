@@ -42,7 +42,7 @@ class Fated(LocalServer):
     contents: dict[str, str]
 
     async def _answer(self, request: Request) -> tuple[Response, Fault | None]:
-        body = request.json() if request.headers.get("content-type") == "application/json" else None
+        body = request.json() if request.headers.get("content-type") == "application/json" else request.body
         fate = self.fates.popleft() if self.fates else "right"
         note = Seen(request.headers.get("x-call", ""), body, request.path, self.now(), fate, fate == "hold", dict(self.contents))
         self.seen.append(note)

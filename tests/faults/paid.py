@@ -172,7 +172,7 @@ class Schedule:
         worker.trap = None
         if worker.trapped is not None:
             point = worker.trapped.partition(":")[0]
-            # No transaction is left open for as long as a worker is frozen, and what ends a stage cannot be cut short: there is no wait.
+            # A frozen worker leaves no transaction open, and where a stage ends there is no wait that could be cut short.
             unfit = {"freeze": ("in_checkpoint", "keeping", "claimed", "committed"), "stop": ("stage_done",)}
             self._do("kill" if point in unfit.get(deed, ()) else deed, worker)
 
