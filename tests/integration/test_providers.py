@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,19 @@ async def test_a_refused_key_opens_the_breaker_at_once_and_all_completes_with_a_
     assert rows.shape == (4, 32)
     assert set(raised) <= {"ServiceUnavailable"}
     assert conn.execute("SELECT state FROM circuit_breakers").fetchall() == [("closed",)]
+
+
+@pytest.mark.parametrize("refuses_all", [False, True])
+async def test_each_request_that_unlearns_an_optional_field_is_a_call_in_the_ledger(
+    local: OpenAIServer, front: Any, conn: psycopg.Connection, refuses_all: bool
+) -> None:
+    local.base64 = local.chooses_dimensions = "refused"
+    local.poison = TEXTS[0] if refuses_all else None
+    called = embedder(local, await front("embedding"))
+    with pytest.raises(RequestRefused) if refuses_all else nullcontext():
+        await called.embed_sized(called.size(TEXTS[:1]), shares=SHARES)
+    assert entered(conn) == [("rejected", 422), ("rejected", 400), ("rejected", 400) if refuses_all else ("ok", 200)]
+    assert local.tally.requests == 3
 
 
 async def test_a_poisoned_text_is_not_held_against_the_service(local: OpenAIServer, front: Any, conn: psycopg.Connection) -> None:

@@ -19,7 +19,7 @@ from jobs.adapters.embedders.hosted import Limits, make_hosted
 from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.tokens import FRAME, estimate_tokens, split_by_tokens
 from models.calls import CallPurpose, CallShare, Reply
-from models.errors import BadAnswer, ConfigurationError, CredentialRefused, DocmillError, RequestRefused
+from models.errors import BadAnswer, ConfigurationError, CredentialRefused, DocmillError, RateLimitError, RequestRefused
 from models.settings import Settings
 from tests.servers import OpenAIServer, faults
 from tests.servers.openai import count_tokens
@@ -216,6 +216,26 @@ async def test_a_poisoned_first_request_does_not_change_the_dialect(server: Open
     assert caught.value.call is not None and caught.value.call.status == 400
     await called.embed(["fine"])
     assert server.log[-1].json()["encoding_format"] == "base64"
+
+
+async def test_texts_that_must_wait_between_two_dialects_go_on_with_the_next(server: OpenAIServer) -> None:
+    server.base64 = server.chooses_dimensions = "refused"
+    allowed = 0
+
+    class OneAtATime:
+        async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
+            if server.tally.requests >= allowed:
+                raise RateLimitError("There is room later.", 1.0)
+            return await send()
+
+    called = embedder(server)
+    called.caller = OneAtATime()
+    for allowed in (1, 2):  # noqa: B007 - the caller looks at it
+        with pytest.raises(RateLimitError):
+            await called.embed(TEXTS[:2])
+    allowed = 3
+    assert (await called.embed(TEXTS[:2])).shape == (2, 64)
+    assert server.tally.requests == 3
 
 
 async def test_every_exchange_goes_through_what_is_put_around_it(server: OpenAIServer) -> None:

@@ -15,7 +15,7 @@ from jobs.adapters.exchange import DIRECT, Service, Timeouts, read_json
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
 from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallPurpose, CallShare, Reply
-from models.errors import ConfigurationError, RequestRefused
+from models.errors import ConfigurationError, NotSent, RateLimitError, RequestRefused, ServiceUnavailable
 from models.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class HostedEmbedder:
         asked = dimensions is not None
         self._dialects = list(dict.fromkeys([Dialect(True, asked), Dialect(False, asked), Dialect(False, False)]))
         self._proven = False
+        self._refused_until: dict[int, int] = {}
+        """How many of the dialects texts were refused in that had to wait before the next; by a hash of them."""
 
     def estimate(self, text: str) -> int:
         """Return a safe upper estimate of a text's tokens, as budgets and plans count them."""
@@ -130,8 +132,8 @@ class HostedEmbedder:
         last: Reply[Vectors] | None = None
         for part in plan_requests(weights, max_texts=self.limits.max_texts, max_tokens=self.limits.max_tokens):
             tokens = sum(weights[part])
-            send = partial(self._exchange, [piece for _, piece in pieces[part]])
-            last = await (caller or self.caller).call(send, CallPurpose("embed", shares, model=self._name, tokens=tokens))
+            purpose = CallPurpose("embed", shares, model=self._name, tokens=tokens)
+            last = await self._call(caller or self.caller, [piece for _, piece in pieces[part]], purpose)
             counted.append(tokens if last.tokens_in is None else last.tokens_in)
             for (row, _), weight, vector in zip(pieces[part], weights[part], last.value, strict=True):
                 found.setdefault(row, []).append((weight, vector))
@@ -170,18 +172,25 @@ class HostedEmbedder:
             raise RequestRefused(f"A text of {len(text):,} characters would need {len(pieces):,} pieces; {MAX_SPLIT:,} are the limit.")
         return [(piece, self.estimate(piece)) for piece in pieces]
 
-    async def _exchange(self, texts: Sequence[str]) -> Reply[Vectors]:
-        """Send one request. Until one has succeeded, a refusal may be of an optional field: it is sent again without, and the first
-        refusal is raised if that does not help."""
+    async def _call(self, caller: Caller, texts: Sequence[str], purpose: CallPurpose) -> Reply[Vectors]:
+        """Make a call. Until one has succeeded, a refusal may be of an optional field: another call goes without, which budget and ledger
+        count like any other, and the first refusal is raised if that does not help. Texts that must wait in between go on there."""
         first: RequestRefused | None = None
-        for dialect in self._dialects[:1] if self._proven else list(self._dialects):
+        asked = hash(tuple(texts))
+        start = 0 if self._proven else self._refused_until.pop(asked, 0)
+        for place, dialect in enumerate(self._dialects[start:], start):
             try:
-                reply = await self._ask(texts, dialect)
+                reply = await caller.call(partial(self._ask, texts, dialect), purpose)
             except RequestRefused as refused:
                 first = first or refused
                 continue
+            except (RateLimitError, ServiceUnavailable, NotSent):
+                if place and not self._proven:
+                    self._refused_until[asked] = place
+                raise
             if not self._proven:
                 self._dialects, self._proven = [dialect], True
+                self._refused_until.clear()
             return reply
         assert first is not None
         raise first
