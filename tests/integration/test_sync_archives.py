@@ -133,3 +133,23 @@ async def test_what_an_archive_that_is_damaged_and_moved_may_hold_stays_and_is_n
     result = await sync(unpacked, folder)
     assert (shown(result)[2:], [kept.name for kept in result.kept]) == (([], []), [ENTRY, "z.zip/in/two.txt"])
     assert "y.zip has failed" in result.kept[0].reason
+
+
+async def test_a_document_that_is_called_a_zip_and_was_cancelled_stays_so(front: Bench, folder: Path) -> None:
+    put(folder / "z.zip", "no archive")
+    await sync(front, folder)
+    front.conn.execute("SELECT cancel_document(doc_id) FROM file_extractions WHERE file_name = 'z.zip'")
+    assert not (await sync(front, folder)).did_something()
+    assert names(front, folder)["z.zip"] == "cancelled"
+
+
+async def test_a_document_that_is_called_a_zip_is_left_alone_while_it_is_being_written(front: Bench, folder: Path) -> None:
+    put(folder / "z.zip", "no archive yet")
+    await sync(front, folder)
+    for content in (zip_bytes({"in.txt": "one"}), b"no archive either"):
+        (folder / "z.zip").write_bytes(content)
+        put(folder / "new.txt", f"new {content!r}")
+        result = await FolderSync(front.settings, folder, SyncOptions(), is_settled=lambda name, _: name != "z.zip").run()
+        assert (result.plan.busy, result.did_something()) == (["z.zip"], True)
+        assert result.batch is not None
+        assert (result.batch.archives, front.one("SELECT version FROM file_extractions WHERE file_name = 'z.zip'")) == ([], (1,))
