@@ -116,7 +116,7 @@ class FolderRun:
         self, entries: Sequence[Entry], known: Mapping[str, Mapping[str, Any]], archives: dict[str, tuple[Entry, str]]
     ) -> Steps[None]:
         """Submit the documents among some entries of which nothing is known from a look at them; add the archives to the others."""
-        seen: list[Seen | DocmillError] = yield partial(look, self._settings, entries, known)
+        seen: list[Seen | DocmillError] = yield partial(look, self._settings, entries, known, resume=self._looked.resume)
         new: list[tuple[Entry, int]] = []
         for entry, found in zip(entries, seen, strict=True):
             if isinstance(found, DocmillError):
@@ -135,8 +135,9 @@ class FolderRun:
     def _kept(self, entry: Entry, known: Mapping[str, Any] | None) -> FileResult | None:
         """Return the result of a document that is known to be unchanged without reading its file; None if that is not known."""
         digest = self._looked.digests.get(entry.name)
-        if known is None or digest is None or digest != known["content_sha256"] or entry.name.lower().endswith(".zip"):
-            return None  # what became a failed document once may be an archive
+        may_be_archive = entry.name.lower().endswith(".zip") and entry.name not in self._looked.busy  # though it failed as a document
+        if known is None or digest is None or digest != known["content_sha256"] or may_be_archive:
+            return None
         return None if known["state"] == State.CANCELLED and self._looked.resume else unchanged(entry, known)
 
     def _is_kept_archive(self, entry: Entry, before: Mapping[str, str]) -> bool:

@@ -37,12 +37,17 @@ def is_zip(path: Path) -> bool:
         return False
 
 
-def look(settings: Settings, entries: Sequence[Entry], known: Mapping[str, Mapping[str, Any]]) -> list[Seen | DocmillError]:
-    """Return what each file is; an error for one that cannot be read. `known`: rows of `find_known_documents` by doc_id."""
+def look(
+    settings: Settings, entries: Sequence[Entry], known: Mapping[str, Mapping[str, Any]], *, resume: bool
+) -> list[Seen | DocmillError]:
+    """Return what each file is; an error for one that cannot be read. `known`: rows of `find_known_documents` by doc_id.
+
+    `resume`: a cancelled document is stored anew although its content is the same.
+    """
     seen: list[Seen | DocmillError] = []
     for entry in entries:
         try:
-            seen.append(_look(settings, entry, known.get(entry.doc_id)))
+            seen.append(_look(settings, entry, known.get(entry.doc_id), resume=resume))
         except ConfigurationError:
             raise
         except DocmillError as error:
@@ -50,10 +55,10 @@ def look(settings: Settings, entries: Sequence[Entry], known: Mapping[str, Mappi
     return seen
 
 
-def _look(settings: Settings, entry: Entry, known: Mapping[str, Any] | None) -> Seen:
+def _look(settings: Settings, entry: Entry, known: Mapping[str, Any] | None, *, resume: bool) -> Seen:
     if is_zip(entry.path):
         return Seen("archive")
-    if known is not None and known["state"] != State.CANCELLED:
+    if known is not None and not (resume and known["state"] == State.CANCELLED):
         most = settings.max_file_size_mb * 1_000_000
         if digest_of(entry.path, most, "MAX_FILE_SIZE_MB") == known["content_sha256"]:
             return Seen("unchanged")

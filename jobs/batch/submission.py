@@ -85,6 +85,8 @@ class Looked:
     """SHA-256 by name: these files need not be read to see whether they have changed."""
     resume: bool = True
     """Whether a cancelled document, or an archive that failed, is taken up again although its content is the same."""
+    busy: frozenset[str] = frozenset()
+    """Names of files that somebody is writing: they are not read, and stay what their digest says."""
     others: frozenset[str] = frozenset()
     """Names of unchanged files whose documents stay in the batch that they are in."""
 

@@ -39,11 +39,11 @@ async def run(document: Document, tools: Tools) -> Document:
     """Read facts off the checked markdown. Raises what the sandbox raises (ParseError for a crash or a limit, TimeoutError for a wait),
     and with a model what ModelExtractor.extract raises.
 
-    With DUPLICATE_POLICY=reuse what was extracted from the same text in a complete document of the same user is copied.
+    Unless DUPLICATE_POLICY is process what was extracted from the same text in a complete document of the same user is copied.
     """
     assert document.markdown is not None, "the stage `check` leaves a markdown"
     extractor, known, reused_from = tools.extractor, None, None
-    if document.duplicate_of is not None and tools.settings.duplicate_policy == "reuse":
+    if document.duplicate_of is not None and tools.settings.duplicate_policy != "process":
         original = await tools.original_extraction(document)
         if original is not None:
             known = None if extractor is None else paid_part(original, extractor)

@@ -175,7 +175,7 @@ class FolderSync:
             metadata=self._options.metadata,
             on_file=self._on_file,
             listing=listing,
-            looked=Looked(digests, resume=False, others=others),
+            looked=Looked(digests, resume=False, busy=frozenset(result.plan.busy), others=others),
         )
         if result.batch.run_id is not None:
             # Only now is it known which files have become archives; the documents that they were go once these are unpacked.

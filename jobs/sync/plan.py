@@ -64,11 +64,13 @@ class _Holders:
     """Contents that a document of one of their files answers for."""
     _serving_inside: set[tuple[str | None, str, str | None]] = field(default_factory=set)
     """An archive's content, the path inside and the content there of entries whose document answers for it."""
+    _inside: set[tuple[str, str | None]] = field(default_factory=set)
+    """Path and content of the entries of archives."""
 
     @classmethod
-    def of(cls, found: Mapping[str, Found], stored: Iterable[Stored]) -> _Holders:
+    def of(cls, found: Mapping[str, Found], stored: Sequence[Stored]) -> _Holders:
         """Go through the files whose content is known and that nobody is writing."""
-        made = cls()
+        made = cls(_inside={(document.entry, document.content_sha256) for document in stored if document.entry is not None})
         known = {name: file.sha256 for name, file in found.items() if file.sha256 is not None and not file.busy}
         for name, sha256 in known.items():
             made._first.setdefault(sha256, found[name])
@@ -84,6 +86,18 @@ class _Holders:
                 made._serving_inside.add((known[document.name], inside, document.content_sha256))
         return made
 
+    def moved_to(self, document: Stored, archive: Archive | None) -> tuple[Found, str] | None:
+        """Return where an entry's `archive` lies now, and the entry's path there."""
+        moved = self._first.get(archive.content_sha256) if archive is not None else None
+        if moved is None or archive is None or document.entry is None:
+            return None
+        return moved, storable_text(moved.name) + document.entry.removeprefix(archive.shown)
+
+    def is_unpacked_without(self, document: Stored, file: Found, place: str, there: Archive | None) -> bool:
+        """Say whether the archive that lies `there` does not hold an entry at a place: it was changed before it was moved."""
+        unpacked = there is not None and there.current and there.content_sha256 == file.sha256
+        return unpacked and (place, document.content_sha256) not in self._inside
+
     def successor(self, document: Stored, archive: Archive | None, entry_id: Callable[[str], str]) -> tuple[str, str] | None:
         """Return name and doc_id of what takes a missing document's place; None if nothing does, or something has already.
 
@@ -92,11 +106,11 @@ class _Holders:
         sha256 = document.content_sha256
         if sha256 in self._serving:
             return None
-        moved = self._first.get(archive.content_sha256) if archive is not None else None
-        if moved is not None and archive is not None and document.entry is not None:
-            inside = document.entry.removeprefix(archive.shown)
-            place = storable_text(moved.name) + inside
-            return None if (archive.content_sha256, inside, sha256) in self._serving_inside else (place, entry_id(place))
+        moved = self.moved_to(document, archive)
+        if moved is not None:
+            there, place = moved
+            inside = place.removeprefix(storable_text(there.name))
+            return None if (there.sha256, inside, sha256) in self._serving_inside else (place, entry_id(place))
         file = self._named.get((sha256, _own_name(document.shown)), self._first.get(sha256))
         return None if file is None else (file.name, file.doc_id)
 
@@ -174,12 +188,35 @@ def make_plan(
         elif document.name in unsettled or document.file_size in written or (archive_is_written and document.entry is not None):
             plan.waiting.append(document.shown)
         else:
-            successor = holders.successor(document, archives.get(document.name), entry_id)
-            if successor is None and document.replaced_by not in by_id and _is_served_until_replaced(document):
-                _place_moved_out(plan, document)
-            else:
-                _place_missing(plan, document, successor)
+            is_known = document.replaced_by in by_id
+            _place_gone(plan, document, holders, archives, failed=failed, entry_id=entry_id, is_known=is_known)
     return plan
+
+
+def _place_gone(
+    plan: Plan,
+    document: Stored,
+    holders: _Holders,
+    archives: Mapping[str, Archive],
+    *,
+    failed: Set[tuple[str, UUID | None]],
+    entry_id: Callable[[str], str],
+    is_known: bool,
+) -> None:
+    """A document whose file, or whose archive, is not where it was. `is_known`: what takes its place is a document of the folder."""
+    archive = archives.get(document.name)
+    if (moved := holders.moved_to(document, archive)) is not None:
+        file, place = moved
+        there = archives.get(file.name)
+        if holders.is_unpacked_without(document, file, place, there):
+            if _is_in_doubt(plan, document, there, f"{place}/", failed):
+                return
+            archive = None  # what it held is looked for by its content alone
+    successor = holders.successor(document, archive, entry_id)
+    if successor is None and not is_known and _is_served_until_replaced(document):
+        _place_moved_out(plan, document)
+    else:
+        _place_missing(plan, document, successor)
 
 
 def _is_served_until_replaced(document: Stored) -> bool:
@@ -225,12 +262,19 @@ def _place_lost(plan: Plan, document: Stored, archive: Archive | None, failed: S
 
     An archive inside that could not be unpacked may hold what was in it before, and one whose entry is damaged has become such an entry.
     """
-    if archive is not None:
-        for place in (archive.shown, *places_above(document.shown)):
-            if place in archive.failed or (place, archive.run_id) in failed:
-                plan.kept.append(Kept(document.shown, f"nobody can say whether it is gone: {place} has failed"))
-                return
-    plan.vanished.append(document)
+    if not _is_in_doubt(plan, document, archive, document.shown, failed):
+        plan.vanished.append(document)
+
+
+def _is_in_doubt(plan: Plan, document: Stored, archive: Archive | None, path: str, failed: Set[tuple[str, UUID | None]]) -> bool:
+    """Keep a document if its archive, or what its path there lies in, has failed; say whether that is so."""
+    if archive is None:
+        return False
+    for place in (archive.shown, *places_above(path)):
+        if place in archive.failed or (place, archive.run_id) in failed:
+            plan.kept.append(Kept(document.shown, f"nobody can say whether it is gone: {place} has failed"))
+            return True
+    return False
 
 
 def _own_name(path: str) -> str:

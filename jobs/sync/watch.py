@@ -198,10 +198,11 @@ def summary(result: SyncResult) -> str:
     """Say in a few words what a sync did, or would do."""
     plan = result.plan
     dry = result.batch is None
+    moved = plan.moved if dry else result.moved
     parts = [
-        (len(set(plan.new) - {move.name for move in plan.moved}), "new"),
+        (len(set(plan.new) - {move.name for move in moved}), "new"),
         (len(plan.changed), "changed"),
-        (len(plan.moved if dry else result.moved), "moved"),
+        (len(moved), "moved"),
         (len(plan.vanished), "vanished") if dry else (len(result.deleted), "deleted"),
         (len(plan.busy) + len(plan.waiting) + len(plan.moved_out), "left for the next time"),
         (len(result.kept), "kept though missing"),

@@ -381,7 +381,8 @@ def real_tools(bench: Bench, **changes: Any) -> Tools:
     return replace(bench.runner(**changes)._runs._tools, sandbox=Unused())
 
 
-async def test_reuse_copies_text_and_extraction_of_the_original_and_nothing_of_another_user(bench: Bench) -> None:
+@pytest.mark.parametrize("policy", ["reuse", "skip"])
+async def test_text_and_extraction_of_the_original_are_copied_and_nothing_of_another_user(bench: Bench, policy: str) -> None:
     bench.submit("a", "1")
     await bench.drain()
     bench.conn.execute(
@@ -390,7 +391,7 @@ async def test_reuse_copies_text_and_extraction_of_the_original_and_nothing_of_a
     bench.submit("b", "1")
     bench.submit("c", "1", user_id="ann")
     b, c = (await claimed(bench, "b")).document, (await claimed(bench, "c")).document
-    tools = real_tools(bench)
+    tools = real_tools(bench, duplicate_policy=policy)  # with skip, of one that does not stay: its file has been moved
     known: dict[str, Any] = {"file_type": FileType.TEXT, "mime_type": "text/plain"}
     copied = await parse.run(replace(b, **known), tools)
     assert (copied.markdown, copied.parser, copied.reused_from, copied.duplicate_of) == ("text of a version 1", "plain 1", "a", "a")

@@ -20,6 +20,7 @@ from jobs.sync.folder import FolderSync
 from jobs.sync.looking import Look, digest_files, look_at_folder
 from jobs.sync.memory import folder_lock
 from jobs.sync.result import SyncOptions
+from jobs.sync.watch import summary
 from models.errors import RetryableError, SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from tests.integration.conftest import Bench
@@ -248,6 +249,14 @@ async def test_a_folder_that_cannot_have_lost_a_file_is_taken_for_one_that_is_no
     assert str(folder / "sub") in held.kept[0].reason
     assert "not mounted" in held.kept[0].reason
     assert [document.name for document in (await sync(front, folder, allow_empty=True)).deleted] == ["sub/c.txt"]
+
+
+async def test_a_new_file_is_counted_as_one_where_the_document_that_it_would_replace_is_kept(front: Bench, folder: Path) -> None:
+    await synced(front, folder)
+    front.conn.execute("UPDATE file_extractions SET created_at = now() + interval '1 day'")
+    (folder / "b.txt").rename(folder / "moved.txt")
+    for dry_run in (True, False):
+        assert summary(await sync(front, folder, dry_run=dry_run)) == "1 new, 1 kept though missing, 2 unchanged"
 
 
 async def test_a_folder_that_goes_away_or_is_replaced_while_it_is_listed_deletes_nothing(

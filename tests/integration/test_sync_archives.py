@@ -108,3 +108,48 @@ async def test_an_archive_inside_that_cannot_be_unpacked_keeps_only_what_it_may_
     assert (await sync(front, folder, dry_run=True)).kept == result.kept
     result = await after(Raw(b"e2.txt"), Raw(b"in.zip", zip_bytes({"other.txt": "other"})))
     assert ("a.zip/in.zip/deep.txt" in shown(result)[3], result.kept) == (True, [])
+
+
+async def test_what_a_changed_archive_had_lost_before_it_was_moved_goes_once_it_is_unpacked_there(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    put_zip(folder / "z.zip", "two", "three")
+    await sync(unpacked, folder)  # and moved before a worker came to it
+    (folder / "z.zip").rename(folder / "y.zip")
+    assert ("z.zip", "y.zip/in/one.txt") in shown(await sync(unpacked, folder))[2], "nobody knows yet that it is not in there"
+    await unpack(unpacked)
+    await work(unpacked)
+    assert shown(await sync(unpacked, folder))[2:] == ([], [ENTRY, "z.zip/in/two.txt"])
+    await reconcile(unpacked)
+    assert [name for name in names(unpacked, folder) if ".zip" in name] == ["y.zip/in/three.txt", "y.zip/in/two.txt"]
+
+
+async def test_what_an_archive_that_is_damaged_and_moved_may_hold_stays_and_is_named(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    (folder / "z.zip").write_bytes((folder / "z.zip").read_bytes()[:-30])
+    await sync(unpacked, folder)
+    (folder / "z.zip").rename(folder / "y.zip")
+    await sync(unpacked, folder)
+    await unpack(unpacked)
+    result = await sync(unpacked, folder)
+    assert (shown(result)[2:], [kept.name for kept in result.kept]) == (([], []), [ENTRY, "z.zip/in/two.txt"])
+    assert "y.zip has failed" in result.kept[0].reason
+
+
+async def test_a_document_that_is_called_a_zip_and_was_cancelled_stays_so(front: Bench, folder: Path) -> None:
+    put(folder / "z.zip", "no archive")
+    await sync(front, folder)
+    front.conn.execute("SELECT cancel_document(doc_id) FROM file_extractions WHERE file_name = 'z.zip'")
+    assert not (await sync(front, folder)).did_something()
+    assert names(front, folder)["z.zip"] == "cancelled"
+
+
+async def test_a_document_that_is_called_a_zip_is_left_alone_while_it_is_being_written(front: Bench, folder: Path) -> None:
+    put(folder / "z.zip", "no archive yet")
+    await sync(front, folder)
+    for content in (zip_bytes({"in.txt": "one"}), b"no archive either"):
+        (folder / "z.zip").write_bytes(content)
+        put(folder / "new.txt", f"new {content!r}")
+        result = await FolderSync(front.settings, folder, SyncOptions(), is_settled=lambda name, _: name != "z.zip").run()
+        assert (result.plan.busy, result.did_something()) == (["z.zip"], True)
+        assert result.batch is not None
+        assert (result.batch.archives, front.one("SELECT version FROM file_extractions WHERE file_name = 'z.zip'")) == ([], (1,))

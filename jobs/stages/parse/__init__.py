@@ -42,11 +42,12 @@ def copied(document: Document, original: OriginalText) -> Document:
 async def run(document: Document, tools: Tools) -> Document:
     """Return the document with markdown, page marks, parser and what the parser noticed; ParseError or TimeoutError where it fails.
 
-    With DUPLICATE_POLICY=reuse all of it is copied from a complete document of the same user with the same content and type.
+    Unless DUPLICATE_POLICY is process all of it is copied from a complete document of the same user with the same content and type: with
+    skip from one that does not stay, because its file has been moved here.
     """
     if document.file_type is None or document.mime_type is None:
         raise PermanentError(f"{document.file_name}: parse needs the file type that validate finds out.")
-    if tools.settings.duplicate_policy == "reuse" and (original := await tools.original_text(document)) is not None:
+    if tools.settings.duplicate_policy != "process" and (original := await tools.original_text(document)) is not None:
         return copied(document, original)
     file = tools.storage.file(document.file_path)
     if not is_own_upload(tools.settings, document.file_path, document.doc_id):  # asked again: an application may change its own rows
