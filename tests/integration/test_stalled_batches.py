@@ -37,6 +37,13 @@ async def test_a_batch_without_progress_while_a_document_is_worked_on_is_failed_
     assert await repairs(bench) == [], "once"
 
 
+async def test_the_alert_of_a_stalled_list_names_its_batch(bench: Bench) -> None:
+    begin(bench.conn, source_path="")
+    let_time_pass(bench)
+    await repairs(bench)
+    assert bench.one("SELECT message FROM alerts")[0].startswith("batch b: the submitter stopped")
+
+
 async def test_the_last_late_document_of_a_failed_batch_settles_it_again(bench: Bench) -> None:
     batch_of(bench, "a", "c")
     bench.conn.execute(IN_HAND + " WHERE doc_id = 'a'")

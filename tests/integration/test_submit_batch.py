@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from jobs import submit_batch, submit_batch_async, sync_folder, update_batch
+from jobs import run_summary, submit_batch, submit_batch_async, sync_folder, update_batch
 from jobs.arguments import absolute_path, path_doc_id
 from jobs.batch import submit_folder
 from jobs.batch.steps import run_steps
@@ -22,6 +22,7 @@ from models.errors import SubmitConflict, SubmitError
 from models.settings import Settings, load_settings
 from tests.archives import write_zip
 from tests.running import REPOSITORY
+from tests.summaries import check
 
 pytestmark = pytest.mark.usefixtures("front_door")
 
@@ -500,3 +501,17 @@ def test_the_steps_see_an_error_where_it_happens(settings: Settings) -> None:
 
     assert run_steps(steps(), settings, None) == "seen"
     assert absolute_path("x").is_absolute()
+
+
+def test_files_and_archives_of_a_list_are_called_by_their_names_in_its_summary(tmp_path: Path, conn: psycopg.Connection) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "bad.zip").write_bytes(b"PK\x03\x04 and nothing more")
+    batch = submit_batch([tmp_path / "a.txt", tmp_path / "bad.zip"])
+    conn.execute("SELECT end_archive(id, 'failed', 'no') FROM batch_archives")
+    conn.execute("SELECT cancel_document(doc_id) FROM file_extractions")
+    conn.execute("SELECT settle_batch(%s)", [batch])
+    summary = run_summary(batch)
+    assert summary is not None
+    check(summary.ui_json, summary.nested_summary)
+    assert [card["path"] for card in summary.ui_json["files"]] == ["a.txt", "bad.zip"]
+    assert [folder["path"] for folder in summary.nested_summary["folders"]] == [""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -189,6 +189,30 @@ async def test_a_late_retry_updates_status_and_summary(bench: Bench) -> None:
     assert bench.one(BATCH) == ("completed", True, None, 2)
     assert summary(bench)[0]["totals"]["succeeded"] == 2
     assert bench.one("SELECT created_at FROM run_summaries") == first
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["ended", "failed by hand"])
+@pytest.mark.parametrize(
+    ("statement", "outcome"),
+    [("SELECT cancel_document('x')", "cancelled"), ("SELECT fail_document_by_operator('x', 'enough')", "failed")],
+)
+async def test_what_ends_before_anybody_saw_that_it_went_on_is_told_in_the_summary(
+    bench: Bench, statement: LiteralString, outcome: str, by_hand: bool
+) -> None:
+    batch_of(bench, "a", "x")
+    bench.also["parse"] = refuse("x")
+    if by_hand:
+        bench.conn.execute("SELECT fail_batch('b', 'no')")
+    await bench.drain()
+    bench.conn.execute("SELECT requeue_document('x')")
+    bench.conn.execute(statement)
+    assert await reconciler(bench).pass_once() == {"renewed": 1}
+    ui, _ = summary(bench)
+    assert ui["totals"] | {"succeeded": 1, outcome: 1, "unfinished": 0} == ui["totals"]
+    card = next(card for card in ui["files"] if card["doc_id"] == "x")
+    assert (card["outcome"], card["error_message"]) == (outcome, "enough" if outcome == "failed" else None)
+    assert bench.one(BATCH)[:2] == ("failed" if by_hand else "completed_with_errors", True)
+    assert await reconciler(bench).pass_once() == {}
 
 
 async def test_requeueing_while_settling_ends_with_the_last_word_about_each_document(bench: Bench, database: str) -> None:

@@ -76,6 +76,8 @@ async def test_an_extraction_of_another_shape_leaves_fields_empty(bench: Bench, 
         ("/b.txt", "/", "b.txt"),
         (None, "/data/in", "name"),
         ("/elsewhere/b.txt", None, "name"),
+        ("/elsewhere/b.txt", "", "name"),
+        ("/x/z.zip/y/b.txt", "", "z.zip/y/b.txt"),
     ],
 )
 def test_the_path_of_a_file_inside_its_batch(conn: psycopg.Connection, source: str | None, batch: str | None, wanted: str) -> None:

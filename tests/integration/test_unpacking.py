@@ -16,7 +16,7 @@ import pytest
 from loguru import logger
 from psycopg_pool import AsyncConnectionPool
 
-from jobs import cancel_batch, cancel_document, delete_batch, delete_document, submit_batch
+from jobs import cancel_batch, cancel_document, delete_batch, delete_document, faults, submit_batch
 from jobs.adapters.sandbox import ProcessSandbox
 from jobs.adapters.storage import LocalStorage
 from jobs.adapters.stored_file import StoredFile
@@ -673,6 +673,100 @@ async def test_a_document_that_was_deleted_while_its_archive_waits_for_a_worker_
     assert submit_batch(path, batch_id="b").outcome == "new_run", "somebody who submits it again wants it"
     await bench.unpack()
     assert set(bench.documents()) == set(FILES)
+
+
+async def test_a_zip_submitted_again_while_it_is_unpacked_brings_back_what_was_deleted_before(bench: Bench) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+
+    def die(_: str) -> None:
+        if len(bench.calls) == 3:
+            raise Interrupted
+
+    bench.before_call = die
+    with pytest.raises(Interrupted):
+        await bench.unpack()
+    doc_id, _ = one_document(bench)
+    assert submit_batch(path, batch_id="b").outcome == "unchanged", "the rest of it is on its way"
+    assert delete_document(doc_id)
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
+    bench.before_call = lambda _: None
+    await bench.unpack()
+    assert set(bench.documents()) == set(FILES)
+
+
+async def test_what_was_deleted_before_a_zip_is_submitted_comes_back_also_where_the_transaction_is_older(
+    bench: Bench, database: str
+) -> None:
+    path = bench.zip(FILES)
+    submit_batch(path, batch_id="b")
+    await bench.unpack()
+    bench.finish()
+    bench.settle("b")
+    doc_id, _ = one_document(bench)
+    with psycopg.connect(database) as application:
+        application.execute("SELECT")
+        assert delete_document(doc_id)
+        assert submit_batch(path, batch_id="b", connection=application).outcome == "new_run"
+    await bench.unpack()
+    assert set(bench.documents()) == set(FILES)
+    bench.finish()
+    assert bench.settle("b") == "completed"
+    moments = [moment["event"] for moment in bench.one("SELECT ui_json -> 'timeline' FROM run_summaries ORDER BY id DESC LIMIT 1")[0]]
+    assert moments[:3] == ["submitted", "sealed", "unpacked"]
+
+
+async def test_a_document_that_was_cancelled_after_its_zip_was_submitted_again_stays_so(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    await bench.unpack()
+    ids = dict(bench.all("SELECT source_path, doc_id FROM file_extractions"))
+    again = submit_batch(bench.zip(FILES | {"d1/f01.txt": "other text"}), batch_id="b")
+    for place in ("d0/f00.txt", "d1/f01.txt"):
+        cancel_document(ids[place])
+    await bench.unpack()
+    assert bench.documents() == dict.fromkeys(FILES, "queued") | {"d0/f00.txt": "cancelled"}, "other content goes on"
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE run_id = %s", again.run_id) == (len(FILES),)
+
+
+@pytest.mark.parametrize("how", ["deleted", "cancelled"])
+async def test_an_unpacker_that_was_paused_undoes_nothing_that_was_done_to_its_documents_since(
+    how: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    archive = bench.jobs()[0]
+    bench.conn.execute("UPDATE procrastinate_jobs SET status = 'doing'")
+    done: list[str] = []
+
+    def die(_: str) -> None:
+        if len(bench.calls) == 5:  # two listings, a group each, and the next one of the second unpacker
+            raise Interrupted
+
+    async def at(point: str, _: str) -> None:
+        if point == "unpack_stored" and not done:
+            done.append("")
+            bench.before_call = die
+            with pytest.raises(Interrupted):
+                await bench.unpacker().run(archive)
+            bench.before_call = lambda _: None
+            doc_id, done[0] = one_document(bench)
+            bench.conn.execute("SELECT delete_document(%s)" if how == "deleted" else "SELECT cancel_document(%s)", [doc_id])
+
+    monkeypatch.setattr(faults, "at", at)
+    await bench.unpacker().run(archive)
+    assert bench.one("SELECT state FROM batch_archives") == ("unpacked",)
+    left = {} if how == "deleted" else {done[0]: "cancelled"}
+    assert bench.documents() == {name: "queued" for name in FILES if name != done[0]} | left
+    # What it had stored for the deleted one goes.
+    bench.finish()
+    for file in bench.settings.storage_base_path.glob("uploads/*/*"):
+        os.utime(file, (1, 1))
+    while remove_noted_files(bench.settings, bench.conn):
+        pass
+    needed = {row[0] for row in bench.all("SELECT file_path FROM file_extractions UNION SELECT file_path FROM batch_archives")}
+    assert {
+        str(file.relative_to(bench.settings.storage_base_path)) for file in bench.settings.storage_base_path.glob("uploads/*/*")
+    } == needed
 
 
 async def test_an_archive_that_broke_the_shared_limits_takes_nothing_of_them(bench: Bench) -> None:
