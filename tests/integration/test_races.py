@@ -16,11 +16,13 @@ from jobs import submit_batch, submit_document
 from jobs.arguments import path_doc_id
 from jobs.batch import submit_folder
 from jobs.front import close_async
+from jobs.reconcile import Reconciler
 from jobs.sync.memory import FolderMemory
 from models.errors import SubmitConflict
 from models.settings import load_settings
 from tests.archives import write_zip
-from tests.integration.batches import accept, add_archive, begin
+from tests.integration.batches import accept, add_archive, batch_of, begin
+from tests.integration.conftest import Bench
 
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
@@ -157,3 +159,13 @@ def test_the_deletion_of_a_batch_gives_way_to_whoever_submits_it(database: str, 
         deleted = meet(conn, lambda: deleter.execute("SELECT delete_batch('b')").fetchone(), submit)
         assert deleted.result() == (1,)
     assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (0,)
+
+
+async def test_a_batch_that_cannot_be_ended_costs_no_document_its_outcome(bench: Bench) -> None:
+    batch_of(bench, "a")
+    bench.conn.execute("ALTER FUNCTION settle_batch(text) RENAME TO away")
+    assert await bench.drain() == 1
+    bench.conn.execute("ALTER FUNCTION away(text) RENAME TO settle_batch")
+    assert bench.one("SELECT state FROM file_extractions") == ("complete",)
+    await Reconciler(bench.settings, bench.pool).pass_once()
+    assert bench.one("SELECT status FROM processing_jobs") == ("completed",)
