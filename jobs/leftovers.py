@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -38,15 +39,16 @@ def remove_noted_files(
     conn: Connection,
     *,
     doc_id: str | None = None,
+    since: datetime | None = None,
     untouched_for: float = UNTOUCHED_SECONDS,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Remove what may be removed of the noted files, or of one document's, and return how many; the others stay noted.
+    """Remove what may be removed of the noted files, of one document's or of those since a moment; return how many. The others stay noted.
 
     A storage that is away is a warning and ends it. `conn` commits each statement. `stop` is asked before each file.
     """
     storage = LocalStorage.from_settings(settings)
-    noted = noted_files(conn, doc_id)
+    noted = noted_files(conn, doc_id, since)
     remove_copies_of(settings, conn, {owner for _, owner in noted if owner is not None})
     owners = dict(noted)
     for path, owner in noted:
@@ -58,20 +60,19 @@ def remove_noted_files(
     return _remove_all(storage, conn, owners, untouched_for, stop)
 
 
-def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None) -> int:
-    """Do so for one document right after it was deleted, or for all; transactions that were open then get a moment to end."""
-    removed = remove_noted_files(settings, conn, doc_id=doc_id)
+def remove_files_of(settings: Settings, conn: Connection, doc_id: str | None, since: datetime | None = None) -> int:
+    """Do so right after a deletion, for one document or all that came since; transactions that were open then get a moment to end."""
+    removed = remove_noted_files(settings, conn, doc_id=doc_id, since=since)
     time.sleep(0.05)
-    while more := remove_noted_files(settings, conn, doc_id=doc_id):
+    while more := remove_noted_files(settings, conn, doc_id=doc_id, since=since):
         removed += more
     return removed
 
 
-def noted_files(conn: Connection, doc_id: str | None) -> list[tuple[str, str | None]]:
-    """Return some files that are noted, of one document or of all, those that come next: path and document."""
-    if doc_id is None:
-        return conn.execute(query("noted_files"), {"most": MOST}).fetchall()
-    return conn.execute(query("noted_files_of"), {"doc_id": doc_id, "most": MOST}).fetchall()
+def noted_files(conn: Connection, doc_id: str | None, since: datetime | None = None) -> list[tuple[str, str | None]]:
+    """Return some files that are noted, of one document, since a moment or of all, those that come next: path and document."""
+    name = "noted_files_of" if doc_id is not None else "noted_files_since" if since is not None else "noted_files"
+    return conn.execute(query(name), {"doc_id": doc_id, "since": since, "most": MOST}).fetchall()
 
 
 def _versions(storage: LocalStorage, path: str, doc_id: str | None) -> list[str]:

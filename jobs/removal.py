@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -90,11 +91,13 @@ def delete_batch(batch_id: str, *, connection: Connection | None = None) -> int 
         _ask(None, "mark_batch_cancelled", batch_id=batch_id)
     except NotFound:
         return None
+    # Of its own files only: what others have left may be thousands, and the workers look after it.
+    began: datetime = _ask(None, "look_at_clock")
     count = 0
     while some := _ask(None, "delete_documents", batch_id=batch_id):
         count += some
     count += _ask(None, "delete_batch", batch_id=batch_id) or 0
-    _remove_files(None)
+    _remove_files(None, began)
     return count
 
 
@@ -167,7 +170,7 @@ async def _ask_async(connection: AsyncConnection, name: str, **names: str) -> An
             return None if row is None else row[0]
 
 
-def _remove_files(doc_id: str | None) -> None:
+def _remove_files(doc_id: str | None, since: datetime | None = None) -> None:
     settings = load_settings()
     with sync_connection(settings, None) as conn:
-        remove_files_of(settings, conn, doc_id)
+        remove_files_of(settings, conn, doc_id, since)

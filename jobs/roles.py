@@ -21,6 +21,7 @@ from jobs.sessions import connect
 from models.errors import ConfigurationError, DocmillError
 from models.settings import Settings
 from sql import query
+from sql.migrate import alone
 from sql.securing import secure, secure_schema
 
 ROLES = {
@@ -96,7 +97,7 @@ def create_roles(settings: Settings) -> tuple[list[str], list[str]]:
     Whoever has owned the tables becomes a member of docmill_owner, so that nothing that logs in as that role loses its rights. RoleError
     where others have put functions into docmill's schema, or may.
     """
-    with _administration(settings) as conn:
+    with _administration(settings) as conn, alone(conn):
         oneself = _one(conn, "about_oneself")
         if oneself["owner"] is None:
             raise ConfigurationError("The database lacks docmill's present tables: run `docmill migrate` first.")
@@ -133,6 +134,7 @@ def grant_to_person(settings: Settings, login: str, user_id: str) -> None:
     """Let a login see the rows of one user and nothing else. RoleError for a login that would see more anyway."""
     check_name("user_id", user_id)
     with _administration(settings) as conn, conn.transaction():
+        conn.execute(query("lock_roles"))
         known = _roles_of(conn, login)
         others = [name for name in known["roles"] if name != ROLES["reader"][0]]
         if known["sees_all"] or others:
@@ -150,6 +152,7 @@ def grant_to_person(settings: Settings, login: str, user_id: str) -> None:
 def grant_as(settings: Settings, login: str, kind: str, *, indexes: bool = False) -> None:
     """Let a login be a worker, an operator, an application or an owner. `indexes`: a worker that may also build the vector indexes."""
     with _administration(settings) as conn, conn.transaction():
+        conn.execute(query("lock_roles"))
         known = _roles_of(conn, login)
         if known["user_id"] is not None:
             raise RoleError(f'"{login}" is the login of a person, user "{known["user_id"]}": revoke that first.')
@@ -161,6 +164,7 @@ def grant_as(settings: Settings, login: str, kind: str, *, indexes: bool = False
 def revoke(settings: Settings, login: str) -> bool:
     """Take all of docmill's roles and its user from a login; return whether it had any. A login that is gone loses its mapping."""
     with _administration(settings) as conn, conn.transaction():
+        conn.execute(query("lock_roles"))
         mapped = conn.execute(query("unmap_login"), {"login": login}).fetchone() is not None
         try:
             roles = _roles_of(conn, login)["roles"]

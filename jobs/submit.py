@@ -182,6 +182,9 @@ def refused(error: psycopg.Error, doc_id: str) -> Exception:
     """Translate what Postgres said to a submission."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f"The batch takes in no more documents of this run: {describe(error)}.")
+    if isinstance(error, psycopg.errors.ForeignKeyViolation):
+        # It was there when it was looked at. The document waited for whoever has deleted it.
+        return SubmitConflict("The batch takes in no more documents of this run: it has been deleted.")
     return taken_or_held(error, f'doc_id "{doc_id}"', "this document")
 
 

@@ -143,7 +143,7 @@ class DocmillWorker(Worker):
             logger.warning("Job {} was not acknowledged: the database is away, and this worker must stop; the others put it right", job.id)
         elif error := acknowledging.exception():
             # Somebody has ended this job's row meanwhile: a rescue, because this worker had been silent for too long.
-            logger.warning("Job {} was no longer this worker's to acknowledge: {}", job.id, describe(error))
+            logger.warning("Job {} was no longer this worker's to acknowledge: {}", job.id, describe(error.__cause__ or error))
 
     def stop(self) -> None:
         """Finish what is in hand; a second signal leaves at once."""

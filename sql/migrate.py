@@ -7,6 +7,8 @@ apply procrastinate's schema under the same lock. See docs/decisions/0002-own-mi
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from importlib.util import find_spec
@@ -27,13 +29,19 @@ _LONGEST_PAUSE = 30.0  # seconds between two tries of one that found others in i
 _Migration = tuple[str, str, Path | Traversable]  # component, name, file
 
 
-def _lock(conn: psycopg.Connection) -> None:
-    """Wait until nobody else migrates. Between the questions no snapshot is held: an index that is being built beside would wait for it."""
-    while True:
-        row = conn.execute(query("try_lock_migrations"), {"key": _LOCK}).fetchone()
-        if row is not None and row[0]:
-            return
+@contextmanager
+def alone(conn: psycopg.Connection) -> Iterator[None]:
+    """Wait until nobody else migrates or gives rights here, and keep all others from it meanwhile.
+
+    Between the questions no snapshot is held: an index that is being built beside would wait for it.
+    """
+    while conn.execute(query("try_lock_migrations"), {"key": _LOCK}).fetchone() != (True,):
         time.sleep(_LOCK_SECONDS)
+    try:
+        yield
+    finally:
+        if not conn.closed:
+            conn.execute(query("unlock_migrations"), {"key": _LOCK})
 
 
 def _applied(conn: psycopg.Connection) -> set[tuple[str, str]]:
@@ -112,28 +120,31 @@ def migrate(conn: psycopg.Connection) -> list[str]:
 
     A transaction that holds a table is waited for without an end, but never with others waiting behind: see giving_way.
     """
-    _lock(conn)
-    try:
-        if is_secured(conn) and may_secure(conn):
-            # The owner can replace only functions that are its own, which an older docmill has left to whoever made them.
-            secure_schema(conn)
-        conn.execute(query("load_vector"))
-        act_as_owner(conn)
-        conn.execute(query("create_migrations_table"))
-        done = _make_procrastinate(conn)
-        if missing := _missing(_applied(conn)):
-            with Watcher(conn) as watcher:
-                for migration in missing:
-                    _apply(conn, watcher, migration)
-            done += map(_called, missing)
-        if is_secured(conn) and (done or may_secure(conn)):
-            # Also where nothing was missing: whoever applied the last ones may have died before this.
-            secure(conn)
-        return done
-    finally:
-        if not conn.closed:
-            act_as_oneself(conn)
-            conn.execute(query("unlock_migrations"), {"key": _LOCK})
+    with alone(conn):
+        try:
+            return _migrate(conn)
+        finally:
+            if not conn.closed:
+                act_as_oneself(conn)
+
+
+def _migrate(conn: psycopg.Connection) -> list[str]:
+    if is_secured(conn) and may_secure(conn):
+        # The owner can replace only functions that are its own, which an older docmill has left to whoever made them.
+        secure_schema(conn)
+    conn.execute(query("load_vector"))
+    act_as_owner(conn)
+    conn.execute(query("create_migrations_table"))
+    done = _make_procrastinate(conn)
+    if missing := _missing(_applied(conn)):
+        with Watcher(conn) as watcher:
+            for migration in missing:
+                _apply(conn, watcher, migration)
+        done += map(_called, missing)
+    if is_secured(conn) and (done or may_secure(conn)):
+        # Also where nothing was missing: whoever applied the last ones may have died before this.
+        secure(conn)
+    return done
 
 
 def missing_migrations(applied: set[tuple[str, str]]) -> list[str]:

@@ -117,6 +117,8 @@ def refused_batch(error: psycopg.Error, batch_id: str, *, in_part: bool = False)
     """Translate what Postgres said to the submission of a batch. `in_part`: a run of it has been begun by then."""
     if isinstance(error, psycopg.errors.ObjectNotInPrerequisiteState):
         return SubmitConflict(f'batch_id "{batch_id}" has been begun again meanwhile.')
+    if isinstance(error, psycopg.errors.ForeignKeyViolation):
+        return SubmitConflict(f'batch_id "{batch_id}" has been deleted meanwhile.')
     done = "A part of the batch has been submitted, and submitting it again does the rest" if in_part else NOTHING_DONE
     return taken_or_held(error, f'batch_id "{batch_id}"', "this batch or a document of it", done)
 

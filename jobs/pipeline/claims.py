@@ -10,8 +10,10 @@ from typing import Any
 import psycopg
 from loguru import logger
 from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool
 
 from jobs import clock
+from jobs.outages import end_if_cancelled
 from jobs.pipeline.work import Work
 from jobs.redaction import describe
 from models.chunks import Chunk
@@ -51,6 +53,16 @@ async def rows(conn: Connection, name: str, params: dict[str, Any]) -> list[Dict
     async with conn.cursor(row_factory=dict_row) as cursor:
         await cursor.execute(query(name), params)
         return await cursor.fetchall()
+
+
+async def settle_batch(pool: AsyncConnectionPool[Connection], batch_id: str) -> None:
+    """End a batch if nothing of it is left to do. Where the database will not, a reconciler does: the document's own work is done."""
+    try:
+        async with pool.connection() as conn:
+            await conn.execute(query("settle_batch"), {"batch_id": batch_id})
+    except psycopg.Error as error:
+        end_if_cancelled(error)
+        logger.warning("Nobody looked whether this ends the batch; a reconciler will: {}", describe(error))
 
 
 async def claim_document(

@@ -18,7 +18,7 @@ from jobs.leases import LeaseKeeper
 from jobs.logs import bound
 from jobs.pipeline.checkpoint import FencedOff, StaleVectors
 from jobs.pipeline.claiming import Claiming, Job, NotPutOff
-from jobs.pipeline.claims import Connection, has_stored, load_document
+from jobs.pipeline.claims import Connection, has_stored, load_document, settle_batch
 from jobs.pipeline.company import Company, Entry
 from jobs.pipeline.copying import Copier
 from jobs.pipeline.durable import CheckpointFailed
@@ -36,7 +36,6 @@ from jobs.stages import Tools
 from jobs.tracing import span
 from models.settings import Settings
 from models.stages import STAGE_BY_NAME, Stage, due_stage
-from sql import query
 
 _UNTIL_EMBED = frozenset({"validate", "parse", "check", "chunk", "embed"})
 
@@ -185,8 +184,7 @@ class Runner:
         # While another document of it is in hand here, a batch has not ended; that one will ask.
         if document.batch_id is not None and not self._in_hand[document.batch_id]:
             del self._in_hand[document.batch_id]
-            async with self._pool.connection() as conn:
-                await conn.execute(query("settle_batch"), {"batch_id": document.batch_id})
+            await settle_batch(self._pool, document.batch_id)
 
     def _hold(self, work: Work, claimed_at: float) -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()

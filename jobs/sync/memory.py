@@ -104,9 +104,10 @@ class FolderMemory:
                 await self._guarded("remember_seen_files", params)
 
     async def forget(self, doc_ids: Iterable[str]) -> None:
-        """Drop what is stored of files that are no longer there."""
+        """Drop what is stored of files that are no longer there. Nothing where somebody's transaction holds the batch: then next time."""
         if path_ids := list(doc_ids):
-            await self._ask("forget_seen_files", {"batch_id": self.batch_id, "path_ids": path_ids})
+            with suppress(SubmitConflict):
+                await self._guarded("forget_seen_files", {"batch_id": self.batch_id, "path_ids": path_ids})
 
     async def keep(self, doc_ids: Sequence[str]) -> None:
         """Say of documents that nothing takes their place any more."""
@@ -153,7 +154,7 @@ class FolderMemory:
             await cursor.execute(query("limit_sync_wait"), wait)
             try:
                 await cursor.execute(query(name), params)
-            except psycopg.errors.LockNotAvailable as error:
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
                 raise refused(error, str(params.get("doc_id", self.batch_id))) from error
             return await cursor.fetchall() if cursor.description else []
 

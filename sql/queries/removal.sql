@@ -45,6 +45,13 @@ FROM files_to_remove AS n
 ORDER BY n.noted_at
 LIMIT %(most)s;
 
+-- name: noted_files_since
+SELECT n.path, n.doc_id
+FROM files_to_remove AS n
+WHERE n.noted_at >= %(since)s
+ORDER BY n.noted_at
+LIMIT %(most)s;
+
 -- name: noted_files_of
 SELECT n.path, n.doc_id
 FROM files_to_remove AS n

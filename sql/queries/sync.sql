@@ -40,15 +40,22 @@ FROM folder_files AS f
 WHERE f.batch_id = %(batch_id)s;
 
 -- name: remember_seen_files
+-- The batch first: whoever deletes it takes these rows with it, and has come before or comes after.
+WITH held AS MATERIALIZED (
+    SELECT b.batch_id FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s FOR KEY SHARE
+)
 INSERT INTO folder_files AS f (batch_id, path_id, seen_as, content_sha256)
-SELECT b.batch_id, s.path_id, s.seen_as, s.content_sha256
+SELECT h.batch_id, s.path_id, s.seen_as, s.content_sha256
 FROM unnest(%(path_ids)s::uuid[], %(seen_as)s::text[], %(hashes)s::text[]) AS s (path_id, seen_as, content_sha256)
-JOIN processing_jobs AS b ON b.batch_id = %(batch_id)s
+CROSS JOIN held AS h
 ON CONFLICT (batch_id, path_id) DO UPDATE
 SET seen_as = EXCLUDED.seen_as, content_sha256 = EXCLUDED.content_sha256, seen_at = now();
 
 -- name: forget_seen_files
-DELETE FROM folder_files AS f WHERE f.batch_id = %(batch_id)s AND f.path_id = ANY(%(path_ids)s::uuid[]);
+WITH held AS MATERIALIZED (
+    SELECT b.batch_id FROM processing_jobs AS b WHERE b.batch_id = %(batch_id)s FOR KEY SHARE
+)
+DELETE FROM folder_files AS f USING held AS h WHERE f.batch_id = h.batch_id AND f.path_id = ANY(%(path_ids)s::uuid[]);
 
 -- name: keep_documents
 -- Their files are there again.

@@ -57,6 +57,9 @@ SHORT = {
     "test_storms": [
         "test_transient_faults_at_random_end_complete_without_help[queue-100]",
     ],
+    "test_races": [
+        "test_whoever_calls_at_once_hears_what_was_promised_and_all_is_whole_in_the_end[inline]",
+    ],
     "test_sync": [
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
     ],

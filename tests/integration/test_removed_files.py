@@ -83,6 +83,15 @@ def test_whoever_removes_files_reads_the_notes_of_those_alone_however_many_there
         ]
 
 
+def test_whoever_deletes_a_batch_does_not_look_after_the_files_that_others_have_left(bench: Bench, folder: Path) -> None:
+    other = jobs.submit_document(b"another")
+    bench.conn.execute("SELECT delete_document(%s)", [other])
+    left = "SELECT noted_at, settled_at_xid FROM files_to_remove WHERE doc_id = %s"
+    before = bench.one(left, other)
+    assert jobs.delete_batch(jobs.submit_batch(folder)) == 3
+    assert bench.one(left, other) == before
+
+
 async def test_delete_removes_the_files_of_all_versions_and_their_folder(bench: Bench) -> None:
     paths = []
     for content in (b"one", b"two"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from jobs.roles import RoleError, create_roles, grant_as, grant_to_person, list_
 from models.errors import ConfigurationError, SubmitError
 from models.settings import load_settings
 from sql import query
-from sql.migrate import migrate
+from sql.migrate import alone, migrate
 from sql.securing import secure
 from tests.acceptance.test_backup import run, tool
 from tests.reembedding import NEW, Shelf
@@ -367,3 +368,21 @@ def test_a_readers_search_is_right_among_many_passages_of_others(clean: Walls, s
         by_words = rows(conn, "SELECT DISTINCT doc_id FROM search_by_text('common w7', limit_to => 50)")
         assert by_words == [("alice",)]
         assert len(rows(conn, "SELECT FROM search_by_text('w7', limit_to => 1000)")) == sum(number % 50 == 6 for number in own)
+
+
+def test_one_at_a_time_gives_rights_and_none_while_somebody_migrates(clean: Walls) -> None:
+    clean.new_database()
+    settings, login = clean.settings(), clean.new_login("somebody")
+    create_roles(settings)
+    deeds: list[Callable[[], object]] = [
+        lambda: grant_to_person(settings, login, "alice"), lambda: revoke(settings, login), lambda: grant_as(settings, login, "worker"),
+        lambda: create_roles(settings),
+    ]  # fmt: skip
+    with clean.as_login("postgres") as conn, ThreadPoolExecutor(1) as threads:
+        for deed in deeds:
+            with alone(conn), conn.transaction():
+                conn.execute(query("lock_roles"))
+                begun = threads.submit(deed)
+                with pytest.raises(TimeoutError):
+                    begun.result(timeout=0.5)
+            begun.result(timeout=30)
