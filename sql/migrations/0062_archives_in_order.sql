@@ -20,11 +20,11 @@ BEGIN
     ) THEN
         RETURN FALSE;
     END IF;
-    UPDATE processing_jobs AS b SET status = 'cancelled', completed_at = now(), updated_at = now()
+    UPDATE processing_jobs AS b SET status = 'cancelled', completed_at = clock_timestamp(), updated_at = now()
     WHERE b.id = batch.id AND b.status <> 'cancelled';
     PERFORM FROM batch_archives AS a
     WHERE a.batch_id = batch.batch_id AND a.state IN ('waiting', 'unpacking') ORDER BY a.id FOR NO KEY UPDATE;
-    UPDATE batch_archives AS a SET state = 'cancelled', ended_at = now(), updated_at = now()
+    UPDATE batch_archives AS a SET state = 'cancelled', ended_at = clock_timestamp(), updated_at = now()
     WHERE a.batch_id = batch.batch_id AND a.state IN ('waiting', 'unpacking');
     RETURN TRUE;
 END;
