@@ -57,9 +57,6 @@ SHORT = {
     "test_storms": [
         "test_transient_faults_at_random_end_complete_without_help[queue-100]",
     ],
-    "test_races": [
-        "test_whoever_calls_at_once_hears_what_was_promised_and_all_is_whole_in_the_end[inline]",
-    ],
     "test_sync": [
         "test_a_killed_sync_is_finished_by_the_next_and_no_search_misses_a_moved_file[inline-sync_submitted]",
     ],
@@ -98,6 +95,7 @@ SHORT = {
     "test_services_parsing_failing": [],
     "test_services_parsing_unreachable": [],
     "test_hosts": [],
+    "test_races": [],
     "test_deploy": [
         "test_a_document_whose_task_is_unknown_to_all_workers_is_parked_visibly_and_can_be_requeued[queue]",
         "test_a_worker_refuses_an_older_schema_with_a_clear_message_and_loses_nothing[inline]",

@@ -281,6 +281,6 @@ def test_whoever_calls_at_once_hears_what_was_promised_and_all_is_whole_in_the_e
     race(arena, tmp_path, 1, callers=8, calls=15, disturb=False)
 
 
-@pytest.mark.parametrize("seed", range(2, 5))
+@pytest.mark.parametrize("seed", range(2, 4))
 def test_so_it_is_while_workers_and_sessions_die(arena: Arena, tmp_path: Path, seed: int) -> None:
-    race(arena, tmp_path, seed, callers=12, calls=400, disturb=True)
+    race(arena, tmp_path, seed, callers=12, calls=150, disturb=True)

@@ -266,4 +266,4 @@ def test_no_random_schedule_loses_or_keeps_what_it_should_not(database: str, set
 
 @pytest.mark.long
 def test_no_long_random_schedule_loses_or_keeps_what_it_should_not(database: str, settings: Settings, tmp_path: Path) -> None:
-    run(database, settings, tmp_path, 1000, 40)
+    run(database, settings, tmp_path, 200, 40)
