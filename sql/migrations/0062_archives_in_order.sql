@@ -61,6 +61,8 @@ BEGIN
             IF tries_left = 0 THEN
                 RAISE;
             END IF;
+            -- Or it would have the documents again before the other has woken up.
+            PERFORM pg_sleep(0.1);
         END;
     END LOOP;
 END;
