@@ -98,7 +98,7 @@ test: lint ## lint, then all tests with their coverage, and the types beside the
 	wait $$types || { echo 'mypy found errors: see above, or run make check' >&2; exit 1; }; exit $$tests
 	@$(BIN)/coverage report --skip-covered --fail-under=$(COVERAGE_MIN)
 
-faults: $(STAMP) ## the whole fault suite (about 45 minutes), then its table: bench/results/faults.md
+faults: $(STAMP) ## the whole fault suite (about an hour), then its table: bench/results/faults.md
 	@mkdir -p bench/results; rm -f bench/results/faults.jsonl; \
 	FAULTS_REPORT="$$PWD/bench/results/faults.jsonl" $(BIN)/python -m pytest -q -m 'long or not long' $(PYTEST_ARGS) tests/faults; \
 	failed=$$?; $(BIN)/python -m tests.faults.table bench/results/faults.jsonl bench/results/faults.md; exit $$failed
