@@ -20,6 +20,8 @@ from tests.faults.batch_world import InProcess, Killed, Source, worker
 
 PATIENCE = 6.0
 """Seconds in which whoever works on small files has ended, or has met the open transaction."""
+OTHERS_SECONDS = 60.0
+"""How long files may stay noted: transactions that are open anywhere on the server, those of other tests too, keep them from going."""
 OPEN = """SELECT doc_id FROM file_extractions WHERE state IN ('queued', 'working', 'retrying')
     UNION ALL SELECT entry_path FROM batch_archives WHERE state IN ('waiting', 'unpacking')
     UNION ALL SELECT batch_id FROM processing_jobs WHERE settled_at IS NULL AND (sealed_at IS NOT NULL OR completed_at IS NULL)
@@ -168,11 +170,15 @@ class Workers(Play):
 
     def remove_orphans(self) -> None:
         """As far as they are found: one beside a file that is noted is once that one has gone."""
+        until = time.monotonic() + OTHERS_SECONDS
         for _ in range(2):
             find_orphans(self.settings, self.conn, believe=True, now=time.time() + 30 * 86_400)
             self.age_files()
-            while remove_noted_files(self.settings, self.conn):
-                pass
+            while remove_noted_files(self.settings, self.conn) or (self._is_noted() and time.monotonic() < until):
+                time.sleep(0.01)
+
+    def _is_noted(self) -> bool:
+        return self.conn.execute("SELECT FROM files_to_remove LIMIT 1").fetchone() is not None
 
     def close(self) -> None:
         for task in self.tasks:
