@@ -31,7 +31,7 @@ SELECT cancel_batch(%(batch_id)s) AS cancelled;
 SELECT mark_batch_cancelled(%(batch_id)s, %(lock_timeout_ms)s) AS marked;
 
 -- name: cancel_documents
-SELECT cancel_documents(%(batch_id)s, %(max_count)s) AS cancelled;
+SELECT cancel_documents(%(batch_id)s, %(max_count)s, %(lock_timeout_ms)s) AS cancelled;
 
 -- name: delete_documents
 SELECT delete_documents(%(batch_id)s, %(max_count)s, %(lock_timeout_ms)s) AS deleted;

@@ -148,8 +148,7 @@ def test_the_deletion_of_a_batch_gives_way_to_whoever_submits_it(database: str, 
     run = begin(conn)
     accept(conn, run, "a")
     with psycopg.connect(database) as submitter, psycopg.connect(database, autocommit=True) as deleter:
-        submitter.execute("SET deadlock_timeout = '1 min'")  # so that it is the other that Postgres ends
-        deleter.execute("SET deadlock_timeout = '0.5 s'")  # before the submitter has waited long enough
+        deleter.execute("SET deadlock_timeout = '1 min'")  # were there a deadlock, Postgres would end the other
         (new_run,) = submitter.execute("SELECT begin_batch('b', 'ann', '/data/in', 'corr')").fetchone() or (None,)
 
         def submit() -> None:
@@ -159,6 +158,36 @@ def test_the_deletion_of_a_batch_gives_way_to_whoever_submits_it(database: str, 
         deleted = meet(conn, lambda: deleter.execute("SELECT delete_batch('b')").fetchone(), submit)
         assert deleted.result() == (1,)
     assert conn.execute("SELECT count(*) FROM file_extractions").fetchone() == (0,)
+
+
+def test_a_deletion_that_does_not_see_all_of_the_batch_is_to_be_tried_again(database: str, conn: psycopg.Connection) -> None:
+    run = begin(conn)
+    with psycopg.connect(database) as deleter:
+        deleter.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        deleter.execute("SELECT FROM processing_jobs")
+        accept(conn, run, "a")
+        with pytest.raises(psycopg.errors.SerializationFailure, match='could not delete batch "b"'):
+            deleter.execute("SELECT delete_batch('b')")
+    assert conn.execute("SELECT state FROM file_extractions").fetchall() == [("queued",)]
+
+
+@pytest.mark.parametrize("statement", ["SELECT cancel_documents('b', 1)", "SELECT cancel_straggler('a')"])
+def test_a_batch_that_is_submitted_again_while_it_is_being_cancelled_is_cancelled_no_further(
+    statement: str, database: str, conn: psycopg.Connection
+) -> None:
+    run = begin(conn)
+    accept(conn, run, "a")
+    accept(conn, run, "b")
+    conn.execute("SELECT mark_batch_cancelled('b')")
+    with psycopg.connect(database) as submitter, psycopg.connect(database, autocommit=True) as canceller:
+        submitter.execute("SELECT begin_batch('b', 'ann', '/data/in', 'corr')")
+        if "straggler" in statement:  # which holds its document
+            assert canceller.execute(statement).fetchone() == (None,)
+            submitter.commit()
+        else:
+            meet(conn, lambda: canceller.execute(statement).fetchone(), submitter.commit).result()
+        assert canceller.execute(statement).fetchone() in ((0,), (None,))
+    assert conn.execute("SELECT state FROM file_extractions").fetchall() == [("queued",), ("queued",)]
 
 
 async def test_a_batch_that_cannot_be_ended_costs_no_document_its_outcome(bench: Bench) -> None:
