@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -19,7 +20,17 @@ from jobs.adapters.embedders.hosted import Limits, make_hosted
 from jobs.adapters.exchange import Service, Timeouts
 from jobs.adapters.tokens import FRAME, estimate_tokens, split_by_tokens
 from models.calls import CallPurpose, CallShare, Reply
-from models.errors import BadAnswer, ConfigurationError, CredentialRefused, DocmillError, RateLimitError, RequestRefused
+from models.errors import (
+    BadAnswer,
+    ConfigurationError,
+    CostLimitReached,
+    CredentialRefused,
+    DocmillError,
+    NotSent,
+    RateLimitError,
+    RequestRefused,
+    ServiceUnavailable,
+)
 from models.settings import Settings
 from tests.servers import OpenAIServer, faults
 from tests.servers.openai import count_tokens
@@ -218,24 +229,86 @@ async def test_a_poisoned_first_request_does_not_change_the_dialect(server: Open
     assert server.log[-1].json()["encoding_format"] == "base64"
 
 
-async def test_texts_that_must_wait_between_two_dialects_go_on_with_the_next(server: OpenAIServer) -> None:
+class Limited:
+    """A caller that makes some calls in all, and raises for those beyond."""
+
+    def __init__(self, error: DocmillError | None = None) -> None:
+        self.allowed, self.made = 1, 0
+        self.error = error or RateLimitError("There is room later.", 1.0)
+
+    async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
+        if self.made >= self.allowed:
+            raise self.error
+        self.made += 1
+        return await send()
+
+
+async def limited_twice(called: HostedEmbedder, caller: Limited, *texts: Sequence[str]) -> None:
+    """Have texts wait before the second dialect and others before the third, then let one more call be made."""
+    called.caller = caller
+    for some in texts:
+        with pytest.raises(type(caller.error)):
+            await called.embed(some)
+        caller.allowed += 1
+
+
+@pytest.mark.parametrize(
+    "error", [RateLimitError("later"), ServiceUnavailable("away"), NotSent("left"), CostLimitReached({"a": "too much"})], ids=type
+)
+async def test_after_a_wait_between_two_dialects_texts_go_on_with_the_next_however_they_are_batched(
+    server: OpenAIServer, error: DocmillError
+) -> None:
     server.base64 = server.chooses_dimensions = "refused"
-    allowed = 0
-
-    class OneAtATime:
-        async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
-            if server.tally.requests >= allowed:
-                raise RateLimitError("There is room later.", 1.0)
-            return await send()
-
     called = embedder(server)
-    called.caller = OneAtATime()
-    for allowed in (1, 2):  # noqa: B007 - the caller looks at it
-        with pytest.raises(RateLimitError):
-            await called.embed(TEXTS[:2])
-    allowed = 3
-    assert (await called.embed(TEXTS[:2])).shape == (2, 64)
+    await limited_twice(called, Limited(error), TEXTS[:2], TEXTS[1:4])
+    assert (await called.embed(TEXTS[:1])).shape == (1, 64)
     assert server.tally.requests == 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [(["POISON"] * 3, "HTTP 422 .*encoding_format"), (["POISON a", "POISON b", "POISON b"], "HTTP 400 .*matryoshka")],
+    ids=["the same", "others"],
+)
+async def test_a_wait_changes_nothing_in_whose_refusal_is_raised(server: OpenAIServer, texts: list[str], words: str) -> None:
+    server.base64 = server.chooses_dimensions = "refused"
+    server.poison = "POISON"
+    called = embedder(server)
+    await limited_twice(called, Limited(), texts[:1], texts[1:2])
+    with pytest.raises(RequestRefused, match=words):
+        await called.embed(texts[2:])
+    assert server.tally.requests == 3
+
+
+@pytest.mark.parametrize("next_text", ["POISON", "fine"])
+async def test_a_text_that_is_refused_before_and_after_a_wait_does_not_change_the_dialect(server: OpenAIServer, next_text: str) -> None:
+    server.dimensions, server.poison = 128, "POISON"
+    called = embedder(server)
+    await limited_twice(called, caller := Limited(), ["POISON"], ["POISON"])
+    with pytest.raises(RequestRefused if next_text == "POISON" else BadAnswer):
+        await called.embed([next_text])
+    caller.allowed += 1
+    await called.embed(["fine"])
+    assert (server.log[-1].json()["encoding_format"], server.log[-1].json()["dimensions"]) == ("base64", 64)
+
+
+@pytest.mark.parametrize("must_wait", [True, False])
+async def test_what_others_were_answered_in_meanwhile_stays_the_dialect(server: OpenAIServer, must_wait: bool) -> None:
+    server.poison = "POISON"
+    called, limited = embedder(server), Limited()
+
+    class OthersFirst:
+        async def call(self, send: Callable[[], Awaitable[Reply[T]]], purpose: CallPurpose) -> Reply[T]:
+            if limited.made == 1:
+                await called.embed(["fine"])
+                server.poison, limited.allowed = None, 1 if must_wait else 2
+            return await limited.call(send, purpose)
+
+    with pytest.raises(RateLimitError) if must_wait else nullcontext():
+        await called.embed_sized(called.size(["POISON"]), caller=OthersFirst())
+    await called.embed(["fine"])
+    assert server.tally.requests == limited.made + 2
+    assert server.log[-1].json()["encoding_format"] == "base64"
 
 
 async def test_every_exchange_goes_through_what_is_put_around_it(server: OpenAIServer) -> None:

@@ -15,7 +15,7 @@ from jobs.adapters.exchange import DIRECT, Service, Timeouts, read_json
 from jobs.adapters.tokens import estimate_tokens, split_by_tokens
 from jobs.adapters.usage import in_thread
 from models.calls import Caller, CallPurpose, CallShare, Reply
-from models.errors import ConfigurationError, NotSent, RateLimitError, RequestRefused, ServiceUnavailable
+from models.errors import ConfigurationError, CostLimitReached, NotSent, RateLimitError, RequestRefused, ServiceUnavailable
 from models.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +39,16 @@ class Dialect:
 
     encoding_format: bool
     dimensions: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How many of the dialects were refused before a wait: whatever texts come next go on there."""
+
+    place: int = 0
+    texts: Sequence[str] = ()
+    """What was refused, and how at first: told to no other texts, which may be another user's."""
+    refused: RequestRefused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +95,8 @@ class HostedEmbedder:
         self._name = name
         asked = dimensions is not None
         self._dialects = list(dict.fromkeys([Dialect(True, asked), Dialect(False, asked), Dialect(False, False)]))
-        self._proven = False
-        self._refused_until: dict[int, int] = {}
-        """How many of the dialects texts were refused in that had to wait before the next; by a hash of them."""
+        """What is tried; one, once it was answered."""
+        self._tries = Tries()
 
     def estimate(self, text: str) -> int:
         """Return a safe upper estimate of a text's tokens, as budgets and plans count them."""
@@ -174,24 +183,27 @@ class HostedEmbedder:
 
     async def _call(self, caller: Caller, texts: Sequence[str], purpose: CallPurpose) -> Reply[Vectors]:
         """Make a call. Until one has succeeded, a refusal may be of an optional field: another call goes without, which budget and ledger
-        count like any other, and the first refusal is raised if that does not help. Texts that must wait in between go on there."""
-        first: RequestRefused | None = None
-        asked = hash(tuple(texts))
-        start = 0 if self._proven else self._refused_until.pop(asked, 0)
-        for place, dialect in enumerate(self._dialects[start:], start):
+        count like any other, and the first refusal of these texts is raised if that does not help."""
+        dialects, tries = self._dialects, self._tries
+        first = tries.refused if tries.texts == texts else None
+        for place, dialect in enumerate(dialects[tries.place :], tries.place):
             try:
                 reply = await caller.call(partial(self._ask, texts, dialect), purpose)
             except RequestRefused as refused:
                 first = first or refused
-                continue
-            except (RateLimitError, ServiceUnavailable, NotSent):
-                if place and not self._proven:
-                    self._refused_until[asked] = place
+            except (RateLimitError, ServiceUnavailable, NotSent, CostLimitReached):
+                # Other requests, which are under way at the same time, may know more by now.
+                if self._dialects is dialects and place > self._tries.place:
+                    self._tries = Tries(place, texts, first)
                 raise
-            if not self._proven:
-                self._dialects, self._proven = [dialect], True
-                self._refused_until.clear()
-            return reply
+            except Exception:
+                self._tries = Tries()  # what came back may be for want of a field that the texts were refused with
+                raise
+            else:
+                if self._dialects is dialects:
+                    self._dialects, self._tries = [dialect], Tries()
+                return reply
+        self._tries = Tries()  # it was the texts
         assert first is not None
         raise first
 
