@@ -7,13 +7,12 @@ from typing import Any
 
 import jobs
 from tests.faults.batch_play import Play
-from tests.faults.batch_workers import Workers
+from tests.faults.batch_workers import Batches
 from tests.faults.batch_world import BAD, SOURCES, sha
-from tests.faults.invariant import DOUBLED, LEFT, LOST
+from tests.faults.invariant import ALWAYS, IN_THE_END, ask
 from tests.summaries import check
 
 VIEWS = "SELECT viewname FROM pg_views WHERE schemaname = 'public' AND viewname NOT LIKE 'pg_%' ORDER BY 1"
-ALWAYS = ("has two passages in one place", "shows passages of a superseded version", "has two open dead letters")
 NEEDED = """SELECT file_path FROM file_extractions d WHERE NOT is_refused_entry(d)
     UNION SELECT file_path FROM batch_archives WHERE state IN ('waiting', 'unpacking', 'unpacked')"""
 STATES = """SELECT d.state::text FROM processing_jobs b JOIN file_extractions d USING (batch_id, run_id) WHERE b.batch_id = %(batch)s
@@ -30,8 +29,7 @@ PILES = ({"complete", "duplicate"}, {"failed"}, {"cancelled"}, {"queued", "worki
 
 def at_any_time(play: Play) -> None:
     """Readers see whole documents, and every original is there."""
-    for words in ALWAYS:
-        assert play.conn.execute(DOUBLED[words]).fetchall() == [], words
+    assert ask(play.conn, ALWAYS) == {}
     assert [path for (path,) in play.conn.execute(NEEDED).fetchall() if not (play.storage / path).is_file()] == []
 
 
@@ -63,11 +61,10 @@ def counts(play: Play, batch: str) -> list[int]:
     return [len(states), *(sum(state in pile for state in states) for pile in PILES)]
 
 
-def at_the_end(play: Workers) -> None:
+def at_the_end(play: Batches) -> None:
     """Nothing is lost, doubled or left, and what was submitted last is there as it was asked for."""
-    for words, statement in {**LOST, **DOUBLED, **LEFT}.items():
-        if not (play.pruned and ("event" in words or "dead letter that says why" in words)):
-            assert play.conn.execute(statement).fetchall() == [], words
+    wrong = ask(play.conn, IN_THE_END)
+    assert [words for words in wrong if not (play.pruned and ("event" in words or "dead letter that says why" in words))] == [], wrong
     there = {row[0]: row[1:] for row in play.conn.execute(DOCUMENTS).fetchall()}
     for batch, documents in play.runs.items():
         for doc_id in documents:
@@ -114,7 +111,7 @@ def check_batch(play: Play, batch: str, run: Any, status: str, has_ended: bool, 
         assert batch in play.stopped | play.vague, "a summary tells of documents that are gone"
 
 
-def check_files(play: Workers) -> None:
+def check_files(play: Batches) -> None:
     """Every file in the storage is somebody's."""
     play.remove_orphans()
     at_any_time(play)

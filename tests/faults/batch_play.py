@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import time
 from collections.abc import Callable, Set
@@ -14,14 +13,10 @@ from typing import Any
 import psycopg
 
 import jobs
-from jobs.database import make_pool
-from jobs.leases import LeaseKeeper
-from models.documents import Document
-from models.errors import NotFound, OperationRefused, ParseError, RetryableError, SubmitConflict
+from models.errors import NotFound, OperationRefused, SubmitConflict
 from models.settings import Settings
-from tests.faults.batch_world import Danger, FicklePool, Source, Wanted, sha
-from tests.faults.test_schedules import EMPTY
-from tests.integration.conftest import STAGE_NAMES, Bench
+from tests.faults.batch_world import FicklePool, FickleSandbox, Source, Wanted, sha
+from tests.faults.in_process import Danger, Workers
 
 REFUSED = (OperationRefused, NotFound, psycopg.errors.NoDataFound, psycopg.errors.ObjectNotInPrerequisiteState)
 HELD = (SubmitConflict, psycopg.errors.LockNotAvailable)
@@ -33,20 +28,16 @@ SHIFTS = """SELECT format('UPDATE %I SET %s', c.table_name, string_agg(format('%
         AND c.is_generated = 'NEVER' AND c.table_name NOT LIKE 'docmill%' GROUP BY c.table_name"""
 
 
-class Play:
+class Play(Workers):
     """What is done over one connection, and what must come of it."""
 
     def __init__(self, conninfo: str, settings: Settings, danger: Danger, policy: str) -> None:
-        self.conninfo, self.settings, self.danger, self.policy = conninfo, settings, danger, policy
-        self.loop = asyncio.Runner()
-        self.conn = psycopg.connect(conninfo, autocommit=True)
-        self.conn.execute(EMPTY)
-        self.conn.execute("TRUNCATE summaries_to_renew, alert_conditions")
+        super().__init__(conninfo, settings, danger, using=partial(FicklePool, danger=danger))
+        self.policy, self.sandbox = policy, FickleSandbox(danger)
         self.storage, self.sources = settings.storage_base_path.absolute(), Path("sources").absolute()
         for place in (self.storage, self.sources):
             shutil.rmtree(place, ignore_errors=True)
             (place / "uploads").mkdir(parents=True)
-        self.tx: psycopg.Connection[Any] | None = None
         self.pending: list[tuple[Set[str], Callable[[], None]]] = []
         self.touched: set[str] = set()
         """Documents and batches that were changed outside of the transaction since it began."""
@@ -60,27 +51,8 @@ class Play:
         self.vague: set[str] = set()
         """Batches of whose last submission a part may have been done."""
         self.metadata: dict[str, int | None] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.fault: tuple[str, str] | None = None
         self.pruned = False
         self.time_out = 3600.0
-        self.bench = self.loop.run(self._bench())
-
-    async def _bench(self) -> Bench:
-        self.pool = make_pool(self.settings, self.conninfo)
-        await self.pool.open()
-        # A lease keeper that never ticks: leases run out when time passes.
-        leases = LeaseKeeper(self.settings.model_copy(update={"lease_seconds": 3600.0}), self.conninfo)
-        fickle: Any = FicklePool(self.pool, self.danger)
-        bench = Bench(self.conn, fickle, self.settings, leases)
-        bench.also.update({name: partial(self._meet, name) for name in STAGE_NAMES})
-        return bench
-
-    async def _meet(self, stage: str, document: Document) -> None:
-        await self.danger.step()
-        if self.fault is not None and self.fault[0] == stage:
-            what, self.fault = self.fault[1], None
-            raise RetryableError("busy") if what == "retry" else ParseError("broken")
 
     # What the application and operators do
 

@@ -1,32 +1,24 @@
-"""What the random test of batches is played with: sources, expectations, and workers that are killed, paused and woken again."""
+"""What the random test of batches is played with: sources, expectations, and a pool and a sandbox at which workers come to harm."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 from jobs.arguments import derive_doc_id, path_doc_id
 from jobs.database import Pool
 from tests.archives import Raw, raw_zip
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from tests.faults.in_process import Danger, Sandbox
 
 BAD = "bad"
 """The content of an entry whose checksum is another."""
 BROKEN = b"PK\x03\x04 no directory"
 Spec = Mapping[str, Any]
 """What a zip holds: name -> content, a Spec of its own for a zip inside, or bytes for a zip that is broken."""
-
-
-class Killed(BaseException):
-    """The process is gone."""
 
 
 def zip_of(spec: Spec | bytes) -> bytes:
@@ -102,41 +94,6 @@ class Wanted:
     cancelled: Answer = "no"
 
 
-worker: ContextVar[asyncio.Task[Any]] = ContextVar("worker")
-"""The task of whoever works, whatever tasks of their own they have begun."""
-
-
-class Danger:
-    """Counts the steps of whoever works, and at the planned one kills or pauses it."""
-
-    def __init__(self) -> None:
-        self.deed = ""
-        self.left = 0
-        self.holding = 0
-        """Connections that are in use: who holds one is killed, but not paused, because the database would end its transaction."""
-        self.paused: dict[int, tuple[asyncio.Task[Any], asyncio.Event]] = {}
-
-    def plan(self, deed: str, after: int) -> None:
-        self.deed, self.left = deed, after
-
-    async def step(self) -> None:
-        if not self.deed:
-            return
-        self.left -= 1
-        if self.left >= 0 or (self.deed == "pause" and self.holding):
-            return
-        deed, self.deed = self.deed, ""
-        if deed == "kill":
-            raise Killed
-        if deed == "pause":
-            await self.pause()
-
-    async def pause(self) -> None:
-        awake, task = asyncio.Event(), worker.get()
-        self.paused[id(task)] = task, awake
-        await awake.wait()
-
-
 class FicklePool:
     """A pool whose user may die or fall asleep before it has a connection, and after its transaction has been committed."""
 
@@ -156,17 +113,14 @@ class FicklePool:
         await self._danger.step()
 
 
-class InProcess:
-    """Does in this process what a sandbox does in a child: thousands of children would take most of the time."""
+class FickleSandbox(Sandbox):
+    """A sandbox whose user may die or fall asleep before and after a call."""
 
     def __init__(self, danger: Danger) -> None:
         self._danger = danger
 
-    async def run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def run(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
         await self._danger.step()
-        made = function(*args, **kwargs)
+        made = await super().run(function, *args, **named)
         await self._danger.step()
         return made
-
-    async def aclose(self) -> None:
-        pass

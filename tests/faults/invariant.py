@@ -47,6 +47,11 @@ DOUBLED = {
         OR EXISTS (SELECT FROM document_markdown m WHERE m.doc_id = d.doc_id))""",
     "has two open dead letters": "SELECT doc_id FROM dead_letters WHERE resolved_at IS NULL GROUP BY doc_id HAVING count(*) > 1",
 }
+ALWAYS = {
+    words: DOUBLED[words]
+    for words in ("has two passages in one place", "shows passages of a superseded version", "has two open dead letters")
+}
+"""What a reader sees holds at any time, not in the end alone."""
 OWNERLESS = """SELECT j.id::text FROM procrastinate_jobs j WHERE j.status = 'doing' AND NOT EXISTS (
     SELECT FROM worker_registry w WHERE j.id = ANY(w.active_jobs) AND w.heartbeat_at > now() - interval '1 min')"""
 LEFT = {
@@ -65,6 +70,7 @@ LEFT = {
     "a buffered extraction": """SELECT DISTINCT b.doc_id FROM extraction_buffer b JOIN file_extractions d USING (doc_id)
         WHERE d.state NOT IN ('failed', 'cancelled') OR b.version <> d.version""",
 }
+IN_THE_END = {**LOST, **DOUBLED, **LEFT}
 
 PASSAGES = """SELECT d.doc_id, d.content_sha256, c.chunk_index, c.id, c.content, c.content_sha256, c.heading_path, c.page_start, c.page_end,
     c.char_start, c.char_end, c.language, c.metadata, c.embedding::text, c.embedding_model, d.raw_extraction, m.markdown_sha256
@@ -95,7 +101,8 @@ class Findings:
         return bool(self.lost or self.doubled or self.left)
 
 
-def _ask(conn: psycopg.Connection, questions: dict[str, str]) -> dict[str, list[str]]:
+def ask(conn: psycopg.Connection, questions: dict[str, str]) -> dict[str, list[str]]:
+    """Return what is wrong."""
     answers = {words: [row[0] for row in conn.execute(statement).fetchall()] for words, statement in questions.items()}
     return {words: ids for words, ids in answers.items() if ids}
 
@@ -112,7 +119,7 @@ def _ownerless(conn: psycopg.Connection) -> list[str]:
 
 def check_invariant(conn: psycopg.Connection, accepted: set[str], reference: Rows) -> Findings:
     """Return what is broken: of the accepted documents, and against the rows of an uninterrupted run."""
-    findings = Findings(_ask(conn, LOST), _ask(conn, DOUBLED), _ask(conn, LEFT))
+    findings = Findings(ask(conn, LOST), ask(conn, DOUBLED), ask(conn, LEFT))
     if ownerless := _ownerless(conn):
         findings.left["a fetched job without a live owner"] = ownerless
     known = {row[0] for row in conn.execute("SELECT doc_id FROM file_extractions").fetchall()}

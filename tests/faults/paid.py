@@ -29,7 +29,7 @@ from models.chunks import Chunk
 from models.documents import Document, FileType
 from models.settings import Settings
 from tests.faults.fated import Fated
-from tests.faults.test_schedules import EMPTY
+from tests.faults.in_process import EMPTY, Sandbox
 from tests.faults.worlds import Numbered, Telling, Worker, World
 from tests.integration.conftest import sha
 from tests.servers import LlamaParseServer, OpenAIServer
@@ -48,13 +48,6 @@ class Models(Fated, OpenAIServer):
 
 class Pages(Fated, LlamaParseServer):
     """Parses."""
-
-
-class Here:
-    """A sandbox that is none: what runs in it is not what is tried."""
-
-    async def run(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
 
 
 def texts_of(content: str) -> list[str]:
@@ -121,7 +114,7 @@ class Schedule:
         times = Timeouts(10, 60, 120)
         fronts = {kind: self._front(worker, kind) for kind in ("embedding", "extraction", "parse")}
         tools: dict[str, Any] = {
-            "sandbox": Here(),
+            "sandbox": Sandbox(),
             "embedder": HostedEmbedder(Telling("Embedding", self.models.url, None, times), "m", 32, Limits(8), fronts["embedding"]),
         }
         if self.kind != "embedding":
@@ -131,10 +124,9 @@ class Schedule:
             )
         if self.kind == "all":
             tools["hosted_parser"] = LlamaParse(Telling("LlamaParse", self.pages.url, None, times), caller=fronts["parse"])
-        made = worker.bench.runner(worker.name, given=tools)
         own = {"validate": _validate, "parse": parse.run if self.kind == "all" else _parse, "check": check.run, "chunk": _chunk}
-        made._runs._stages |= {**own, "embed": embed.run, "extract": extract.run}
-        return made, list(fronts.values())
+        stages = {**own, "embed": embed.run, "extract": extract.run}
+        return worker.bench.runner(worker.name, given=tools, stages=stages), list(fronts.values())
 
     def _worker(self, name: str) -> Worker:
         return Worker(self.world, name, self.conn, self.settings, self.conninfo, [self.models, self.pages], self._make)

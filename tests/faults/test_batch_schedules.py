@@ -23,8 +23,9 @@ from jobs.batch import archive as archive_module
 from jobs.front import close_sync
 from models.settings import Settings, load_settings
 from tests.faults import batch_checks
-from tests.faults.batch_workers import Workers
-from tests.faults.batch_world import BAD, BROKEN, SOURCES, Danger, Source
+from tests.faults.batch_workers import Batches
+from tests.faults.batch_world import BAD, BROKEN, SOURCES, Source
+from tests.faults.in_process import Danger
 from tests.integration.conftest import STAGE_NAMES
 
 FASTER = 25
@@ -138,7 +139,7 @@ class Theatre:
     def play(self, seed: int, steps: list[Step]) -> Exception | None:
         """Return what went wrong."""
         self.danger = Danger()
-        play = Workers(self.database, self.settings, self.danger, ["reuse", "skip", "process"][seed % 3])
+        play = Batches(self.database, self.settings, self.danger, ["reuse", "skip", "process"][seed % 3])
         try:
             for name, how in steps:
                 batch_checks.look(play) if name == "look" else getattr(play, name)(**how)

@@ -5,28 +5,23 @@ A plain model says what a search must find: in the end just what lies there, and
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from jobs.database import make_pool
 from jobs.front import close_async
-from jobs.leases import LeaseKeeper
 from jobs.leftovers import remove_noted_files
 from jobs.orphans import find_orphans
 from jobs.retention import prune_rows
 from models.settings import Settings
 from tests.faults.folders import INNER, PLACES, TEXTS, same_time
+from tests.faults.in_process import Danger, play
 from tests.faults.synced_folder import SyncedFolder
 
 POLICIES = ["reuse", "reuse", "skip", "process"]
@@ -48,9 +43,9 @@ archives = st.one_of(st.none(), entries, entries, entries)
 class Folder(SyncedFolder, RuleBasedStateMachine):
     """What people, operators, syncs and workers do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.begin()
+    def __init__(self, conninfo: str, settings: Settings, danger: Danger, place: Path) -> None:
+        RuleBasedStateMachine.__init__(self)
+        SyncedFolder.__init__(self, conninfo, settings, danger, place)
 
     # What people do.
 
@@ -154,16 +149,16 @@ class Folder(SyncedFolder, RuleBasedStateMachine):
 
     @rule()
     def prune(self) -> None:
-        prune_rows(self.base, self.conn)
-        find_orphans(self.base, self.conn, believe=True, now=time.time() + 1000 * 86400)
-        while remove_noted_files(self.base, self.conn):
+        prune_rows(self.settings, self.conn)
+        find_orphans(self.settings, self.conn, believe=True, now=time.time() + 1000 * 86400)
+        while remove_noted_files(self.settings, self.conn):
             pass
 
     # What runs.
 
     @initialize(policy=st.sampled_from(POLICIES), full=st.booleans())
     def choose(self, policy: str, full: bool) -> None:
-        self.policies.append(policy)
+        self.policy = policy
         if full:
             self.tree.put("a.txt", TEXTS[0])
             self.tree.put("d/a.txt", TEXTS[1])
@@ -182,16 +177,18 @@ class Folder(SyncedFolder, RuleBasedStateMachine):
 
     @rule(where=st.sampled_from(WHERE), statements=st.integers(0, 30), after=st.booleans())
     def kill_a_sync(self, where: str, statements: int, after: bool) -> None:
-        with self.fuse.lit(statements, after=after):
-            self.synced(where)
+        self.danger.plan("kill", 2 * statements + after)
+        self.synced(where)
+        self.danger.plan()
 
     @rule(which=st.integers(0, 5), handoff=st.sampled_from(["inline", "inline", "queue"]))
     def work(self, which: int, handoff: str) -> None:
-        self.loop.run(self.worker.work(which, self.policies[-1], handoff))
+        self.work_on_one(which, handoff)
 
     @rule(which=st.integers(0, 5), handoff=st.sampled_from(["inline", "queue"]), statements=st.integers(0, 40), after=st.booleans())
     def kill_a_worker(self, which: int, handoff: str, statements: int, after: bool) -> None:
-        self.loop.run(self.worker.work(which, self.policies[-1], handoff, dies_at=statements, after=after))
+        self.danger.plan("kill", 2 * statements + after)
+        self.work_on_one(which, handoff)
 
     @rule()
     def drain(self) -> None:
@@ -199,11 +196,11 @@ class Folder(SyncedFolder, RuleBasedStateMachine):
 
     @rule()
     def time_passes(self) -> None:
-        self.pass_time()
+        self.jobs_are_due()
 
     @rule()
     def reconcile(self) -> None:
-        self.repair()
+        self.repair(max_crashes=50, max_requeues=50)
 
     # What must be so.
 
@@ -216,42 +213,27 @@ class Folder(SyncedFolder, RuleBasedStateMachine):
         self.end_well()
 
     def teardown(self) -> None:
-        self.settle()
+        try:
+            self.settle()
+        finally:
+            self.loop.run(close_async())
+            self.close()
 
 
-@contextmanager
-def machine(database: str, base: Settings, place: Path) -> Iterator[type[Folder]]:
-    loop = asyncio.Runner()
+@pytest.fixture
+def danger(monkeypatch: pytest.MonkeyPatch) -> Danger:
+    """A danger before and after each statement."""
+    made, execute = Danger(), psycopg.AsyncCursor.execute
 
-    class OnThisDatabase(Folder):
-        """With what all examples share."""
+    async def in_danger(cursor: Any, *args: Any, **named: Any) -> Any:
+        await made.step()
+        try:
+            return await execute(cursor, *args, **named)
+        finally:
+            await made.step()
 
-    async def opened() -> Any:
-        pool = make_pool(base, database)
-        await pool.open()
-        return pool
-
-    OnThisDatabase.base, OnThisDatabase.place, OnThisDatabase.loop = base, place / "documents", loop
-    OnThisDatabase.pool = loop.run(opened())
-    # A lease keeper that never ticks: leases run out when a rule says so.
-    OnThisDatabase.leases = LeaseKeeper(base.model_copy(update={"lease_seconds": 3600.0}), database)
-    try:
-        with psycopg.connect(database, autocommit=True) as conn:
-            OnThisDatabase.conn = conn
-            yield OnThisDatabase
-    finally:
-        OnThisDatabase.leases.close()
-        loop.run(OnThisDatabase.pool.close())
-        loop.run(close_async())
-        loop.close()
-
-
-def run(database: str, base: Settings, place: Path, examples: int, steps: int) -> None:
-    how = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-    )
-    with machine(database, base, place) as made:
-        run_state_machine_as_test(made, settings=how)
+    monkeypatch.setattr(psycopg.AsyncCursor, "execute", in_danger)
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -260,10 +242,12 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.sync.looking.RACY_NS", 50_000_000)
 
 
-def test_no_random_schedule_loses_or_keeps_what_it_should_not(database: str, settings: Settings, tmp_path: Path) -> None:
-    run(database, settings, tmp_path, 7, 15)
+def test_no_random_schedule_loses_or_keeps_what_it_should_not(database: str, settings: Settings, danger: Danger, tmp_path: Path) -> None:
+    play(lambda: Folder(database, settings, danger, tmp_path / "documents"), 7, 15)
 
 
 @pytest.mark.long
-def test_no_long_random_schedule_loses_or_keeps_what_it_should_not(database: str, settings: Settings, tmp_path: Path) -> None:
-    run(database, settings, tmp_path, 200, 40)
+def test_no_long_random_schedule_loses_or_keeps_what_it_should_not(
+    database: str, settings: Settings, danger: Danger, tmp_path: Path
+) -> None:
+    play(lambda: Folder(database, settings, danger, tmp_path / "documents"), 200, 40)

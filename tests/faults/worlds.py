@@ -33,6 +33,7 @@ from models.calls import CallPurpose
 from models.settings import Settings
 from sql import query
 from tests.faults.fated import Fated
+from tests.faults.in_process import acknowledge
 from tests.integration.conftest import Bench
 
 _CALL: ContextVar[str] = ContextVar("call", default="")
@@ -200,7 +201,7 @@ class Worker:
             job, _ = self.tasks.pop(task)
             if not task.cancelled():
                 task.result()
-            self.conn.execute("UPDATE procrastinate_jobs SET status = 'succeeded' WHERE id = %s AND status = 'doing'", [job.id])
+            acknowledge(self.conn, job.id)
 
     async def _settle(self) -> None:
         quiet, end = 0, time.monotonic() + _PATIENCE

@@ -26,6 +26,7 @@ from jobs.pipeline.claims import Connection
 from jobs.pipeline.copying import Copier
 from jobs.pipeline.reading import Reading
 from jobs.pipeline.runner import Runner
+from jobs.pipeline.running import StageFunction
 from jobs.places import Lend, not_lent
 from jobs.retry import StageRetry
 from jobs.stages import Tools
@@ -85,10 +86,11 @@ class Bench:
         worker: str = "test:1",
         *,
         given: Mapping[str, Any] | None = None,
+        stages: Mapping[str, StageFunction] | None = None,
         lent_place: Lend | None = None,
         **changes: Any,
     ) -> Runner:
-        """Return one with plain stages, and tools of its own but for those `given`; `changes`: settings that are others."""
+        """Return one with plain stages but for `stages`, and own tools but for those `given`; `changes`: settings that are others."""
         settings = self.settings.model_copy(update=changes)
 
         def stage(name: str) -> Callable[[Document, Tools], Awaitable[Document]]:
@@ -117,7 +119,7 @@ class Bench:
             finished_jobs=set(),
             lent_place=lent_place or not_lent,
             copier=self.copier,
-            stages={s.name: stage(s.name) for s in STAGES},
+            stages={s.name: stage(s.name) for s in STAGES} | dict(stages or {}),
         )
 
     def submit(self, doc_id: str = "a", content: str | None = None, user_id: str = "default") -> None:

@@ -60,8 +60,6 @@ class Outside:
 
     def runner(self, stages: dict[str, Any], worker: str = "test:1", settings: dict[str, Any] | None = None, **tools: Any) -> Runner:
         """A runner with real stages, by name, and tools for them; the other stages are plain."""
-        made = self.bench.runner(worker, lent_place=tools.pop("lent_place", None), given=tools, **(settings or {}))
-        made._runs._retry = made._endings._retry = _Soon(max_attempts=3, base=0.01, max_delay=0.02)
 
         async def chunk(document: Document, _: Any) -> Document:
             self.bench.calls.append("chunk")
@@ -75,7 +73,9 @@ class Outside:
 
             return counting
 
-        made._runs._stages |= {"chunk": chunk} | {name: counted(name, run) for name, run in stages.items()}
+        own = {"chunk": chunk} | {name: counted(name, run) for name, run in stages.items()}
+        made = self.bench.runner(worker, lent_place=tools.pop("lent_place", None), given=tools, stages=own, **(settings or {}))
+        made._runs._retry = made._endings._retry = _Soon(max_attempts=3, base=0.01, max_delay=0.02)
         return made
 
     async def work(self, runner: Runner, *, until: Callable[[], bool] = lambda: False, seconds: float = 20) -> None:
