@@ -259,9 +259,11 @@ CREATE OR REPLACE FUNCTION run_is_whole(batch processing_jobs) RETURNS boolean L
             AND (a.entry_path = '' OR a.state = 'cancelled' OR a.retry_count > 0 OR a.requeue_count > 0 OR a.attempts > 1)
     ) AND CASE WHEN EXISTS (SELECT FROM batch_archives AS a WHERE a.run_id = batch.run_id AND a.state IN ('waiting', 'unpacking'))
         THEN NOT lost_since(batch) AND NOT EXISTS (
-            -- What an archive has not come to yet: it would let it stay cancelled.
-            SELECT FROM file_extractions AS d
-            WHERE d.batch_id = batch.batch_id AND d.state = 'cancelled' AND was_told_since(d.doc_id, d.user_id, 'cancelled', batch.run_started_at)
+            -- What an archive has not come to yet: it would let it stay cancelled. As was_told_since says, but of thousands at once.
+            SELECT FROM document_events AS e
+            JOIN file_extractions AS d ON d.doc_id = e.doc_id AND d.user_id = e.user_id
+            WHERE e.id >= event_id_since(batch.run_started_at - interval '1 minute') AND e.event = 'cancelled' AND e.at >= batch.run_started_at
+                AND d.batch_id = batch.batch_id AND d.state = 'cancelled'
         )
         ELSE (SELECT count(*) FROM file_extractions AS d WHERE d.batch_id = batch.batch_id AND d.run_id = batch.run_id) >= batch.direct_files + (
             SELECT coalesce(sum(coalesce(a.entry_count, 0)) - count(*) FILTER (WHERE a.parent_id IS NOT NULL), 0)
