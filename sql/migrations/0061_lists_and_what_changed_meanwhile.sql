@@ -123,6 +123,9 @@ BEGIN
         IF entry.id IS NULL AND was_told_since(entry.doc_id, archive.user_id, 'deleted', run_started) THEN
             -- Whoever deleted it could not know of the file that has been stored for it since.
             PERFORM note_file(entry.file_path, entry.doc_id) WHERE entry.reason IS NULL AND entry.file_path <> '';
+        ELSIF entry.id IS NULL AND entry.unchanged THEN
+            -- Before the run, by a transaction that ended after the look. Nothing has been stored of it: it comes again.
+            RAISE EXCEPTION 'document "%" has been deleted since its archive was looked at', entry.doc_id USING ERRCODE = 'serialization_failure';
         ELSIF entry.reason IS NOT NULL THEN
             PERFORM accept_refused_entry(entry.doc_id, archive.user_id, entry.file_name, entry.file_path, entry.source_path,
                 entry.file_size, archive.priority, correlation, archive.batch_id, archive.run_id, entry.reason,
