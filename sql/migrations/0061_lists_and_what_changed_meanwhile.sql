@@ -8,7 +8,7 @@ RETURN CASE
     WHEN batch_source_path <> '' AND starts_with(source_path, rtrim(batch_source_path, '/') || '/')
         AND length(source_path) > length(rtrim(batch_source_path, '/')) + 1
         THEN substr(source_path, length(rtrim(batch_source_path, '/')) + 2)
-    -- An entry of a zip in a list.
+    -- An entry of a zip in a list, as far as a name can tell.
     ELSE coalesce(substring(source_path FROM '(?i)/([^/]+\.zip/.+)$'), file_name)
 END;
 
