@@ -43,7 +43,7 @@ class Acceptance:
         self.done: set[str] = set()
         """Paths of the entries that are in the run."""
         self.held = 0
-        """Entries that were passed over because somebody's transaction holds them."""
+        """Entries that were passed over because somebody's transaction holds them, or has deleted them since the look."""
 
     async def look(self, members: Sequence[Member]) -> None:
         """Find out which entries are known as documents, and which of those, and of the archives inside, the run has already."""

@@ -65,7 +65,7 @@ class FolderRun:
             self._note(double)
         params = {"doc_ids": [entry.doc_id for entry in entries], "user_id": self._whole.user_id, "batch_id": made.batch_id}
         known = {row["doc_id"]: row for row in (yield Ask("find_known_documents", params))}
-        batch = yield from look_at_batch(made.batch_id, self._whole.user_id)
+        batch = yield from look_at_batch(made.batch_id, self._whole.user_id, resume=self._looked.resume)
         before = {
             row["entry_path"]: row["content_sha256"]
             for row in (yield Ask("direct_archives", params))
@@ -79,7 +79,7 @@ class FolderRun:
         there = {f"{name}/": sha256 for name, (_, sha256) in archives.items()}
         # A changed document that somebody holds stays what it was: no reason to begin a run without it.
         stay = [*accepted, *(doc_id for doc_id in self._held if doc_id in known)]
-        if made.run_id is not None or not (stands(batch, [known[doc_id] for doc_id in stay], self._looked) and before == there):
+        if made.run_id is not None or not (stands(batch, [known[doc_id] for doc_id in stay]) and before == there):
             # Stored before the run is begun, as documents are.
             stored = yield from self._store_archives(archives)
             made.archives = list(stored)

@@ -138,8 +138,8 @@ def submit_zip(settings: Settings, path: Path, whole: Whole) -> Steps[SubmittedB
         return made.hexdigest()
 
     sha256 = yield digest
-    batch = yield from look_at_batch(whole.batch_id, whole.user_id)
-    if batch is not None and batch["content_sha256"] == sha256 and batch["whole"] and batch["status"] not in {"failed", "cancelled"}:
+    batch = yield from look_at_batch(whole.batch_id, whole.user_id, resume=True)
+    if batch is not None and batch["content_sha256"] == sha256 and not batch["lacking"] and batch["status"] not in {"failed", "cancelled"}:
         return SubmittedBatch(whole.batch_id, "unchanged", batch["run_id"], archives=1)
     storage = yield lambda: LocalStorage.prepared(settings)
     stored = yield lambda: storage.store_upload(archive_upload_id(whole.batch_id, ""), path, most, str(path), "MAX_ARCHIVE_MB")

@@ -96,19 +96,18 @@ def archive_upload_id(batch_id: str, entry_path: str) -> str:
     return f"\n{batch_id}\n{entry_path}"
 
 
-def look_at_batch(batch_id: str, user_id: str) -> Steps[dict[str, Any] | None]:
-    """Return how a batch stands, None if there is none; SubmitError if it is another user's."""
-    batch: dict[str, Any] | None = next(iter((yield Ask("look_at_batch", {"batch_id": batch_id}))), None)
+def look_at_batch(batch_id: str, user_id: str, *, resume: bool) -> Steps[dict[str, Any] | None]:
+    """Return how a batch stands, None if there is none; SubmitError if it is another user's. `resume`: as in `Looked`."""
+    params = {"batch_id": batch_id, "resume": resume}
+    batch: dict[str, Any] | None = next(iter((yield Ask("look_at_batch", params))), None)
     if batch is not None and batch["user_id"] != user_id:
         raise SubmitError(f'batch_id "{batch_id}" is taken; choose another.')
     return batch
 
 
-def stands(batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]], looked: Looked) -> bool:
+def stands(batch: Mapping[str, Any] | None, documents: Sequence[Mapping[str, Any]]) -> bool:
     """Say whether the batch's last run was sealed and holds just these documents, and all of those in its archives."""
-    if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents):
-        return False
-    if batch["lacks_deleted"] or (looked.resume and not batch["whole"]):
+    if batch is None or not batch["sealed"] or batch["direct_files"] != len(documents) or batch["lacking"]:
         return False
     return all(document["run_id"] == batch["run_id"] for document in documents)
 

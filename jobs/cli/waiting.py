@@ -136,7 +136,7 @@ async def wait_for_batches(settings: Settings, batches: Sequence[BatchSubmission
     end = time.monotonic() + SETTLE_SECONDS
     for batch in batches:
         while batch.run_id is not None and time.monotonic() < end:
-            found = await rows(settings, "look_at_batch", batch_id=batch.batch_id)
+            found = await rows(settings, "look_at_batch", batch_id=batch.batch_id, resume=False)
             if not found or found[0]["status"] not in {"pending", "processing"}:
                 break
             await asyncio.sleep(LOOK_SECONDS)

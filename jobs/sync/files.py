@@ -77,5 +77,7 @@ class Archive:
     """Whether that run is still unpacking it, or an archive inside of it."""
     cancelled: bool = False
     """Whether that run was cancelled: documents of it that were taken up again since belong to no run."""
+    unmade: int = 0
+    """How many entries, as far as they were unpacked, are no document of that run: they cannot be stored, or have been deleted since."""
     failed: frozenset[str] = frozenset()
     """Paths of those that could not be unpacked, of this one and the archives inside of it: nobody knows what they hold."""

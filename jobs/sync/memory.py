@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -61,6 +62,9 @@ class FolderMemory:
             document = self._document(row, names, archives)
             if document is not None:
                 memory.stored.append(replace(document, elsewhere=row["batch_id"] != self.batch_id and self._is_of_folder(row)))
+        made = Counter((document.name, document.run_id) for document in memory.stored if document.entry is not None)
+        for name, archive in memory.archives.items():
+            memory.archives[name] = replace(archive, unmade=archive.unmade - made[name, archive.run_id])
         known = {document.doc_id for document in memory.stored}
         others = {"user_id": self._user_id, "doc_ids": [doc_id for doc_id in names if doc_id not in known]}
         memory.stored += [_stored(row, names[row["doc_id"]]) for row in await self._ask("find_files_by_id", others)]
@@ -188,7 +192,10 @@ def _stored(row: Row, name: str, *, entry: str | None = None) -> Stored:
 
 
 def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> dict[str, Archive]:
-    """Return the archives that lie in no other. `listed`: the names of the files that are there now, by how they are shown."""
+    """Return the archives that lie in no other, as if no document had been made of them.
+
+    `listed`: the names of the files that are there now, by how they are shown.
+    """
     by_path = {row["entry_path"].rstrip("/"): row for row in rows}
     parts: dict[str, list[Row]] = {}  # of the outermost archives: themselves and what lies in them
     for row in rows:
@@ -202,7 +209,8 @@ def _archives(batch_id: str, rows: Sequence[Row], listed: Mapping[str, str]) -> 
         name = listed.get(shown) or unescaped(shown)
         is_open = any(part["open"] for part in inside)
         content, in_run, cancelled = row["content_sha256"], row["in_run"], row["cancelled"]
-        made[name] = Archive(batch_id, name, shown, row["run_id"], content, in_run, current, is_open, cancelled, failed)
+        unmade = sum(part["documents"] for part in inside)
+        made[name] = Archive(batch_id, name, shown, row["run_id"], content, in_run, current, is_open, cancelled, unmade, failed)
     return made
 
 

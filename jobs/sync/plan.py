@@ -211,6 +211,9 @@ def _place_gone(
         if holders.is_unpacked_without(document, file, place, there):
             if _is_in_doubt(plan, document, there, f"{place}/", failed):
                 return
+            if there is not None and there.unmade > 0:
+                plan.kept.append(Kept(document.shown, f"nobody can say whether it is gone: {there.shown} has entries without a document"))
+                return
             archive = None  # what it held is looked for by its content alone
     successor = holders.successor(document, archive, entry_id)
     if successor is None and not is_known and _is_served_until_replaced(document):

@@ -6,8 +6,9 @@ FROM file_extractions AS d
 WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 
 -- name: look_at_batch
+-- `lacking`: something of its run that submitting it again would bring back; cancelled documents only where these are to be taken up.
 SELECT b.user_id, b.run_id, b.sealed_at IS NOT NULL AS sealed, b.direct_files, b.content_sha256, b.status,
-    run_is_whole(b) AS whole, run_lacks_deleted(b) AS lacks_deleted
+    CASE WHEN %(resume)s THEN NOT run_is_whole(b) ELSE run_lacks_deleted(b) END AS lacking
 FROM processing_jobs AS b
 WHERE b.batch_id = %(batch_id)s;
 

@@ -24,11 +24,14 @@ WHERE d.doc_id = ANY(%(doc_ids)s) AND d.user_id = %(user_id)s;
 -- name: find_archives
 -- Archives of the folder, those inside of archives included, with what they last held. `in_run`: whether the batch's present run has them;
 -- `ended`: it is sealed and has unpacked them, or `failed` to; `unfinished`: neither of these yet, or it was cancelled; `open`: not yet.
+-- `documents`: that they should have become in that run, as far as they were unpacked; each one inside of another is an entry of that one.
 SELECT a.entry_path, b.run_id, (array_agg(a.content_sha256 ORDER BY a.id DESC))[1] AS content_sha256, bool_or(a.run_id = b.run_id) AS in_run,
     b.sealed_at IS NOT NULL AND bool_or(a.run_id = b.run_id AND a.state IN ('unpacked', 'failed')) AS ended,
     bool_or(a.run_id = b.run_id AND a.state = 'failed') AS failed,
     bool_or(a.run_id = b.run_id AND a.state NOT IN ('unpacked', 'failed')) AS unfinished,
-    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open, b.status = 'cancelled' AS cancelled
+    bool_or(a.run_id = b.run_id AND a.state IN ('waiting', 'unpacking')) AS open, b.status = 'cancelled' AS cancelled,
+    coalesce(sum(CASE a.state WHEN 'unpacked' THEN a.entry_count ELSE a.unpacked_count END - (a.parent_id IS NOT NULL)::integer)
+        FILTER (WHERE a.run_id = b.run_id), 0)::integer AS documents
 FROM batch_archives AS a
 JOIN processing_jobs AS b ON b.batch_id = a.batch_id
 WHERE a.batch_id = %(batch_id)s AND b.user_id = %(user_id)s

@@ -39,6 +39,17 @@ def written(conn: psycopg.Connection) -> dict[str, list[Any]]:
     return {t: conn.execute(f"SELECT t.xmin::text, t.ctid::text, t.* FROM {t} AS t ORDER BY 1, 2").fetchall() for t in TABLES}
 
 
+async def test_a_sync_does_not_ask_what_would_be_taken_up_by_hand(front: Bench, folder: Path) -> None:
+    await synced(front, folder)  # a look at each cancelled document, for nothing
+    front.conn.execute(
+        """CREATE OR REPLACE FUNCTION run_is_whole(batch processing_jobs) RETURNS boolean LANGUAGE plpgsql AS $$
+            BEGIN RAISE EXCEPTION 'asked'; END $$"""
+    )
+    assert not (await sync(front, folder)).did_something()
+    with pytest.raises(psycopg.errors.RaiseException, match="asked"):
+        await submit_folder(front.settings, folder)
+
+
 async def test_new_changed_moved_and_vanished_files_are_all_done_and_then_nothing_is_written(front: Bench, folder: Path) -> None:
     first = await synced(front, folder)
     assert shown(first) == (["a.txt", "b.txt", "sub/c.txt"], [], [], [])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.arguments import derive_doc_id
 from jobs.sync.folder import FolderSync
 from jobs.sync.result import SyncOptions, SyncResult
 from tests.archives import Raw, raw_zip, zip_bytes
@@ -133,6 +134,22 @@ async def test_what_an_archive_that_is_damaged_and_moved_may_hold_stays_and_is_n
     result = await sync(unpacked, folder)
     assert (shown(result)[2:], [kept.name for kept in result.kept]) == (([], []), [ENTRY, "z.zip/in/two.txt"])
     assert "y.zip has failed" in result.kept[0].reason
+
+
+async def test_what_cannot_be_stored_where_its_archive_was_moved_to_stays_where_it_was(unpacked: Bench, folder: Path) -> None:
+    await work(unpacked)
+    there = derive_doc_id("default", f"{doc_id(folder)}\ny.zip/in/one.txt")
+    (folder / "z.zip").rename(folder / "y.zip")
+    await sync(unpacked, folder)
+    unpacked.conn.execute("SELECT submit_document('uploads/x', doc_id => %s, content_sha256 => repeat('1', 64), user_id => 'bob')", [there])
+    await unpack(unpacked)
+    await work(unpacked)
+    await reconcile(unpacked)
+    assert unpacked.one("SELECT state FROM batch_archives ORDER BY id DESC LIMIT 1") == ("unpacked",)
+    result = await sync(unpacked, folder)
+    assert (shown(result)[2:], [kept.name for kept in result.kept]) == (([], []), [ENTRY])
+    assert "y.zip has entries without" in result.kept[0].reason
+    assert unpacked.one("SELECT state FROM file_extractions WHERE source_path = %s", str(folder / ENTRY)) == ("complete",)
 
 
 async def test_a_document_that_is_called_a_zip_and_was_cancelled_stays_so(front: Bench, folder: Path) -> None:

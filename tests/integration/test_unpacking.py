@@ -729,6 +729,39 @@ async def test_a_document_that_was_cancelled_after_its_zip_was_submitted_again_s
     assert bench.one("SELECT count(*) FROM file_extractions WHERE run_id = %s", again.run_id) == (len(FILES),)
 
 
+async def test_a_zip_submitted_once_more_takes_up_what_was_cancelled_before_it_was_unpacked(bench: Bench) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    await bench.unpack()
+    path = bench.zip(FILES | {"d1/f01.txt": "other text"})
+    submit_batch(path, batch_id="b")
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
+    cancel_document(one_document(bench)[0])
+    assert submit_batch(path, batch_id="b").outcome == "new_run"
+    assert submit_batch(path, batch_id="b").outcome == "unchanged"
+    await bench.unpack()
+    assert bench.documents() == dict.fromkeys(FILES, "queued")
+
+
+async def test_an_entry_whose_document_is_gone_before_it_is_accepted_is_taken_in_again(
+    bench: Bench, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_batch(bench.zip(FILES), batch_id="b")
+    await bench.unpack()
+    doc_id, _ = one_document(bench)
+    with psycopg.connect(database) as somebody:
+        somebody.execute("SELECT delete_document(%s)", [doc_id])  # before the zip is submitted again, not to be seen until after the look
+        submit_batch(bench.zip(FILES | {"new.txt": "new"}), batch_id="b")
+
+        async def at(point: str, _: str) -> None:
+            if point == "unpack_stored":
+                somebody.commit()
+
+        monkeypatch.setattr(faults, "at", at)
+        await bench.unpack()
+    assert bench.documents() == dict.fromkeys([*FILES, "new.txt"], "queued")
+    assert bench.one("SELECT count(DISTINCT run_id), count(*) FROM file_extractions") == (1, len(FILES) + 1)
+
+
 @pytest.mark.parametrize("how", ["deleted", "cancelled"])
 async def test_an_unpacker_that_was_paused_undoes_nothing_that_was_done_to_its_documents_since(
     how: str, bench: Bench, monkeypatch: pytest.MonkeyPatch

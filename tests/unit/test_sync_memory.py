@@ -10,9 +10,14 @@ from jobs.sync.memory import _archives
 RUN = uuid.uuid4()
 
 
-def row(path: str, **told: bool) -> dict[str, Any]:
+def row(path: str, **told: int) -> dict[str, Any]:
     return {"entry_path": path, "run_id": RUN, "content_sha256": "1" * 64, "in_run": True, "ended": True, "failed": False,
-            "unfinished": False, "open": False, "cancelled": False, **told}  # fmt: skip
+            "unfinished": False, "open": False, "cancelled": False, "documents": 1, **told}  # fmt: skip
+
+
+def test_an_archive_should_have_become_what_it_and_those_inside_hold() -> None:
+    made = _archives("folder", [row("b.zip/", documents=3), row("b.zip/in.zip/", documents=1), row("c.zip/")], {})
+    assert {name: archive.unmade for name, archive in made.items()} == {"b.zip": 4, "c.zip": 1}
 
 
 def test_an_archive_is_whole_if_all_that_lie_in_it_are() -> None:

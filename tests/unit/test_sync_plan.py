@@ -253,6 +253,7 @@ def loss_of(count: int) -> None:
 def archives_of(count: int) -> None:
     """Read what is known of so many archives, each with one inside."""
     known = {"run_id": RUN, "content_sha256": "x", "in_run": True, "ended": True, "failed": False, "unfinished": False, "cancelled": False}
+    known["documents"] = 0
     paths = [path for n in range(count) for path in (f"in/{n}.zip/", f"in/{n}.zip/a/b.zip/")]
     rows = [{**known, "entry_path": path, "open": path == "in/7.zip/a/b.zip/"} for path in paths]
     made = read_archives("batch", rows, {"in/0.zip": "in/0.zip"})
