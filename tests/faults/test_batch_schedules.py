@@ -9,8 +9,6 @@ made shorter.
 from __future__ import annotations
 
 import os
-import random
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +24,7 @@ from tests.faults import batch_checks
 from tests.faults.batch_workers import Batches
 from tests.faults.batch_world import BAD, BROKEN, SOURCES, Source
 from tests.faults.in_process import Danger
+from tests.faults.seeded import Draws, Step, play_all
 from tests.integration.conftest import STAGE_NAMES
 
 FASTER = 25
@@ -41,22 +40,15 @@ SHORTER = """SELECT replace(regexp_replace(pg_get_functiondef(p.oid), '(?n)^ SET
         AND (m.ms > 0 OR pg_get_functiondef(p.oid) ~ '\\m5000\\M')"""
 TEXTS = ["one", "two", "three"]
 WAYS = ["alone", "alone", "sql", "in the transaction"]
-Step = tuple[str, dict[str, Any]]
 
 
-class Schedule:
+class Schedule(Draws):
     """A source of steps."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+        super().__init__(seed)
         self.sources = self.pick([[SOURCES[0]], [SOURCES[3]], [SOURCES[2]], SOURCES[:2], SOURCES])
         self.last: dict[str, Any] = {}
-
-    def pick(self, among: Any) -> Any:
-        return self.random.choice(among)
-
-    def chance(self, share: float) -> bool:
-        return self.random.random() < share
 
     def _zip(self, names: tuple[str, ...] = ("a.txt", "b.txt", "d/c.txt", "e.txt"), inside: bool = False) -> Any:
         if self.chance(0.15 if inside else 0.06):
@@ -118,8 +110,8 @@ class Schedule:
             "settle": (1, source),
             "look": (1, {}),
         }
-        (name,) = self.random.choices(list(steps), [weight for weight, _ in steps.values()])
-        return (name, self.submission()) if name == "submit" else (name, steps[name][1])
+        name, how = self.weighted(steps)
+        return (name, self.submission()) if name == "submit" else (name, how)
 
     def __iter__(self) -> Iterator[Step]:
         yield "submit", self.submission() | {"way": "alone"}
@@ -153,19 +145,6 @@ class Theatre:
             play.close()
         return None
 
-    def shorten(self, seed: int, steps: list[Step], seconds: float = 120) -> list[Step]:
-        """Return a part of the steps that goes wrong too, as short as can be found in the time."""
-        end, size = time.monotonic() + seconds, len(steps) // 2
-        while size:
-            start, before = len(steps) - size, len(steps)
-            while start > 0 and time.monotonic() < end:
-                fewer = steps[:start] + steps[start + size :]
-                if self.play(seed, fewer) is not None:
-                    steps = fewer
-                start -= size
-            size = size if size == 1 and len(steps) < before and time.monotonic() < end else size // 2
-        return steps
-
 
 @pytest.fixture
 def theatre(database: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Theatre]:
@@ -189,22 +168,11 @@ def theatre(database: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) 
     load_settings.cache_clear()
 
 
-def run(theatre: Theatre, seeds: range) -> None:
-    for seed in seeds:
-        steps = list(Schedule(seed))
-        if (first := theatre.play(seed, steps)) is not None:
-            steps = theatre.shorten(seed, steps)
-            lines = "\n".join(f"    {name} {how}" for name, how in steps)
-            # Whatever goes wrong only now and then may do no more: then the first error is the one to read.
-            last = theatre.play(seed, steps) or first
-            raise AssertionError(f"Schedule {seed} goes wrong ({first!r}), and so does this part of it:\n{lines}") from last
-
-
 def test_no_random_schedule_of_batches_loses_or_doubles_anything(theatre: Theatre) -> None:
-    run(theatre, range(6))
+    play_all(range(6), Schedule, theatre.play)
 
 
 @pytest.mark.long
 def test_no_schedule_of_batches_among_many_loses_or_doubles_anything(theatre: Theatre) -> None:
     start = int(os.environ.get("DOCMILL_FIRST_SCHEDULE", "6"))
-    run(theatre, range(start, start + 150))
+    play_all(range(start, start + 150), Schedule, theatre.play)
