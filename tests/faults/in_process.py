@@ -14,9 +14,6 @@ from functools import partial
 from typing import Any
 
 import psycopg
-from hypothesis import HealthCheck
-from hypothesis import settings as how
-from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from jobs.adapters.sandbox_child import Answer
 from jobs.batch.unpacking import Unpacker
@@ -217,10 +214,3 @@ class Workers:
 
     def nobody_waits(self) -> None:
         self.conn.execute("UPDATE file_extractions SET not_before = NULL WHERE not_before IS NOT NULL")
-
-
-def play(machine: Callable[[], RuleBasedStateMachine], examples: int, steps: int) -> None:
-    """Have hypothesis draw schedules of so many steps."""
-    checks = list(HealthCheck)
-    drawn = how(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks, print_blob=True)
-    run_state_machine_as_test(machine, settings=drawn)  # type: ignore[arg-type]
