@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Failure", "FencedOff", "Outcome", "StaleVectors", "checkpoint", "keep_free", "store_vectors"]
+__all__ = ["Failure", "FencedOff", "Outcome", "StaleVectors", "advance_free", "checkpoint", "store_vectors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ async def checkpoint(conn: Connection, work: Work, outcome: Outcome, *, worker: 
         await faults.at(f"in_checkpoint:{document.milestone}", document.doc_id)
 
 
-async def keep_free(works: Sequence[Work], conn: Connection, *, worker: str) -> set[str]:
+async def advance_free(works: Sequence[Work], conn: Connection, *, worker: str, outcome: Outcome) -> set[str]:
     """Write in one transaction what is not durable yet of those of several documents at one milestone that are ours still and that nobody
-    else has locked, and go on with them. Return their doc_ids. Whatever is raised: nothing was written of any.
+    else has locked, and leave them in the outcome's state. Return their doc_ids. Whatever is raised: nothing was written of any.
     """
     async with conn.transaction():
-        ours = await _advance(conn, await hold_free(conn, works), Outcome(State.WORKING), worker)
+        ours = await _advance(conn, await hold_free(conn, works), outcome, worker)
         for work in ours:
             await faults.at(f"in_checkpoint:{work.document.milestone}", work.document.doc_id)
         return {work.document.doc_id for work in ours}

@@ -16,13 +16,13 @@ from jobs.pipeline.durable import LAST_WAIT, Locked, when_free
 from jobs.pipeline.work import Work
 from models.errors import PermanentError
 from models.settings import Settings
-from models.stages import Milestone, Stage
+from models.stages import STAGE_BY_NAME, Stage
 from sql import query
 
 _LOCK_MS = 200
 _SMALL_KB = 64
 """What a document may weigh that is taken along."""
-_TAKEN_ALONG_AT = {"validate": Milestone.UPLOADED, "embed": Milestone.CHUNKS_STORED}
+_TAKEN_ALONG_AT = {name: STAGE_BY_NAME[name].due_at for name in ("validate", "embed", "extract", "finalize")}
 """The stages for which others are taken along, with the milestone that all of them have: new documents, and those whose passages are stored
 and which waited for a service or were handed on."""
 

@@ -14,7 +14,7 @@ from loguru import logger
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from jobs import clock, faults
-from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, checkpoint, keep_free
+from jobs.pipeline.checkpoint import FencedOff, Outcome, StaleVectors, advance_free, checkpoint
 from jobs.pipeline.claims import Connection, one
 from jobs.pipeline.completing import complete_free
 from jobs.pipeline.rows import has_new_text
@@ -47,8 +47,6 @@ class _WriteFree(Protocol):
     async def __call__(self, works: Sequence[Work], conn: Connection, *, worker: str) -> set[str]: ...
 
 
-_TOGETHER: dict[State, _WriteFree] = {State.COMPLETE: complete_free, State.WORKING: keep_free}
-"""How a checkpoint is written for several documents at once, by the state that it leaves them in."""
 _TRIES = 4  # of a checkpoint that the database answers with a deadlock, a full disk and the like
 _LONGEST_PAUSE = 5.0  # seconds
 _SHORTEST_PAUSE = 0.05
@@ -120,10 +118,9 @@ async def checkpoint_durably(
     """
     attempt = 0
     sends_much = has_new_text(work) and len(work.document.markdown or "") > SMALL_BYTES
-    if work.together is not None and outcome.state in _TOGETHER:
-        write = _TOGETHER[outcome.state]
+    if work.together is not None and (write := _for_several(outcome)) is not None:
         try:
-            await work.together.ask((outcome.state, work.document.milestone), work, partial(_write_all, write, pool, worker, give_up))
+            await work.together.ask((outcome, work.document.milestone), work, partial(_write_all, write, pool, worker, give_up))
         except NotTogether as alone:
             attempt = int(alone.tried)
         else:
@@ -160,6 +157,13 @@ async def checkpoint_durably(
         except Exception as error:
             # What cannot even be sent: text that is no UTF-8, an array of the wrong length, no memory.
             raise CheckpointFailed(error) from error
+
+
+def _for_several(outcome: Outcome) -> _WriteFree | None:
+    """Return how a checkpoint is written for several documents at once that it leaves alike, or None: each has its own."""
+    if outcome.state is State.COMPLETE:
+        return complete_free
+    return partial(advance_free, outcome=outcome) if outcome.state in (State.WORKING, State.QUEUED) else None
 
 
 def _expire(conn: Connection) -> None:

@@ -51,9 +51,10 @@ class Endings:
         self._finished_jobs = finished_jobs
         self._copier = copier
 
-    async def leave(self, work: Work, following: Stage) -> None:
-        """Hand the document on to its next stage's queue."""
-        work.part()
+    async def leave(self, work: Work, following: Stage, *, alone: bool = True) -> None:
+        """Hand the document on to its next stage's queue. `alone`: without waiting for those that it was taken up with."""
+        if alone:
+            work.part()
         retry_count = work.attempt_at(work.document.milestone)
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count))
         logger.bind(duration_ms=work.taken_ms()).debug("{} is handed on to {}", work.document.file_name, following.name)

@@ -271,8 +271,9 @@ class Runner:
             await self._complete(work)
             return None
         waits = following.name == "parse" and not work.may_parse
-        if self._settings.handoff == "queue" or waits or self._stopping() or not job.listens_to(following):
-            await self._endings.leave(work, following)
+        stopping = self._stopping()
+        if self._settings.handoff == "queue" or waits or stopping or not job.listens_to(following):
+            await self._endings.leave(work, following, alone=waits or stopping)
             return None
         settings, carried = self._settings, work.carried_bytes()
         if carried > SMALL_BYTES:

@@ -1,0 +1,182 @@
+"""Small documents whose workers listen to one queue each: they go from queue to queue together, and otherwise as if each were alone."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from jobs.pipeline.runner import Runner
+from models.documents import Document
+from models.errors import PermanentError
+from models.stages import STAGE_BY_NAME
+from tests.integration.conftest import Bench
+from tests.integration.test_runner import RESULTS
+from tests.integration.test_small_documents import COMPLETE, TOGETHER, submit
+
+STANDS = "SELECT milestone::text, state::text, count(*), count(DISTINCT xmin::text) FROM file_extractions GROUP BY 1, 2 ORDER BY 3 DESC"
+JOBS = "SELECT task_name, count(*) FROM procrastinate_jobs WHERE status = 'todo' GROUP BY 1 ORDER BY 2 DESC"
+
+
+async def run_first(bench: Bench, runner: Runner | None = None) -> None:
+    """Run the first job that waits, in a worker that listens to its queue alone."""
+    found = bench.fetch()
+    assert found is not None
+    job, doc_id = found
+    await (runner or bench.runner()).run(replace(job, queues=frozenset({STAGE_BY_NAME[job.stage].queue})), doc_id)
+
+
+async def test_they_are_handed_on_in_one_transaction_a_queue(bench: Bench) -> None:
+    submit(bench, 16)
+    for milestone, stage in (("chunks_stored", "embed"), ("embeddings_stored", "extract"), ("extracted", "finalize")):
+        await run_first(bench)
+        assert bench.all(STANDS) == [(milestone, "queued", 16, 1)]
+        assert bench.all(JOBS) == [(stage, 16)]
+        assert bench.leases.held() == []
+    await run_first(bench)
+    assert bench.all(TOGETHER) == [(16,)]
+    assert bench.one(COMPLETE) == (16,)
+    assert bench.all("SELECT status, count(*) FROM procrastinate_jobs GROUP BY 1") == [("succeeded", 64)]
+    assert bench.one("SELECT max(retry_count), max(crash_count) FROM file_extractions") == (0, 0)
+    assert bench.one("SELECT (SELECT count(*) FROM chunk_buffer) + (SELECT count(*) FROM vector_buffer)") == (0,)
+
+
+async def wait_for(bench: Bench, jobs: int) -> None:
+    async with asyncio.timeout(30):
+        while bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo'") != (jobs,):  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.05)
+
+
+async def drain_queues(bench: Bench, **changes: Any) -> None:
+    runner = bench.runner(**changes)
+    while bench.all(JOBS):
+        await run_first(bench, runner)
+
+
+async def test_together_they_leave_the_same_rows_and_events_as_alone(bench: Bench) -> None:
+    events = """SELECT DISTINCT string_agg(concat_ws(' ', stage, event, attempt), ', ' ORDER BY id) FROM document_events
+        WHERE event <> 'deleted' AND id > %s GROUP BY doc_id"""
+    submit(bench, 20)
+    await drain_queues(bench, small_documents_together=1)
+    alone, told = bench.all(RESULTS), bench.all(events, 0)
+    assert len(bench.all(TOGETHER)) == 20
+    bench.conn.execute("DELETE FROM file_extractions")
+    (last,) = bench.one("SELECT max(id) FROM document_events")
+    submit(bench, 20)
+    await drain_queues(bench)
+    assert max(bench.all(TOGETHER)) > (8,)
+    assert bench.all(RESULTS) == alone
+    assert bench.all(events, last) == told
+
+
+@pytest.mark.parametrize("stage", ["chunk", "embed", "extract"])
+async def test_who_fails_keeps_no_other_from_being_handed_on(bench: Bench, stage: str) -> None:
+    async def refuse(document: Document) -> None:
+        if document.doc_id == "d03":
+            raise PermanentError("d03 is not to be read")
+
+    submit(bench, 16)
+    bench.also[stage] = refuse
+    await drain_queues(bench)
+    assert bench.all(TOGETHER) == [(15,)]
+    assert bench.all("SELECT doc_id, stage FROM dead_letters") == [("d03", stage)]
+
+
+@pytest.mark.parametrize("stage", ["chunk", "embed", "extract"])
+async def test_who_is_fenced_off_writes_nothing_and_the_others_are_handed_on(bench: Bench, stage: str) -> None:
+    async def cancel(document: Document) -> None:
+        if document.doc_id == "d03":
+            bench.conn.execute("SELECT cancel_document('d05')")
+
+    submit(bench, 16)
+    bench.also[stage] = cancel
+    await drain_queues(bench)
+    assert bench.all("SELECT state::text, count(*) FROM file_extractions GROUP BY 1 ORDER BY 2") == [("cancelled", 1), ("complete", 15)]
+    assert bench.all(TOGETHER) == [(15,)]
+    assert bench.all("SELECT doc_id, stage FROM document_events WHERE event = 'fenced_off'") == [("d05", stage)]
+
+
+async def test_one_that_somebodys_transaction_holds_keeps_no_other_from_being_handed_on(bench: Bench, database: str) -> None:
+    with psycopg.connect(database) as other:
+
+        async def hold(document: Document) -> None:
+            if document.doc_id == "d05":
+                other.execute("SELECT FROM file_extractions WHERE doc_id = 'd05' FOR UPDATE")
+
+        submit(bench, 16)
+        bench.also["chunk"] = hold
+        running = asyncio.create_task(run_first(bench))
+        try:
+            await wait_for(bench, 15)
+        finally:
+            other.rollback()
+            await running
+    assert bench.all(JOBS) == [("embed", 16)]
+    assert bench.all("SELECT DISTINCT milestone::text, state::text FROM file_extractions") == [("chunks_stored", "queued")]
+
+
+async def test_a_connection_that_is_cut_under_it_hands_each_of_them_on_once(bench: Bench) -> None:
+    cut_once = """DO $$ BEGIN
+        PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend';
+    END $$"""
+
+    async def cut(document: Document) -> None:
+        if document.doc_id == "d15":
+            bench.conn.execute(cut_once)
+
+    submit(bench, 16)
+    bench.also["chunk"] = cut
+    await drain_queues(bench)
+    assert bench.one(COMPLETE) == (16,)
+    assert bench.all("SELECT task_name, status, count(*) FROM procrastinate_jobs GROUP BY 1, 2 ORDER BY 1") == [
+        ("embed", "succeeded", 16),
+        ("extract", "succeeded", 16),
+        ("finalize", "succeeded", 16),
+        ("validate", "succeeded", 16),
+    ]
+
+
+async def test_a_shutdown_hands_on_all_but_the_one_that_takes_long(bench: Bench) -> None:
+    release = asyncio.Event()
+
+    async def stop(document: Document) -> None:
+        bench.stopping = bench.stopping or document.doc_id == "d08"
+        if document.doc_id == "d00":
+            await release.wait()
+
+    submit(bench, 16)
+    bench.also["chunk"] = stop
+    running = asyncio.create_task(run_first(bench))
+    try:
+        await wait_for(bench, 15)
+    finally:
+        release.set()
+        await running
+    stand = "SELECT state::text, count(*), max(retry_count), count(lease_until) FROM file_extractions GROUP BY 1"
+    assert bench.all(stand) == [("queued", 16, 0, 0)]
+    assert bench.one("SELECT count(*) > 4 FROM file_extractions WHERE milestone = 'chunks_stored'") == (True,)
+
+
+@pytest.mark.parametrize(("queues", "part"), [(None, 16 // 2), (["cpu"], 16 // 2), (["embed"], 15), (["cpu", "embed"], 16 // 2)])
+async def test_only_workers_that_listen_to_the_queue_have_their_part_of_it(bench: Bench, queues: list[str] | None, part: int) -> None:
+    statement = "INSERT INTO worker_registry (worker, host, pid, concurrency, version, queues) VALUES (%s, 'h', 1, 4, '1', %s)"
+    bench.conn.execute(statement, ["a:1", ["cpu"]])
+    bench.conn.execute(statement, ["b:1", queues])
+    submit(bench, 17)
+    await run_first(bench)
+    assert bench.one("SELECT count(*) FROM file_extractions WHERE milestone = 'chunks_stored'") == (part + 1,)
+
+
+@pytest.mark.parametrize("stage", ["extract", "finalize"])
+async def test_one_of_many_passages_takes_no_others_along(bench: Bench, stage: str) -> None:
+    submit(bench, 16)
+    while bench.all(JOBS) != [(stage, 16)]:
+        await run_first(bench)
+    bench.conn.execute("UPDATE file_extractions SET chunk_count = 101 WHERE doc_id = (SELECT args->>'doc_id' FROM procrastinate_jobs "
+        "WHERE status = 'todo' ORDER BY id LIMIT 1)")  # fmt: skip
+    await run_first(bench)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND task_name = %s", stage) == (15,)
