@@ -22,9 +22,6 @@ from sql import query
 _LOCK_MS = 200
 _SMALL_KB = 64
 """What a document may weigh that is taken along."""
-_TAKEN_ALONG_AT = {name: STAGE_BY_NAME[name].due_at for name in ("validate", "embed", "extract", "finalize")}
-"""The stages for which others are taken along, with the milestone that all of them have: new documents, and those whose passages are stored
-and which waited for a service or were handed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ class Claiming:
         called once a job has its documents, or gets none."""
         self._settings, self._pool, self._worker, self._stopping = settings, pool, worker, stopping
         self._claimed = claimed
-        self.takes_along = frozenset(_TAKEN_ALONG_AT) if may_share and settings.small_documents_together > 1 else frozenset[str]()
+        self.takes_along = frozenset(STAGE_BY_NAME) if may_share and settings.small_documents_together > 1 else frozenset[str]()
         """Stages for which small documents are taken up together."""
 
     async def claim(self, job: Job, doc_id: str) -> tuple[list[Work], bool]:
@@ -133,7 +130,7 @@ class Claiming:
         settings = self._settings
         if job.stage not in self.takes_along or work.suspect or work.retry_count or self._stopping():
             return []
-        if work.document.milestone is not _TAKEN_ALONG_AT[job.stage] or (work.document.file_size or 0) > _SMALL_KB * 1000:
+        if work.document.milestone is not STAGE_BY_NAME[job.stage].due_at or (work.document.file_size or 0) > _SMALL_KB * 1000:
             return []
         works = await take_along(
             conn,

@@ -73,8 +73,7 @@ class Runner:
         # What takes long for each has no use for company. Requests for embeddings are shared anyway.
         hosted = tools.hosted_parser is not None or tools.extractor is not None
         quick = tools.embedder.quick or isinstance(tools.embedder, HostedEmbedder)
-        may_share = settings.handoff == "inline" and quick and not hosted
-        self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=may_share, claimed=claimed)
+        self._claiming = Claiming(settings, pool, worker=worker, stopping=stopping, may_share=quick and not hosted, claimed=claimed)
         self.takes_along = self._claiming.takes_along
         """Stages for which small documents are taken up together."""
         self._in_hand: Counter[str | None] = Counter()
@@ -270,13 +269,12 @@ class Runner:
         if following is None:
             await self._complete(work)
             return None
-        waits = following.name == "parse" and not work.may_parse
-        stopping = self._stopping()
-        if self._settings.handoff == "queue" or waits or stopping or not job.listens_to(following):
-            await self._endings.leave(work, following, alone=waits or stopping)
-            return None
         settings, carried = self._settings, work.carried_bytes()
-        if carried > SMALL_BYTES:
+        waits, stopping, large = following.name == "parse" and not work.may_parse, self._stopping(), carried > SMALL_BYTES
+        if settings.handoff == "queue" or waits or stopping or not job.listens_to(following):
+            await self._endings.leave(work, following, alone=waits or stopping or large)
+            return None
+        if large:
             work.part()
             give_back_memory()  # what the stage has left free is needed at the next one's peak, and elsewhere
         much = carried > settings.carry_limit_mb * 1_000_000

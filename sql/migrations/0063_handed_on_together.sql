@@ -1,5 +1,5 @@
--- Where workers listen to some queues alone, small documents were taken up together in the first and each came to the next by itself, at a
--- transaction and a claim of its own for each queue. Now those that were handed on go together there too.
+-- Where workers listen to some queues alone, or each stage waits in its queue, small documents were taken up together for the first stage or for none,
+-- and each came to the next by itself, at a transaction and a claim of its own for each. Now those that were handed on go together there too.
 
 CREATE OR REPLACE FUNCTION take_along(
     leader_job_id bigint, worker text, lease_seconds double precision, serialise boolean, at_most integer, max_bytes bigint, max_documents integer
@@ -11,8 +11,8 @@ SET enable_sort = off
 SET plan_cache_mode = force_generic_plan
 AS $$
 -- Small documents of the same user whose jobs come next in the same queue and are for the same stage. Behind validate: new ones unlike any other
--- of the user's, so that none of them waits for another or can be spared. Behind embed, extract and finalize: those whose passages are stored. All
--- others are left to be fetched alone. No more is taken than each worker would get if those that listen to the queue shared what waits. Whatever
+-- of the user's, so that none of them waits for another or can be spared. Behind any other stage: those that own their content. All others are left
+-- to be fetched alone. No more is taken than each worker would get if those that listen to the queue shared what waits. Whatever
 -- somebody's transaction holds is skipped, so this waits for nobody. Claims as claim_document does.
 DECLARE
     most_passages CONSTANT integer := 100;  -- a small file can hold a large text
@@ -28,10 +28,7 @@ BEGIN
     JOIN file_extractions AS d ON d.doc_id = j.args ->> 'doc_id'
     WHERE j.id = leader_job_id AND j.status = 'doing' AND d.user_id = j.docmill_user
         -- Jobs of documents that were begun go before new ones: behind one of validate that was, it is those that come next.
-        AND (
-            j.task_name = 'validate' AND NOT j.docmill_begun
-            OR j.task_name IN ('embed', 'extract', 'finalize') AND d.chunk_count <= most_passages
-        );
+        AND CASE j.task_name WHEN 'validate' THEN NOT j.docmill_begun ELSE coalesce(d.chunk_count, 0) <= most_passages END;
     IF NOT FOUND THEN
         RETURN;
     END IF;
@@ -77,7 +74,7 @@ BEGIN
                     )
                 -- Those that waited for a service until now, or that were handed on.
                 ELSE d.state IN ('queued', 'retrying') AND coalesce(d.not_before, now()) <= now() AND due_stage(d.milestone) = leader.task_name
-                    AND d.chunk_count <= most_passages AND (d.owns_content OR NOT serialise)
+                    AND coalesce(d.chunk_count, 0) <= most_passages AND (d.owns_content OR NOT serialise)
             END
         LIMIT room
         FOR NO KEY UPDATE OF d, j SKIP LOCKED
@@ -104,6 +101,6 @@ BEGIN
 END;
 $$;
 COMMENT ON FUNCTION take_along IS
-    'Fetches and claims for a worker small documents that wait behind the one whose job it has, new ones behind a job of validate, those whose passages are stored behind one of embed, extract or finalize: at most so many, and no more than its part of what waits. max_bytes: of each file. max_documents: in work at once per user, 0 for any number.';
+    'Fetches and claims for a worker small documents that wait behind the one whose job it has, new ones behind a job of validate, those that have come as far behind one of another stage: at most so many, and no more than its part of what waits. max_bytes: of each file. max_documents: in work at once per user, 0 for any number.';
 
 CALL pin_search_path();

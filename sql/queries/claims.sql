@@ -54,7 +54,11 @@ RETURNING d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correl
 SELECT d.doc_id, d.version, d.served_version, d.user_id, d.batch_id, d.correlation_id, d.file_name, d.file_path, d.metadata,
     d.milestone, d.file_size, d.content_sha256, d.file_type, d.mime_type, d.duplicate_of, d.priority, d.retry_count,
     d.crash_count, d.claim, extract(epoch FROM now() - d.waiting_since)::float8 AS waited_seconds, TRUE AS may_parse,
-    %(serialise)s AND d.milestone = 'uploaded' AS is_sole, d.claim_job_id
+    %(serialise)s AND (d.milestone = 'uploaded' OR NOT EXISTS (
+        SELECT FROM file_extractions AS o
+        WHERE o.user_id = d.user_id AND o.content_sha256 = d.content_sha256 AND o.state = 'complete'
+    )) AS is_sole,
+    d.claim_job_id
 FROM take_along(
     %(job_id)s, %(worker)s, %(lease_seconds)s, %(serialise)s, %(at_most)s, %(max_bytes)s, %(max_documents)s
 ) AS d;

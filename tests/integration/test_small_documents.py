@@ -291,10 +291,9 @@ async def test_a_worker_takes_no_more_than_its_part_of_what_waits_however_many_p
     assert bench.all(TOGETHER) == [(1 + 10 // 2,)]
 
 
-@pytest.mark.parametrize("changes", [{"handoff": "queue"}, {"small_documents_together": 1}])
-async def test_nothing_is_taken_along_where_it_is_not_wanted(bench: Bench, changes: dict[str, Any]) -> None:
+async def test_nothing_is_taken_along_where_it_is_not_wanted(bench: Bench) -> None:
     submit(bench, 20)
-    await run_first(bench, bench.runner(**changes))
+    await run_first(bench, bench.runner(small_documents_together=1))
     assert bench.one("SELECT count(*) FROM file_extractions WHERE claim > 0") == (1,)
 
 

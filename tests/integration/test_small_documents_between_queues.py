@@ -1,9 +1,11 @@
-"""Small documents whose workers listen to one queue each: they go from queue to queue together, and otherwise as if each were alone."""
+"""Small documents that are handed on, because workers listen to one queue each or every stage waits in its queue (`HANDOFF=queue`): they go
+together from one to the next, and otherwise as if each were alone."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import psycopg
@@ -12,7 +14,7 @@ import pytest
 from jobs.pipeline.runner import Runner
 from models.documents import Document
 from models.errors import PermanentError
-from models.stages import STAGE_BY_NAME
+from models.stages import STAGE_BY_NAME, STAGES
 from tests.integration.conftest import Bench
 from tests.integration.test_runner import RESULTS
 from tests.integration.test_small_documents import COMPLETE, TOGETHER, submit
@@ -50,23 +52,36 @@ async def wait_for(bench: Bench, jobs: int) -> None:
             await asyncio.sleep(0.05)
 
 
+async def test_where_every_stage_waits_in_its_queue_they_go_through_each_together(bench: Bench) -> None:
+    submit(bench, 16)
+    runner = bench.runner(handoff="queue")
+    for stage, following in pairwise(STAGES):
+        await run_first(bench, runner)
+        assert bench.all(STANDS) == [(stage.reaches, "queued", 16, 1)]
+        assert bench.all(JOBS) == [(following.name, 16)]
+    await run_first(bench, runner)
+    assert bench.all(TOGETHER) == [(16,)]
+    assert bench.all("SELECT status, count(*) FROM procrastinate_jobs GROUP BY 1") == [("succeeded", 16 * len(STAGES))]
+
+
 async def drain_queues(bench: Bench, **changes: Any) -> None:
     runner = bench.runner(**changes)
     while bench.all(JOBS):
         await run_first(bench, runner)
 
 
-async def test_together_they_leave_the_same_rows_and_events_as_alone(bench: Bench) -> None:
+@pytest.mark.parametrize("handoff", ["inline", "queue"])
+async def test_together_they_leave_the_same_rows_and_events_as_alone(bench: Bench, handoff: str) -> None:
     events = """SELECT DISTINCT string_agg(concat_ws(' ', stage, event, attempt), ', ' ORDER BY id) FROM document_events
         WHERE event <> 'deleted' AND id > %s GROUP BY doc_id"""
     submit(bench, 20)
-    await drain_queues(bench, small_documents_together=1)
+    await drain_queues(bench, small_documents_together=1, handoff=handoff)
     alone, told = bench.all(RESULTS), bench.all(events, 0)
     assert len(bench.all(TOGETHER)) == 20
     bench.conn.execute("DELETE FROM file_extractions")
     (last,) = bench.one("SELECT max(id) FROM document_events")
     submit(bench, 20)
-    await drain_queues(bench)
+    await drain_queues(bench, handoff=handoff)
     assert max(bench.all(TOGETHER)) > (8,)
     assert bench.all(RESULTS) == alone
     assert bench.all(events, last) == told
@@ -171,12 +186,57 @@ async def test_only_workers_that_listen_to_the_queue_have_their_part_of_it(bench
     assert bench.one("SELECT count(*) FROM file_extractions WHERE milestone = 'chunks_stored'") == (part + 1,)
 
 
+OF_FIRST, OF_LAST = (
+    f"doc_id = (SELECT args->>'doc_id' FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id {order} LIMIT 1)" for order in ("", "DESC")
+)
+ALONE = {
+    "of many passages": f"UPDATE file_extractions SET chunk_count = 101 WHERE {OF_LAST}",
+    "tried before": f"UPDATE file_extractions SET retry_count = 1 WHERE {OF_LAST}",
+    "a suspect": f"UPDATE file_extractions SET crash_count = 1 WHERE {OF_LAST}",
+    "not the owner of its content": f"UPDATE file_extractions SET owns_content = FALSE WHERE {OF_LAST}",
+    "served already": f"UPDATE file_extractions SET served_version = 1 WHERE {OF_LAST}",
+}
+
+
+async def come_to(bench: Bench, stage: str) -> Runner:
+    """Have 16 documents wait for a stage."""
+    submit(bench, 16)
+    runner = bench.runner(handoff="queue")
+    while bench.all(JOBS) != [(stage, 16)]:
+        await run_first(bench, runner)
+    return runner
+
+
+@pytest.mark.parametrize("stage", ["parse", "chunk", "extract", "finalize"])
+@pytest.mark.parametrize("why", ALONE)
+async def test_what_is_not_small_untried_and_alone_with_its_content_is_not_taken_along(bench: Bench, why: str, stage: str) -> None:
+    runner = await come_to(bench, stage)
+    bench.conn.execute(ALONE[why])
+    await run_first(bench, runner)
+    assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND task_name = %s", stage) == (1,)
+
+
 @pytest.mark.parametrize("stage", ["extract", "finalize"])
 async def test_one_of_many_passages_takes_no_others_along(bench: Bench, stage: str) -> None:
-    submit(bench, 16)
-    while bench.all(JOBS) != [(stage, 16)]:
-        await run_first(bench)
-    bench.conn.execute("UPDATE file_extractions SET chunk_count = 101 WHERE doc_id = (SELECT args->>'doc_id' FROM procrastinate_jobs "
-        "WHERE status = 'todo' ORDER BY id LIMIT 1)")  # fmt: skip
-    await run_first(bench)
+    runner = await come_to(bench, stage)
+    bench.conn.execute(f"UPDATE file_extractions SET chunk_count = 101 WHERE {OF_FIRST}")
+    await run_first(bench, runner)
     assert bench.one("SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND task_name = %s", stage) == (15,)
+
+
+async def test_who_turns_out_to_be_large_is_handed_on_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tests.integration.conftest as made
+
+    plain = made.made_by
+
+    def large(stage: str, document: Document) -> Document:
+        document = plain(stage, document)
+        return replace(document, markdown="x" * 2_000_000) if stage == "parse" and document.doc_id == "d04" else document
+
+    runner = await come_to(bench, "parse")
+    monkeypatch.setattr(made, "made_by", large)
+    await run_first(bench, runner)
+    assert bench.all("SELECT count(*) FROM file_extractions WHERE milestone = 'parse_complete' GROUP BY xmin::text ORDER BY 1") == [
+        (1,),
+        (15,),
+    ]

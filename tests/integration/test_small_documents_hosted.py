@@ -251,7 +251,6 @@ async def test_what_takes_long_for_each_is_taken_up_alone(outside: Outside, endp
     assert outside.runner({}, embedder=embedder).takes_along
     assert not outside.runner({}, embedder=embedder, extractor=outside.extractor(endpoint.url)).takes_along
     assert not outside.runner({}, embedder=embedder, hosted_parser=outside.parser(endpoint.url)).takes_along
-    assert not outside.runner({}, embedder=embedder, settings={"handoff": "queue"}).takes_along
 
 
 async def test_no_request_waits_for_a_job_that_somebodys_transaction_keeps_from_being_put_off(
