@@ -56,9 +56,8 @@ class WorkSettings(BaseSettings):
     """A stage that took longer than this many seconds is made durable before the next one starts; of documents that are worked on together
     each took its part of them."""
     small_documents_together: Annotated[int, Interval(ge=1, le=64)] = 16
-    """Most small documents of one user that a worker takes up at once where many wait, new ones or those that wait to be embedded; 1 for
-    each by itself. Each may be 64 KB. Not with HANDOFF=queue, and not where the local model, a hosted parser or a model that extracts works
-    on each."""
+    """Most small documents of one user that a worker takes up at once where many wait for the same stage; 1 for each by itself. Each may be
+    64 KB. Not where the local model, a hosted parser or a model that extracts works on each."""
     carry_limit_mb: Annotated[int, Interval(ge=1, le=100_000)] = 64
     """Results of one document that may wait in memory for the next checkpoint, in MB of 1,000,000 bytes."""
     worker_memory_limit_mb: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
