@@ -40,7 +40,8 @@ async def test_the_lease_of_a_document_that_a_transaction_holds_is_kept_until_th
             await until(lambda: lease.is_held and clock.seconds() > lease.good_until + SECONDS)
             # A renewal that fails says nothing of who holds the document.
             ended = bench.all(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%%SET lease_until%%' AND pid <> pg_backend_pid()"
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE query LIKE '%%SET lease_until%%' AND pid <> pg_backend_pid() AND datname = current_database()"
             )
             assert ended == [(True,)]
             await asyncio.sleep(SECONDS)

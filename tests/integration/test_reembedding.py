@@ -541,7 +541,8 @@ async def test_who_must_be_alone_in_the_worker_waits_for_nobodys_transaction(she
         reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         reader.execute("SELECT count(*) FROM document_chunks")
         going = asyncio.ensure_future(shelf.step(slice))
-        await eventually(shelf, "SELECT count(*) > 0 FROM pg_stat_activity WHERE query LIKE 'DROP INDEX%%' AND wait_event_type = 'Lock'")
+        waits = "query LIKE 'DROP INDEX%%' AND wait_event_type = 'Lock' AND datname = current_database()"
+        await eventually(shelf, f"SELECT count(*) > 0 FROM pg_stat_activity WHERE {waits}")
         await alone()
         reader.rollback()
     await going

@@ -340,8 +340,8 @@ async def test_a_submission_that_waits_for_a_delete_is_a_new_document(bench: Ben
         deleter.execute("SELECT delete_document('a')")
         thread = threading.Thread(target=lambda: submit_elsewhere(database))
         thread.start()
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%submit_document%%'"
-        while bench.one(waiting) == (0,):  # noqa: ASYNC110 - another process's wait
+        waits = "wait_event_type = 'Lock' AND query LIKE '%%submit_document%%' AND datname = current_database()"
+        while bench.one(f"SELECT count(*) FROM pg_stat_activity WHERE {waits}") == (0,):  # noqa: ASYNC110 - another process's wait
             await asyncio.sleep(0.01)
     thread.join()
     assert bench.one("SELECT version, state, content_sha256 FROM file_extractions") == (1, "queued", "1" * 64)

@@ -125,7 +125,8 @@ def test_of_two_who_submit_the_same_at_once_both_are_told_of_one_correlation_id(
     with ThreadPoolExecutor(1) as thread, psycopg.connect(database) as ours, psycopg.connect(database, autocommit=True) as watching:
         submit_document(file, doc_id="a", correlation_id="first", connection=ours)
         other = thread.submit(submit_document, file, doc_id="a", correlation_id="second")
-        while watching.execute("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'").fetchone() is None:
+        waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        while watching.execute(waits).fetchone() is None:
             time.sleep(0.01)
         ours.commit()
         assert (other.result().outcome, other.result().correlation_id) == ("unchanged", "first")
