@@ -41,8 +41,6 @@ SHORT = {
     ],
     "test_removal": [
         "test_a_deed_while_each_stage_runs_wins[inline-cancel]",
-        "test_a_late_worker_of_a_deleted_document_writes_nothing_to_its_successor[inline]",
-        "test_the_original_of_duplicates_is_deleted_under_load[inline-skip]",
         "test_a_batch_is_cancelled_and_deleted_under_load[queue]",
         "test_a_storm_of_submissions_cancels_and_deletes_ends_with_what_was_submitted_last[inline]",
     ],
