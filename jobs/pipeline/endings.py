@@ -51,10 +51,8 @@ class Endings:
         self._finished_jobs = finished_jobs
         self._copier = copier
 
-    async def leave(self, work: Work, following: Stage, *, alone: bool = True) -> None:
-        """Hand the document on to its next stage's queue. `alone`: without waiting for those that it was taken up with."""
-        if alone:
-            work.part()
+    async def leave(self, work: Work, following: Stage) -> None:
+        """Hand the document on to its next stage's queue, with those that it was taken up with where it has not parted from them."""
         retry_count = work.attempt_at(work.document.milestone)
         await self._checkpoint(work, Outcome(State.QUEUED, next_stage=following.name, retry_count=retry_count))
         logger.bind(duration_ms=work.taken_ms()).debug("{} is handed on to {}", work.document.file_name, following.name)
@@ -165,6 +163,7 @@ class Endings:
             await self.tell_fenced(work, following)
 
     async def _hand_on(self, work: Work, following: Stage) -> None:
+        work.part()
         attempt = work.attempt_at(following.due_at)
         work.events.append(StageEvent("handed_on", following.name, attempt, detail={"reason": self._why_cancelled()}))
         await self.leave(work, following)

@@ -230,6 +230,7 @@ class Runner:
         if original is not None:
             await self._endings.skip(work, original)
         elif self._settings.duplicate_policy == "skip" and not fresh and not work.is_sole:
+            work.part()
             await self._endings.leave(work, stage)
         else:
             return False
@@ -270,12 +271,13 @@ class Runner:
             await self._complete(work)
             return None
         settings, carried = self._settings, work.carried_bytes()
-        waits, stopping, large = following.name == "parse" and not work.may_parse, self._stopping(), carried > SMALL_BYTES
-        if settings.handoff == "queue" or waits or stopping or not job.listens_to(following):
-            await self._endings.leave(work, following, alone=waits or stopping or large)
-            return None
-        if large:
+        must_leave = self._stopping() or (following.name == "parse" and not work.may_parse)
+        if must_leave or carried > SMALL_BYTES:
             work.part()
+        if must_leave or settings.handoff == "queue" or not job.listens_to(following):
+            await self._endings.leave(work, following)
+            return None
+        if carried > SMALL_BYTES:
             give_back_memory()  # what the stage has left free is needed at the next one's peak, and elsewhere
         much = carried > settings.carry_limit_mb * 1_000_000
         # Of documents that are worked on together each has its part of the time: all of them are what would be done again.

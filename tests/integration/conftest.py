@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +156,35 @@ class Bench:
 
     def all(self, statement: str, *args: object) -> list[tuple[Any, ...]]:
         return [tuple(row) for row in self.conn.execute(statement, args).fetchall()]
+
+    async def until(self, statement: str, *row: object) -> None:
+        """Wait until that is the statement's first row."""
+        async with asyncio.timeout(30):
+            while self.one(statement) != row:  # noqa: ASYNC110 - the database is asked, which sets no event
+                await asyncio.sleep(0.05)
+
+    def cut_connections(self) -> None:
+        """End all sessions of the database but this one."""
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        self.conn.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+
+    @asynccontextmanager
+    async def held_from(self, stage: str, run: Callable[[Bench], Coroutine[Any, Any, None]]) -> AsyncIterator[psycopg.Connection]:
+        """Run jobs whose document d05 is held from a stage on, by the transaction that is yielded, until the block ends."""
+        with psycopg.connect(self.conn.info.dsn) as other:
+
+            async def hold(document: Document) -> None:
+                if document.doc_id == "d05":
+                    other.execute("SELECT FROM file_extractions WHERE doc_id = 'd05' FOR UPDATE")
+
+            self.also[stage] = hold
+            running = asyncio.create_task(run(self))
+            try:
+                yield other
+            finally:
+                other.rollback()
+                async with asyncio.timeout(30):
+                    await running
 
 
 @pytest.fixture

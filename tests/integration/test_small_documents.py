@@ -155,9 +155,7 @@ async def test_the_job_of_who_is_fenced_off_does_not_wait_for_the_others(bench: 
     running = asyncio.create_task(run_first(bench))
     job = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded' AND args->>'doc_id' = 'd07'"
     try:
-        async with asyncio.timeout(30):
-            while bench.one(job) != (1,):  # noqa: ASYNC110 - nothing announces it
-                await asyncio.sleep(0.05)
+        await bench.until(job, 1)
     finally:
         over.set()
         await running
@@ -167,9 +165,7 @@ async def test_the_job_of_who_is_fenced_off_does_not_wait_for_the_others(bench: 
 async def test_a_connection_that_is_cut_under_the_common_checkpoint_loses_and_doubles_nothing(bench: Bench) -> None:
     async def cut(document: Document) -> None:
         if document.doc_id == "d00":
-            bench.conn.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
+            bench.cut_connections()
 
     submit(bench, 16)
     bench.also["finalize"] = cut
@@ -208,25 +204,12 @@ async def test_a_shutdown_hands_each_of_them_on_without_counting(bench: Bench) -
     assert bench.one(COMPLETE) == (16,)
 
 
-async def test_a_document_that_somebodys_transaction_holds_keeps_no_other_from_being_completed(bench: Bench, database: str) -> None:
-    with psycopg.connect(database) as other:
-
-        async def hold(document: Document) -> None:
-            if document.doc_id == "d05":
-                other.execute("SELECT FROM file_extractions WHERE doc_id = 'd05' FOR UPDATE")
-
-        submit(bench, 16)
-        bench.also["finalize"] = hold
-        running = asyncio.create_task(run_first(bench))
-        try:
-            async with asyncio.timeout(30):
-                while bench.one(COMPLETE) != (15,):  # noqa: ASYNC110 - nothing announces it
-                    await asyncio.sleep(0.05)
-            # Whoever holds one can have any other: no worker waits for it with others in hand.
-            other.execute("SELECT FROM file_extractions WHERE doc_id = 'd03' FOR UPDATE NOWAIT")
-        finally:
-            other.rollback()
-            await running
+async def test_a_document_that_somebodys_transaction_holds_keeps_no_other_from_being_completed(bench: Bench) -> None:
+    submit(bench, 16)
+    async with bench.held_from("finalize", run_first) as other:
+        await bench.until(COMPLETE, 15)
+        # Whoever holds one can have any other: no worker waits for it with others in hand.
+        other.execute("SELECT FROM file_extractions WHERE doc_id = 'd03' FOR UPDATE NOWAIT")
     assert bench.one(COMPLETE) == (16,)
     assert max(bench.all(TOGETHER)) == (15,)
 

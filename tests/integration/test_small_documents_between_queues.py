@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import psycopg
 import pytest
 
 from jobs.pipeline.runner import Runner
@@ -20,6 +19,7 @@ from tests.integration.test_runner import RESULTS
 from tests.integration.test_small_documents import COMPLETE, TOGETHER, submit
 
 STANDS = "SELECT milestone::text, state::text, count(*), count(DISTINCT xmin::text) FROM file_extractions GROUP BY 1, 2 ORDER BY 3 DESC"
+HANDED_ON = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND task_name <> 'validate'"
 JOBS = "SELECT task_name, count(*) FROM procrastinate_jobs WHERE status = 'todo' GROUP BY 1 ORDER BY 2 DESC"
 
 
@@ -44,13 +44,6 @@ async def test_they_are_handed_on_in_one_transaction_a_queue(bench: Bench) -> No
     assert bench.all("SELECT status, count(*) FROM procrastinate_jobs GROUP BY 1") == [("succeeded", 64)]
     assert bench.one("SELECT max(retry_count), max(crash_count) FROM file_extractions") == (0, 0)
     assert bench.one("SELECT (SELECT count(*) FROM chunk_buffer) + (SELECT count(*) FROM vector_buffer)") == (0,)
-
-
-async def wait_until_handed_on(bench: Bench, count: int) -> None:
-    handed_on = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'todo' AND task_name <> 'validate'"
-    async with asyncio.timeout(30):
-        while bench.one(handed_on) != (count,):  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.05)
 
 
 async def test_where_every_stage_waits_in_its_queue_they_go_through_each_together(bench: Bench) -> None:
@@ -115,35 +108,18 @@ async def test_who_is_fenced_off_writes_nothing_and_the_others_are_handed_on(ben
     assert bench.all("SELECT doc_id, stage FROM document_events WHERE event = 'fenced_off'") == [("d05", stage)]
 
 
-async def test_one_that_somebodys_transaction_holds_keeps_no_other_from_being_handed_on(bench: Bench, database: str) -> None:
-    with psycopg.connect(database) as other:
-
-        async def hold(document: Document) -> None:
-            if document.doc_id == "d05":
-                other.execute("SELECT FROM file_extractions WHERE doc_id = 'd05' FOR UPDATE")
-
-        submit(bench, 16)
-        bench.also["chunk"] = hold
-        running = asyncio.create_task(run_first(bench))
-        try:
-            await wait_until_handed_on(bench, 15)
-        finally:
-            other.rollback()
-            async with asyncio.timeout(30):
-                await running
+async def test_one_that_somebodys_transaction_holds_keeps_no_other_from_being_handed_on(bench: Bench) -> None:
+    submit(bench, 16)
+    async with bench.held_from("chunk", run_first):
+        await bench.until(HANDED_ON, 15)
     assert bench.all(JOBS) == [("embed", 16)]
     assert bench.all("SELECT DISTINCT milestone::text, state::text FROM file_extractions") == [("chunks_stored", "queued")]
 
 
 async def test_a_connection_that_is_cut_under_it_hands_each_of_them_on_once(bench: Bench) -> None:
-    cut_once = """DO $$ BEGIN
-        PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
-        WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend';
-    END $$"""
-
     async def cut(document: Document) -> None:
         if document.doc_id == "d15":
-            bench.conn.execute(cut_once)
+            bench.cut_connections()
 
     submit(bench, 16)
     bench.also["chunk"] = cut
@@ -169,7 +145,7 @@ async def test_a_shutdown_hands_on_all_but_the_one_that_takes_long(bench: Bench)
     bench.also["chunk"] = stop
     running = asyncio.create_task(run_first(bench))
     try:
-        await wait_until_handed_on(bench, 15)
+        await bench.until(HANDED_ON, 15)
     finally:
         release.set()
         await running
