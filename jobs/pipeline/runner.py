@@ -271,10 +271,10 @@ class Runner:
             await self._complete(work)
             return None
         settings, carried = self._settings, work.carried_bytes()
-        must_leave = self._stopping() or (following.name == "parse" and not work.may_parse)
-        if must_leave or carried > SMALL_BYTES:
+        if carried > SMALL_BYTES:
             work.part()
-        if must_leave or settings.handoff == "queue" or not job.listens_to(following):
+        waits = following.name == "parse" and not work.may_parse
+        if settings.handoff == "queue" or waits or self._stopping() or not job.listens_to(following):
             await self._endings.leave(work, following)
             return None
         if carried > SMALL_BYTES:

@@ -112,6 +112,7 @@ async def test_one_that_somebodys_transaction_holds_keeps_no_other_from_being_ha
     submit(bench, 16)
     async with bench.held_from("chunk", run_first):
         await bench.until(HANDED_ON, 15)
+        assert bench.all("SELECT count(*) FROM file_extractions WHERE state = 'queued' GROUP BY xmin::text") == [(15,)]
     assert bench.all(JOBS) == [("embed", 16)]
     assert bench.all("SELECT DISTINCT milestone::text, state::text FROM file_extractions") == [("chunks_stored", "queued")]
 

@@ -150,9 +150,11 @@ async def test_what_is_not_small_untried_and_due_is_not_taken_along(outside: Out
     # Not the one whose job is first: it would be the one that takes others along.
     (last,) = outside.bench.one("SELECT args->>'doc_id' FROM procrastinate_jobs WHERE status = 'todo' ORDER BY id DESC LIMIT 1")
     outside.bench.conn.execute(UNLIKE[why].replace("d05", last))
+    stands = "SELECT state::text, claim FROM file_extractions WHERE doc_id = %s"
+    before = outside.bench.one(stands, last)
     await run_first(outside.bench, embedding(outside, endpoint))
     assert outside.bench.all(COMPLETED) == [(15,)]
-    assert outside.bench.one("SELECT state::text FROM file_extractions WHERE doc_id = %s", last) == ("retrying",)
+    assert outside.bench.one(stands, last) == before == ("retrying", before[1])
 
 
 async def test_one_of_many_passages_takes_no_others_along(outside: Outside, endpoint: OpenAIServer) -> None:
